@@ -1,0 +1,178 @@
+"""The lanes of owners that are alike: which pages each holds, how many entries, and the moves between them.
+
+A lane is one (owner, row, kv head). Owners with the same spec, heads and page class form a bank, so that a decoding
+step books all of them at once. What to drop is the policy's word; here it is carried out.
+Letters: O owners of the bank, R row slots, B rows of a call, K kv heads, M pages of a lane at most, N slots a page,
+S stored entries, T tokens, X lanes in any shape, D head dim.
+"""
+
+import torch
+from torch import Tensor
+
+from kvfold.cache.pages import pages_for
+from kvfold.cache.pool import PagePool
+from kvfold.ops.paged import lane_slots
+from kvfold.policies.base import Policy
+from kvfold.policies.registry import policy_of
+from kvfold.specs.base import TimeSpec
+
+
+class Bank:
+    """Tables and lengths of O x R x K lanes over one pool."""
+
+    def __init__(self, *, owners: tuple[int, ...], spec: TimeSpec, window: int | None, num_kv_heads: int, pool: PagePool):
+        """`window`: the architecture's sliding window where the spec does not imply it; queries see no further back."""
+        self.owners, self.spec, self.window, self.pool = owners, spec, window, pool
+        self.policy: Policy = policy_of(spec)
+        self.num_kv_heads = num_kv_heads
+        self.table = torch.zeros((len(owners), 0, num_kv_heads, 0), dtype=torch.int32, device=pool.device)
+        self.length = torch.zeros((len(owners), 0, num_kv_heads), dtype=torch.int32, device=pool.device)
+        self.has_shared = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of tables and lengths."""
+        return self.table.nbytes + self.length.nbytes
+
+    def resized_bytes(self, rows: int, pages: int) -> int:
+        """`num_bytes` once there is room for so many rows and pages a lane."""
+        rows, pages = max(rows, self.table.shape[1]), max(pages, self.table.shape[3])
+        return len(self.owners) * rows * self.num_kv_heads * 4 * (pages + 1)
+
+    def resize(self, rows: int, pages: int) -> None:
+        """Room for at least so many rows and pages a lane."""
+        owners, old_rows, heads, old_pages = self.table.shape
+        rows, pages = max(rows, old_rows), max(pages, old_pages)
+        if (rows, pages) == (old_rows, old_pages):
+            return
+        table, length = self.table, self.length
+        self.table = table.new_zeros((owners, rows, heads, pages))
+        self.table[:, :old_rows, :, :old_pages] = table
+        if rows != old_rows:
+            self.length = length.new_zeros((owners, rows, heads))
+            self.length[:, :old_rows] = length
+
+    def lanes(self, rows_B: Tensor) -> Tensor:
+        """Lane ids [O, B, K] of some rows."""
+        owners, rows, heads = self.length.shape
+        owner = torch.arange(owners, device=rows_B.device)[:, None, None]
+        return (owner * rows + rows_B[:, None]) * heads + torch.arange(heads, device=rows_B.device)
+
+    def held_pages(self, lanes: Tensor) -> int:
+        """Pages that these lanes hold, a shared page once for each lane."""
+        return int(self._pages(self.length.view(-1)[lanes]).sum())
+
+    def _pages(self, length: Tensor) -> Tensor:
+        return (length.long() + self.pool.slots - 1) // self.pool.slots
+
+    def page_ids(self, lanes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Every page that these lanes hold: lane, index within the lane, page id; flat."""
+        flat = lanes.reshape(-1)
+        count = self._pages(self.length.view(-1)[flat])
+        index = torch.arange(self.table.shape[-1], device=flat.device)
+        lane, index = (index < count[:, None]).nonzero(as_tuple=True)
+        lane = flat[lane]
+        return lane, index, self._table_flat()[lane, index]
+
+    def _table_flat(self) -> Tensor:
+        return self.table.view(-1, self.table.shape[-1])
+
+    def stored_slots(self, lanes: Tensor, stored: int) -> tuple[Tensor, Tensor]:
+        """Flat slots [..., S] of these lanes' entries, and which are filled; S = `stored`, no less than any length."""
+        return lane_slots(self._table_flat()[lanes], self.length.view(-1)[lanes], stored, self.pool.slots)
+
+    # -- moving entries ------------------------------------------------------------------------------------------
+
+    def extend(self, lanes_X: Tensor, first_X: Tensor, count_X: Tensor) -> None:
+        """Give lane X `count` new pages from index `first` on."""
+        lanes, first, count = (x.reshape(-1) for x in (lanes_X, first_X, count_X))
+        total = int(count.sum())
+        if total == 0:
+            return
+        ids = self.pool.take(total)
+        step = torch.arange(total, device=ids.device) - (count.cumsum(0) - count).repeat_interleave(count)
+        self._table_flat()[lanes.repeat_interleave(count), first.repeat_interleave(count) + step] = ids
+
+    def append(self, lanes_BK: Tensor, chosen_BKT: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, position_BT: Tensor,
+               score_BKT: Tensor | None) -> None:  # fmt: skip
+        """Store the chosen tokens of a call behind what the lanes of one owner hold, in the order of the call."""
+        slots, length = self.pool.slots, self.length.view(-1)[lanes_BK].long()
+        added = chosen_BKT.sum(dim=-1)
+        first = (length + slots - 1) // slots
+        self.privatise(lanes_BK[(length % slots != 0) & (added > 0)], open_only=True)
+        self.extend(lanes_BK, first, (length + added + slots - 1) // slots - first)
+        index = length.unsqueeze(-1) + chosen_BKT.cumsum(dim=-1) - 1
+        lane_BKT, head_dim = lanes_BK.unsqueeze(-1).expand_as(chosen_BKT), k_BTKD.shape[-1]
+        chosen = slice(None) if bool(chosen_BKT.all()) else chosen_BKT.reshape(-1)
+        index, lane = index.reshape(-1)[chosen], lane_BKT.reshape(-1)[chosen]
+        target = self._table_flat()[lane, index // slots].long() * slots + index % slots
+        for pool, new_BTKD in ((self.pool.k, k_BTKD), (self.pool.v, v_BTKD)):
+            new = new_BTKD.transpose(1, 2).reshape(-1, head_dim)[chosen]
+            pool.view(-1, head_dim).index_copy_(0, target, new.to(pool.dtype))
+        position = position_BT[:, None].expand_as(chosen_BKT).reshape(-1)[chosen]
+        self.pool.position.view(-1).index_copy_(0, target, position.int())
+        if self.pool.score is not None:
+            score = torch.zeros_like(target, dtype=torch.float32) if score_BKT is None else score_BKT.reshape(-1)[chosen]
+            self.pool.score.view(-1).index_copy_(0, target, score)
+        self.length.view(-1)[lanes_BK] = (length + added).int()
+
+    def drop(self, lanes_X: Tensor, stay_XS: Tensor) -> None:
+        """Keep only the entries marked to stay, closed up in their order; pages left empty are free at once."""
+        lanes, stay = lanes_X.reshape(-1), stay_XS.reshape(-1, stay_XS.shape[-1])
+        self.privatise(lanes)
+        flat_XS, filled_XS = self.stored_slots(lanes, stay.shape[-1])
+        kept = stay & filled_XS
+        left = kept.sum(dim=-1)
+        lane, slot = kept.nonzero(as_tuple=True)
+        rank = torch.arange(lane.numel(), device=lane.device) - (left.cumsum(0) - left)[lane]
+        source, target = flat_XS[lane, slot], flat_XS[lane, rank]
+        for array in (self.pool.k, self.pool.v, self.pool.position, self.pool.score):
+            if array is not None:
+                whole = array.view(-1, *array.shape[2:])
+                whole[target] = whole[source]
+        held_lane, index, page = self.page_ids(lanes)
+        self.length.view(-1)[lanes] = left.int()
+        needed = self._pages(self.length.view(-1)[held_lane])
+        self.pool.give_back(page[index >= needed])
+
+    # -- rows ----------------------------------------------------------------------------------------------------
+
+    def fork(self, source_B: Tensor, target_B: Tensor) -> None:
+        """Rows `target` become copies of rows `source`; pages are shared until one side writes."""
+        self.table[:, target_B], self.length[:, target_B] = self.table[:, source_B], self.length[:, source_B]
+        self.pool.share(self.page_ids(self.lanes(target_B))[2])
+        self.has_shared = True
+
+    def free(self, rows_B: Tensor) -> None:
+        """Give back all that these rows hold."""
+        self.pool.give_back(self.page_ids(self.lanes(rows_B))[2])
+        self.length[:, rows_B] = 0
+        if self.has_shared and not bool((self.pool.references > 1).any()):
+            self.has_shared = False
+
+    def privatise(self, lanes: Tensor, *, open_only: bool = False) -> None:
+        """Copy the pages of these lanes that others hold too, before they are written; `open_only`: the last page alone."""
+        if not self.has_shared or lanes.numel() == 0:
+            return
+        lane, index, page = self.page_ids(lanes)
+        mine = self.pool.references[page.long()] > 1
+        if open_only:
+            mine &= index == self._pages(self.length.view(-1)[lane]) - 1
+        copies = self.pool.take(int(mine.sum()))
+        self.pool.copy_pages(page[mine], copies)
+        self._table_flat()[lane[mine], index[mine]] = copies
+        self.pool.give_back(page[mine])
+
+    def copies_ahead(self, lanes: Tensor) -> int:
+        """Pages that `privatise` may take for a call on these lanes, at most."""
+        if not self.has_shared:
+            return 0
+        lane, index, page = self.page_ids(lanes)
+        shared = self.pool.references[page.long()] > 1
+        if not self.spec.lossy:
+            shared &= index == self._pages(self.length.view(-1)[lane]) - 1
+        return int(shared.sum())
+
+    def most_pages(self, seen: int) -> int:
+        """Pages that one lane holds at most once `seen` tokens have been seen."""
+        return pages_for(self.spec.max_kept(seen), self.pool.slots)

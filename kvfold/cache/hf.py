@@ -1,0 +1,219 @@
+"""The store as transformers sees it: a `Cache` that `generate` carries from step to step.
+
+Columns fed (padding included) are what transformers counts; tokens seen are the real ones; tokens kept are what the
+store holds. Letters: B rows, T columns of a call.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvfold.cache.attend import CallView, StepView
+from kvfold.cache.store import Store
+from kvfold.cache.views import KVView
+from kvfold.layout import KVLayout
+from kvfold.planner import PAGE_SLOTS
+
+
+class _LayerFace(CacheLayerMixin):
+    """One decoder layer as transformers asks after it; nothing is held here."""
+
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, cache: "FoldCache"):
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the store is ready from the start."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Refused: a model of another library would not say which tokens are padding, nor attend as the policies need."""
+        raise ValueError("a kvfold cache is filled by a kvfold model only: load this one with kvfold.load")
+
+    def get_seq_length(self) -> int:
+        """Columns fed so far."""
+        return self._cache.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns that a mask spans, and where they begin."""
+        return self._cache.columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+
+class FoldCache(Cache):
+    """Keys and values of B rows, folded as the layout says. Made by `model.new_cache`."""
+
+    def __init__(
+        self, layout: KVLayout, *, dtype: torch.dtype, device: torch.device | str = "cpu", rows: int = 1,
+        memory_bytes: int | None = None, page_slots: int = PAGE_SLOTS, base_layout: KVLayout | None = None,
+        poison: bool = False,
+    ):  # fmt: skip
+        """`rows`: expected; the first call may bring another number. `memory_bytes`: reserved once, never exceeded."""
+        super().__init__(layers=[_LayerFace(self) for _ in range(layout.num_layers)])
+        self.layout, self._base_layout = layout, base_layout or layout.base()
+        self.store = Store(
+            layout, dtype=dtype, device=device, memory_bytes=memory_bytes, rows=rows, page_slots=page_slots, poison=poison
+        )
+        self.rows: list[int] = self.store.new_rows(rows)
+        self.columns = 0
+
+    # -- what users ask ------------------------------------------------------------------------------------------
+
+    @property
+    def seen_tokens(self) -> Tensor:
+        """Real tokens seen, int64 [B]."""
+        return self.store.seen[self._rows_index()]
+
+    @property
+    def kept_tokens(self) -> Tensor:
+        """Entries held, int64 [owners ascending, B, most KV heads]; -1 where an owner has fewer heads."""
+        owners, index = self.layout.owners, self._rows_index()
+        most = max(self.layout.layers[owner].num_kv_heads for owner in owners)
+        kept = torch.full((len(owners), len(self.rows), most), -1, dtype=torch.int64, device=self.store.device)
+        for number, owner in enumerate(owners):
+            bank, place = self.store.place_of[owner]
+            kept[number, :, : bank.num_kv_heads] = bank.length[place][index].long()
+        return kept
+
+    @property
+    def kept_positions(self) -> list[list[list[list[int]]]]:
+        """Positions held, ascending: [owner][row][kv head], for pictures and tests."""
+        held = []
+        for owner in self.layout.owners:
+            bank, place = self.store.place_of[owner]
+            lanes = bank.lanes(self._rows_index())[place]
+            flat, filled = bank.stored_slots(lanes, int(bank.length.max()) if bank.length.numel() else 0)
+            position = bank.pool.position.view(-1)[flat]
+            held.append([[sorted(p[f].tolist()) for p, f in zip(*pair, strict=True)]
+                         for pair in zip(position, filled, strict=True)])  # fmt: skip
+        return held
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes that the rows hold: pages, tables, lengths, state."""
+        return self.store.allocated_bytes
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes reserved from the device."""
+        return self.store.pool_bytes
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes that the same tokens take under the same sharing of layers and heads with nothing dropped or quantised."""
+        return self.store.bytes_under(self.layout.base(), self.rows)
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes that the same tokens take in the model as it was before conversion."""
+        return self.store.bytes_under(self._base_layout, self.rows)
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that are reserved and held by nobody."""
+        return self.store.free_pages
+
+    # -- what the decoder asks -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def call(self, real_BT: Tensor | None, *, num_rows: int, num_tokens: int, scale: float,
+             softcap: float | None = None) -> Iterator[KVView]:  # fmt: skip
+        """One forward call as a transaction: gives the view that all its layers attend through.
+
+        `real_BT`: bool, False at padding; None = no padding. An error inside leaves the rows unusable until `reset`.
+        """
+        self._fit_rows(num_rows)
+        index, before = self._rows_index(), [self.store.seen_tokens(row) for row in self.rows]
+        added = [num_tokens] * num_rows if real_BT is None else real_BT.sum(dim=1).tolist()
+        self.store.begin(self.rows, added)
+        longest = max(before, default=0)
+        if num_tokens == 1:
+            view = StepView(self.store, index, real_BT, longest, scale, softcap)
+        else:
+            view = CallView(self.store, index, real_BT, num_tokens, longest, scale, softcap)
+        yield view
+        view.close()
+        self.store.commit(self.rows, added)
+        self.columns += num_tokens
+
+    def _fit_rows(self, num_rows: int) -> None:
+        if num_rows == len(self.rows):
+            return
+        if self.columns:
+            raise ValueError(f"the cache holds {len(self.rows)} rows and the call brings {num_rows}: give it as many rows")
+        self.store.free_rows(self.rows)
+        self.rows = self.store.new_rows(num_rows)
+
+    def _rows_index(self) -> Tensor:
+        return torch.tensor(self.rows, dtype=torch.int64, device=self.store.device)
+
+    # -- what transformers asks ----------------------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns fed so far, padding included: what was dropped has been fed all the same."""
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Columns that a mask spans, and where they begin."""
+        return self.columns + query_length, 0
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return len(self.rows)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Always: the store is ready from the start."""
+        return True
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Go on with these rows of the present ones, in this order; one may stand several times or not at all."""
+        copies = self.store.fork_rows([self.rows[row] for row in rows])
+        self.store.free_rows(self.rows)
+        self.rows = copies
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row i goes on from row beam_idx[i]."""
+        if beam_idx.tolist() != list(range(len(self.rows))):
+            self.select_rows(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row becomes `repeats` rows, side by side."""
+        self.select_rows([row for row in range(len(self.rows)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with these rows only."""
+        self.select_rows(torch.arange(len(self.rows))[indices.cpu()].tolist())
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: pages are written in place, and a lossy method could not bring back what it dropped."""
+        raise ValueError("a kvfold cache can't be cut back: keep a copy with copy(), or start again from a new cache")
+
+    def copy(self) -> "FoldCache":
+        """A second cache that continues from the same tokens in the same store; pages are shared until one side writes."""
+        twin = object.__new__(FoldCache)
+        twin.__dict__.update(self.__dict__)
+        twin.layers = [_LayerFace(twin) for _ in self.layers]
+        twin.rows = self.store.fork_rows(self.rows)
+        return twin
+
+    def free(self) -> None:
+        """Give back all pages now; the cache is empty and has no rows."""
+        self.store.free_rows(self.rows)
+        self.rows, self.columns = [], 0
+
+    def reset(self) -> None:
+        """Forget all tokens; the pages are free again."""
+        number = len(self.rows)
+        self.free()
+        self.rows = self.store.new_rows(number)

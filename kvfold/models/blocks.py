@@ -1,0 +1,122 @@
+"""The parts of a decoder layer, for every family that families.py describes. Attention itself happens behind the seam:
+a layer hands q, k, v to a KV view and knows no cache.
+
+Letters: B rows, T tokens of this call, H query heads, K kv heads, D head dim, C model width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from kvfold.cache.views import KVView
+from kvfold.models.config import FoldConfig
+from kvfold.ops.rotation import Rotation
+
+
+class FoldRMSNorm(nn.Module):
+    """RMS norm over the last dim; with an offset the gain is 1 + weight, computed in fp32.
+
+    Differs: in bf16 a Llama norm rounds once, after the gain, where transformers rounds before it as well.
+    """
+
+    def __init__(self, size: int, config: FoldConfig):
+        super().__init__()
+        self.eps, self.offset = config.rms_norm_eps, config.norm_offset
+        self.weight = nn.Parameter(torch.full((size,), 0.0 if self.offset else 1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as `x`."""
+        if self.offset:
+            return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).type_as(x)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class FoldAttention(nn.Module):
+    """q (and in an owner k and v) of the call's tokens, the view's answer, and the output projection."""
+
+    def __init__(self, config: FoldConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim, self.norm_whole = layer, config.head_dim, config.qk_norm == "full"
+        q_width = config.num_attention_heads * config.head_dim
+        kv_width = config.layout.layers[layer].num_kv_heads * config.head_dim
+        owner, normed = config.layout.is_owner(layer), config.qk_norm != "none"
+        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias) if owner else None
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias) if owner else None
+        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=config.o_bias)
+        self.q_norm = FoldRMSNorm(q_width if self.norm_whole else config.head_dim, config) if normed else None
+        self.k_norm = FoldRMSNorm(kv_width if self.norm_whole else config.head_dim, config) if normed and owner else None
+        self.kv_norm = FoldRMSNorm(config.hidden_size, config) if config.kv_norm and owner else None
+
+    def forward(self, normed_BTC: Tensor, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None) -> Tensor:
+        """`normed_BTC` is the layer's input as the block takes it, `hidden_BTC` the residual stream itself."""
+        q = self._heads(self.q_proj(normed_BTC), self.q_norm)
+        k = v = None
+        if self.k_proj is not None:
+            source = normed_BTC if self.kv_norm is None else self.kv_norm(hidden_BTC)
+            k, v = self._heads(self.k_proj(source), self.k_norm), self._heads(self.v_proj(source), None)
+        return self.o_proj(view.attend(self.layer, q, k, v, rotation).flatten(2))
+
+    def _heads(self, x: Tensor, norm: FoldRMSNorm | None) -> Tensor:
+        """[B, T, heads * D] -> [B, T, heads, D], normed over all heads or over each."""
+        if norm is not None and self.norm_whole:
+            x = norm(x)
+        x = x.view(*x.shape[:2], -1, self.head_dim)
+        return x if norm is None or self.norm_whole else norm(x)
+
+
+class FoldMLP(nn.Module):
+    """The gated feed-forward block."""
+
+    def __init__(self, config: FoldConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """Same shape as its input."""
+        return self.down_proj(self.act(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
+
+
+class FoldLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, each added to the residual stream; the norms stand where the family has them."""
+
+    def __init__(self, config: FoldConfig, layer: int):
+        super().__init__()
+        self.placement, self.residual_multiplier = config.norm_placement, config.residual_multiplier
+        self.self_attn, self.mlp = FoldAttention(config, layer), FoldMLP(config)
+        for name in _NORMS[config.norm_placement]:
+            setattr(self, name, FoldRMSNorm(config.hidden_size, config))
+
+    def forward(self, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None) -> Tensor:
+        """The residual stream after this layer."""
+        h = hidden_BTC
+        if self.placement == "pre":
+            h = self._add(h, self.self_attn(self.input_layernorm(h), h, view, rotation))
+            return self._add(h, self.mlp(self.post_attention_layernorm(h)))
+        if self.placement == "post":
+            h = self._add(h, self.post_attention_layernorm(self.self_attn(h, h, view, rotation)))
+            return self._add(h, self.post_feedforward_layernorm(self.mlp(h)))
+        attended = self.self_attn(self.input_layernorm(h), h, view, rotation)
+        h = self._add(h, self.post_attention_layernorm(attended))
+        return self._add(h, self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h))))
+
+    def _add(self, hidden: Tensor, block: Tensor) -> Tensor:
+        return hidden + block if self.residual_multiplier == 1.0 else hidden + block * self.residual_multiplier
+
+
+_NORMS = {
+    "pre": ("input_layernorm", "post_attention_layernorm"),
+    "post": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "sandwich": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+"""transformers' names of a layer's norms, by where they stand."""

@@ -1,0 +1,239 @@
+"""The decoder as a Hugging Face model: embedding, layers, head, and the choice of the view through which a call attends.
+
+The parts of a layer live in blocks.py, what `generate` needs beyond a plain forward in generation.py.
+Letters: B rows, T tokens of this call, C model width, V vocabulary.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from kvfold.cache.views import DenseView, KVView
+from kvfold.models.blocks import FoldLayer, FoldRMSNorm
+from kvfold.models.config import FoldConfig
+from kvfold.models.generation import FoldGeneration
+from kvfold.models.rope import Rope
+from kvfold.ops.rotation import Rotation
+
+
+class FoldPreTrainedModel(PreTrainedModel):
+    """What the bare decoder and the language model share: loading, initial weights, and making a cache."""
+
+    config_class = FoldConfig
+    config: FoldConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FoldLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, FoldRMSNorm) and module.offset:
+            init.zeros_(module.weight)
+
+    def new_cache(self, rows: int, memory_bytes: int | None = None, page_slots: int = 16):
+        """An empty cache for `rows` texts, a transformers `Cache`. With `memory_bytes` it reserves that much at once and never
+        takes more; without, it grows.
+        """
+        from kvfold.cache.hf import FoldCache
+
+        return FoldCache(
+            self.config.layout,
+            num_heads=self.config.num_attention_heads,
+            dtype=self.dtype,
+            device=self.device,
+            rows=rows,
+            memory_bytes=memory_bytes,
+            page_slots=page_slots,
+            base_layout=self.config.base_layout,
+        )
+
+
+class FoldModel(FoldPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: FoldConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(FoldLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = FoldRMSNorm(config.hidden_size, config)
+        self.gradient_checkpointing = False
+        self._rope, self._owners, self._warned = Rope(config), config.layout.owners, set()
+        self._scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """The residual stream after the last norm, [B, T, C]. `attention_mask` is [B, columns], 0 at padding; its last T columns
+        are this call's. `position_ids` rules rotary positions only: order and windows follow the real tokens.
+        """
+        hidden = self._embedded(input_ids, inputs_embeds)
+        rows, tokens = hidden.shape[:2]
+        real = _real_tokens(attention_mask, rows, tokens)
+        cache = self._cache_of(past_key_values, use_cache, rows)
+        layout, softcap = self._layout(), self.config.attention_softcap
+        seen = cache.seen_tokens if cache is not None and cache.columns else None
+        if cache is None:
+            view = DenseView(layout, real_BT=real, scale=self._scale, softcap=softcap)
+            rotations = self._rotations(position_ids, real, seen, hidden)
+            hidden, states = self._run_layers(hidden, view, rotations, output_hidden_states)
+        else:
+            # Pages are written in place, so no gradient could pass through them.
+            call = cache.call(real, num_rows=rows, num_tokens=tokens, scale=self._scale, softcap=softcap)
+            with torch.no_grad(), call as view:
+                rotations = self._rotations(position_ids, real, seen, hidden)
+                hidden, states = self._run_layers(hidden, view, rotations, output_hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, hidden_states=states)
+
+    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids and inputs_embeds: a call takes one of the two: give the other up")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if hidden.ndim != 3 or not hidden.shape[1]:
+            raise ValueError(f"an input of shape {tuple(hidden.shape[:-1])}: a call takes [rows, tokens], 1 token or more: feed some")
+        multiplier = self.config.embedding_multiplier
+        # Rounded to the dtype first, as the families that have one were trained.
+        return hidden if multiplier == 1.0 else hidden * torch.tensor(multiplier, dtype=hidden.dtype).item()
+
+    def _run_layers(
+        self, hidden: Tensor, view: KVView, rotations: list[Rotation | None], keep: bool | None
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        keep = self.config.output_hidden_states if keep is None else keep
+        states = []
+        for layer, rotation in zip(self.layers, rotations, strict=True):
+            if keep:
+                states.append(hidden)
+            hidden = layer(hidden, view, rotation)
+        hidden = self.norm(hidden)
+        return hidden, (*states, hidden) if keep else None
+
+    def _rotations(
+        self, position_ids: Tensor | None, real_BT: Tensor | None, seen: Tensor | None, hidden: Tensor
+    ) -> list[Rotation | None]:
+        """Positions are the real tokens seen before, unless they were given."""
+        if position_ids is None:
+            if real_BT is None:
+                position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            else:
+                position_ids = (real_BT.long().cumsum(dim=1) - 1).clamp(min=0)
+            if seen is not None:
+                position_ids = position_ids + seen.to(hidden.device)[:, None]
+        elif position_ids.ndim == 1:
+            position_ids = position_ids[None]
+        return self._rope.rotations(position_ids, hidden.dtype, continued=seen is not None)
+
+    def _layout(self):
+        """The config's layout; who owns can't change under the weights, what is kept can."""
+        layout = self.config.layout
+        if layout.owners != self._owners:
+            raise ValueError(
+                f"the layout was changed to owners {layout.owners}, the weights have owners {self._owners}: "
+                "a model's layers are fixed once it is built: use `kvfold convert`"
+            )
+        return layout
+
+    def _cache_of(self, given, use_cache: bool | None, rows: int):
+        """The cache of this call: the one given, a fresh one where one is to come back, or None for the training view."""
+        steps = any(spec.state_of == "steps" for spec in self.config.layout.time)
+        if given is None:
+            if self.training and steps:
+                self._warn_once("H2O and TOVA drop between calls: they are off in training")
+            elif steps:
+                self._warn_once("H2O and TOVA drop between calls: nothing is dropped within this one")
+            wanted = self.config.use_cache if use_cache is None else use_cache
+            fresh = wanted and not self.training and not torch.is_grad_enabled()
+            return self.new_cache(rows=rows) if fresh else None
+        if not hasattr(given, "seen_tokens"):
+            raise ValueError(
+                f"past_key_values is a {type(given).__name__}: a kvfold model needs its own cache: "
+                "pass model.new_cache(rows=...) or leave it out"
+            )
+        if self.training and torch.is_grad_enabled():
+            raise ValueError("past_key_values in training: no gradient passes through a cache: leave it out, or call model.eval()")
+        return given
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, stacklevel=2)
+
+
+class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GenerationMixin):
+    """The decoder with its language model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: FoldConfig):
+        super().__init__(config)
+        self.model = FoldModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T or fewer, V], and with `labels` the loss. `logits_to_keep`: the last so many (0 = all), or the indices
+        of the tokens wanted. What `kwargs` holds goes to the loss function, as in transformers.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self._scaled(self.lm_head(outputs.last_hidden_state[:, kept]))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        scale, softcap = self.config.logit_scale, self.config.final_logit_softcap
+        logits = logits if scale == 1.0 else logits * scale
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def _real_tokens(attention_mask: Tensor | None, rows: int, tokens: int) -> Tensor | None:
+    """The call's own columns of the mask, bool [B, T]; None where nothing is padding."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or attention_mask.shape[1] < tokens:
+        shape = tuple(getattr(attention_mask, "shape", ()))
+        raise ValueError(f"attention_mask of shape {shape} for {rows} rows of {tokens} tokens: it is [rows, columns], 1 at real tokens: give that")
+    real = attention_mask[:, -tokens:].bool()
+    return None if real.all() else real

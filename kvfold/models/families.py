@@ -1,0 +1,150 @@
+"""How each family that the decoder knows maps to a FoldConfig, as plain data; and what is refused, by name.
+
+How a family's weights map stands in weights.py.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from kvfold.models.config import FULL_ATTENTION, SLIDING_ATTENTION, FoldConfig
+
+_SHARED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "dtype"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "mlp_bias"),
+)
+"""Attributes that mean the same everywhere; a family that lacks one gets FoldConfig's default."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """What sets one family apart from Llama."""
+
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Switches of FoldConfig that are the same for every member."""
+    taken: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    """Our attribute -> theirs and the power it is raised to (1 = as it stands)."""
+    windowed: Literal["never", "always", "typed"] = "never"
+    """Which layers have `sliding_window`: none, all, or those that `layer_types` calls sliding."""
+    partial_rotary: bool = False
+    """Whether rotary positions may turn a part of each head only."""
+    rope_flags: str | None = None
+    """Their attribute that holds a false value for each layer without rotary positions."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Their attribute, if it is set at all -> what can't be done with it."""
+
+
+_BIASED = {"qkv_bias": ("attention_bias", 1), "o_bias": ("attention_bias", 1)}
+_GEMMA = {"norm_offset": True}
+_GEMMA_SCALES = {**_BIASED, "embedding_multiplier": ("hidden_size", 0.5)}
+_GEMMA_SOFTCAPS = {
+    "hidden_act": ("hidden_activation", 1),
+    "attention_scale": ("query_pre_attn_scalar", -0.5),
+    "final_logit_softcap": ("final_logit_softcapping", 1),
+}
+_BIDIRECTIONAL = {"use_bidirectional_attention": "attention to later tokens: kvfold folds causal decoders"}
+
+FAMILIES: dict[str, Family] = {
+    "gemma": Family(fixed=_GEMMA, taken=_GEMMA_SCALES, refused=_BIDIRECTIONAL),
+    "gemma2": Family(
+        fixed=_GEMMA | {"norm_placement": "sandwich"},
+        taken=_GEMMA_SCALES | _GEMMA_SOFTCAPS | {"attention_softcap": ("attn_logit_softcapping", 1)},
+        windowed="typed",
+        refused=_BIDIRECTIONAL,
+    ),
+    "gemma3_text": Family(
+        fixed=_GEMMA | {"norm_placement": "sandwich", "qk_norm": "head"},
+        taken=_GEMMA_SCALES | _GEMMA_SOFTCAPS,
+        windowed="typed",
+        refused=_BIDIRECTIONAL,
+    ),
+    "granite": Family(
+        taken=_BIASED
+        | {
+            "embedding_multiplier": ("embedding_multiplier", 1),
+            "residual_multiplier": ("residual_multiplier", 1),
+            "attention_scale": ("attention_multiplier", 1),
+            "logit_scale": ("logits_scaling", -1),
+        }
+    ),
+    "llama": Family(taken=_BIASED),
+    "mistral": Family(windowed="always"),
+    "olmo2": Family(fixed={"norm_placement": "post", "qk_norm": "full"}, taken=_BIASED),
+    "phi3": Family(windowed="always", partial_rotary=True),
+    "qwen2": Family(fixed={"qkv_bias": True}, windowed="typed"),
+    "qwen3": Family(fixed={"qk_norm": "head"}, taken=_BIASED, windowed="typed"),
+    "smollm3": Family(taken=_BIASED, windowed="typed", rope_flags="no_rope_layers"),
+}
+"""transformers' model_type -> what its config means."""
+
+
+def family_named(model_type: str | None) -> Family:
+    """The family of a model_type. Raises `ValueError` where the decoder doesn't know it."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"model family '{model_type}': kvfold has no decoder for it: it knows {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def fold_config(theirs: PreTrainedConfig) -> FoldConfig:
+    """The FoldConfig, with the plain layout, of a transformers config. Raises `ValueError` for what the decoder can't do.
+
+    Differs: dropout, which some configs ask for in training, is left out.
+    """
+    family = family_named(theirs.model_type)
+    _refuse(family, theirs)
+    values = {name: getattr(theirs, name) for name in _SHARED if hasattr(theirs, name)}
+    for ours, (name, power) in family.taken.items():
+        value = getattr(theirs, name)
+        values[ours] = value if power == 1 else value**power
+    if family.rope_flags is not None:
+        values["nope_layers"] = [layer for layer, turned in enumerate(getattr(theirs, family.rope_flags)) if not turned]
+    return FoldConfig(
+        family=theirs.model_type,
+        rope_parameters=deepcopy(theirs.rope_parameters),
+        **_windows(family, theirs),
+        **values,
+        **family.fixed,
+    )
+
+
+def _windows(family: Family, theirs: PreTrainedConfig) -> dict[str, Any]:
+    window = getattr(theirs, "sliding_window", None)
+    if family.windowed == "never" or window is None:
+        # The types stay where rotary positions differ by type.
+        return {"layer_types": getattr(theirs, "layer_types", None)} if _nested(theirs.rope_parameters) else {}
+    if family.windowed == "always":
+        return {"sliding_window": window}
+    return {"sliding_window": window, "layer_types": list(theirs.layer_types)}
+
+
+def _refuse(family: Family, theirs: PreTrainedConfig) -> None:
+    """Raise one line for a variant of a known family that would be computed wrongly."""
+    name = theirs.model_type
+    for attribute, reason in family.refused.items():
+        if getattr(theirs, attribute, None):
+            raise ValueError(f"{name} with {attribute}={getattr(theirs, attribute)}: {reason}: choose another checkpoint")
+    foreign = set(getattr(theirs, "layer_types", None) or []) - {FULL_ATTENTION, SLIDING_ATTENTION}
+    if foreign:
+        raise ValueError(f"{name} with layers of type {', '.join(sorted(foreign))}: kvfold has full and sliding attention: choose another checkpoint")
+    if getattr(theirs, "per_layer_config", None):
+        raise ValueError(f"{name} with per_layer_config: kvfold's layers differ in their KV only: choose another checkpoint")
+    rope = theirs.rope_parameters
+    for parameters in rope.values() if _nested(rope) else [rope]:
+        kind, part = parameters.get("rope_type", "default"), parameters.get("partial_rotary_factor", 1.0)
+        if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise ValueError(f"{name} with rope_type '{kind}': this transformers knows {', '.join(ROPE_INIT_FUNCTIONS)}: choose another checkpoint")
+        if part != 1.0 and not family.partial_rotary:
+            raise ValueError(f"{name} with partial_rotary_factor {part}: only {_partial_families()} turn a part of each head: correct config.json")
+
+
+def _nested(rope_parameters: Mapping[str, Any]) -> bool:
+    return all(isinstance(value, dict) for value in rope_parameters.values())
+
+
+def _partial_families() -> str:
+    return ", ".join(name for name, family in FAMILIES.items() if family.partial_rotary)

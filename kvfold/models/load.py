@@ -1,0 +1,155 @@
+"""Loading: a folder, a hub name or a GGUF file becomes a kvfold model.
+
+Weights are read by transformers, as safetensors or GGUF only: nothing is ever unpickled, and no code of a checkpoint runs.
+What a source is, and what may be wrong with it, is looked up in source.py before anything large is read.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from kvfold.layout import KVLayout
+from kvfold.models.config import FoldConfig
+from kvfold.models.decoder import FoldForCausalLM
+from kvfold.models.families import fold_config
+from kvfold.models.source import Source, find_source, one_line
+from kvfold.models.weights import fold_weights
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    source: str | Path,
+    *,
+    time: str | None = None,
+    bits: str | None = None,
+    adapter: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> FoldForCausalLM:
+    """A model in eval mode, from a folder (kvfold's or any known family's), a hub name or a .gguf file.
+
+    `time` and `bits` override what the checkpoint says. dtype None = the checkpoint's, and fp32 on a CPU (device None).
+    Raises `ValueError`, in one line, for whatever can't be loaded.
+    """
+    if adapter is not None:
+        raise ValueError(f"adapter '{adapter}': adapters are planned, not there yet: leave it out")
+    device = _wanted_device(device)
+    dtype = _wanted_dtype(dtype, device)
+    found = find_source(source)
+    with _quiet():
+        theirs = _read_config(found)
+        config = theirs if isinstance(theirs, FoldConfig) else fold_config(theirs)
+        config.layout = _folded(config.layout, time, bits)
+        read = _read_kvfold if theirs is config else _read_foreign
+        try:
+            model = read(found, theirs, config, dtype)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{found}: the weights can't be read ({one_line(error)}): fetch the checkpoint again") from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies with a model. Raises `ValueError` where there is none."""
+    found = find_source(source)
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(found.name, trust_remote_code=False, **found.file)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{found}: no tokenizer can be read there ({one_line(error)}): put its tokenizer files beside it") from error
+
+
+def _read_config(found: Source) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(found.name, trust_remote_code=False, **found.file)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise ValueError(f"{found}: its config can't be understood ({one_line(error)}): correct config.json") from error
+
+
+def _read_kvfold(found: Source, theirs: FoldConfig, config: FoldConfig, dtype: torch.dtype | str) -> FoldForCausalLM:
+    model, report = FoldForCausalLM.from_pretrained(found.name, config=config, dtype=dtype, **_LOADING)
+    _check_report(found, report, strict=True)
+    return model
+
+
+def _read_foreign(found: Source, theirs: PreTrainedConfig, config: FoldConfig, dtype: torch.dtype | str) -> FoldForCausalLM:
+    """Let transformers read the family's own model, and take its tensors over."""
+    options = _LOADING | {"use_safetensors": None} if found.file else _LOADING
+    model, report = AutoModelForCausalLM.from_pretrained(found.name, config=theirs, dtype=dtype, **options, **found.file)
+    _check_report(found, report, strict=False)
+    with torch.device("meta"):
+        ours = FoldForCausalLM(config)
+    ours.generation_config, config.dtype = model.generation_config, model.dtype
+    weights = model.state_dict()
+    # The tensors live on in `weights` alone, so that fused ones are freed as they are cut apart.
+    del model
+    ours.load_state_dict(fold_weights(config, weights), assign=True)
+    ours.tie_weights()
+    return ours
+
+
+_LOADING = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+"""Differences come back in a report, so that one line can tell them."""
+
+
+def _check_report(found: Source, report: dict, *, strict: bool) -> None:
+    """Refuse a checkpoint that doesn't fill the model. `strict`: nor may anything be left over."""
+    kinds = {
+        "lacks": sorted(report["missing_keys"]),
+        "has in another shape": sorted(key[0] for key in report["mismatched_keys"]),
+        "has beyond the model": sorted(report["unexpected_keys"]) if strict else [],
+    }
+    for what, names in kinds.items():
+        if names:
+            raise ValueError(
+                f"{found}: the checkpoint {what} {len(names)} weights, the first is {names[0]}: "
+                "weights and config.json must be of one model: fetch or convert it again"
+            )
+
+
+def _folded(layout: KVLayout, time: str | None, bits: str | None) -> KVLayout:
+    layout = layout if time is None else layout.with_time(time)
+    layout = layout if bits is None else layout.with_bits(bits)
+    if layout.bits != layout.base().bits:
+        raise ValueError(f"bits '{layout.bits_text()}': storage other than 'model' is planned, not there yet: leave it out")
+    return layout
+
+
+def _wanted_device(device: str | torch.device | None) -> torch.device:
+    try:
+        device = torch.device("cpu" if device is None else device)
+    except RuntimeError as error:
+        raise ValueError(f"device '{device}': torch knows no such device: use e.g. 'cpu' or 'cuda'") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device '{device}': torch sees no GPU on this machine: use 'cpu'")
+    return device
+
+
+def _wanted_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | str:
+    """"auto" is transformers' word for the checkpoint's own."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    dtype = _DTYPES.get(dtype, dtype)
+    if dtype not in _DTYPES.values():
+        raise ValueError(f"dtype '{dtype}': weights are held as {', '.join(_DTYPES)}: use one of them")
+    return dtype
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its log lines and progress bars, which would mix with ours; put back afterwards."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

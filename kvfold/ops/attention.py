@@ -1,0 +1,79 @@
+"""Dense attention of a call's queries over keys that lie side by side: SDPA, and a plain form that also returns weights.
+
+The paged twin for decoding lives in paged.py. Letters: B rows, T queries, E entries (keys), H query heads, K kv heads,
+G = H // K, D head dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_WEIGHT_CHUNK_ELEMENTS = 1 << 24
+"""Weights held at once while they are summed: bounds the memory of a long call (64 MiB in fp32)."""
+
+
+def dense_attention(
+    q_BTHD: Tensor,
+    k_BEKD: Tensor,
+    v_BEKD: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Attention output [B, T, H, D].
+
+    `mask`: bool [B or 1, 1 or K, T, E], True = the query sees the key; None = causal, which needs T == E.
+    A query that sees nothing must not occur: give it its own key.
+    """
+    if softcap is not None:
+        return weighed_attention(q_BTHD, k_BEKD, v_BEKD, scale=scale, softcap=softcap, mask=mask)[0]
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BEKD, v_BEKD))
+    grouped = q.shape[1] != k.shape[1]
+    if mask is not None and mask.shape[1] not in (1, q.shape[1]):
+        mask = mask.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, scale=scale, enable_gqa=grouped
+    )
+    return out.transpose(1, 2)
+
+
+def weighed_attention(
+    q_BTHD: Tensor,
+    k_BEKD: Tensor,
+    v_BEKD: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    weigh_BT: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The plain form: output [B, T, H, D] and the weight each key received [B, K, E] in fp32, summed over the queries
+    (those where `weigh_BT` is True) and over the G query heads of the kv head. Mask as in `dense_attention`.
+    """
+    batch, num_queries, num_heads, head_dim = q_BTHD.shape
+    entries, kv_heads = k_BEKD.shape[1], k_BEKD.shape[2]
+    q = q_BTHD.reshape(batch, num_queries, kv_heads, num_heads // kv_heads, head_dim).permute(0, 2, 3, 1, 4)
+    k, v = k_BEKD.permute(0, 2, 3, 1).unsqueeze(2), v_BEKD.permute(0, 2, 1, 3).unsqueeze(2)
+    chunk = max(1, _WEIGHT_CHUNK_ELEMENTS // max(1, batch * num_heads * entries))
+    outs, received = [], q.new_zeros((batch, kv_heads, entries), dtype=torch.float32)
+    for start in range(0, num_queries, chunk):
+        stop = min(start + chunk, num_queries)
+        logits = (q[:, :, :, start:stop] @ k) * scale
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        seen = _mask_rows(mask, start, stop, entries, q.device)
+        weights = logits.masked_fill(~seen.unsqueeze(2), -torch.inf).softmax(dim=-1, dtype=torch.float32)
+        counted = weights if weigh_BT is None else weights * weigh_BT[:, None, None, start:stop, None]
+        received = received + counted.sum(dim=(2, 3))
+        outs.append(weights.to(v.dtype) @ v)
+    out = torch.cat(outs, dim=3) if len(outs) > 1 else outs[0]
+    return out.permute(0, 3, 1, 2, 4).reshape(batch, num_queries, num_heads, v_BEKD.shape[-1]), received
+
+
+def _mask_rows(mask: Tensor | None, start: int, stop: int, entries: int, device: torch.device) -> Tensor:
+    """Rows start..stop of the mask, [B or 1, 1 or K, rows, E]; causal where none is given."""
+    if mask is not None:
+        return mask[:, :, start:stop]
+    columns = torch.arange(entries, device=device)
+    return (columns <= torch.arange(start, stop, device=device)[:, None])[None, None]

@@ -1,0 +1,188 @@
+"""How many bytes a layout needs, and the inverses: how many rows, how much context fit.
+
+The byte arithmetic is the store's own: it imports these terms, so that planned bytes equal allocated bytes. Where a
+method's need depends on its gates (DMC, DMS) the plan is the upper bound. No torch here, and no tensors are moved.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvfold.layout import KVLayout
+from kvfold.raw_config import base_layout, config_layout, model_tokens, read_config, value_bytes
+from kvfold.specs.bits import Storage, storage_bytes
+
+PAGE_SLOTS = 16
+"""Entries in a page, unless a store is told otherwise."""
+POSITION_BYTES = 4
+"""Position of one stored entry, int32."""
+PAGE_OVERHEAD_BYTES = 16
+"""For each page held: its reference count, its entry in the free list, and two in the block tables (which are
+rectangular, so that uneven rows leave gaps), int32 each."""
+LENGTH_BYTES = 4
+"""Length of one lane (a row's entries of one owner and kv head), int32."""
+ROW_BYTES = 8
+"""Tokens seen by one row, int64."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PageClass:
+    """What pages must agree on to share one pool."""
+
+    head_dim: int
+    """Channels."""
+    k: Storage
+    """Storage of keys."""
+    v: Storage
+    """Storage of values."""
+
+
+def page_class(layout: KVLayout, owner: int) -> PageClass:
+    """The class of the pages that the owner's entries live in."""
+    bits = layout.bits_of(owner)
+    return PageClass(head_dim=layout.layers[owner].head_dim, k=bits.k, v=bits.v)
+
+
+def page_classes(layout: KVLayout) -> dict[PageClass, int]:
+    """Every page class of a layout with its per-slot state in bytes: that of its most demanding owner."""
+    states: dict[PageClass, int] = {}
+    for owner in layout.owners:
+        one = page_class(layout, owner)
+        states[one] = max(states.get(one, 0), layout.time_of(owner).slot_state_bytes)
+    return states
+
+
+def page_bytes(one: PageClass, slots: int, *, model_bytes: int, slot_state_bytes: int) -> int:
+    """Bytes of one page of `slots` entries with everything that is kept for it."""
+    payload = storage_bytes(one.k, one.head_dim, model_bytes) + storage_bytes(one.v, one.head_dim, model_bytes)
+    return slots * (payload + POSITION_BYTES + slot_state_bytes) + PAGE_OVERHEAD_BYTES
+
+
+def layout_bytes(layout: KVLayout, seen_tokens: Sequence[int], model_bytes: int, page_slots: int = PAGE_SLOTS) -> int:
+    """Bytes that rows of these lengths (real tokens seen) hold after a step.
+
+    `model_bytes` = one number in the model's dtype.
+    """
+    states = page_classes(layout)
+    lanes = Counter()
+    for owner in layout.owners:
+        lanes[layout.time_of(owner), page_class(layout, owner)] += layout.layers[owner].num_kv_heads
+    rows = Counter(seen_tokens)
+    total = ROW_BYTES * sum(rows.values())
+    for (spec, one), num_lanes in lanes.items():
+        page = page_bytes(one, page_slots, model_bytes=model_bytes, slot_state_bytes=states[one])
+        lane = LENGTH_BYTES + spec.lane_state_bytes(one.head_dim)
+        total += num_lanes * sum(
+            num_rows * (lane + page * -(-spec.max_kept(seen) // page_slots)) for seen, num_rows in rows.items()
+        )
+    return total
+
+
+def token_bytes(layout: KVLayout, model_bytes: int) -> int:
+    """K and V of one more token while nothing is dropped or merged: payload alone, without pages and positions."""
+    return sum(
+        layout.layers[owner].num_kv_heads
+        * sum(layout.bits_of(owner).slot_bytes(layout.layers[owner].head_dim, model_bytes))
+        for owner in layout.owners
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What one model's KV cache costs under one layout."""
+
+    source: str
+    """The model, by the name it was asked for."""
+    layout: KVLayout
+    """The layout planned for."""
+    base_layout: KVLayout
+    """The model's layout before it was folded."""
+    model_bytes: int
+    """Bytes of one number in the model's dtype."""
+    model_tokens: int | None
+    """Context that the model was made for; None where its config doesn't say."""
+    page_slots: int = PAGE_SLOTS
+    """Entries in a page."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """K and V of one more token while nothing is dropped or merged, without pages and positions."""
+        return token_bytes(self.layout, self.model_bytes)
+
+    def bytes(self, seen_tokens: Sequence[int]) -> int:
+        """What the store allocates for rows of these lengths after a step; for DMC and DMS the most it may."""
+        return layout_bytes(self.layout, seen_tokens, self.model_bytes, self.page_slots)
+
+    def max_rows(self, memory_bytes: int, context_tokens: int) -> int:
+        """The most rows of `context_tokens` tokens that fit in `memory_bytes`."""
+        _refuse_negative(memory_bytes=memory_bytes, context_tokens=context_tokens)
+        return memory_bytes // self.bytes([context_tokens])
+
+    def max_context_tokens(self, memory_bytes: int, rows: int) -> int | None:
+        """The longest context of which `rows` rows fit in `memory_bytes`; 0 where not even empty rows do.
+
+        Where a method's budget bounds the memory every context fits: then what the model was made for, or None.
+        """
+        _refuse_negative(memory_bytes=memory_bytes)
+        if rows < 1:
+            raise ValueError(f"rows {rows}: a context is that of 1 row or more: write 1 or more")
+        a_row = memory_bytes // rows
+        fits, too_long = 0, 1
+        while self.bytes([too_long]) <= a_row:
+            fits, too_long = too_long, 2 * too_long
+            if too_long > UNBOUNDED_TOKENS:
+                return self.model_tokens
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            fits, too_long = (middle, too_long) if self.bytes([middle]) <= a_row else (fits, middle)
+        return fits
+
+    def compression(self, context_tokens: int) -> float:
+        """Times smaller than the base layout, in bytes, for one row of `context_tokens` tokens."""
+        full = layout_bytes(self.base_layout, [context_tokens], self.model_bytes, self.page_slots)
+        return full / self.bytes([context_tokens])
+
+
+UNBOUNDED_TOKENS = 2**50
+"""No memory holds this many tokens at a byte each: where they fit, the method's budget is what bounds the memory."""
+
+
+def plan(
+    source: Any,
+    time: str | None = None,
+    bits: str | None = None,
+    layers: str | None = None,
+    heads: int | None = None,
+    page_slots: int = PAGE_SLOTS,
+) -> Plan:
+    """The plan of a model: a config dict or object, a folder or config.json, a bundled or hub name, a loaded model.
+
+    `heads` and `layers` change who stores, then `time` and `bits` say for the remaining owners what and how.
+    """
+    if page_slots < 1:
+        raise ValueError(f"page_slots {page_slots}: a page has 1 slot or more: write e.g. {PAGE_SLOTS}")
+    name, config = read_config(source)
+    layout = config_layout(config)
+    if heads is not None:
+        layout = layout.with_heads(heads)
+    if layers is not None:
+        layout = KVLayout.parse(layers, layout)
+    if time is not None:
+        layout = layout.with_time(time)
+    if bits is not None:
+        layout = layout.with_bits(bits)
+    return Plan(
+        source=name,
+        layout=layout,
+        base_layout=base_layout(config),
+        model_bytes=value_bytes(config),
+        model_tokens=model_tokens(config),
+        page_slots=page_slots,
+    )
+
+
+def _refuse_negative(**amounts: int) -> None:
+    for name, amount in amounts.items():
+        if amount < 0:
+            raise ValueError(f"{name} {amount}: an amount is 0 or more: write a positive number")

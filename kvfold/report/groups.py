@@ -1,0 +1,72 @@
+"""Which result files make one picture: quality files that differ only in texts or methods are read as one.
+
+Files belong together when model, protocol, device and dtype agree; a row measured twice counts as the newer file has it.
+Every other kind stands alone, a picture a file.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from kvfold.report.results import KINDS, Result, rows_of, words
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """One section of the page."""
+
+    kind: str
+    """As in the files."""
+    sources: tuple[Result, ...]
+    """The files, oldest first."""
+    rows: tuple[Mapping, ...]
+    """Rows of all of them."""
+    passkey: tuple[Mapping, ...]
+    """Passkey rows, for quality."""
+    replaced: int
+    """Rows left out because a newer file has them too."""
+
+    @property
+    def newest(self) -> Mapping:
+        """The newest file's object: protocol, model and environment are read from it."""
+        return self.sources[-1].data
+
+    @property
+    def model(self) -> str:
+        """The model's name; "" if not said."""
+        return words(self.newest, "model", "name")
+
+
+def group_results(results: Iterable[Result]) -> list[Group]:
+    """Sections in the order of the kinds, within a kind the newest first."""
+    found: dict[object, list[Result]] = {}
+    for index, result in enumerate(results):
+        found.setdefault(_protocol(result.data) if result.kind == "quality" else index, []).append(result)
+    groups = [_group(members) for members in found.values()]
+    groups.sort(key=lambda group: group.sources[-1].created, reverse=True)
+    return sorted(groups, key=lambda group: KINDS.index(group.kind))
+
+
+def _protocol(data: Mapping) -> str:
+    environment = [words(data, "environment", key) for key in ("device", "dtype")]
+    return json.dumps([words(data, "model", "name"), data.get("protocol"), environment], sort_keys=True)
+
+
+def _group(members: list[Result]) -> Group:
+    rows, lost_rows = _newest_rows(members, "rows", ("method", "text") if members[0].kind == "quality" else ())
+    passkey, lost_keys = _newest_rows(members, "passkey", ("method", "length_tokens", "depth"))
+    return Group(
+        kind=members[0].kind, sources=tuple(members), rows=rows, passkey=passkey, replaced=lost_rows + lost_keys
+    )
+
+
+def _newest_rows(members: list[Result], key: str, same: tuple[str, ...]) -> tuple[tuple[Mapping, ...], int]:
+    """Rows of all files, a later file's in the place of an earlier one's with the same words under `same`."""
+    kept: dict[object, Mapping] = {}
+    total = 0
+    for member in members:
+        for index, row in enumerate(rows_of(member.data, key)):
+            about = tuple(words(row, name) for name in same)
+            kept[about if any(about) else (member.name, index)] = row
+            total += 1
+    return tuple(kept.values()), total - len(kept)

@@ -1,0 +1,64 @@
+"""Memory over time: bytes of the cache while a text is written, a line per method."""
+
+from collections.abc import Mapping, Sequence
+
+from kvfold.report.markup import Markup, tag
+from kvfold.report.numbers import count, size
+from kvfold.report.pictures.drawing import LETTER, Frame, end_labels, picture, polyline, ticks
+from kvfold.report.results import number
+from kvfold.report.series import family_of, label_of
+
+X_TITLE = "tokens seen"
+Y_TITLE = "bytes held by the cache"
+
+
+def memory_points(row: Mapping) -> list[tuple[float, float]]:
+    """(tokens, bytes) of one row, in order of tokens; pairs with a missing half are left out."""
+    both = [row.get("tokens"), row.get("allocated_bytes")]
+    if not all(isinstance(values, list) for values in both):
+        return []
+    pairs = [(number({"x": t}, "x"), number({"x": b}, "x")) for t, b in zip(*both, strict=False)]
+    return sorted((tokens, held) for tokens, held in pairs if tokens is not None and held is not None)
+
+
+def memory_picture(rows: Sequence[Mapping], colours: Mapping[str, int], width: float) -> Markup | None:
+    """One SVG, or None where no row has points."""
+    lines = [(row, points) for row in rows if (points := memory_points(row))]
+    if not lines:
+        return None
+    most_tokens = max(points[-1][0] for _, points in lines) or 1
+    most_bytes = max(held for _, points in lines for _, held in points) or 1
+    names = max(len(label_of(row)) for row, _ in lines) * LETTER
+    height = 300 if width < 500 else 380
+    frame = Frame(
+        left=64, right=width - names - 26, top=28, bottom=height - 44,
+        x_range=(0, most_tokens), y_range=(0, most_bytes * 1.05),
+    )  # fmt: skip
+    most_ticks = 3 if width < 500 else 6
+    x_ticks = [(value, count(value)) for value in ticks(0, most_tokens, most_ticks)]
+    parts = frame.axes(x_ticks, [(value, size(value)) for value in ticks(0, most_bytes, 5)], X_TITLE, Y_TITLE)
+    ends = []
+    for row, points in lines:
+        colour = colours.get(family_of(row), 0)
+        places = [(frame.x(tokens), frame.y(held)) for tokens, held in points]
+        parts.append(polyline(places, f"line{' dashed' if '%' in label_of(row) else ''} c{colour}"))
+        parts.extend(_hovers(row, points, places))
+        ends.append((*places[-1], label_of(row), colour))
+    parts.extend(end_labels(ends, frame.top, frame.bottom - 2))
+    return picture(width, height, "Bytes held by the cache over tokens seen. The table below has the numbers.", *parts)
+
+
+def _hovers(row: Mapping, points: list[tuple[float, float]], places: list[tuple[float, float]]) -> list[Markup]:
+    """About a dozen invisible spots along a line that say what it is there."""
+    step = max(1, len(points) // 12)
+    return [
+        tag(
+            "circle",
+            tag("title", f"{label_of(row)}: {size(held)} after {count(tokens)} tokens"),
+            class_="spot",
+            cx=x,
+            cy=y,
+            r=9,
+        )
+        for (tokens, held), (x, y) in list(zip(points, places, strict=True))[::step]
+    ]

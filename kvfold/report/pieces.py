@@ -1,0 +1,78 @@
+"""Pieces of the page that every section uses: a figure in two widths, a table behind it, where it comes from."""
+
+from collections.abc import Callable, Sequence
+
+from kvfold.report.groups import Group
+from kvfold.report.markup import Markup, join, tag
+from kvfold.report.numbers import MISSING, count
+from kvfold.report.results import number, words
+from kvfold.report.sheets import Sheet
+
+WIDE, NARROW = 760.0, 350.0
+"""Pixels of a picture on a page of ordinary width, and on a phone, where it is drawn anew so that letters keep their size."""
+
+
+def section(title: str, *parts: str | None) -> Markup:
+    """A part of the page under its heading."""
+    return tag("section", tag("h2", title), *parts)
+
+
+def figure(draw: Callable[[float], Sequence[Markup]], caption: Markup, wide: float = WIDE) -> Markup:
+    """The pictures that `draw(width)` gives, side by side as far as there is room, and their caption."""
+    pair = [
+        tag("div", *(tag("div", one, class_="panel") for one in draw(width)), class_=f"panels {name}")
+        for width, name in ((wide, "wide"), (NARROW, "narrow"))
+    ]
+    return tag("figure", *pair, tag("figcaption", caption))
+
+
+def behind(*sheets: Sheet) -> Markup:
+    """The tables behind a picture, folded away until asked for."""
+    titled = len(sheets) > 1
+    tables = [join([tag("h3", sheet.title) if titled else None, table(sheet), notes(sheet)]) for sheet in sheets]
+    return tag("details", tag("summary", "The tables behind it" if titled else "The table behind it"), *tables)
+
+
+def table(sheet: Sheet) -> Markup:
+    """A sheet as an HTML table that scrolls sideways where it must; the first column stays."""
+    sides = ["text" if column.is_text else None for column in sheet.columns]
+    heads = [
+        tag("th", column.head, scope="col", class_=side, title=column.note or None)
+        for column, side in zip(sheet.columns, sides, strict=True)
+    ]
+    lines = [tag("tr", *(_cell(cell, side, first=not at) for at, (cell, side) in enumerate(zip(row, sides, strict=True)))) for row in sheet.rows]
+    whole = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *lines), aria_label=sheet.title)
+    return tag("div", whole, class_="scroll")
+
+
+def _cell(text: str, side: str | None, first: bool) -> Markup:
+    shown = tag("span", text, class_="missing") if text == MISSING else text
+    return tag("th", shown, scope="row", class_=side) if first else tag("td", shown, class_=side)
+
+
+def notes(sheet: Sheet) -> Markup | None:
+    """What the columns mean, for readers who can't hover."""
+    said = [join([tag("b", column.head), f": {column.note} "]) for column in sheet.columns if column.note]
+    return tag("p", *said, class_="notes") if said else None
+
+
+def source_line(group: Group) -> Markup:
+    """Files, day, commit and the command that makes them again."""
+    parts = []
+    for source in group.sources:
+        commit = words(source.data, "git_commit")
+        about = [source.name, f"measured {source.created[:16].replace('T', ' ')}" if source.created else "", f"commit {commit[:8]}" if commit else ""]
+        command = words(source.data, "command")
+        again = [". Again with ", tag("code", command), "."] if command else ["."]
+        parts.append(tag("p", ", ".join(filter(None, about)), *again, class_="source"))
+    if group.replaced:
+        parts.append(tag("p", f"{count(group.replaced)} older rows are replaced by newer measurements of the same.", class_="source"))
+    return join(parts)
+
+
+def protocol_text(group: Group) -> str:
+    """`32 windows of 1,024 tokens, read 32 at a time`, as far as the result says."""
+    windows, context, batch = (number(group.newest, "protocol", key) for key in ("windows", "context_tokens", "batch"))
+    texts = [f"{count(windows)} windows" if windows else "", f"of {count(context)} tokens" if context else ""]
+    said = " ".join(filter(None, texts))
+    return said + (f", {count(batch)} at a time" if batch and said else "")

@@ -1,0 +1,183 @@
+"""Reading and writing of results/*.json: what every measurement leaves behind, and all that the report reads.
+
+A result is one JSON object with `kind`, when, how and where it was made, and `rows`. Reading is loose: unknown keys are
+ignored, missing ones read as None, so that results of other versions still make a page. How anything is measured is
+none of this room's business.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+KINDS = ("quality", "memory", "kept", "decode", "plan")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """One readable result file."""
+
+    name: str
+    """The file's name, to say where a figure comes from."""
+    data: Mapping
+    """The JSON object as it was read."""
+
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`."""
+        return self.data["kind"]
+
+    @property
+    def created(self) -> str:
+        """When it was measured, ISO 8601 as written; "" if unknown."""
+        return words(self.data, "created")
+
+    @property
+    def rows(self) -> list[Mapping]:
+        """The measured rows; whatever is not an object is left out."""
+        return rows_of(self.data)
+
+
+def rows_of(data: Mapping, key: str = "rows") -> list[Mapping]:
+    """The list of objects under `key`, without anything in it that is not an object."""
+    rows = data.get(key)
+    return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+
+
+def number(data: object, *keys: str) -> float | int | None:
+    """The number found by following `keys`; None where one is missing or what stands there is no finite number."""
+    for key in keys:
+        data = data.get(key) if isinstance(data, Mapping) else None
+    if isinstance(data, bool) or not isinstance(data, int | float) or not math.isfinite(data):
+        return None
+    return data
+
+
+def words(data: object, *keys: str) -> str:
+    """The text found by following `keys` (a number is written out); "" where there is none."""
+    for key in keys:
+        data = data.get(key) if isinstance(data, Mapping) else None
+    if data is None or isinstance(data, Mapping | list):
+        return ""
+    return str(data)
+
+
+def grid(data: Mapping, key: str) -> list[list[float | None]]:
+    """A list of lists of numbers; None in a cell that holds none."""
+    value = data.get(key)
+    if not isinstance(value, list):
+        return []
+    return [[number({"x": cell}, "x") for cell in line] for line in value if isinstance(line, list)]
+
+
+def read_results(path: Path) -> tuple[list[Result], list[str]]:
+    """The results in a folder (its *.json) or in one file, oldest first, and one line for each file that is no result.
+
+    ValueError if nothing readable is there.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder; results are written by `kvfold eval` and `kvfold bench`")
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    results, problems = [], []
+    for file in files:
+        outcome = _read_file(file)
+        (results if isinstance(outcome, Result) else problems).append(outcome)
+    if not results:
+        why = f" ({problems[0]})" if problems else ""
+        raise ValueError(f"{path}: no readable results{why}; make some with `kvfold eval` or `kvfold bench`")
+    return sorted(results, key=lambda result: result.created), problems
+
+
+def _read_file(file: Path) -> Result | str:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError):
+        return f"{file.name}: not readable as JSON"
+    if not isinstance(data, dict) or data.get("kind") not in KINDS:
+        return f'{file.name}: no "kind" among {", ".join(KINDS)}'
+    return Result(name=file.name, data=data)
+
+
+def write_result(path: Path, kind: str, payload: Mapping, command: str) -> Path:
+    """Write one result with time, commit and environment added; the file is complete or not there at all.
+
+    `payload` holds the rows and what else the kind has; its own `environment` (device, dtype, threads) is kept.
+    Numbers that are not finite become null, since JSON has no word for them.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is unknown: a result is one of {', '.join(KINDS)}")
+    data = {
+        "kind": kind,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "git_commit": _git_commit(),
+        **payload,
+        "environment": {**_environment(), **(payload.get("environment") or {})},
+    }
+    return write_whole(Path(path), json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, content: str | bytes) -> Path:
+    """Write under a temporary name in the same folder, then rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _environment() -> dict:
+    versions = {name: _version(name) for name in ("torch", "transformers", "kvfold")}
+    return {"python": platform.python_version(), **versions, "cpu": _cpu_name(), "cores": os.cpu_count()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name") and ":" in line]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """The commit this very file is tracked in, `-dirty` if the package differs from it; None outside a checkout.
+
+    An installed copy may lie inside somebody else's repository, hence the question whether git knows the file.
+    """
+    here = Path(__file__).resolve()
+
+    def git(*args: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", str(here.parent), *args], capture_output=True, text=True, timeout=10)
+
+    try:
+        if git("ls-files", "--error-unmatch", here.name).returncode != 0:
+            return None
+        head = git("rev-parse", "HEAD")
+        dirty = git("diff", "--quiet", "HEAD", "--", str(here.parents[1])).returncode != 0
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if head.returncode != 0 else head.stdout.strip() + ("-dirty" if dirty else "")

@@ -1,0 +1,208 @@
+"""The tables behind the pictures, as plain text cells: made once, printed by the terminal and by the page alike."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kvfold.report.numbers import MISSING, count, difference, middle, percent, size, three, times
+from kvfold.report.pictures.decode import point_name
+from kvfold.report.pictures.kept import head_map
+from kvfold.report.pictures.memory import memory_points
+from kvfold.report.results import grid, number, words
+from kvfold.report.series import label_of
+
+MOST_LINES = 200
+"""Lines of a table over time; longer ones show evenly spaced lines, and say so."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """One column."""
+
+    head: str
+    """What stands above it."""
+    note: str = ""
+    """What it means, one sentence; "" where the head says it all."""
+    brief: bool = True
+    """Whether a terminal of ordinary width shows it too."""
+    is_text: bool = False
+    """Words, set to the left; numbers are set to the right."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sheet:
+    """One table."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+    """Cells, as many in a row as there are columns."""
+
+
+QUALITY_COLUMNS = (
+    Column(head="method", is_text=True),
+    Column(head="text", is_text=True),
+    Column(head="trained", note="Whether the model was trained for the method.", brief=False, is_text=True),
+    Column(head="perplexity", note="How surprised the model is by the next token; lower is better."),
+    Column(head="change", note="Perplexity against the unfolded model on the same windows, ± one standard error."),
+    Column(head="loss difference", note="The same as a difference of the loss, nats a token.", brief=False),
+    Column(head="bits a byte", note="Loss spread over the bytes of the text.", brief=False),
+    Column(head="KL", note="Mean divergence of the next-token distribution from the unfolded model's, nats."),
+    Column(head="same top-1", note="Share of positions at which the likeliest next token is the unfolded model's."),
+    Column(head="kept", note="Tokens that one head holds at the end of a window, mean over heads."),
+    Column(head="compression", note="Tokens seen over tokens kept at the end of each window."),
+    Column(head="over time", note="The same as a mean over the whole window.", brief=False),
+    Column(head="bytes held", note="What the cache has allocated at the end of a window."),
+    Column(head="full cache", note="Bytes of the same tokens with nothing folded.", brief=False),
+    Column(head="tokens/s", note="Tokens scored per second while measuring quality; not a decode speed."),
+    Column(head="scored", note="Tokens scored.", brief=False),
+    Column(head="seconds", note="Time that the measurement took.", brief=False),
+)
+
+
+def quality_sheet(rows: Sequence[Mapping]) -> Sheet:
+    """Every number of the quality rows."""
+    return Sheet(title="Quality", columns=QUALITY_COLUMNS, rows=tuple(_quality_cells(row) for row in rows))
+
+
+def _quality_cells(row: Mapping) -> tuple[str, ...]:
+    trained = row.get("trained")
+    change, loss = (
+        [number(row, key, part) for part in ("mean", "standard_error")]
+        for key in ("perplexity_change_percent", "loss_difference")
+    )
+    return (
+        label_of(row),
+        words(row, "text") or "unnamed",
+        ("yes" if trained else "no") if isinstance(trained, bool) else MISSING,
+        three(number(row, "perplexity")),
+        difference(*change, "%"),
+        difference(*loss),
+        three(number(row, "bits_per_byte")),
+        three(number(row, "kl")),
+        percent(number(row, "top1_agreement")),
+        count(number(row, "kept_tokens")),
+        times(number(row, "compression")),
+        times(number(row, "compression_mean_over_time")),
+        size(number(row, "allocated_bytes")),
+        size(number(row, "full_bytes")),
+        three(number(row, "tokens_per_second")),
+        count(number(row, "tokens")),
+        three(number(row, "seconds")),
+    )
+
+
+def passkey_sheet(rows: Sequence[Mapping], labels: Mapping[str, str]) -> Sheet:
+    """Keys found per method, length and depth; `labels` gives the name of a method's text form."""
+    heads = ("length, tokens", "depth", "found", "tries")
+    columns = (Column(head="method", is_text=True), *(Column(head=head) for head in heads))
+    cells = tuple(
+        (
+            labels.get(words(row, "method"), label_of(row)),
+            count(number(row, "length_tokens")),
+            percent(number(row, "depth")),
+            count(number(row, "found")),
+            count(number(row, "tries")),
+        )
+        for row in rows
+    )
+    return Sheet(title="Passkey retrieval", columns=columns, rows=cells)
+
+
+def memory_sheet(rows: Sequence[Mapping]) -> Sheet:
+    """Bytes held, a line per number of tokens, a column per method."""
+    series = [(label_of(row), dict(memory_points(row))) for row in rows]
+    tokens = sorted({at for _, points in series for at in points})
+    step = -(-len(tokens) // MOST_LINES) or 1
+    title = "Memory over time" + (f" (every {step}th measured point, and the last)" if step > 1 else "")
+    shown = sorted({*tokens[::step], *tokens[-1:]})
+    columns = (Column(head="tokens seen"), *(Column(head=label) for label, _ in series))
+    return Sheet(
+        title=title,
+        columns=columns,
+        rows=tuple((count(at), *(size(points.get(at)) for _, points in series)) for at in shown),
+    )
+
+
+def kept_sheets(row: Mapping) -> list[Sheet]:
+    """One method's kept counts and, where it has them, scores: a line per layer, a column per head."""
+    one = head_map(row)
+    if one is None:
+        return []
+    sheets = []
+    for key, name in (("kept", "tokens kept"), ("score", words(row, "value_name") or "score")):
+        cells = grid(row, key)
+        if cells:
+            num_heads = max(len(line) for line in cells)
+            columns = (Column(head="layer"), *(Column(head=f"head {head}") for head in range(num_heads)))
+            write = count if key == "kept" else three
+            lines = tuple(
+                (str(owner), *(_cell(line, head, write, key) for head in range(num_heads)))
+                for owner, line in zip(one.owners, cells, strict=False)
+            )
+            seen = number(row, "seen_tokens")
+            of = f" of {count(seen)} seen" if key == "kept" and seen else ""
+            sheets.append(Sheet(title=f"{label_of(row)}: {name}{of}", columns=columns, rows=lines))
+    return sheets
+
+
+def _cell(line: Sequence[float | None], head: int, write, key: str) -> str:
+    absent = head >= len(line) or (key == "kept" and line[head] == -1)
+    return "–" if absent else write(line[head])
+
+
+DECODE_COLUMNS = (
+    Column(head="point", is_text=True),
+    Column(head="batch", note="Rows read and written together.", brief=False),
+    Column(head="context", note="Tokens of the prompt, a row.", brief=False),
+    Column(head="new", note="Tokens generated, a row.", brief=False),
+    Column(head="kvfold, tokens/s", note="Median of the runs, smallest and largest behind it."),
+    Column(head="transformers, tokens/s", note="Median of the runs, smallest and largest behind it."),
+    Column(head="ratio", note="kvfold over transformers, both from one run."),
+    Column(head="kvfold, ms a step", brief=False),
+    Column(head="transformers, ms a step", brief=False),
+    Column(head="kvfold, cache", note="Bytes of the cache at the end."),
+    Column(head="transformers, cache", note="Bytes of the cache at the end."),
+    Column(head="kvfold, peak", note="Peak memory of the process.", brief=False),
+    Column(head="transformers, peak", note="Peak memory of the process.", brief=False),
+)
+
+
+def decode_sheet(rows: Sequence[Mapping]) -> Sheet:
+    """Speed, step time and memory of both sides at each point."""
+
+    def figure(row: Mapping, *keys: str, unit: str = "") -> str:
+        return middle(*(number(row, *keys, edge) for edge in ("min", "median", "max")), unit)
+
+    cells = tuple(
+        (
+            point_name(row),
+            *(count(number(row, key)) for key in ("batch", "context_tokens", "new_tokens")),
+            *(figure(row, side, "tokens_per_second") for side in ("ours", "theirs")),
+            figure(row, "ratio", unit="×"),
+            *(figure(row, side, "step_ms") for side in ("ours", "theirs")),
+            *(size(number(row, side, "allocated_bytes")) for side in ("ours", "theirs")),
+            *(size(number(row, side, "peak_bytes")) for side in ("ours", "theirs")),
+        )
+        for row in rows
+    )
+    return Sheet(title="Decode speed", columns=DECODE_COLUMNS, rows=cells)
+
+
+def plan_sheet(rows: Sequence[Mapping]) -> Sheet:
+    """Planned bytes, a line per way of folding."""
+    columns = (
+        Column(head="cache", is_text=True),
+        Column(head="bytes a token", note="Keys and values that one more token adds while nothing is dropped."),
+        Column(head="bytes in all", note="At the planned batch and context, everything counted."),
+        Column(head="largest batch", note="Rows that fit into the planned memory."),
+    )
+    cells = tuple(
+        (
+            words(row, "name") or "unnamed",
+            count(number(row, "bytes_per_token")),
+            size(number(row, "bytes")),
+            count(number(row, "max_rows")),
+        )
+        for row in rows
+    )
+    return Sheet(title="Plan", columns=columns, rows=cells)

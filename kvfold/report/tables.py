@@ -1,0 +1,47 @@
+"""The report's tables for a terminal (rich). Each function takes a result's JSON object, as written or as just measured."""
+
+from collections.abc import Mapping
+
+from rich.table import Table
+from rich.text import Text
+
+from kvfold.report.results import rows_of, words
+from kvfold.report.series import label_of
+from kvfold.report.sheets import Sheet, decode_sheet, passkey_sheet, plan_sheet, quality_sheet
+
+
+def quality_table(result: Mapping, brief: bool = True) -> Table:
+    """Quality of each method on each text; `brief` leaves out what doesn't fit a terminal of ordinary width."""
+    return rich_table(quality_sheet(rows_of(result)), brief=brief)
+
+
+def passkey_table(result: Mapping) -> Table:
+    """Passkeys found, for a quality result that has them."""
+    return rich_table(passkey_sheet(rows_of(result, "passkey"), method_labels(rows_of(result))))
+
+
+def decode_table(result: Mapping, brief: bool = True) -> Table:
+    """Decode speed of kvfold and its peer."""
+    return rich_table(decode_sheet(rows_of(result)), brief=brief)
+
+
+def plan_table(result: Mapping) -> Table:
+    """Planned bytes."""
+    return rich_table(plan_sheet(rows_of(result)))
+
+
+def method_labels(rows: list[Mapping]) -> dict[str, str]:
+    """The name of each method's text form, for rows that carry the text form alone."""
+    return {words(row, "method"): label_of(row) for row in rows if words(row, "method")}
+
+
+def rich_table(sheet: Sheet, brief: bool = False) -> Table:
+    """Any sheet as a rich table."""
+    shown = [index for index, column in enumerate(sheet.columns) if column.brief or not brief]
+    table = Table(title=Text(sheet.title), title_justify="left", header_style="bold")
+    for index in shown:
+        column = sheet.columns[index]
+        table.add_column(Text(column.head), justify="left" if column.is_text else "right", overflow="fold")
+    for row in sheet.rows:
+        table.add_row(*(Text(row[index]) for index in shown))
+    return table

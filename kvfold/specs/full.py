@@ -1,0 +1,36 @@
+"""Full attention: every token stays. The default, and the yardstick of every other method."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+from kvfold.specs.base import TimeSpec, refuse_args
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FullSpec(TimeSpec):
+    """Nothing is dropped or merged.
+
+    Source: arXiv 1706.03762, section 3.2.
+    Differs: none.
+    """
+
+    name: ClassVar[str] = "full"
+    title: ClassVar[str] = "full attention"
+    source: ClassVar[str] = "Vaswani et al. 2017, arXiv 1706.03762"
+    state_of: ClassVar[Literal["prefix", "steps"]] = "prefix"
+    trained: ClassVar[bool] = False
+    lossy: ClassVar[bool] = False
+
+    @classmethod
+    def parse(cls, args: str) -> Self:
+        """`full` alone."""
+        refuse_args(cls.name, args)
+        return cls()
+
+    def format(self) -> str:
+        """`full`."""
+        return self.name
+
+    def max_kept(self, seen: int) -> int:
+        """All of them; exact."""
+        return seen

@@ -1,0 +1,12 @@
+"""The one way an unknown name is refused: name what was given, what is known, and what was probably meant."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def unknown_name(what: str, name: str, known: Iterable[str], shown: Iterable[str] | None = None) -> ValueError:
+    """The one-line error for a `name` that no `what` has; `shown` replaces `known` where that is too long to read."""
+    known = sorted(known)
+    near = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    hint = f" (did you mean '{near[0]}'?)" if near else ""
+    return ValueError(f"unknown {what} '{name}'{hint}: use one of {', '.join(shown or known)}")
