@@ -1,0 +1,51 @@
+"""kvfold: the KV cache of language models, folded along heads, layers, time and bits.
+
+Importing kvfold does nothing: names resolve when they are first used, and only then torch or transformers are loaded.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvfold.cache.hf import FoldCache
+    from kvfold.cache.pages import CacheFull
+    from kvfold.layout import KVLayout
+    from kvfold.models.config import FoldConfig
+    from kvfold.models.decoder import FoldForCausalLM
+    from kvfold.models.load import load, load_tokenizer
+    from kvfold.planner import Plan, plan
+    from kvfold.specs.registry import parse_time
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CacheFull": "kvfold.cache.pages",
+    "FoldCache": "kvfold.cache.hf",
+    "FoldConfig": "kvfold.models.config",
+    "FoldForCausalLM": "kvfold.models.decoder",
+    "KVLayout": "kvfold.layout",
+    "Plan": "kvfold.planner",
+    "load": "kvfold.models.load",
+    "load_tokenizer": "kvfold.models.load",
+    "parse_time": "kvfold.specs.registry",
+    "plan": "kvfold.planner",
+}
+
+__all__ = [*_HOMES, "register"]
+
+
+def register() -> None:
+    """Teach transformers' Auto classes the model type `kvfold`; `kvfold.load` needs no such call."""
+    import_module("kvfold.models")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvfold' has no attribute '{name}'")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

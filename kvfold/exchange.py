@@ -91,8 +91,10 @@ def _write_source_layers(layout: KVLayout) -> dict[str, Any]:
 
 
 def _write_trailing(layout: KVLayout) -> dict[str, Any]:
-    owners, num_readers = _owners(layout), layout.num_layers - len(layout.owners)
-    if num_readers and owners != trailing([layer.kind for layer in layout.layers], num_readers):
+    owners, num_owners = _owners(layout), len(layout.owners)
+    num_readers, kinds = layout.num_layers - num_owners, [layer.kind for layer in layout.layers]
+    readers_last = layout.owners == tuple(range(num_owners))
+    if num_readers and not (readers_last and owners == trailing(kinds, num_readers)):
         raise ValueError(
             f"layers '{layout.layers_text()}': num_kv_shared_layers can only say that the last layers read the nearest "
             "earlier owner of their kind: write kv_source_layers instead, or convert with --layers trailing:N"
@@ -110,8 +112,8 @@ def _write_dolomite(layout: KVLayout) -> dict[str, Any]:
         if owners[layer] < owners[layer - 1]:
             text = explicit_text(owners, [False] * len(owners))
             raise ValueError(
-                f"layers '{text}': dolomite's sharing_pattern must not decrease, but layer {layer} reads {owners[layer]} "
-                f"after {owners[layer - 1]}: write kv_source_layers instead, or share neighbours only"
+                f"layers '{text}': dolomite's sharing_pattern must not decrease, but layer {layer} reads "
+                f"{owners[layer]} after {owners[layer - 1]}: write kv_source_layers instead, or share neighbours only"
             )
     return {"sharing_pattern": list(owners)}
 

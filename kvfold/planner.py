@@ -17,9 +17,9 @@ PAGE_SLOTS = 16
 """Entries in a page, unless a store is told otherwise."""
 POSITION_BYTES = 4
 """Position of one stored entry, int32."""
-PAGE_OVERHEAD_BYTES = 16
-"""For each page held: its reference count, its entry in the free list, and two in the block tables (which are
-rectangular, so that uneven rows leave gaps), int32 each."""
+PAGE_OVERHEAD_BYTES = 40
+"""For each page held: its reference count, its entry in the free list, and eight in the block tables (which are
+rectangular, so that uneven rows and heads leave gaps), int32 each."""
 LENGTH_BYTES = 4
 """Length of one lane (a row's entries of one owner and kv head), int32."""
 ROW_BYTES = 8

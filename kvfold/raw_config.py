@@ -7,6 +7,7 @@ installed transformers refuses. What a config leaves out takes the value that tr
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def read_config(source: Any) -> tuple[str, dict[str, Any]]:
         config = source.config.to_dict()
         if getattr(source, "dtype", None) is not None:
             config["dtype"] = str(source.dtype)
-    elif isinstance(source, str | Path):
+    elif isinstance(source, str | PathLike):
         return str(source), _named_config(str(source))
     else:
         raise ValueError(f"source {source!r}: a plan reads a config, a path, a name or a model: give one of them")
@@ -178,9 +179,7 @@ def _text_config(config: Config) -> dict[str, Any]:
     """The language model's part of a config, with the defaults of its model type filled in."""
     nested = config.get("text_config")
     text = nested if isinstance(nested, Mapping) and "num_hidden_layers" not in config else config
-    return DEFAULTS.get(text.get("model_type"), {}) | {
-        key: value for key, value in text.items() if value is not None or key in ("sliding_window", "layer_types")
-    }
+    return DEFAULTS.get(text.get("model_type"), {}) | dict(text)
 
 
 def _refuse_foreign(config: Config) -> None:
@@ -231,11 +230,11 @@ def layer_windows(config: Config, num_layers: int) -> tuple[int | None, ...]:
         slides = [kind == "sliding_attention" for kind in types]
     elif window is None or not config.get("use_sliding_window", True):
         slides = [False] * num_layers
-    elif "sliding_window_pattern" in config:
+    elif config.get("sliding_window_pattern") is not None:
         pattern = _number(config, "sliding_window_pattern")
         slides = [(index + 1) % pattern != 0 for index in range(num_layers)]
     else:
-        first = config.get("max_window_layers", 0) if "use_sliding_window" in config else 0
+        first = config.get("max_window_layers") or 0
         slides = [index >= first for index in range(num_layers)]
     if len(slides) != num_layers:
         raise ValueError(

@@ -72,14 +72,15 @@ class Bank:
         index = torch.arange(self.table.shape[-1], device=flat.device)
         lane, index = (index < count[:, None]).nonzero(as_tuple=True)
         lane = flat[lane]
-        return lane, index, self._table_flat()[lane, index]
+        return lane, index, self.table_flat()[lane, index]
 
-    def _table_flat(self) -> Tensor:
-        return self.table.view(-1, self.table.shape[-1])
+    def table_flat(self) -> Tensor:
+        owners, rows, heads, pages = self.table.shape
+        return self.table.view(owners * rows * heads, pages)
 
     def stored_slots(self, lanes: Tensor, stored: int) -> tuple[Tensor, Tensor]:
         """Flat slots [..., S] of these lanes' entries, and which are filled; S = `stored`, no less than any length."""
-        return lane_slots(self._table_flat()[lanes], self.length.view(-1)[lanes], stored, self.pool.slots)
+        return lane_slots(self.table_flat()[lanes], self.length.view(-1)[lanes], stored, self.pool.slots)
 
     # -- moving entries ------------------------------------------------------------------------------------------
 
@@ -91,7 +92,7 @@ class Bank:
             return
         ids = self.pool.take(total)
         step = torch.arange(total, device=ids.device) - (count.cumsum(0) - count).repeat_interleave(count)
-        self._table_flat()[lanes.repeat_interleave(count), first.repeat_interleave(count) + step] = ids
+        self.table_flat()[lanes.repeat_interleave(count), first.repeat_interleave(count) + step] = ids
 
     def append(self, lanes_BK: Tensor, chosen_BKT: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, position_BT: Tensor,
                score_BKT: Tensor | None) -> None:  # fmt: skip
@@ -99,13 +100,15 @@ class Bank:
         slots, length = self.pool.slots, self.length.view(-1)[lanes_BK].long()
         added = chosen_BKT.sum(dim=-1)
         first = (length + slots - 1) // slots
-        self.privatise(lanes_BK[(length % slots != 0) & (added > 0)], open_only=True)
+        self.privatise(lanes_BK[added > 0], open_only=True)
         self.extend(lanes_BK, first, (length + added + slots - 1) // slots - first)
+        # At once, so that pages just taken are given back with the row should the call die below.
+        self.length.view(-1)[lanes_BK] = (length + added).int()
         index = length.unsqueeze(-1) + chosen_BKT.cumsum(dim=-1) - 1
         lane_BKT, head_dim = lanes_BK.unsqueeze(-1).expand_as(chosen_BKT), k_BTKD.shape[-1]
         chosen = slice(None) if bool(chosen_BKT.all()) else chosen_BKT.reshape(-1)
         index, lane = index.reshape(-1)[chosen], lane_BKT.reshape(-1)[chosen]
-        target = self._table_flat()[lane, index // slots].long() * slots + index % slots
+        target = self.table_flat()[lane, index // slots].long() * slots + index % slots
         for pool, new_BTKD in ((self.pool.k, k_BTKD), (self.pool.v, v_BTKD)):
             new = new_BTKD.transpose(1, 2).reshape(-1, head_dim)[chosen]
             pool.view(-1, head_dim).index_copy_(0, target, new.to(pool.dtype))
@@ -114,7 +117,6 @@ class Bank:
         if self.pool.score is not None:
             score = torch.zeros_like(target, dtype=torch.float32) if score_BKT is None else score_BKT.reshape(-1)[chosen]
             self.pool.score.view(-1).index_copy_(0, target, score)
-        self.length.view(-1)[lanes_BK] = (length + added).int()
 
     def drop(self, lanes_X: Tensor, stay_XS: Tensor) -> None:
         """Keep only the entries marked to stay, closed up in their order; pages left empty are free at once."""
@@ -147,20 +149,25 @@ class Bank:
         """Give back all that these rows hold."""
         self.pool.give_back(self.page_ids(self.lanes(rows_B))[2])
         self.length[:, rows_B] = 0
+        longest = int(self._pages(self.length.max())) if self.length.numel() else 0
+        if longest < self.table.shape[-1] // 2:
+            self.table = self.table[..., :longest].clone()
         if self.has_shared and not bool((self.pool.references > 1).any()):
             self.has_shared = False
 
     def privatise(self, lanes: Tensor, *, open_only: bool = False) -> None:
-        """Copy the pages of these lanes that others hold too, before they are written; `open_only`: the last page alone."""
+        """Copy the pages of these lanes that others hold too, before they are written; `open_only`: only a last page that
+        has room.
+        """
         if not self.has_shared or lanes.numel() == 0:
             return
         lane, index, page = self.page_ids(lanes)
         mine = self.pool.references[page.long()] > 1
         if open_only:
-            mine &= index == self._pages(self.length.view(-1)[lane]) - 1
+            mine &= self._is_open(lane, index)
         copies = self.pool.take(int(mine.sum()))
         self.pool.copy_pages(page[mine], copies)
-        self._table_flat()[lane[mine], index[mine]] = copies
+        self.table_flat()[lane[mine], index[mine]] = copies
         self.pool.give_back(page[mine])
 
     def copies_ahead(self, lanes: Tensor) -> int:
@@ -170,8 +177,12 @@ class Bank:
         lane, index, page = self.page_ids(lanes)
         shared = self.pool.references[page.long()] > 1
         if not self.spec.lossy:
-            shared &= index == self._pages(self.length.view(-1)[lane]) - 1
+            shared &= self._is_open(lane, index)
         return int(shared.sum())
+
+    def _is_open(self, lane: Tensor, index: Tensor) -> Tensor:
+        """Whether page `index` of a lane is the one that the next entry goes into."""
+        return index == self.length.view(-1)[lane].long() // self.pool.slots
 
     def most_pages(self, seen: int) -> int:
         """Pages that one lane holds at most once `seen` tokens have been seen."""

@@ -4,6 +4,7 @@ Columns fed (padding included) are what transformers counts; tokens seen are the
 store holds. Letters: B rows, T columns of a call.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,9 +26,9 @@ class _LayerFace(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, cache: "FoldCache"):
+    def __init__(self, columns: int):
         super().__init__()
-        self._cache = cache
+        self._columns = columns
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the store is ready from the start."""
@@ -38,11 +39,11 @@ class _LayerFace(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Columns fed so far."""
-        return self._cache.columns
+        return self._columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns that a mask spans, and where they begin."""
-        return self._cache.columns + query_length, 0
+        return self._columns + query_length, 0
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -58,13 +59,20 @@ class FoldCache(Cache):
         poison: bool = False,
     ):  # fmt: skip
         """`rows`: expected; the first call may bring another number. `memory_bytes`: reserved once, never exceeded."""
-        super().__init__(layers=[_LayerFace(self) for _ in range(layout.num_layers)])
+        super().__init__(layers=[])
         self.layout, self._base_layout = layout, base_layout or layout.base()
         self.store = Store(
             layout, dtype=dtype, device=device, memory_bytes=memory_bytes, rows=rows, page_slots=page_slots, poison=poison
         )
         self.rows: list[int] = self.store.new_rows(rows)
         self.columns = 0
+        self.generated, self.end_tokens, self.pad_token = 0, None, None
+        """Of the present `generate`: tokens fed back so far, and the ids that end a row or fill it up."""
+
+    def __del__(self):
+        # A copy shares its store with others: its pages go back when it goes.
+        if getattr(self, "rows", None) and not sys.is_finalizing():
+            self.store.free_rows(self.rows)
 
     # -- what users ask ------------------------------------------------------------------------------------------
 
@@ -150,13 +158,33 @@ class FoldCache(Cache):
             return
         if self.columns:
             raise ValueError(f"the cache holds {len(self.rows)} rows and the call brings {num_rows}: give it as many rows")
-        self.store.free_rows(self.rows)
-        self.rows = self.store.new_rows(num_rows)
+        surplus, self.rows = self.rows[num_rows:], self.rows[:num_rows]
+        self.store.free_rows(surplus)
+        self.rows = self.rows + self.store.new_rows(num_rows - len(self.rows))
 
     def _rows_index(self) -> Tensor:
         return torch.tensor(self.rows, dtype=torch.int64, device=self.store.device)
 
     # -- what transformers asks ----------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> list[_LayerFace]:
+        """One face per decoder layer, made when asked for: held, they would keep the cache alive in a circle."""
+        return [_LayerFace(self.columns) for _ in range(self.layout.num_layers)]
+
+    @layers.setter
+    def layers(self, layers: list) -> None:
+        assert not layers, "transformers sets the list once, empty"
+
+    @property
+    def is_compileable(self) -> bool:
+        """No: lengths change from step to step."""
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        """No, see `crop`."""
+        return False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns fed so far, padding included: what was dropped has been fed all the same."""
@@ -202,8 +230,7 @@ class FoldCache(Cache):
     def copy(self) -> "FoldCache":
         """A second cache that continues from the same tokens in the same store; pages are shared until one side writes."""
         twin = object.__new__(FoldCache)
-        twin.__dict__.update(self.__dict__)
-        twin.layers = [_LayerFace(twin) for _ in self.layers]
+        twin.__dict__.update(self.__dict__ | {"rows": []})
         twin.rows = self.store.fork_rows(self.rows)
         return twin
 

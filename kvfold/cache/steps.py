@@ -32,7 +32,10 @@ class PlacedStep:
         border = grows & (length % slots == 0)
         if bool(border.any()):
             bank.extend(lanes_OBK[border], length[border] // slots, torch.ones_like(length[border]))
-        flat = bank.table.view(-1, bank.table.shape[-1])[lanes_OBK, place // slots].long() * slots + place % slots
+        if live_B is not None:
+            # The place of a dead row may lie past the table; nothing is written there.
+            place = place.masked_fill(~live_B[:, None], 0)
+        flat = bank.table_flat()[lanes_OBK, place // slots].long() * slots + place % slots
         position = position_B.int()[:, None].expand_as(flat)
         if live_B is None:
             pool.position.view(-1)[flat] = position
@@ -56,7 +59,7 @@ class PlacedStep:
             score_BKE=None,
             seen_B=(position_B + 1).repeat(owners),
         )
-        gone = filled & ~bank.policy.keep(entries).view(owners, batch, heads, -1)[..., :-1]
+        gone = filled & ~_kept(bank, entries, owners)[..., :-1]
         if live_B is not None:
             gone &= live_B[:, None, None]
         return _place(bank, lanes_OBK, gone)
@@ -95,7 +98,7 @@ class WeighedStep:
             score_BKE=score.flatten(0, 1),
             seen_B=(self._position_B + 1).repeat(owners),
         )
-        keep = bank.policy.keep(entries).view(owners, batch, heads, -1)
+        keep = _kept(bank, entries, owners)
         gone = filled & ~keep[..., :-1]
         stays = keep[..., -1] & (new[..., 0] >= 0)
         if self._live_B is not None:
@@ -108,7 +111,7 @@ class WeighedStep:
         grows = stays & (place == length)
         border = grows & (length % slots == 0)
         bank.extend(lanes[border], length[border] // slots, torch.ones_like(length[border]))
-        page = bank.table.view(-1, bank.table.shape[-1])[lanes[stays], place[stays] // slots]
+        page = bank.table_flat()[lanes[stays], place[stays] // slots]
         flat, pool = page.long() * slots + place[stays] % slots, bank.pool
         pool.k.view(-1, pool.k.shape[-1])[flat] = self.k_OBKD[stays]
         pool.v.view(-1, pool.v.shape[-1])[flat] = self.v_OBKD[stays]
@@ -116,6 +119,14 @@ class WeighedStep:
         if pool.score is not None:
             pool.score.view(-1)[flat] = self.received_OBKE[..., -1][stays]
         bank.length.view(-1)[lanes] = (length + grows).int()
+
+
+def _kept(bank: Bank, entries: Entries, owners: int) -> Tensor:
+    """The policy's answer as bool [O, B, K, E]."""
+    keep = bank.policy.keep(entries)
+    if keep is None:
+        keep = torch.ones_like(entries.position_BKE, dtype=torch.bool)
+    return keep.view(owners, -1, *keep.shape[1:])
 
 
 def _place(bank: Bank, lanes_OBK: Tensor, gone_OBKS: Tensor, stays_OBK: Tensor | None = None) -> Tensor:

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from kvfold.cache.bank import Bank
-from kvfold.cache.pages import CacheFull
+from kvfold.cache.pages import CacheFull, pages_for
 from kvfold.cache.pool import PageClass, PagePool
 from kvfold.layout import KVLayout
 from kvfold.planner import LENGTH_BYTES, PAGE_SLOTS, ROW_BYTES, layout_bytes, page_bytes, page_class, page_classes
+from kvfold.planner import PageClass as PlannedClass
 
 FIRST_PAGES = 64
 """Pages of a pool that has no budget, before it grows."""
+LONGEST_TEXT = 2**40
+"""Tokens; where even these fit, every method has a fixed budget."""
 
 
 class Store:
@@ -54,14 +57,11 @@ class Store:
     def _make_pools(self, rows: int, poison: bool) -> list[PagePool]:
         """One pool for each page class; a budget is split by what a token takes in each."""
         states = page_classes(self.layout)
-        limits: dict[object, int | None] = dict.fromkeys(states)
+        limits: dict[PlannedClass, int | None] = dict.fromkeys(states)
         if self.memory_bytes is not None:
-            weights = dict.fromkeys(states, 0)
-            for owner in self.layout.owners:
-                one = page_class(self.layout, owner)
-                weights[one] += self.layout.layers[owner].num_kv_heads * self._page_bytes[one]
             left = self.memory_bytes - rows * self._row_bytes()
-            limits = {one: left * weight // sum(weights.values()) // self._page_bytes[one] for one, weight in weights.items()}
+            needs = self._needs(max(left, 0), rows)
+            limits = {one: left * need // sum(needs.values()) // self._page_bytes[one] for one, need in needs.items()}
             if min(limits.values()) < 1:
                 raise ValueError(
                     f"memory_bytes={self.memory_bytes}: not one page fits beside the books of {rows} rows: give more memory"
@@ -74,6 +74,26 @@ class Store:
             )
             for one, state in states.items()
         ]  # fmt: skip
+
+    def _needs(self, memory_bytes: int, rows: int) -> dict[PlannedClass, int]:
+        """Bytes of pages in each class for `rows` rows as long as the memory allows: the shares of the classes in it."""
+
+        def needs(seen: int) -> dict[PlannedClass, int]:
+            found = dict.fromkeys(self._page_bytes, 0)
+            for owner in self.layout.owners:
+                one, heads = page_class(self.layout, owner), self.layout.layers[owner].num_kv_heads
+                pages = pages_for(self.layout.time_of(owner).max_kept(seen), self.page_slots)
+                found[one] += rows * heads * pages * self._page_bytes[one]
+            return found
+
+        seen = 1
+        while seen < LONGEST_TEXT and sum(needs(2 * seen).values()) <= memory_bytes:
+            seen *= 2
+        step = seen
+        while step := step // 2:
+            if sum(needs(seen + step).values()) <= memory_bytes:
+                seen += step
+        return needs(seen)
 
     def _make_banks(self) -> tuple[list[Bank], dict[int, tuple[Bank, int]]]:
         """Banks of like owners, and for each owner its bank and its place there."""

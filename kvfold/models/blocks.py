@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvfold.cache.views import KVView
 from kvfold.models.config import FoldConfig
+from kvfold.ops.linear import SkinnyLinear
 from kvfold.ops.rotation import Rotation
 
 
@@ -42,12 +43,14 @@ class FoldAttention(nn.Module):
         q_width = config.num_attention_heads * config.head_dim
         kv_width = config.layout.layers[layer].num_kv_heads * config.head_dim
         owner, normed = config.layout.is_owner(layer), config.qk_norm != "none"
-        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias) if owner else None
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias) if owner else None
-        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=config.o_bias)
+        self.q_proj = SkinnyLinear(config.hidden_size, q_width, bias=config.qkv_bias)
+        self.k_proj = SkinnyLinear(config.hidden_size, kv_width, bias=config.qkv_bias) if owner else None
+        self.v_proj = SkinnyLinear(config.hidden_size, kv_width, bias=config.qkv_bias) if owner else None
+        self.o_proj = SkinnyLinear(q_width, config.hidden_size, bias=config.o_bias)
         self.q_norm = FoldRMSNorm(q_width if self.norm_whole else config.head_dim, config) if normed else None
-        self.k_norm = FoldRMSNorm(kv_width if self.norm_whole else config.head_dim, config) if normed and owner else None
+        self.k_norm = (
+            FoldRMSNorm(kv_width if self.norm_whole else config.head_dim, config) if normed and owner else None
+        )
         self.kv_norm = FoldRMSNorm(config.hidden_size, config) if config.kv_norm and owner else None
 
     def forward(self, normed_BTC: Tensor, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None) -> Tensor:
@@ -72,9 +75,9 @@ class FoldMLP(nn.Module):
 
     def __init__(self, config: FoldConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = SkinnyLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = SkinnyLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = SkinnyLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x_BTC: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 from Llama, and the layout. How a family's own config maps to it stands in families.py.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -20,7 +20,7 @@ class FoldConfig(PreTrainedConfig):
     """
 
     model_type = "kvfold"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     family: str = "llama"
     """transformers' model_type of the architecture that the switches below describe."""
@@ -63,7 +63,7 @@ class FoldConfig(PreTrainedConfig):
     final_logit_softcap: float | None = None
     sliding_window: int | None = None
     layer_types: list[str] | None = None
-    """Attention type of each layer; None = sliding everywhere where there is a window, else full everywhere."""
+    """Attention type of each layer; None = full everywhere, or with a window sliding everywhere."""
     nope_layers: list[int] | None = None
     """Layers without rotary positions."""
     channel_freed: bool = False
@@ -74,8 +74,8 @@ class FoldConfig(PreTrainedConfig):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.nope_layers = self.nope_layers or []
-        if self.layer_types is None:
-            self.layer_types = [SLIDING_ATTENTION if self.sliding_window else FULL_ATTENTION] * self.num_hidden_layers
+        if self.layer_types is None and self.sliding_window is not None:
+            self.layer_types = [SLIDING_ATTENTION] * self.num_hidden_layers
         super().__post_init__(**kwargs)
         self.layout = self._plain_layout() if layout is None else layout
         self.base_layout = base_layout
@@ -113,7 +113,8 @@ class FoldConfig(PreTrainedConfig):
         return kwargs if nested else super().convert_rope_params_to_dict(**kwargs)
 
     def _plain_layout(self) -> KVLayout:
-        windows = [self.sliding_window if kind == SLIDING_ATTENTION else None for kind in self.layer_types]
+        kinds = self.layer_types or [FULL_ATTENTION] * self.num_hidden_layers
+        windows = [self.sliding_window if kind == SLIDING_ATTENTION else None for kind in kinds]
         return KVLayout.plain(self.num_hidden_layers, self.num_key_value_heads, self.head_dim, windows)
 
     def _checked(self, layout: KVLayout | dict) -> KVLayout:
@@ -126,7 +127,7 @@ class FoldConfig(PreTrainedConfig):
         for index, entry in enumerate(layout.layers):
             if entry.head_dim != self.head_dim or self.num_attention_heads % entry.num_kv_heads:
                 raise ValueError(
-                    f"layer {index} has {entry.num_kv_heads} KV heads of {entry.head_dim} channels in the layout: KV heads divide the "
-                    f"{self.num_attention_heads} query heads and have {self.head_dim} channels: give the layout of this model"
+                    f"layer {index} has {entry.num_kv_heads} KV heads of {entry.head_dim} channels in the layout: KV heads "
+                    f"divide the {self.num_attention_heads} query heads and have {self.head_dim} channels: give its own layout"
                 )
         return layout

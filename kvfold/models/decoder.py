@@ -5,6 +5,7 @@ Letters: B rows, T tokens of this call, C model width, V vocabulary.
 """
 
 import warnings
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,16 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from kvfold.cache.hf import FoldCache
 from kvfold.cache.views import DenseView, KVView
+from kvfold.layout import KVLayout
 from kvfold.models.blocks import FoldLayer, FoldRMSNorm
 from kvfold.models.config import FoldConfig
 from kvfold.models.generation import FoldGeneration
 from kvfold.models.rope import Rope
+from kvfold.ops.linear import SkinnyLinear
 from kvfold.ops.rotation import Rotation
+from kvfold.planner import PAGE_SLOTS
 
 
 class FoldPreTrainedModel(PreTrainedModel):
@@ -28,8 +33,8 @@ class FoldPreTrainedModel(PreTrainedModel):
     config: FoldConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["FoldLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar[list[str]] = ["FoldLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -38,15 +43,12 @@ class FoldPreTrainedModel(PreTrainedModel):
         if isinstance(module, FoldRMSNorm) and module.offset:
             init.zeros_(module.weight)
 
-    def new_cache(self, rows: int, memory_bytes: int | None = None, page_slots: int = 16):
+    def new_cache(self, rows: int, memory_bytes: int | None = None, page_slots: int = PAGE_SLOTS) -> FoldCache:
         """An empty cache for `rows` texts, a transformers `Cache`. With `memory_bytes` it reserves that much at once and never
         takes more; without, it grows.
         """
-        from kvfold.cache.hf import FoldCache
-
         return FoldCache(
             self.config.layout,
-            num_heads=self.config.num_attention_heads,
             dtype=self.dtype,
             device=self.device,
             rows=rows,
@@ -75,11 +77,10 @@ class FoldModel(FoldPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        past_key_values: FoldCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs,
     ) -> BaseModelOutputWithPast:
         """The residual stream after the last norm, [B, T, C]. `attention_mask` is [B, columns], 0 at padding; its last T columns
         are this call's. `position_ids` rules rotary positions only: order and windows follow the real tokens.
@@ -89,16 +90,16 @@ class FoldModel(FoldPreTrainedModel):
         real = _real_tokens(attention_mask, rows, tokens)
         cache = self._cache_of(past_key_values, use_cache, rows)
         layout, softcap = self._layout(), self.config.attention_softcap
-        seen = cache.seen_tokens if cache is not None and cache.columns else None
+        # A wrong number of rows is the cache's to refuse.
+        begun = cache is not None and cache.columns > 0 and cache.batch_size == rows
+        rotations = self._rotations(position_ids, real, cache.seen_tokens if begun else None, hidden)
         if cache is None:
             view = DenseView(layout, real_BT=real, scale=self._scale, softcap=softcap)
-            rotations = self._rotations(position_ids, real, seen, hidden)
             hidden, states = self._run_layers(hidden, view, rotations, output_hidden_states)
         else:
             # Pages are written in place, so no gradient could pass through them.
             call = cache.call(real, num_rows=rows, num_tokens=tokens, scale=self._scale, softcap=softcap)
             with torch.no_grad(), call as view:
-                rotations = self._rotations(position_ids, real, seen, hidden)
                 hidden, states = self._run_layers(hidden, view, rotations, output_hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, hidden_states=states)
 
@@ -107,7 +108,9 @@ class FoldModel(FoldPreTrainedModel):
             raise ValueError("input_ids and inputs_embeds: a call takes one of the two: give the other up")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if hidden.ndim != 3 or not hidden.shape[1]:
-            raise ValueError(f"an input of shape {tuple(hidden.shape[:-1])}: a call takes [rows, tokens], 1 token or more: feed some")
+            raise ValueError(
+                f"an input of shape {tuple(hidden.shape[:-1])}: a call takes [rows, tokens] with 1 token or more: feed some"
+            )
         multiplier = self.config.embedding_multiplier
         # Rounded to the dtype first, as the families that have one were trained.
         return hidden if multiplier == 1.0 else hidden * torch.tensor(multiplier, dtype=hidden.dtype).item()
@@ -139,7 +142,7 @@ class FoldModel(FoldPreTrainedModel):
             position_ids = position_ids[None]
         return self._rope.rotations(position_ids, hidden.dtype, continued=seen is not None)
 
-    def _layout(self):
+    def _layout(self) -> KVLayout:
         """The config's layout; who owns can't change under the weights, what is kept can."""
         layout = self.config.layout
         if layout.owners != self._owners:
@@ -149,41 +152,42 @@ class FoldModel(FoldPreTrainedModel):
             )
         return layout
 
-    def _cache_of(self, given, use_cache: bool | None, rows: int):
+    def _cache_of(self, given: FoldCache | None, use_cache: bool | None, rows: int) -> FoldCache | None:
         """The cache of this call: the one given, a fresh one where one is to come back, or None for the training view."""
-        steps = any(spec.state_of == "steps" for spec in self.config.layout.time)
         if given is None:
-            if self.training and steps:
-                self._warn_once("H2O and TOVA drop between calls: they are off in training")
-            elif steps:
-                self._warn_once("H2O and TOVA drop between calls: nothing is dropped within this one")
+            self._warn_of_steps()
             wanted = self.config.use_cache if use_cache is None else use_cache
             fresh = wanted and not self.training and not torch.is_grad_enabled()
             return self.new_cache(rows=rows) if fresh else None
-        if not hasattr(given, "seen_tokens"):
+        if not isinstance(given, FoldCache):
             raise ValueError(
                 f"past_key_values is a {type(given).__name__}: a kvfold model needs its own cache: "
                 "pass model.new_cache(rows=...) or leave it out"
             )
         if self.training and torch.is_grad_enabled():
-            raise ValueError("past_key_values in training: no gradient passes through a cache: leave it out, or call model.eval()")
+            raise ValueError(
+                "past_key_values in training: no gradient passes through a cache: leave it out, or call model.eval()"
+            )
         return given
 
-    def _warn_once(self, text: str) -> None:
-        if text not in self._warned:
-            self._warned.add(text)
-            warnings.warn(text, stacklevel=2)
+    def _warn_of_steps(self) -> None:
+        """Once for training, once for inference: without a cache, methods that drop between calls drop nothing."""
+        steps = sorted({spec.title for spec in self.config.layout.time if spec.state_of == "steps"})
+        if steps and self.training not in self._warned:
+            self._warned.add(self.training)
+            rule = "it is off in training" if self.training else "a call without a cache reads its own tokens whole"
+            warnings.warn(f"{' and '.join(steps)} drops tokens between calls: {rule}", stacklevel=3)
 
 
 class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GenerationMixin):
     """The decoder with its language model head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: FoldConfig):
         super().__init__(config)
         self.model = FoldModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = SkinnyLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -192,7 +196,7 @@ class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        past_key_values: FoldCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -203,6 +207,8 @@ class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GenerationMixin):
         """Logits [B, T or fewer, V], and with `labels` the loss. `logits_to_keep`: the last so many (0 = all), or the indices
         of the tokens wanted. What `kwargs` holds goes to the loss function, as in transformers.
         """
+        if kwargs.pop("output_attentions", None):
+            raise ValueError("output_attentions: attention weights are not kept: leave it out")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -214,7 +220,9 @@ class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GenerationMixin):
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self._scaled(self.lm_head(outputs.last_hidden_state[:, kept]))
+        # Behind a cache only the head would still learn: no gradient at all is the honest answer.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and outputs.past_key_values is None):
+            logits = self._scaled(self.lm_head(outputs.last_hidden_state[:, kept]))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -232,8 +240,10 @@ def _real_tokens(attention_mask: Tensor | None, rows: int, tokens: int) -> Tenso
     """The call's own columns of the mask, bool [B, T]; None where nothing is padding."""
     if attention_mask is None:
         return None
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or attention_mask.shape[1] < tokens:
-        shape = tuple(getattr(attention_mask, "shape", ()))
-        raise ValueError(f"attention_mask of shape {shape} for {rows} rows of {tokens} tokens: it is [rows, columns], 1 at real tokens: give that")
+    shape = tuple(getattr(attention_mask, "shape", ()))
+    if len(shape) != 2 or shape[0] != rows or shape[1] < tokens:
+        raise ValueError(
+            f"attention_mask of shape {shape} for {rows} rows of {tokens} tokens: it is [rows, columns], 1 where real: give that"
+        )
     real = attention_mask[:, -tokens:].bool()
     return None if real.all() else real

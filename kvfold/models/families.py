@@ -14,7 +14,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from kvfold.models.config import FULL_ATTENTION, SLIDING_ATTENTION, FoldConfig
 
 _SHARED = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *(
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ),
     *("head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "dtype"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "mlp_bias"),
 )
@@ -127,19 +134,29 @@ def _refuse(family: Family, theirs: PreTrainedConfig) -> None:
     name = theirs.model_type
     for attribute, reason in family.refused.items():
         if getattr(theirs, attribute, None):
-            raise ValueError(f"{name} with {attribute}={getattr(theirs, attribute)}: {reason}: choose another checkpoint")
+            raise ValueError(
+                f"{name} with {attribute}={getattr(theirs, attribute)}: {reason}: choose another checkpoint"
+            )
     foreign = set(getattr(theirs, "layer_types", None) or []) - {FULL_ATTENTION, SLIDING_ATTENTION}
     if foreign:
-        raise ValueError(f"{name} with layers of type {', '.join(sorted(foreign))}: kvfold has full and sliding attention: choose another checkpoint")
-    if getattr(theirs, "per_layer_config", None):
-        raise ValueError(f"{name} with per_layer_config: kvfold's layers differ in their KV only: choose another checkpoint")
+        raise ValueError(
+            f"{name} with layers of type {', '.join(sorted(foreign))}: only full and sliding attention are known: choose another"
+        )
+    if theirs.is_heterogeneous:
+        raise ValueError(
+            f"{name} with per_layer_config: kvfold's layers differ in their KV only: choose another checkpoint"
+        )
     rope = theirs.rope_parameters
     for parameters in rope.values() if _nested(rope) else [rope]:
         kind, part = parameters.get("rope_type", "default"), parameters.get("partial_rotary_factor", 1.0)
         if kind not in ("default", *ROPE_INIT_FUNCTIONS):
-            raise ValueError(f"{name} with rope_type '{kind}': this transformers knows {', '.join(ROPE_INIT_FUNCTIONS)}: choose another checkpoint")
+            raise ValueError(
+                f"{name} with rope_type '{kind}': transformers knows {', '.join(ROPE_INIT_FUNCTIONS)}: choose another"
+            )
         if part != 1.0 and not family.partial_rotary:
-            raise ValueError(f"{name} with partial_rotary_factor {part}: only {_partial_families()} turn a part of each head: correct config.json")
+            raise ValueError(
+                f"{name} with partial_rotary_factor {part}: only {_partial_families()} turn a part of each head: correct it"
+            )
 
 
 def _nested(rope_parameters: Mapping[str, Any]) -> bool:

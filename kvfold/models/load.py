@@ -4,6 +4,7 @@ Weights are read by transformers, as safetensors or GGUF only: nothing is ever u
 What a source is, and what may be wrong with it, is looked up in source.py before anything large is read.
 """
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +19,16 @@ from kvfold.layout import KVLayout
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.families import fold_config
-from kvfold.models.source import Source, find_source, one_line
+from kvfold.models.source import Source, check_source, find_source, one_line
 from kvfold.models.weights import fold_weights
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_UNREADABLE = (
+    *(OSError, RuntimeError, ValueError, TypeError, LookupError, struct.error),
+    *(SafetensorError, StrictDataclassError),
+)
+"""What transformers and the file formats raise at a file that is not what it should be."""
 
 
 def load(
@@ -44,14 +51,18 @@ def load(
     dtype = _wanted_dtype(dtype, device)
     found = find_source(source)
     with _quiet():
+        check_source(found)
         theirs = _read_config(found)
         config = theirs if isinstance(theirs, FoldConfig) else fold_config(theirs)
         config.layout = _folded(config.layout, time, bits)
         read = _read_kvfold if theirs is config else _read_foreign
         try:
-            model = read(found, theirs, config, dtype)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{found}: the weights can't be read ({one_line(error)}): fetch the checkpoint again") from error
+            model, report = read(found, theirs, config, dtype)
+        except _UNREADABLE as error:
+            raise ValueError(
+                f"{found}: the weights can't be read ({one_line(error)}): fetch the checkpoint again"
+            ) from error
+    _check_report(found, report, strict=theirs is config)
     return model.to(device).eval()
 
 
@@ -60,29 +71,36 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     found = find_source(source)
     try:
         with _quiet():
-            return AutoTokenizer.from_pretrained(found.name, trust_remote_code=False, **found.file)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{found}: no tokenizer can be read there ({one_line(error)}): put its tokenizer files beside it") from error
+            return AutoTokenizer.from_pretrained(found.name, trust_remote_code=False, **found.options)
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"{found}: no tokenizer can be read there ({one_line(error)}): put its files beside it"
+        ) from error
 
 
 def _read_config(found: Source) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(found.name, trust_remote_code=False, **found.file)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise ValueError(f"{found}: its config can't be understood ({one_line(error)}): correct config.json") from error
+        return AutoConfig.from_pretrained(found.name, trust_remote_code=False, **found.options)
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"{found}: its config can't be understood ({one_line(error)}): correct it or fetch it again"
+        ) from error
 
 
-def _read_kvfold(found: Source, theirs: FoldConfig, config: FoldConfig, dtype: torch.dtype | str) -> FoldForCausalLM:
-    model, report = FoldForCausalLM.from_pretrained(found.name, config=config, dtype=dtype, **_LOADING)
-    _check_report(found, report, strict=True)
-    return model
+def _read_kvfold(
+    found: Source, theirs: FoldConfig, config: FoldConfig, dtype: torch.dtype | str
+) -> tuple[FoldForCausalLM, dict]:
+    return FoldForCausalLM.from_pretrained(found.name, config=config, dtype=dtype, **_LOADING)
 
 
-def _read_foreign(found: Source, theirs: PreTrainedConfig, config: FoldConfig, dtype: torch.dtype | str) -> FoldForCausalLM:
+def _read_foreign(
+    found: Source, theirs: PreTrainedConfig, config: FoldConfig, dtype: torch.dtype | str
+) -> tuple[FoldForCausalLM, dict]:
     """Let transformers read the family's own model, and take its tensors over."""
-    options = _LOADING | {"use_safetensors": None} if found.file else _LOADING
-    model, report = AutoModelForCausalLM.from_pretrained(found.name, config=theirs, dtype=dtype, **options, **found.file)
-    _check_report(found, report, strict=False)
+    options = _LOADING if found.gguf is None else _LOADING | {"use_safetensors": None}
+    model, report = AutoModelForCausalLM.from_pretrained(
+        found.name, config=theirs, dtype=dtype, **options, **found.options
+    )
     with torch.device("meta"):
         ours = FoldForCausalLM(config)
     ours.generation_config, config.dtype = model.generation_config, model.dtype
@@ -91,7 +109,7 @@ def _read_foreign(found: Source, theirs: PreTrainedConfig, config: FoldConfig, d
     del model
     ours.load_state_dict(fold_weights(config, weights), assign=True)
     ours.tie_weights()
-    return ours
+    return ours, report
 
 
 _LOADING = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -117,7 +135,9 @@ def _folded(layout: KVLayout, time: str | None, bits: str | None) -> KVLayout:
     layout = layout if time is None else layout.with_time(time)
     layout = layout if bits is None else layout.with_bits(bits)
     if layout.bits != layout.base().bits:
-        raise ValueError(f"bits '{layout.bits_text()}': storage other than 'model' is planned, not there yet: leave it out")
+        raise ValueError(
+            f"bits '{layout.bits_text()}': storage other than 'model' is planned, not there yet: leave it out"
+        )
     return layout
 
 
@@ -132,7 +152,7 @@ def _wanted_device(device: str | torch.device | None) -> torch.device:
 
 
 def _wanted_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | str:
-    """"auto" is transformers' word for the checkpoint's own."""
+    """ "auto" is transformers' word for the checkpoint's own."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else "auto"
     dtype = _DTYPES.get(dtype, dtype)

@@ -57,8 +57,8 @@ class RopeGroup:
         border = self.rope_parameters["original_max_position_embeddings"]
         if continued and length > border and int(position_BT[:, 0].max()) <= border:
             raise ValueError(
-                f"a text of {length} tokens that was begun in an earlier call: this model turns keys otherwise beyond {border} tokens, "
-                f"so a stored text can't grow past that: feed it again in one call, or stay within {border}"
+                f"a text of {length} tokens that was begun in an earlier call: beyond {border} tokens this model turns all keys "
+                "otherwise, those already stored included: feed the whole text in one call"
             )
         return border + 1 if length > border else None
 

@@ -27,10 +27,14 @@ def fold_weights(config: FoldConfig, theirs: dict[str, Tensor]) -> dict[str, Ten
 
 
 _FUSED = {
-    "qkv_proj": (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads"), ("v_proj", "num_key_value_heads")),
+    "qkv_proj": (
+        ("q_proj", "num_attention_heads"),
+        ("k_proj", "num_key_value_heads"),
+        ("v_proj", "num_key_value_heads"),
+    ),
     "gate_up_proj": (("gate_proj", None), ("up_proj", None)),
 }
-"""A fused projection -> its parts from the top, and the attribute that counts a part's heads (None = the feed-forward's width)."""
+"""A fused projection -> its parts from the top, and the attribute that counts a part's heads (None: the feed-forward)."""
 
 
 def _split_name(name: str) -> tuple[str, str | None, str]:

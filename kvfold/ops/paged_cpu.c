@@ -141,8 +141,10 @@ static void join_spans(const decode_job *job, int64_t lane, int64_t spans, float
       for (int64_t i = first; i < last; i++) {
         const float weight = logits[g * stride + i] * share;
         if (i >= stored) { if (received) received[job->E - 1] += weight; }
-        else if (job->score) job->score[(int64_t)pages[i / N] * N + i % N] += weight;
-        else if (job->received_old) received[i] += weight;
+        else {
+          if (job->score) job->score[(int64_t)pages[i / N] * N + i % N] += weight;
+          if (received && job->received_old) received[i] += weight;
+        }
       }
     }
   }

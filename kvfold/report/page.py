@@ -8,11 +8,12 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from kvfold.report.explain import methods_section, words_section
 from kvfold.report.groups import Group, group_results
 from kvfold.report.markup import Markup, join, tag
 from kvfold.report.numbers import count
 from kvfold.report.results import number, read_results, words, write_whole
-from kvfold.report.sections import SECTIONS, methods_section, words_section
+from kvfold.report.sections import SECTIONS
 from kvfold.report.series import colours_of
 
 LEAD = (
@@ -37,7 +38,7 @@ def write_page(results: Path, out: Path) -> Path:
         heading=join([_title(groups)]),
         lead=join([LEAD]),
         facts=_facts(groups),
-        sections=join([*sections, methods_section(groups), words_section()]),
+        sections=join([*sections, methods_section(colours), words_section()]),
         footer=_footer(groups, problems),
     )
     return write_whole(Path(out), page)

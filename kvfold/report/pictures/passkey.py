@@ -22,16 +22,18 @@ def lengths_of(rows: Iterable[Mapping]) -> list[float]:
     return sorted({length for row in rows if (length := number(row, "length_tokens")) is not None})
 
 
-def found_share(rows: Iterable[Mapping]) -> float | None:
-    """Keys found over keys asked for, all rows together; None where nothing was tried."""
+def found_keys(rows: Iterable[Mapping]) -> tuple[float, float]:
+    """Keys found and keys asked for, all rows together; (0, 0) where nothing was tried."""
     pairs = [(number(row, "found"), number(row, "tries")) for row in rows]
     pairs = [(found, tries) for found, tries in pairs if found is not None and tries]
-    return sum(found for found, _ in pairs) / sum(tries for _, tries in pairs) if pairs else None
+    return sum(found for found, _ in pairs), sum(tries for _, tries in pairs)
 
 
 def unfolded_share(rows: Iterable[Mapping], length: float) -> float | None:
-    """What the unfolded model finds at one length."""
-    return found_share(row for row in rows if family_of(row) == UNFOLDED and number(row, "length_tokens") == length)
+    """Share of the keys that the unfolded model finds at one length; None where it wasn't asked."""
+    asked = (row for row in rows if family_of(row) == UNFOLDED and number(row, "length_tokens") == length)
+    found, tries = found_keys(asked)
+    return found / tries if tries else None
 
 
 def passkey_pictures(rows: Sequence[Mapping], labels: Mapping[str, str], width: float) -> list[Markup]:

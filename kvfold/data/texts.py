@@ -1,0 +1,86 @@
+"""Reading text files into documents, and saying in one line what is wrong with a file that can't be read.
+
+A `.json` or `.jsonl` file holds one JSON object a line with its text under `text`; any other file is one document of
+plain text. Each may be gzipped (`.gz`). How documents become tokens is not this file's business.
+"""
+
+import gzip
+import hashlib
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+_LINES = (".jsonl", ".json")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextFile:
+    """The documents of one file."""
+
+    name: str
+    """The file's name without folder and endings: `brown` for `valid/brown.jsonl.gz`."""
+    documents: tuple[str, ...]
+    """In the order of the file; none is blank."""
+    digest: str
+    """SHA-256 of the (unpacked) bytes, to know the same text again."""
+
+    @property
+    def joined(self) -> str:
+        """The documents with a blank line between them."""
+        return "\n\n".join(self.documents)
+
+
+def read_text_file(path: str | Path) -> TextFile:
+    """The documents of a text file. Raises `ValueError`, in one line, for a file that is missing, torn, empty or not UTF-8."""
+    path = Path(path)
+    data = _read_bytes(path)
+    endings = [ending for ending in path.suffixes[-2:] if ending != ".gz"]
+    documents = _documents_of_lines(path, data) if endings and endings[-1] in _LINES else [_decoded(path, data)]
+    documents = tuple(document for document in documents if document.strip())
+    if not documents:
+        raise ValueError(f"{path}: there is no text in it: give a file with text")
+    name = path.name.removesuffix(".gz")
+    return TextFile(name=Path(name).stem, documents=documents, digest=hashlib.sha256(data).hexdigest())
+
+
+def _read_bytes(path: Path) -> bytes:
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file: correct the path")
+    if path.is_dir():
+        raise ValueError(f"{path}: this is a folder: give a text file")
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: it can't be read ({' '.join(str(error).split())}): fetch it again") from error
+
+
+def _decoded(path: Path, data: bytes, start: int = 0) -> str:
+    """`start`: byte of the file at which `data` begins."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        at, byte = start + error.start, data[error.start]
+        raise ValueError(f"{path}: byte {at} (0x{byte:02x}) is not UTF-8: save the file as UTF-8") from error
+
+
+def _documents_of_lines(path: Path, data: bytes) -> list[str]:
+    documents, start = [], 0
+    for number, raw in enumerate(data.split(b"\n"), start=1):
+        line = _decoded(path, raw, start)
+        start += len(raw) + 1
+        if line.strip():
+            documents.append(_text_of(path, number, line))
+    return documents
+
+
+def _text_of(path: Path, number: int, line: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} line {number}: not JSON: each line is one object with its text under 'text'") from error
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f"{path} line {number}: no text under 'text': each line is one object with its text under 'text'")
+    return text

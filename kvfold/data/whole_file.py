@@ -1,0 +1,18 @@
+"""Writing a file so that a reader finds it whole or not at all, whenever the writer dies."""
+
+import os
+from pathlib import Path
+
+
+def write_whole_file(path: Path, text: str) -> None:
+    """Write under a temporary name beside `path`, to the disk, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,73 @@
+"""Measurements that outlive the run: one small JSON file for each, found again by everything that could change it.
+
+A cell that was measured is never measured again; a torn or foreign file counts as none.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kvfold.data.whole_file import write_whole_file
+from kvfold.layout import KVLayout
+
+_FORMAT = 1
+_VOLATILE = ("transformers_version", "_name_or_path", "layout", "base_layout")
+"""Parts of a config that don't change what the model computes, or stand in the key by themselves."""
+
+
+class Cells:
+    """Finished measurements in a folder; without a folder nothing is kept."""
+
+    def __init__(self, folder: str | Path | None):
+        self._folder = None if folder is None else Path(folder)
+
+    def read(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The measurement under this name and key, or None."""
+        if self._folder is None:
+            return None
+        try:
+            data = json.loads(self._path(name, key).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        same = isinstance(data, dict) and data.get("format") == _FORMAT and data.get("key") == _plain(key)
+        return data.get("cell") if same else None
+
+    def write(self, name: str, key: Mapping[str, Any], cell: Mapping[str, Any]) -> None:
+        """Keep a measurement; the file is there whole or not at all."""
+        if self._folder is not None:
+            text = json.dumps({"format": _FORMAT, "key": key, "cell": cell}, indent=1)
+            write_whole_file(self._path(name, key), text + "\n")
+
+    def _path(self, name: str, key: Mapping[str, Any]) -> Path:
+        digest = hashlib.sha256(json.dumps(_plain(key), sort_keys=True).encode()).hexdigest()
+        return self._folder / f"{re.sub(r'[^0-9A-Za-z]+', '-', name).strip('-')}-{digest[:12]}.json"
+
+
+def model_key(model: nn.Module, name: str) -> dict[str, Any]:
+    """What identifies a model among measurements: its name, config, device, dtype, and a SHA-256 of its weights."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for weight, tensor in model.named_parameters():
+        digest.update(f"{weight} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(_raw(tensor))
+    return {"name": name, "fingerprint": digest.hexdigest(), "device": model.device.type, "dtype": str(model.dtype)}
+
+
+def layout_key(layout: KVLayout) -> str:
+    """A layout as a short text that differs wherever the layout does."""
+    return hashlib.sha256(json.dumps(layout.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def _raw(tensor) -> memoryview:
+    import torch
+
+    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _plain(key: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(key))

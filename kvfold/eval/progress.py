@@ -1,0 +1,43 @@
+"""Saying how far a measurement is: a callback that measuring code calls, and a bar on stderr that listens to it."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Report = Callable[[str, int, int], None]
+"""Takes what is being done, how much of it is done, and how much there is; a new text begins a new piece of work."""
+
+PATIENCE_SECONDS = 2.0
+"""Work that is over sooner shows no bar."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Nobody listens."""
+
+
+@contextmanager
+def progress_bars() -> Iterator[Report]:
+    """A `Report` that draws one bar for each piece of work that takes a while, on stderr; they vanish at the end."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), TimeRemainingColumn())
+    bars = Progress(*columns, console=Console(stderr=True), transient=True)
+    begun: dict[str, float] = {}
+    shown: dict[str, int] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        start = begun.setdefault(what, time.monotonic())
+        if what not in shown and done < total and time.monotonic() - start > PATIENCE_SECONDS:
+            shown[what] = bars.add_task(what, total=total)
+            bars.start()
+        if what in shown:
+            bars.update(shown[what], completed=done, total=total)
+            if done >= total:
+                bars.remove_task(shown.pop(what))
+                begun.pop(what)
+
+    try:
+        yield report
+    finally:
+        bars.stop()

@@ -1,0 +1,60 @@
+"""What the page says about methods and words. Methods explain themselves: the text is their spec's own docstring."""
+
+from collections.abc import Iterable
+from inspect import getdoc
+
+from kvfold.report.markup import Markup, join, tag
+from kvfold.report.pieces import section
+from kvfold.specs.base import TimeSpec
+from kvfold.specs.registry import time_spec_class
+
+WORDS = {
+    "KV cache": "The keys and values of all tokens read so far, for every layer and KV head. Without it, each new token would mean reading the whole text again.",
+    "Perplexity": "How surprised the model is by the next token of a real text; 20 means as unsure as a choice among 20. Lower is better.",
+    "Perplexity change": "Measured in pairs: the same windows of text with and without folding, so that easy and hard passages cancel out. ± is one standard error of that difference.",
+    "KL": "How far the whole prediction of the next token moved from the unfolded model's, in nats. It sees changes that perplexity averages away.",
+    "Passkey": "A number hidden in a long filler text and asked for at the end. It is found or it is not: a test of memory, where perplexity is a test of language.",
+    "Compression": "Tokens read over tokens kept, at the end of a window: 4× is a quarter.",
+    "Budget": "What one head may keep: a number of tokens, or a share of the text, which grows with it.",
+    "Bytes": "As allocated, with pages, positions and scores. 1 MB is 1,000,000 bytes.",
+}
+
+
+def words_section() -> Markup:
+    """The words of the page, for a reader who is new to them."""
+    pairs = [join([tag("dt", word), tag("dd", meaning)]) for word, meaning in WORDS.items()]
+    return section("Words", tag("dl", *pairs, class_="words"))
+
+
+def methods_section(families: Iterable[str]) -> Markup | None:
+    """What each method on the page does, whether it needs training, where it was published."""
+    specs = [spec for family in families if (spec := _spec(family)) is not None]
+    if not specs:
+        return None
+    heads = [tag("th", head, scope="col", class_="text") for head in ("method", "what it does", "training", "published")]
+    lines = [
+        tag(
+            "tr",
+            tag("th", spec.title[:1].upper() + spec.title[1:], scope="row", class_="text"),
+            tag("td", _coded((getdoc(spec) or "").partition("\n\n")[0]), class_="text"),
+            tag("td", "the model is trained for it" if spec.trained else "none", class_="text"),
+            tag("td", spec.source, class_="text"),
+        )
+        for spec in specs
+    ]
+    whole = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *lines), aria_label="Methods")
+    return section("The methods", tag("div", whole, class_="scroll wrap"))
+
+
+def _spec(family: str) -> type[TimeSpec] | None:
+    """The method's spec; None for one that this installation doesn't know, or whose package is broken."""
+    try:
+        return time_spec_class(family)
+    except (ValueError, ImportError, AttributeError):
+        return None
+
+
+def _coded(text: str) -> Markup:
+    """Words in backticks become code."""
+    pieces = text.replace("\n", " ").split("`")
+    return join(tag("code", piece) if index % 2 else piece for index, piece in enumerate(pieces))

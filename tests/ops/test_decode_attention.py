@@ -1,0 +1,215 @@
+"""Decoding attention: compiled form, plain torch form and loops over single entries are one function."""
+
+import dataclasses
+
+import pytest
+import torch
+from paged_pools import SOFTCAP, Lanes
+
+from kvfold.ops import native
+from kvfold.ops.paged import decode_attention, decode_reference
+
+SIZES = [1, 63, 100, 257, 600]
+CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+
+
+def compiled(*args, **kwargs):
+    if native.library() is None:
+        pytest.skip("no C compiler here, or KVFOLD_NATIVE=0: the compiled form can't be tested")
+    return decode_attention(*args, **kwargs)
+
+
+BOTH = pytest.mark.parametrize("attend", [compiled, decode_reference], ids=["compiled", "plain"])
+
+
+@BOTH
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 8), (3, 64), (4, 80)])
+@pytest.mark.parametrize("softcap", SOFTCAP)
+def test_output_equals_loops_with_the_new_token_apart(attend, size, group, head_dim, softcap):
+    pool = Lanes([size, max(1, size // 3)], kv_heads=2, group=group, head_dim=head_dim, seed=size)
+    out = attend(pool.lanes(), pool.q, pool.k_new, pool.v_new, scale=0.2, softcap=softcap)
+    torch.testing.assert_close(out.double(), pool.by_loops(scale=0.2, softcap=softcap)[0], **CLOSE)
+
+
+@BOTH
+@pytest.mark.parametrize("size", SIZES)
+def test_the_new_token_is_written_first_when_it_has_a_slot(attend, size):
+    pool = Lanes([size, [1, size]], kv_heads=2, group=3, head_dim=8, seed=size)
+    slots = pool.new_slots()
+    lanes = pool.lanes(slots_BK=slots)
+    out = attend(lanes, pool.q, pool.k_new, pool.v_new, scale=0.2, softcap=None)
+    pool.k.view(-1, 8)[slots], pool.v.view(-1, 8)[slots] = pool.k_new, pool.v_new
+    torch.testing.assert_close(out.double(), pool.by_loops(scale=0.2, apart=False)[0], **CLOSE)
+    assert torch.equal(lanes.k_PND.nan_to_num(), pool.k.nan_to_num())
+    assert torch.equal(lanes.v_PND.nan_to_num(), pool.v.nan_to_num())
+    assert torch.equal(lanes.k_PND.isnan(), pool.k.isnan())
+
+
+@BOTH
+@pytest.mark.parametrize("softcap", SOFTCAP)
+def test_a_reader_attends_without_bringing_anything(attend, softcap):
+    pool = Lanes([300, 5], kv_heads=3, group=2, head_dim=8)
+    out = attend(pool.lanes(slots_BK=torch.zeros(2, 3).long()), pool.q, None, None, scale=0.2, softcap=softcap)
+    torch.testing.assert_close(out.double(), pool.by_loops(scale=0.2, softcap=softcap, apart=False)[0], **CLOSE)
+    out = attend(pool.lanes(), pool.q, None, None, scale=0.2, softcap=softcap)
+    torch.testing.assert_close(out.double(), pool.by_loops(scale=0.2, softcap=softcap, apart=False)[0], **CLOSE)
+
+
+@BOTH
+@pytest.mark.parametrize("written", [True, False])
+def test_dead_rows_give_zeros_and_write_nothing(attend, written):
+    pool = Lanes([40, 300, 1], kv_heads=2, group=2, head_dim=8)
+    live, slots = torch.tensor([True, False, True]), None
+    if written:
+        before = pool.length.clone()
+        slots = pool.new_slots().masked_fill(~live[:, None], -1)
+        pool.length[pool.rows[1]] = before[pool.rows[1]]
+    lanes = pool.lanes(slots_BK=slots, live_B=live, score_PN=pool.score.clone())
+    out = attend(lanes, pool.q, pool.k_new, pool.v_new, scale=0.2, softcap=None)
+    if written:
+        kept = slots[live]
+        pool.k.view(-1, 8)[kept], pool.v.view(-1, 8)[kept] = pool.k_new[live], pool.v_new[live]
+        assert torch.equal(lanes.k_PND.isnan(), pool.k.isnan())
+    expected = pool.by_loops(scale=0.2, apart=not written, live=live)[0]
+    assert not out[1].any()
+    torch.testing.assert_close(out.double(), expected, **CLOSE)
+    dead = [pool.slot_of[1, h, i] for h in range(2) for i in range(300)]
+    assert torch.equal(lanes.score_PN.view(-1)[dead], pool.score.view(-1)[dead])
+
+
+@BOTH
+def test_a_row_of_length_zero_alone_sees_its_new_token(attend):
+    pool = Lanes([0, [0, 70]], kv_heads=2, group=2, head_dim=8)
+    out = attend(pool.lanes(), pool.q, pool.k_new, pool.v_new, scale=0.2, softcap=None)
+    torch.testing.assert_close(out[0], pool.v_new[0].repeat_interleave(2, dim=0))
+    torch.testing.assert_close(out.double(), pool.by_loops(scale=0.2)[0], **CLOSE)
+
+
+@BOTH
+@pytest.mark.parametrize("apart", [True, False])
+def test_keys_older_than_the_window_are_not_seen(attend, apart):
+    pool = Lanes([[600, 300], [9, 260]], kv_heads=2, group=3, head_dim=8)
+    oldest = torch.tensor([290, 4], dtype=torch.int32)
+    lanes = pool.lanes(oldest_B=oldest)
+    new = (pool.k_new, pool.v_new) if apart else (None, None)
+    out = attend(lanes, pool.q, *new, scale=0.2, softcap=None)
+    torch.testing.assert_close(out.double(), pool.by_loops(scale=0.2, apart=apart, oldest=oldest)[0], **CLOSE)
+
+
+@BOTH
+def test_hidden_keys_may_be_poisoned_whole_spans_long(attend):
+    """600 slots, of which only the last few are seen: two spans of the compiled form hold nothing that counts."""
+    pool = Lanes([600], kv_heads=1, group=2, head_dim=8, slots=16)
+    for i in range(600):
+        pool.position.view(-1)[pool.slot_of[0, 0, i]] = i
+    out = attend(pool.lanes(oldest_B=torch.tensor([595], dtype=torch.int32)), pool.q, None, None, scale=0.2, softcap=None)
+    expected = pool.by_loops(scale=0.2, apart=False, oldest=[595])[0]
+    torch.testing.assert_close(out.double(), expected, **CLOSE)
+    nothing = attend(pool.lanes(oldest_B=torch.tensor([600], dtype=torch.int32)), pool.q, None, None, scale=0.2, softcap=None)
+    assert not nothing.any(), "a query that sees nothing gives zeros"
+
+
+@BOTH
+@pytest.mark.parametrize("softcap", SOFTCAP)
+@pytest.mark.parametrize("sizes", [[1, 63], [100, 257], [600, 16]])
+def test_scores_grow_by_the_weight_received(attend, sizes, softcap):
+    pool = Lanes(sizes, kv_heads=2, group=3, head_dim=8)
+    received = torch.full((2, 2, 1), 0.5)
+    lanes = pool.lanes(score_PN=pool.score.clone(), received_BKE=received)
+    attend(lanes, pool.q, pool.k_new, pool.v_new, scale=0.4, softcap=softcap)
+    for (b, h), sums in pool.by_loops(scale=0.4, softcap=softcap)[1].items():
+        slots = [pool.slot_of[b, h, i] for i in range(len(sums) - 1)]
+        found = lanes.score_PN.view(-1)[slots].double() - torch.arange(len(slots))
+        torch.testing.assert_close(found, sums[:-1], atol=1e-4, rtol=1e-4)
+        assert float(received[b, h, 0]) == pytest.approx(0.5 + float(sums[-1]), abs=1e-5)
+    untouched = pool.score.isnan()
+    assert torch.equal(lanes.score_PN.isnan(), untouched), "a slot that is not stored was scored"
+
+
+@BOTH
+@pytest.mark.parametrize("softcap", SOFTCAP)
+def test_received_has_a_column_a_slot_and_the_new_token_last(attend, softcap):
+    pool = Lanes([[3, 5], [600, 257]], kv_heads=2, group=3, head_dim=8)
+    received = torch.full((2, 2, 610), 0.25)
+    lanes = pool.lanes(received_BKE=received, received_old=True)
+    attend(lanes, pool.q, pool.k_new, pool.v_new, scale=0.4, softcap=softcap)
+    expected = torch.full((2, 2, 610), 0.25, dtype=torch.float64)
+    for (b, h), sums in pool.by_loops(scale=0.4, softcap=softcap)[1].items():
+        expected[b, h, : len(sums) - 1] += sums[:-1]
+        expected[b, h, -1] += sums[-1]
+    torch.testing.assert_close(received.double(), expected, atol=2e-5, rtol=1e-4)
+
+
+@BOTH
+def test_weights_of_one_query_sum_to_one_in_every_head(attend):
+    pool = Lanes([600, 1], kv_heads=2, group=4, head_dim=8)
+    received = torch.zeros(2, 2, 601)
+    attend(pool.lanes(received_BKE=received, received_old=True), pool.q, pool.k_new, pool.v_new, scale=1.0, softcap=None)
+    torch.testing.assert_close(received.sum(dim=-1), torch.full((2, 2), 4.0))
+
+
+@BOTH
+def test_poison_in_a_stored_key_shows_in_the_output(attend):
+    """NaN must pass through: else the poison tests of the store would see nothing."""
+    for size, place in ((5, 2), (600, 599), (600, 0), (257, 256)):
+        pool = Lanes([size], kv_heads=1, group=2, head_dim=8)
+        pool.k.view(-1, 8)[pool.slot_of[0, 0, place]] = torch.nan
+        out = attend(pool.lanes(), pool.q, pool.k_new, pool.v_new, scale=0.2, softcap=None)
+        assert out.isnan().all(), (size, place)
+
+
+@BOTH
+def test_logits_far_apart_do_not_overflow(attend):
+    pool = Lanes([300], kv_heads=1, group=2, head_dim=8)
+    out = attend(pool.lanes(), pool.q * 1e4, pool.k_new, pool.v_new, scale=10.0, softcap=None)
+    pool.q = pool.q * 1e4
+    torch.testing.assert_close(out.double(), pool.by_loops(scale=10.0)[0], **CLOSE)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4, 32])
+def test_page_sizes(slots):
+    pool = Lanes([70, [257, 1]], kv_heads=2, group=2, head_dim=8, slots=slots)
+    expected = pool.by_loops(scale=0.2)[0]
+    for attend in (decode_attention, decode_reference):
+        out = attend(pool.lanes(), pool.q, pool.k_new, pool.v_new, scale=0.2, softcap=None)
+        torch.testing.assert_close(out.double(), expected, **CLOSE)
+
+
+def test_queries_and_keys_that_lie_strided_are_read_right():
+    pool = Lanes([40, 3], kv_heads=2, group=2, head_dim=8)
+    strided = [torch.cat((x, x), dim=-1)[..., :8].transpose(0, 1).contiguous().transpose(0, 1)
+               for x in (pool.q, pool.k_new, pool.v_new)]  # fmt: skip
+    out = decode_attention(pool.lanes(), *strided, scale=0.2, softcap=None)
+    torch.testing.assert_close(out.double(), pool.by_loops(scale=0.2)[0], **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_take_the_plain_form(dtype):
+    pool = Lanes([40, 3], kv_heads=2, group=2, head_dim=8)
+    lanes = pool.lanes()
+    lanes = dataclasses.replace(lanes, k_PND=lanes.k_PND.to(dtype), v_PND=lanes.v_PND.to(dtype))
+    out = decode_attention(lanes, *(x.to(dtype) for x in (pool.q, pool.k_new, pool.v_new)), scale=0.2, softcap=None)
+    assert out.dtype == dtype
+    bound = {torch.float64: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(out.double(), pool.by_loops(scale=0.2)[0], atol=bound, rtol=bound)
+
+
+def test_compiled_and_plain_are_equal_with_everything_on():
+    """Slots, dead rows, window, score and received at once, several seeds: the two forms against each other."""
+    if native.library() is None:
+        pytest.skip("no C compiler here, or KVFOLD_NATIVE=0: the compiled form can't be tested")
+    for seed in range(12):
+        pool = Lanes([[seed * 31 + 1, 5], [17, 300], [0, 64]], kv_heads=2, group=2, head_dim=16, seed=seed)
+        pool.score.nan_to_num_(0.0)
+        results = []
+        for attend in (decode_attention, decode_reference):
+            received = torch.zeros(3, 2, 1)
+            lanes = pool.lanes(
+                score_PN=pool.score.clone(), received_BKE=received, live_B=torch.tensor([True, seed % 2 == 0, True]),
+                oldest_B=torch.tensor([seed, 3 * seed, 20], dtype=torch.int32),
+            )  # fmt: skip
+            out = attend(lanes, pool.q, pool.k_new, pool.v_new, scale=0.3, softcap=SOFTCAP[seed % 2])
+            results.append((out, lanes.score_PN, received))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)

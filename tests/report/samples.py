@@ -1,0 +1,151 @@
+"""Result files made up by formula, clearly fake, in every shape that the report must read."""
+
+import json
+import math
+from pathlib import Path
+
+METHODS = [
+    ("full", "full attention"),
+    ("window:508+4", "window + sinks"),
+    ("window:252+4", "window + sinks"),
+    ("h2o:256+256", "H2O"),
+    ("h2o:128+128", "H2O"),
+    ("tova:512", "TOVA"),
+    ("tova:256", "TOVA"),
+    ("window:25%+4", "window + sinks"),
+    ("h2o:12%+13%", "H2O"),
+    ("tova:25%", "TOVA"),
+]
+TEXTS = ("brown", "wiki_articles", "austen")
+FULL_BYTES = 24_012_800
+HEADER = {
+    "created": "2031-02-03T04:05:06+00:00",
+    "command": "kvfold eval MADE-UP --time full --windows 8",
+    "git_commit": "0123456789abcdef0123456789abcdef01234567",
+    "environment": {
+        "python": "3.11.2", "torch": "2.13.0", "transformers": "5.17.0", "kvfold": "0.1.0", "cpu": "Made-up CPU @ 2.0 GHz",
+        "cores": 2, "device": "cpu", "dtype": "float32", "threads": 2,
+    },
+    "model": {"name": "Sample-135M", "parameters": 134_515_008, "note": "made-up figures, from a formula"},
+}  # fmt: skip
+
+
+def share_of(method: str) -> float:
+    """Kept share at the end of a window of 1,024 tokens."""
+    if method == "full":
+        return 1.0
+    return 0.503 if any(word in method for word in ("508", "256+256", "512")) else 0.254
+
+
+def quality(texts=TEXTS) -> dict:
+    """A quality result over all methods, with passkeys."""
+    rows = [_quality_row(method, title, text, at) for at, text in enumerate(texts) for method, title in METHODS]
+    passkey = [
+        {"method": method, "length_tokens": length, "depth": depth, "found": _found(method, length, depth), "tries": 4}
+        for method, _ in METHODS
+        for length in (512, 1024, 2048)
+        for depth in (0.1, 0.5, 0.9)
+    ]
+    protocol = {"windows": 32, "context_tokens": 1024, "batch": 32}
+    return {"kind": "quality", **HEADER, "protocol": protocol, "rows": rows, "passkey": passkey}
+
+
+def _quality_row(method: str, title: str, text: str, at: int) -> dict:
+    share = share_of(method)
+    base = (29.7, 14.9, 30.1)[at % 3]
+    worse = {"window": 1.25, "h2o": 1.0, "tova": 0.93}.get(method.split(":")[0], 0.0)
+    change = worse * (10.0 if "%" in method else 1.0) * (1 / share - 1) ** 1.6 * 0.33 * (1 + 0.2 * at)
+    error = change * 0.18 + (0.05 if change else 0.0)
+    return {
+        "method": method, "title": title, "trained": False, "text": text, "tokens": 32 * 1023,
+        "perplexity": base * (1 + change / 100), "bits_per_byte": 1.0123 + change / 1000,
+        "loss_difference": {"mean": math.log1p(change / 100), "standard_error": error / 100},
+        "perplexity_change_percent": {"mean": change, "standard_error": error},
+        "kl": change / 170, "top1_agreement": 1 - change / 130, "kept_tokens": round(1024 * share),
+        "compression": 1024 / round(1024 * share), "compression_mean_over_time": 1 + (1 / share - 1) * 0.55,
+        "allocated_bytes": round(FULL_BYTES * share), "full_bytes": FULL_BYTES,
+        "tokens_per_second": 301.7 + 40 * at, "seconds": 108.53,
+    }  # fmt: skip
+
+
+def _found(method: str, length: int, depth: float) -> int:
+    if method == "full":
+        return 4 if length < 2000 else 3
+    reach = share_of(method) * 1024 / length
+    return max(0, min(4, round(4.4 * reach + (2 if depth > 0.8 else 0) - (1 if "window" in method else 0))))
+
+
+def memory() -> dict:
+    """Memory over time for four methods."""
+    tokens = list(range(0, 2049, 32))
+    rows = [
+        {"method": method, "title": title, "tokens": tokens, "allocated_bytes": [_held(method, at) for at in tokens]}
+        for method, title in (METHODS[0], METHODS[2], METHODS[4], METHODS[6], METHODS[9])
+    ]
+    return {"kind": "memory", **HEADER, "rows": rows}
+
+
+def _held(method: str, at: int) -> int:
+    kept = at if method == "full" else max(1, at // 4) if "%" in method else min(at, 256)
+    slot = 30 * 3 * (512 + 4 + (4 if "h2o" in method else 0))
+    return -(-kept // 16) * 16 * slot + 1000
+
+
+def kept() -> dict:
+    """Maps of 30 layers with 3 heads: two with a score, one with ragged counts."""
+    owners = list(range(30))
+    even = [[256] * 3 for _ in owners]
+    ages = [[300 + 180 * math.sin(layer / 4 + head) for head in range(3)] for layer in owners]
+    ragged = [[int(1024 * (0.12 + 0.5 * abs(math.sin(layer / 9 + head)))) for head in range(3)] for layer in owners]
+    rows = [
+        {"method": "h2o:128+128", "title": "H2O", "seen_tokens": 1024, "kept": even, "owners": owners, "score": ages,
+         "value_name": "mean age of the kept tokens"},
+        {"method": "tova:256", "title": "TOVA", "seen_tokens": 1024, "kept": even, "owners": owners,
+         "score": [[200 + 5.5 * layer] * 3 for layer in owners], "value_name": "mean age of the kept tokens"},
+        {"method": "dms:64", "title": "DMS", "seen_tokens": 1024, "kept": ragged, "owners": owners},
+    ]  # fmt: skip
+    return {"kind": "kept", **HEADER, "rows": rows}
+
+
+def decode() -> dict:
+    """Three points, one of them padded, one method that folds."""
+    rows = [
+        _decode_row("1 x 64", 1, 64, False, "full", 18.3, 17.1),
+        _decode_row("16 x (32 + 64)", 16, 96, True, "full", 96.4, 82.9),
+        _decode_row("8 x 1,024", 8, 1024, False, "full", 61.2, 48.8),
+        _decode_row("8 x 1,024", 8, 1024, False, "h2o:128+128", 77.7, 48.8),
+    ]
+    return {"kind": "decode", **HEADER, "command": "kvfold bench decode MADE-UP", "rows": rows}
+
+
+def _decode_row(point: str, batch: int, context: int, padded: bool, method: str, ours: float, theirs: float) -> dict:
+    def side(speed: float) -> dict:
+        return {
+            "tokens_per_second": {"median": speed, "min": speed * 0.96, "max": speed * 1.03},
+            "step_ms": {"median": 1000 * batch / speed, "min": 970 * batch / speed, "max": 1040 * batch / speed},
+            "allocated_bytes": batch * context * 46_080, "peak_bytes": 812_345_678 + batch * context * 50_000,
+        }  # fmt: skip
+
+    ratio = {"median": ours / theirs, "min": ours / theirs * 0.97, "max": ours / theirs * 1.02}
+    return {
+        "point": point, "batch": batch, "context_tokens": context, "new_tokens": 64, "padded": padded, "method": method,
+        "ours": side(ours), "theirs": side(theirs), "ratio": ratio,
+    }  # fmt: skip
+
+
+def plan() -> dict:
+    """A plan of three lines."""
+    rows = [
+        {"name": "as it is", "bytes_per_token": 46080, "bytes": 48_123_456, "max_rows": 12},
+        {"name": "cla2", "bytes_per_token": 23040, "bytes": 24_061_728, "max_rows": 24},
+        {"name": "cla2, h2o:128+128", "bytes_per_token": 23040, "bytes": 6_061_728},
+    ]
+    return {"kind": "plan", **HEADER, "command": "kvfold plan MADE-UP", "rows": rows}
+
+
+def write_samples(folder: Path) -> Path:
+    """Every kind, a file each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for make in (quality, memory, kept, decode, plan):
+        (folder / f"{make.__name__}.json").write_text(json.dumps(make()), encoding="utf-8")
+    return folder
