@@ -59,9 +59,10 @@ def site(tmp_path):
     return tmp_path / "site"
 
 
-@pytest.mark.parametrize("code", [FILES["use.py"], MODEL], ids=["planned", "run"])
-def test_a_method_of_another_package(code, site, tmp_path, monkeypatch):
+def test_a_method_of_another_package_is_planned_and_run(site, tmp_path, monkeypatch):
+    """In a process of its own, as installed packages are looked up there."""
     monkeypatch.setenv("PYTHONPATH", str(site), prepend=":")
+    code = FILES["use.py"] + MODEL
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -162,9 +162,7 @@ class Bank:
         if not self.has_shared or lanes.numel() == 0:
             return
         lane, index, page = self.page_ids(lanes)
-        mine = self.pool.references[page.long()] > 1
-        if open_only:
-            mine &= self._is_open(lane, index)
+        mine = self._must_copy(page, self._is_open(lane, index) if open_only else torch.ones_like(page, dtype=torch.bool))
         copies = self.pool.take(int(mine.sum()))
         self.pool.copy_pages(page[mine], copies)
         self.table_flat()[lane[mine], index[mine]] = copies
@@ -175,10 +173,20 @@ class Bank:
         if not self.has_shared:
             return 0
         lane, index, page = self.page_ids(lanes)
-        shared = self.pool.references[page.long()] > 1
-        if not self.spec.lossy:
-            shared &= self._is_open(lane, index)
-        return int(shared.sum())
+        written = torch.ones_like(page, dtype=torch.bool) if self.spec.lossy else self._is_open(lane, index)
+        return int(self._must_copy(page, written).sum())
+
+    def _must_copy(self, page: Tensor, written: Tensor) -> Tensor:
+        """Of the pages about to be written, those to copy first: the shared ones, but where all holders of a page write
+        now, one of them keeps it.
+        """
+        copied = written & (self.pool.references[page.long()] > 1)
+        where = copied.nonzero()[:, 0]
+        ids, holder, here = page[where].long().unique(return_inverse=True, return_counts=True)
+        order = torch.arange(where.numel(), device=page.device)
+        first = order.new_zeros(ids.numel()).scatter_reduce(0, holder, order, "amin", include_self=False)
+        copied[where[first[here == self.pool.references[ids]]]] = False
+        return copied
 
     def _is_open(self, lane: Tensor, index: Tensor) -> Tensor:
         """Whether page `index` of a lane is the one that the next entry goes into."""

@@ -14,9 +14,11 @@ from kvfold.cache.bank import Bank
 from kvfold.cache.pages import CacheFull, pages_for
 from kvfold.cache.pool import PageClass, PagePool
 from kvfold.layout import KVLayout
-from kvfold.planner import LENGTH_BYTES, PAGE_SLOTS, ROW_BYTES, layout_bytes, page_bytes, page_class, page_classes
+from kvfold.planner import LENGTH_BYTES, PAGE_OVERHEAD_BYTES, PAGE_SLOTS, ROW_BYTES, layout_bytes, page_bytes, page_class, page_classes
 from kvfold.planner import PageClass as PlannedClass
 
+TABLE_BYTES = PAGE_OVERHEAD_BYTES - 8
+"""Of the overhead of a page, what is for tables: all but its reference count and its entry in the free list."""
 FIRST_PAGES = 64
 """Pages of a pool that has no budget, before it grows."""
 LONGEST_TEXT = 2**40
@@ -122,8 +124,11 @@ class Store:
 
     @property
     def pool_bytes(self) -> int:
-        """Bytes reserved from the device."""
-        return sum(x.num_bytes for x in (*self._pools, *self.banks)) + self.seen.nbytes
+        """Bytes reserved from the device; room for the tables of every page is set aside even while they are smaller."""
+        pages = sum(pool.book.capacity for pool in self._pools)
+        tables = max(sum(bank.table.nbytes for bank in self.banks), TABLE_BYTES * pages)
+        lengths = sum(bank.length.nbytes for bank in self.banks)
+        return sum(pool.num_bytes for pool in self._pools) + tables + lengths + self.seen.nbytes
 
     @property
     def allocated_bytes(self) -> int:

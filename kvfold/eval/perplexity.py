@@ -5,7 +5,6 @@ and its states are what every other method's next-token distributions are held a
 Letters: W windows, B rows, T tokens of a window, C model width.
 """
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from torch import Tensor
 from kvfold.data.texts import read_text_file
 from kvfold.data.windows import TextWindows, text_windows
 from kvfold.eval.cells import Cells, layout_key, model_key
-from kvfold.eval.folding import method_about, reads_steps
+from kvfold.eval.folding import method_about
 from kvfold.eval.progress import Report, silent
 from kvfold.eval.protocol import Protocol
-from kvfold.eval.reading import read_rows
+from kvfold.eval.reading import Reading, read_rows
 from kvfold.eval.rows import quality_row
 from kvfold.eval.scoring import score
 from kvfold.layout import KVLayout
@@ -83,21 +82,105 @@ class _Measured:
         found = [self.cells.read(*pair) for pair in zip(names, keys, strict=True)]
         if all(found):
             return found
-        states_WTC = self._states(windows, layouts[0])
+        states_WTC = self._empty_states(windows)
         for index, layout in enumerate(layouts):
-            if found[index] is None:
-                found[index] = self._measure(windows, layout, states_WTC, unfolded=index == 0)
+            if index == 0 or found[index] is None:
+                cell = self._read(windows, layout, states_WTC, fills=index == 0, scores=found[index] is None)
+                found[index] = found[index] or cell
                 self.cells.write(names[index], keys[index], found[index])
         return found
 
+    def _empty_states(self, windows: TextWindows) -> Tensor:
+        shape = (*windows.ids_WT.shape, self.model.config.hidden_size)
+        return torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
+
+    def _read(
+        self, windows: TextWindows, layout: KVLayout, states_WTC: Tensor, *, fills: bool, scores: bool
+    ) -> dict[str, Any]:
+        """Read all windows under one layout. `fills`: this is the unfolded model, its states are kept in `states_WTC`."""
+        begun, done, total = time.perf_counter(), 0, windows.ids_WT.numel()
+        what = f"{windows.name}, {layout.time_text()}"
+        self.report(what, 0, total)
+        readings, scored = [], []
+        for first in range(0, windows.num_windows, self.protocol.batch):
+            rows = slice(first, first + self.protocol.batch)
+            ids_BT = windows.ids_WT[rows].to(self.model.device)
+            scorer = _RowScorer(model=self.model, ids_BT=ids_BT, reference_BTC=None if fills else states_WTC[rows])
+
+            def on_states(hidden_BtC: Tensor, start: int, rows: slice = rows, scorer: "_RowScorer" = scorer) -> None:
+                nonlocal done
+                if fills:
+                    states_WTC[rows, start : start + hidden_BtC.shape[1]] = hidden_BtC
+                if scores:
+                    scorer.add(hidden_BtC)
+                done += hidden_BtC.shape[0] * hidden_BtC.shape[1]
+                self.report(what, done, total)
+
+            readings.append(read_rows(self.model, layout, ids_BT, on_states, call_tokens=self.protocol.call_tokens))
+            scored.append(scorer.window_means() if scores else {})
+        if not scores:
+            return {}
+        return _cell(readings, scored, windows, time.perf_counter() - begun)
+
     def _key_of(self, windows: TextWindows, layout: KVLayout) -> dict[str, Any]:
         protocol = self.protocol
-        call_tokens = 1 if reads_steps(layout) else protocol.call_tokens
         return {
             "model": self.key,
             "layout": layout_key(layout),
             "method": layout.time_text(),
             "text": windows.name,
             "text_sha256": windows.digest,
-            "protocol": [protocol.windows, protocol.context_tokens, protocol.batch, call_tokens],
+            "protocol": [protocol.windows, protocol.context_tokens, protocol.batch, protocol.call_tokens],
         }
+
+
+class _RowScorer:
+    """Scores the states of some rows as they come; those of the last column predict a token that nobody knows."""
+
+    def __init__(self, *, model: FoldForCausalLM, ids_BT: Tensor, reference_BTC: Tensor | None):
+        self._model, self._ids_BT, self._reference_BTC = model, ids_BT, reference_BTC
+        self._waiting: list[Tensor] = []
+        self._start, self._columns = 0, 0
+        self._found: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, hidden_BtC: Tensor) -> None:
+        """States of the next columns."""
+        self._waiting.append(hidden_BtC)
+        self._columns += hidden_BtC.shape[1]
+        if self._columns >= _SCORED_COLUMNS or self._start + self._columns == self._ids_BT.shape[1]:
+            self._score()
+
+    def _score(self) -> None:
+        hidden_BtC = torch.cat(self._waiting, dim=1)
+        stop = min(self._start + self._columns, self._ids_BT.shape[1] - 1)
+        columns, batch = stop - self._start, hidden_BtC.shape[0]
+        if columns:
+            targets = self._ids_BT[:, self._start + 1 : stop + 1].flatten()
+            reference = None if self._reference_BTC is None else self._reference_BTC[:, self._start : stop].flatten(0, 1)
+            scores = score(self._model, hidden_BtC[:, :columns].flatten(0, 1), targets, reference)
+            same = torch.zeros_like(scores.loss), torch.ones_like(scores.loss)
+            kl, agrees = same if scores.kl is None else (scores.kl, scores.agrees)
+            self._found.append(tuple(x.view(batch, columns) for x in (scores.loss, kl, agrees)))
+        self._waiting, self._start, self._columns = [], self._start + self._columns, 0
+
+    def window_means(self) -> dict[str, list[float]]:
+        """Mean over the scored tokens of each row."""
+        parts = zip(*self._found, strict=True)
+        names = ("loss", "kl", "top1_agreement")
+        return {name: torch.cat(part, dim=1).double().mean(dim=1).tolist() for name, part in zip(names, parts, strict=True)}
+
+
+def _cell(readings: list[Reading], scored: list[dict[str, list[float]]], windows: TextWindows, seconds: float) -> dict[str, Any]:
+    """What is kept of one text under one method. Bytes are those of the first batch, the largest one."""
+    rows = [len(part["loss"]) for part in scored]
+    share = sum(n * reading.kept_share[-1] for n, reading in zip(rows, readings, strict=True)) / sum(rows)
+    over_time = sum(n * reading.compression_over_time for n, reading in zip(rows, readings, strict=True)) / sum(rows)
+    return {
+        **{name: [value for part in scored for value in part[name]] for name in scored[0]},
+        "compression": 1 / share,
+        "compression_mean_over_time": over_time,
+        "allocated_bytes": readings[0].allocated_bytes,
+        "full_bytes": readings[0].full_bytes,
+        "tokens_per_second": windows.ids_WT.numel() / sum(reading.seconds for reading in readings),
+        "seconds": seconds,
+    }

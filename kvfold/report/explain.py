@@ -16,7 +16,7 @@ WORDS = {
     "Passkey": "A number hidden in a long filler text and asked for at the end. It is found or it is not: a test of memory, where perplexity is a test of language.",
     "Compression": "Tokens read over tokens kept, at the end of a window: 4× is a quarter.",
     "Budget": "What one head may keep: a number of tokens, or a share of the text, which grows with it.",
-    "Bytes": "As allocated, with pages, positions and scores. 1 MB is 1,000,000 bytes.",
+    "Bytes": "As allocated: whole pages, with positions and scores. 1 MB is 1,000,000 bytes.",
 }
 
 
@@ -31,13 +31,14 @@ def methods_section(families: Iterable[str]) -> Markup | None:
     specs = [spec for family in families if (spec := _spec(family)) is not None]
     if not specs:
         return None
-    heads = [tag("th", head, scope="col", class_="text") for head in ("method", "what it does", "training", "published")]
+    heads = [tag("th", head, scope="col", class_="text") for head in ("method", "what it does", "training", "read in measurements", "published")]
     lines = [
         tag(
             "tr",
             tag("th", spec.title[:1].upper() + spec.title[1:], scope="row", class_="text"),
             tag("td", _coded((getdoc(spec) or "").partition("\n\n")[0]), class_="text"),
-            tag("td", "the model is trained for it" if spec.trained else "none", class_="text"),
+            tag("td", "trained for it" if spec.trained else "none", class_="text"),
+            tag("td", "one token a call" if spec.state_of == "steps" else "in calls of any size", class_="text"),
             tag("td", spec.source, class_="text"),
         )
         for spec in specs

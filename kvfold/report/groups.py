@@ -1,6 +1,6 @@
 """Which result files make one picture: quality files that differ only in texts or methods are read as one.
 
-Files belong together when model, protocol, device and dtype agree; a row measured twice counts as the newer file has it.
+Files belong together when model (with its fingerprint, if there is one), protocol, device and dtype agree; a row measured twice counts as the newer file has it.
 Every other kind stands alone, a picture a file.
 """
 
@@ -49,7 +49,8 @@ def group_results(results: Iterable[Result]) -> list[Group]:
 
 def _protocol(data: Mapping) -> str:
     environment = [words(data, "environment", key) for key in ("device", "dtype")]
-    return json.dumps([words(data, "model", "name"), data.get("protocol"), environment], sort_keys=True)
+    model = [words(data, "model", key) for key in ("name", "fingerprint")]
+    return json.dumps([model, data.get("protocol"), environment], sort_keys=True)
 
 
 def _group(members: list[Result]) -> Group:

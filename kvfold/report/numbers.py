@@ -4,7 +4,7 @@ Every function takes None for a figure that was not measured and says so.
 """
 
 MISSING = "not measured"
-_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
+_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def count(value: float | None) -> str:
@@ -33,6 +33,26 @@ def size(value: float | None) -> str:
         if abs(value) >= unit * 0.9995:
             return f"{three(value / unit)} {name}"
     return f"{count(value)} B"
+
+
+def amount(value: float | None) -> str:
+    """A large count in words: 135 million."""
+    if value is None:
+        return MISSING
+    for unit, name in ((1e9, "billion"), (1e6, "million")):
+        if value >= unit * 0.9995:
+            return f"{three(value / unit)} {name}"
+    return count(value)
+
+
+def tick(value: float) -> str:
+    """A round number at an axis, without idle zeros: 20, 12.5, 1,500."""
+    return _minus(f"{value:,.10g}")
+
+
+def size_unit(most: float) -> tuple[float, str]:
+    """Bytes of the unit in which an axis up to `most` bytes is written, and its name."""
+    return next(((unit, name) for unit, name in reversed(_UNITS) if most < unit * 1000), _UNITS[0])
 
 
 def percent(share: float | None) -> str:

@@ -11,7 +11,7 @@ from string import Template
 from kvfold.report.explain import methods_section, words_section
 from kvfold.report.groups import Group, group_results
 from kvfold.report.markup import Markup, join, tag
-from kvfold.report.numbers import count
+from kvfold.report.numbers import amount, count
 from kvfold.report.results import number, read_results, words, write_whole
 from kvfold.report.sections import SECTIONS
 from kvfold.report.series import colours_of
@@ -70,7 +70,7 @@ def _facts(groups: Sequence[Group]) -> Markup:
 
 def _model(data) -> str:
     parameters = number(data, "model", "parameters")
-    size = f"{count(parameters)} parameters" if parameters else ""
+    size = f"{amount(parameters)} parameters" if parameters else ""
     return "; ".join(filter(None, [words(data, "model", "name"), size, words(data, "model", "note")]))
 
 

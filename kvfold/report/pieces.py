@@ -8,7 +8,7 @@ from kvfold.report.numbers import MISSING, count
 from kvfold.report.results import number, words
 from kvfold.report.sheets import Sheet
 
-WIDE, NARROW = 760.0, 350.0
+WIDE, NARROW = 860.0, 350.0
 """Pixels of a picture on a page of ordinary width, and on a phone, where it is drawn anew so that letters keep their size."""
 
 
@@ -63,7 +63,7 @@ def source_line(group: Group) -> Markup:
         commit = words(source.data, "git_commit")
         about = [source.name, f"measured {source.created[:16].replace('T', ' ')}" if source.created else "", f"commit {commit[:8]}" if commit else ""]
         command = words(source.data, "command")
-        again = [". Again with ", tag("code", command), "."] if command else ["."]
+        again = [". To measure it again: ", tag("code", command)] if command else ["."]
         parts.append(tag("p", ", ".join(filter(None, about)), *again, class_="source"))
     if group.replaced:
         parts.append(tag("p", f"{count(group.replaced)} older rows are replaced by newer measurements of the same.", class_="source"))

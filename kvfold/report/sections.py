@@ -17,7 +17,7 @@ from kvfold.report.summary import summary_table
 from kvfold.report.tables import method_labels
 
 NOTHING = Markup("<p>Not measured.</p>")
-PANEL_WIDTHS = {1: WIDE, 2: 500.0}
+PANEL_WIDTHS = {1: 760.0, 2: 500.0}
 """Width of a quality panel by the number of texts; three or more share a line."""
 
 
@@ -40,9 +40,9 @@ def _quality_figure(group: Group, colours: Mapping[str, int]) -> list[Markup]:
 
     def draw(width: float) -> list[Markup]:
         pairs = quality_pictures(group.rows, colours, width)
-        return [join([tag("h3", text or "unnamed text"), svg]) for text, svg in pairs]
+        return [join([tag("h3", f"Text: {text or 'unnamed'}"), svg]) for text, svg in pairs]
 
-    wide = PANEL_WIDTHS.get(len(panels), 335.0)
+    wide = PANEL_WIDTHS.get(len(panels), 327.0)
     return [figure(draw, _quality_caption(group, panels), wide), behind(sheet), source_line(group)]
 
 

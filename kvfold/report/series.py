@@ -43,20 +43,22 @@ class Line:
 
 
 def family_of(row: Mapping) -> str:
-    """The method's name without its settings."""
-    return words(row, "method").partition(":")[0].strip() or words(row, "title") or "unnamed"
+    """The method's name without its settings. Layers under different methods (`tova:64; 0-3=full`) are a family of their own."""
+    method = words(row, "method")
+    return method if ";" in method else method.partition(":")[0].strip() or words(row, "title") or "unnamed"
 
 
 def title_of(row: Mapping) -> str:
     """What people call the method, first letter large."""
-    title = words(row, "title") or family_of(row)
+    mixed = ";" in words(row, "method")
+    title = family_of(row) if mixed else words(row, "title") or family_of(row)
     return title[:1].upper() + title[1:]
 
 
 def label_of(row: Mapping) -> str:
-    """Title and settings: `H2O 128+128`. The method's own text form where there is no title."""
-    if not words(row, "title"):
-        return words(row, "method") or "unnamed"
+    """Title and settings: `H2O 128+128`. The method's own text form where there is no title, or several methods."""
+    if not words(row, "title") or ";" in words(row, "method"):
+        return words(row, "method") or title_of(row)
     settings = words(row, "method").partition(":")[2].strip()
     return f"{title_of(row)} {settings}".strip()
 
@@ -100,5 +102,5 @@ def quality_lines(rows: Iterable[Mapping], text: str) -> list[Line]:
 
 def _line(family: str, grows: bool, points: list[Point]) -> Line:
     points = tuple(sorted(points, key=lambda point: -point.share))
-    title = title_of(points[0].row) + (", growing" if grows else "")
+    title = title_of(points[0].row) + (" %" if grows else "")
     return Line(title=title, family=family, grows=grows, points=points)

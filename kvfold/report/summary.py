@@ -16,9 +16,6 @@ def summary_table(group: Group, colours: Mapping[str, int]) -> Markup:
     methods: dict[str, list[Mapping]] = {}
     for row in group.rows:
         methods.setdefault(label_of(row), []).append(row)
-    heads = [tag("th", "method", scope="col", class_="text"), tag("th", "cache kept", scope="col", class_="text")]
-    heads += [tag("th", f"perplexity, {text or 'unnamed text'}", scope="col") for text in texts]
-    heads += [tag("th", "passkeys found", scope="col")] if group.passkey else []
     lines = []
     for label, rows in methods.items():
         by_text = {words(row, "text"): row for row in rows}
@@ -26,8 +23,17 @@ def summary_table(group: Group, colours: Mapping[str, int]) -> Markup:
         if group.passkey:
             cells.append(tag("td", _keys(group.passkey, words(rows[0], "method"))))
         lines.append(tag("tr", tag("th", label, scope="row", class_="text"), tag("td", _bar(rows, colours)), *cells))
-    whole = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *lines), aria_label="Methods in short")
-    return tag("div", whole, class_="scroll")
+    head = tag("thead", *_heads(texts, bool(group.passkey)))
+    return tag("div", tag("table", head, tag("tbody", *lines), aria_label="Methods in short"), class_="scroll short")
+
+
+def _heads(texts: Sequence[str], has_passkey: bool) -> list[Markup]:
+    """Two lines: what is measured, and on which text."""
+    first = [tag("th", "method", scope="col", class_="text", rowspan=2), tag("th", "cache kept", scope="col", class_="text", rowspan=2)]
+    first.append(tag("th", "perplexity", scope="colgroup", colspan=len(texts), class_="over"))
+    if has_passkey:
+        first.append(tag("th", "passkeys", scope="col", rowspan=2))
+    return [tag("tr", *first), tag("tr", *(tag("th", text or "unnamed text", scope="col") for text in texts))]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -1,6 +1,5 @@
 """Driving a cache without a model: random q, k, v fed layer by layer, in calls cut anywhere, and its books checked."""
 
-import copy
 import gc
 import types
 from collections import Counter
@@ -100,10 +99,17 @@ def feed_cut(cache, text: Draw, cuts, *, check=True, **options):
     return [torch.cat(layer, dim=1) for layer in zip(*outs, strict=True)]
 
 
-def face_of(cache, rows) -> FoldCache:
+class Face(FoldCache):
+    """A face that owns no rows: they stay when it goes."""
+
+    def __del__(self):
+        pass
+
+
+def face_of(cache, rows) -> Face:
     """Another face of the same store, over these rows of it: what an engine does that batches rows anew in each call."""
-    face = copy.copy(cache)
-    face.rows = list(rows)
+    face = object.__new__(Face)
+    face.__dict__.update(cache.__dict__ | {"rows": list(rows)})
     return face
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from kvfold.report.markup import Markup, tag
-from kvfold.report.numbers import spread, three, times
+from kvfold.report.numbers import spread, three, tick, times
 from kvfold.report.pictures.drawing import Frame, picture, ticks, write
 from kvfold.report.results import number, words
 from kvfold.report.series import UNFOLDED
@@ -34,7 +34,7 @@ def decode_picture(rows: Sequence[Mapping], width: float) -> Markup | None:
     frame = Frame(
         left=92, right=width - 70, top=24, bottom=height - 44, x_range=(0, fastest * 1.02), y_range=(0, 1)
     )  # fmt: skip
-    x_ticks = [(value, three(value)) for value in ticks(0, fastest, 3 if width < 500 else 6)]
+    x_ticks = [(value, tick(value)) for value in ticks(0, fastest, 3 if width < 500 else 6)]
     parts = frame.axes(x_ticks, [], "tokens per second", "")
     for value, _ in x_ticks:
         x = frame.x(value)

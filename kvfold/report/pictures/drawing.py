@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from kvfold.report.markup import Markup, tag
 
-LETTER = 6.4
+LETTER = 6.8
 """Mean width of a letter at the size of labels, pixels; a little wide on purpose."""
 
 

@@ -80,7 +80,7 @@ def scale_of(maps: Sequence[HeadMap]) -> tuple[float, float]:
 def kept_picture(one: HeadMap, scale: tuple[float, float], width: float) -> Markup:
     """The SVG of one method's map."""
     num_heads = max(len(line) for line in one.values)
-    cell = min(30.0, (width - 64) / len(one.owners))
+    cell = min(26.0, (width - 64) / len(one.owners))
     tall = min(22.0, max(8.0, 150 / num_heads))
     left, top = 56.0, 28.0
     parts = [write(0, 14, label_of(one.row), "name")]
@@ -106,7 +106,7 @@ def key_picture(one: HeadMap, scale: tuple[float, float]) -> Markup:
     write_value = percent if one.value_name == KEPT_NAME else three
     low, high = (write_value(value) for value in scale)
     steps = [_cell(60 + 12 * step, 4, 12, 12, FAINTEST + (1 - FAINTEST) * step / 11, None) for step in range(12)]
-    ends = [write(54, 14, low, "tick", "end"), write(210, 14, high, "tick"), write(262, 14, one.value_name, "quiet")]
+    ends = [write(52, 14, low, "tick", "end"), write(210, 14, high, "tick"), write(262, 14, one.value_name, "quiet")]
     return picture(262 + 7 * len(one.value_name), 20, f"{one.value_name}: from {low} to {high}", *steps, *ends)
 
 

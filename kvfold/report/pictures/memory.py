@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from kvfold.report.markup import Markup, tag
-from kvfold.report.numbers import count, size
+from kvfold.report.numbers import count, size, size_unit, tick
 from kvfold.report.pictures.drawing import LETTER, Frame, end_labels, picture, polyline, ticks
 from kvfold.report.results import number
 from kvfold.report.series import family_of, label_of
@@ -36,7 +36,9 @@ def memory_picture(rows: Sequence[Mapping], colours: Mapping[str, int], width: f
     )  # fmt: skip
     most_ticks = 3 if width < 500 else 6
     x_ticks = [(value, count(value)) for value in ticks(0, most_tokens, most_ticks)]
-    parts = frame.axes(x_ticks, [(value, size(value)) for value in ticks(0, most_bytes, 5)], X_TITLE, Y_TITLE)
+    unit, unit_name = size_unit(most_bytes)
+    y_ticks = [(value, f"{tick(value / unit)} {unit_name}") for value in ticks(0, most_bytes, 5)]
+    parts = frame.axes(x_ticks, y_ticks, X_TITLE, Y_TITLE)
     ends = []
     for row, points in lines:
         colour = colours.get(family_of(row), 0)

@@ -7,7 +7,7 @@ cache, and is left out of the picture (never out of the table).
 from collections.abc import Iterable, Mapping, Sequence
 
 from kvfold.report.markup import Markup, tag
-from kvfold.report.numbers import count, three
+from kvfold.report.numbers import count, tick
 from kvfold.report.pictures.drawing import LETTER, picture, write
 from kvfold.report.results import number
 from kvfold.report.series import UNFOLDED, family_of
@@ -55,7 +55,7 @@ def _panel(rows: list[Mapping], length: float, labels: Mapping[str, str], width:
     top = 58.0
     parts = [write(0, 14, f"{count(length)} tokens", "name"), write(0, 46, "depth of the key", "tick")]
     for index, depth in enumerate(depths):
-        parts.append(write(left + (index + 0.5) * column, 46, f"{three(100 * depth)} %", "tick", "middle"))
+        parts.append(write(left + (index + 0.5) * column, 46, f"{tick(100 * depth)} %", "tick", "middle"))
     for index, name in enumerate(names):
         parts.append(write(0, top + index * ROW + 17, name, "tick"))
     for row in rows:
@@ -71,7 +71,7 @@ def _cell(row: Mapping, x: float, y: float, column: float, name: str) -> Markup:
     found, tries = number(row, "found"), number(row, "tries")
     share = found / tries if found is not None and tries else None
     text = "–" if share is None else f"{count(found)}/{count(tries)}"
-    hover = f"{name}, depth {three(100 * number(row, 'depth'))} %: " + ("not measured" if share is None else f"{text} found")
+    hover = f"{name}, depth {tick(100 * number(row, 'depth'))} %: " + ("not measured" if share is None else f"{text} found")
     box = tag(
         "rect", class_="cell", x=x, y=y, width=column - 2, height=float(ROW - 2),
         fill_opacity=f"{0.05 + 0.95 * (share or 0):.2f}",

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvfold.report.markup import Markup, tag
-from kvfold.report.numbers import difference, percent, signed
+from kvfold.report.numbers import difference, percent, tick
 from kvfold.report.pictures.drawing import LETTER, Frame, end_labels, mark, picture, polyline, ticks, write
 from kvfold.report.series import Line, Point, label_of, quality_lines, texts_of
 
@@ -58,13 +58,16 @@ def axes_of(panels: Sequence[Sequence[Line]]) -> Axes:
     bottoms = [point.change - (point.error or 0) for point in points]
     high, low = max([*tops, 1.0]), min([*bottoms, 0.0])
     bent = high > 12 and min(abs(point.change) for point in points) < high / 8
-    margin = 0.12 * high if bent else 0.06 * (high - low)
     least = min([point.share for point in points] + [0.5])
     shares = [1.0]
     while shares[-1] / 2 >= least * 0.94:
         shares.append(shares[-1] / 2)
-    low = min(low - margin / 2, -0.6 if bent else 0)
-    return Axes(bent=bent, low=low, high=high + margin, shares=tuple(shares), least=least * 0.96)
+    # Room above the highest point, and below the base line for its name.
+    bend, straight = (math.asinh, math.sinh) if bent else (float, float)
+    top, bottom = bend(high / BEND), bend(low / BEND)
+    span = top - bottom
+    edges = [BEND * straight(edge) for edge in (bottom - 0.09 * span, top + 0.04 * span)]
+    return Axes(bent=bent, low=edges[0], high=edges[1], shares=tuple(shares), least=least * 0.96)
 
 
 def quality_pictures(rows: Sequence[Mapping], colours: Mapping[str, int], width: float) -> list[tuple[str, Markup]]:
@@ -84,8 +87,8 @@ def _panel(text: str, lines: list[Line], axes: Axes, colours: Mapping[str, int],
         x_range=(0.06, math.log2(axes.least)), x_bend=math.log2,
         y_range=(axes.bend(axes.low), axes.bend(axes.high)), y_bend=axes.bend,
     )  # fmt: skip
-    y_ticks = [(level, f"{signed(level)} %") for level in axes.levels()]
-    parts = frame.axes([(share, percent(share)) for share in axes.shares], y_ticks, X_TITLE, Y_TITLE)
+    y_ticks = [(level, f"{'+' if level > 0 else ''}{tick(level)} %") for level in axes.levels()]
+    parts = frame.axes([(share, f"{tick(100 * share)} %") for share in axes.shares], y_ticks, X_TITLE, Y_TITLE)
     zero = frame.y(0)
     parts.append(tag("line", class_="base", x1=frame.left, x2=frame.right, y1=zero, y2=zero))
     parts.append(write(frame.left + 4, zero + 15, "unfolded", "quiet"))

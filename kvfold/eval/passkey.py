@@ -1,0 +1,153 @@
+"""Passkey retrieval: a five-digit key somewhere in filler text, asked for at the end; found means all digits right.
+
+Perplexity hardly notices a token that is gone for good; this does. Prompts are plain text, so that models that were never
+instruction-tuned understand them. Prompts are read as methods are meant to be fed: steps methods one token a call.
+Letters: B rows, T columns.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfold.data.windows import opening_tokens
+from kvfold.eval.cells import Cells, layout_key, model_key
+from kvfold.eval.folding import folded, reads_steps
+from kvfold.eval.progress import Report, silent
+from kvfold.eval.protocol import CALL_TOKENS
+from kvfold.layout import KVLayout
+from kvfold.models.decoder import FoldForCausalLM
+
+DEPTHS = (0.1, 0.5, 0.9)
+"""Where in the filler the key stands, 0 = at its beginning."""
+
+_OPENING = "Somewhere in the text below there is a pass key. Find it and remember it: you will be asked for it at the end.\n\n"
+_FILLER = (
+    "The river runs past the mill and the children throw flat stones. ",
+    "A cart goes up the hill while the baker opens his shutters. ",
+    "Rain is expected before evening, but the wash is still on the line. ",
+    "Two old men play chess under the chestnut tree and nobody wins. ",
+    "The clock on the square is slow, as it was last year. ",
+    "In the garden the beans have climbed to the top of their poles. ",
+    "A dog sleeps across the doorstep and the visitors walk around it. ",
+)
+_NEEDLE = "The pass key is {key}. Remember it: {key} is the pass key. "
+_QUESTION = "\n\nWhat is the pass key? The pass key is"
+_SPARE_TOKENS = 2
+"""New tokens beyond those of the key, for a space or a full stop."""
+
+
+def measure_passkey(
+    model: FoldForCausalLM,
+    tokenizer: Any,
+    methods: Sequence[str],
+    *,
+    name: str,
+    lengths: Sequence[int] = (1024,),
+    depths: Sequence[float] = DEPTHS,
+    tries: int = 4,
+    seed: int = 0,
+    cells: Any = None,
+    report: Report = silent,
+) -> list[dict[str, Any]]:
+    """Rows of `method`, `length_tokens`, `depth`, `found`, `tries`, the unfolded model first.
+
+    `lengths`: tokens of a prompt, at most. Each length and depth is tried with `tries` keys, the same for every method.
+    All tries of one length are read side by side. `cells`: a folder of finished measurements, which are not made again.
+    """
+    most = model.config.max_position_embeddings
+    for length in lengths:
+        if length > most:
+            raise ValueError(f"a passkey prompt of {length} tokens: the model reads {most} at most: ask for shorter ones")
+    layouts = list(dict.fromkeys([model.config.layout.base(), *(model.config.layout.with_time(method) for method in methods)]))
+    key = {"model": model_key(model, name), "depths": list(depths), "tries": tries, "seed": seed, "prompt": [_OPENING, *_FILLER, _NEEDLE, _QUESTION]}
+    kept, rows = Cells(cells), []
+    for layout in layouts:
+        method = layout.time_text()
+        for length in lengths:
+            about, cell_key = f"passkey {length}, {method}", {**key, "length": length, "layout": layout_key(layout)}
+            cell = kept.read(about, cell_key)
+            if cell is None:
+                cell = {"found": _found(model, tokenizer, layout, length, depths, tries, seed, about, report)}
+                kept.write(about, cell_key, cell)
+            pairs = zip(depths, cell["found"], strict=True)
+            rows += [{"method": method, "length_tokens": length, "depth": depth, "found": found, "tries": tries} for depth, found in pairs]
+    return rows
+
+
+def passkey_prompt(tokenizer: Any, key: str, length: int, depth: float) -> list[int]:
+    """Token ids of one prompt: as many sentences of filler as `length` tokens hold, the key at `depth` of them."""
+
+    def tokens(count: int) -> list[int]:
+        sentences = [_FILLER[index % len(_FILLER)] for index in range(count)]
+        sentences.insert(round(depth * count), _NEEDLE.format(key=key))
+        text = _OPENING + "".join(sentences).rstrip() + _QUESTION
+        return opening_tokens(tokenizer) + tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    fewest, most = 1, max(2, length)
+    if len(tokens(fewest)) > length:
+        raise ValueError(f"a passkey prompt of {length} tokens: the shortest has {len(tokens(fewest))}: ask for longer ones")
+    while most - fewest > 1:
+        middle = (fewest + most) // 2
+        fewest, most = (middle, most) if len(tokens(middle)) <= length else (fewest, middle)
+    return tokens(fewest)
+
+
+def _found(
+    model: FoldForCausalLM, tokenizer: Any, layout: KVLayout, length: int, depths: Sequence[float], tries: int, seed: int,
+    what: str, report: Report,
+) -> list[int]:  # fmt: skip
+    """Keys found at each depth."""
+    draw = random.Random(f"{seed} {length}")
+    keys = [[str(draw.randrange(10_000, 100_000)) for _ in range(tries)] for _ in depths]
+    flat = [(key, depth) for depth, some in zip(depths, keys, strict=True) for key in some]
+    prompts = [passkey_prompt(tokenizer, key, length, depth) for key, depth in flat]
+    new_tokens = max(len(tokenizer(f" {key}", add_special_tokens=False).input_ids) for key, _ in flat) + _SPARE_TOKENS
+    answers = continuations(model, layout, prompts, new_tokens, what=what, report=report)
+    right = [_says(tokenizer.decode(answer), key) for answer, (key, _) in zip(answers, flat, strict=True)]
+    return [sum(right[first : first + tries]) for first in range(0, len(right), tries)]
+
+
+def _says(answer: str, key: str) -> bool:
+    """Whether the first number of an answer is the key."""
+    start = next((index for index, letter in enumerate(answer) if letter.isdigit()), len(answer))
+    digits = answer[start:]
+    return digits.startswith(key) and not digits[len(key) : len(key) + 1].isdigit()
+
+
+def continuations(
+    model: FoldForCausalLM, layout: KVLayout, prompts: Sequence[list[int]], new_tokens: int, *, what: str, report: Report = silent
+) -> list[list[int]]:
+    """The likeliest next tokens of each prompt, prompts read through the cache as `layout` is meant to be fed."""
+    ids_BT, real_BT = _padded_left(prompts, model.device)
+    columns = ids_BT.shape[1]
+    size = 1 if reads_steps(layout) else CALL_TOKENS
+    answers = []
+    with folded(model, layout), torch.inference_mode():
+        cache = model.new_cache(rows=len(prompts))
+
+        def read(ids: Tensor, real: Tensor) -> Tensor:
+            return model(ids, attention_mask=real, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(dim=-1)
+
+        for start in range(0, columns, size):
+            newest = read(ids_BT[:, start : start + size], real_BT[:, start : start + size])
+            report(what, min(start + size, columns), columns + new_tokens)
+        for index in range(new_tokens):
+            answers.append(newest)
+            newest = read(newest[:, None], torch.ones_like(newest[:, None]))
+            report(what, columns + index + 1, columns + new_tokens)
+        cache.free()
+    return torch.stack(answers, dim=1).tolist()
+
+
+def _padded_left(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and a mask, 1 at real tokens, int64 [B, T]; what stands at padding is never read."""
+    longest = max(map(len, prompts))
+    ids = torch.zeros((len(prompts), longest), dtype=torch.int64, device=device)
+    real = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
+        real[row, longest - len(prompt) :] = 1
+    return ids, real
