@@ -22,19 +22,24 @@ from kvfold.policies.base import Entries
 class StepView:
     """A call that brings one token a row."""
 
-    def __init__(self, store: Store, rows_B: Tensor, real_BT: Tensor | None, longest: int, scale: float, softcap: float | None):
-        """`longest`: no row has seen more tokens before this call."""
+    def __init__(self, store: Store, rows_B: Tensor, real_BT: Tensor | None, before: list[int], scale: float,
+                 softcap: float | None):  # fmt: skip
+        """`before`: tokens that each row has seen before this call."""
         self._store, self._layout, self._rows_B = store, store.layout, rows_B
         self._scale, self._softcap = scale, softcap
         self._live_B = None if real_BT is None else real_BT[:, 0].contiguous()
         self._position_B = store.seen[rows_B]
         self._steps: dict[int, PlacedStep | WeighedStep] = {}
+        self._lines: dict[int, tuple] = {}
         for bank in store.banks:
-            stored = bank.spec.max_kept(longest)
+            stored = bank.most_kept(before)
             arguments = (bank, rows_B, self._position_B, self._live_B, stored)
             placed = bank.policy.weights is None
             head_dim = bank.pool.page_class.head_dim
-            self._steps[id(bank)] = PlacedStep(*arguments) if placed else WeighedStep(*arguments, head_dim)
+            step = PlacedStep(*arguments) if placed else WeighedStep(*arguments, head_dim)
+            self._steps[id(bank)] = step
+            # Cut apart once a call, not once a layer.
+            self._lines[id(bank)] = tuple(x.unbind() for x in (bank.table, bank.length, step.of_owners))
 
     def attend(
         self, layer: int, q_BTHD: Tensor, k_BTKD: Tensor | None, v_BTKD: Tensor | None, rotation: Rotation | None
@@ -42,23 +47,23 @@ class StepView:
         """See `KVView`."""
         owner = self._layout.owner_of(layer)
         bank, index = self._store.place_of[owner]
-        step = self._steps[id(bank)]
+        step, (table, length, of_owners) = self._steps[id(bank)], self._lines[id(bank)]
         k = v = slots = received = score = oldest = None
         if owner == layer:
             k, v = rotate(rotation, k_BTKD)[:, 0], v_BTKD[:, 0]
         if isinstance(step, PlacedStep):
-            slots = step.slots_OBK[index]
+            slots = of_owners[index]
         else:
             if owner == layer:
                 step.k_OBKD[index], step.v_OBKD[index] = k, v
             k, v = step.k_OBKD[index], step.v_OBKD[index]
-            received = step.received_OBKE[index]
+            received = of_owners[index]
             score = bank.pool.score if bank.policy.weights == "sum" else None
         if bank.window is not None:
             oldest = (self._position_B - bank.window + 1).int()
         lanes = DecodeLanes(
             k_PND=bank.pool.k, v_PND=bank.pool.v, position_PN=bank.pool.position, score_PN=score,
-            table_RKM=bank.table[index], length_RK=bank.length[index], rows_B=self._rows_B, max_length=step.longest,
+            table_RKM=table[index], length_RK=length[index], rows_B=self._rows_B, max_length=step.longest,
             slots_BK=slots, live_B=self._live_B, oldest_B=oldest, received_BKE=received,
             received_old=received is not None and step.wants_old,
         )  # fmt: skip
@@ -87,11 +92,11 @@ class _Group:
 class CallView:
     """A call of several tokens a row."""
 
-    def __init__(self, store: Store, rows_B: Tensor, real_BT: Tensor | None, num_tokens: int, longest: int,
+    def __init__(self, store: Store, rows_B: Tensor, real_BT: Tensor | None, num_tokens: int, before: list[int],
                  scale: float, softcap: float | None):  # fmt: skip
-        """`longest`: no row has seen more tokens before this call."""
+        """`before`: tokens that each row has seen before this call."""
         self._store, self._layout, self._rows_B, self._real_BT = store, store.layout, rows_B, real_BT
-        self._longest, self._scale, self._softcap = longest, scale, softcap
+        self._before, self._scale, self._softcap = before, scale, softcap
         seen, batch = store.seen[rows_B], rows_B.shape[0]
         if real_BT is None:
             self._real_BT = torch.ones((batch, num_tokens), dtype=torch.bool, device=seen.device)
@@ -99,7 +104,7 @@ class CallView:
         order = self._real_BT.long().cumsum(dim=1)
         self._position_BT = (seen[:, None] + order - 1).masked_fill(~self._real_BT, -1)
         self._seen_B = seen + order[:, -1]
-        self._even = longest == 0 or bool((seen == longest).all())
+        self._even = len(set(before)) <= 1
         self._groups: dict[int, _Group] = {}
 
     def attend(
@@ -131,7 +136,7 @@ class CallView:
 
     def _open(self, bank: Bank, index: int, k_BTKD: Tensor, v_BTKD: Tensor) -> _Group:
         batch, tokens, heads, _ = k_BTKD.shape
-        stored = bank.spec.max_kept(self._longest)
+        stored = bank.most_kept(self._before)
         position = self._position_BT[:, None].expand(batch, heads, tokens).int()
         if stored == 0:
             return _Group(k_BTKD, v_BTKD, self._mask(bank, position[:, :1], 0), position, None)
@@ -181,7 +186,8 @@ class CallView:
         if keep is None:
             keep = torch.ones((), dtype=torch.bool, device=lanes.device).expand(group.position_BKE.shape)
         if group.stored_slots is not None:
-            gone = group.stored_slots[1] & ~keep[..., :stored]
+            # A call of padding alone is no step for its row.
+            gone = group.stored_slots[1] & ~keep[..., :stored] & self._real_BT.any(dim=1)[:, None, None]
             if bool(gone.any()):
                 bank.drop(lanes, ~gone)
         chosen = keep[..., stored:] & self._real_BT[:, None]

@@ -52,6 +52,12 @@ class Bank:
             self.length = length.new_zeros((owners, rows, heads))
             self.length[:, :old_rows] = length
 
+    def shrink(self) -> None:
+        """Narrow a table that is more than twice as wide as the longest lane needs."""
+        longest = int(self._pages(self.length.max())) if self.length.numel() else 0
+        if longest < self.table.shape[-1] // 2:
+            self.table = self.table[..., :longest].clone()
+
     def lanes(self, rows_B: Tensor) -> Tensor:
         """Lane ids [O, B, K] of some rows."""
         owners, rows, heads = self.length.shape
@@ -75,6 +81,7 @@ class Bank:
         return lane, index, self.table_flat()[lane, index]
 
     def table_flat(self) -> Tensor:
+        """The table with one line a lane, [O * R * K, M]."""
         owners, rows, heads, pages = self.table.shape
         return self.table.view(owners * rows * heads, pages)
 
@@ -149,9 +156,6 @@ class Bank:
         """Give back all that these rows hold."""
         self.pool.give_back(self.page_ids(self.lanes(rows_B))[2])
         self.length[:, rows_B] = 0
-        longest = int(self._pages(self.length.max())) if self.length.numel() else 0
-        if longest < self.table.shape[-1] // 2:
-            self.table = self.table[..., :longest].clone()
         if self.has_shared and not bool((self.pool.references > 1).any()):
             self.has_shared = False
 
@@ -191,6 +195,10 @@ class Bank:
     def _is_open(self, lane: Tensor, index: Tensor) -> Tensor:
         """Whether page `index` of a lane is the one that the next entry goes into."""
         return index == self.length.view(-1)[lane].long() // self.pool.slots
+
+    def most_kept(self, seen: list[int]) -> int:
+        """Entries of the longest lane, at most, where rows have seen so many tokens."""
+        return max((self.spec.max_kept(tokens) for tokens in set(seen)), default=0)
 
     def most_pages(self, seen: int) -> int:
         """Pages that one lane holds at most once `seen` tokens have been seen."""

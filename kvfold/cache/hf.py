@@ -143,11 +143,10 @@ class FoldCache(Cache):
         index, before = self._rows_index(), [self.store.seen_tokens(row) for row in self.rows]
         added = [num_tokens] * num_rows if real_BT is None else real_BT.sum(dim=1).tolist()
         self.store.begin(self.rows, added)
-        longest = max(before, default=0)
         if num_tokens == 1:
-            view = StepView(self.store, index, real_BT, longest, scale, softcap)
+            view = StepView(self.store, index, real_BT, before, scale, softcap)
         else:
-            view = CallView(self.store, index, real_BT, num_tokens, longest, scale, softcap)
+            view = CallView(self.store, index, real_BT, num_tokens, before, scale, softcap)
         yield view
         view.close()
         self.store.commit(self.rows, added)
@@ -158,6 +157,7 @@ class FoldCache(Cache):
             return
         if self.columns:
             raise ValueError(f"the cache holds {len(self.rows)} rows and the call brings {num_rows}: give it as many rows")
+        self.store.split_anew(num_rows)
         surplus, self.rows = self.rows[num_rows:], self.rows[:num_rows]
         self.store.free_rows(surplus)
         self.rows = self.rows + self.store.new_rows(num_rows - len(self.rows))
@@ -233,6 +233,9 @@ class FoldCache(Cache):
         twin.__dict__.update(self.__dict__ | {"rows": []})
         twin.rows = self.store.fork_rows(self.rows)
         return twin
+
+    def __copy__(self) -> "FoldCache":
+        return self.copy()
 
     def free(self) -> None:
         """Give back all pages now; the cache is empty and has no rows."""

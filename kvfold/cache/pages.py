@@ -3,7 +3,6 @@
 The tensors that the pages are made of live in pool.py.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 GROWTH = 1.5
@@ -52,7 +51,3 @@ class PageBook:
         self.free += count
         return slice(self.free - count, self.free)
 
-
-def pages_needed(kept: Sequence[int], page_slots: int) -> int:
-    """Pages for heads that keep so many entries each."""
-    return sum(pages_for(entries, page_slots) for entries in kept)

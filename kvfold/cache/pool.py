@@ -86,6 +86,11 @@ class PagePool:
             if array is not None:
                 array[target] = array[source]
 
+    def release(self) -> None:
+        """Give the arrays back to the device; the pool is of no more use."""
+        assert not self.held_pages
+        self.k = self.v = self.position = self.score = self.references = self.free_list = None
+
     def _resize(self, capacity: int) -> None:
         old, book = self.book.capacity, self.book
         for name in ("k", "v", "position", "score", "references"):

@@ -44,7 +44,8 @@ class PlacedStep:
             pool.position.view(-1)[flat[chosen]] = position[chosen]
             flat = flat.masked_fill(~chosen, -1)
         bank.length.view(-1)[lanes_OBK] = (length + grows).int()
-        self.slots_OBK = flat
+        self.of_owners = flat
+        """Where the new token of each lane was put, a flat slot, int64 [O, B, K]; -1 for a dead row."""
         self.longest = stored + 1
 
     @staticmethod
@@ -78,7 +79,8 @@ class WeighedStep:
         self.k_OBKD, self.v_OBKD = (pool.k.new_empty((*shape, head_dim)) for _ in range(2))
         self.wants_old = bank.policy.weights == "last"
         columns = stored + 1 if self.wants_old else 1
-        self.received_OBKE = torch.zeros((*shape, columns), dtype=torch.float32, device=pool.device)
+        self.of_owners = torch.zeros((*shape, columns), dtype=torch.float32, device=pool.device)
+        """Weights that entries receive in this step, fp32 [O, B, K, E or 1]."""
         self.longest = stored
 
     def close(self) -> None:
@@ -90,7 +92,7 @@ class WeighedStep:
         new = self._position_B.int()[:, None, None].expand(owners, batch, heads, 1)
         if self._live_B is not None:
             new = new.masked_fill(~self._live_B[:, None, None], -1)
-        score = self.received_OBKE
+        score = self.of_owners
         if not self.wants_old:
             score = torch.cat((bank.pool.score.view(-1)[flat], score), dim=-1)
         entries = Entries(
@@ -111,13 +113,16 @@ class WeighedStep:
         grows = stays & (place == length)
         border = grows & (length % slots == 0)
         bank.extend(lanes[border], length[border] // slots, torch.ones_like(length[border]))
-        page = bank.table_flat()[lanes[stays], place[stays] // slots]
-        flat, pool = page.long() * slots + place[stays] % slots, bank.pool
-        pool.k.view(-1, pool.k.shape[-1])[flat] = self.k_OBKD[stays]
-        pool.v.view(-1, pool.v.shape[-1])[flat] = self.v_OBKD[stays]
-        pool.position.view(-1)[flat] = self._position_B.int()[:, None].expand_as(stays)[stays]
+        page = bank.table_flat()[lanes, place.masked_fill(~stays, 0) // slots]
+        flat, pool = (page.long() * slots + place % slots).reshape(-1), bank.pool
+        stored = slice(None) if bool(stays.all()) else stays.reshape(-1)
+        flat = flat[stored]
+        for array, new in ((pool.k, self.k_OBKD), (pool.v, self.v_OBKD)):
+            array.view(-1, array.shape[-1]).index_copy_(0, flat, new.flatten(0, 2)[stored])
+        position = self._position_B.int()[:, None].expand_as(stays).reshape(-1)
+        pool.position.view(-1).index_copy_(0, flat, position[stored])
         if pool.score is not None:
-            pool.score.view(-1)[flat] = self.received_OBKE[..., -1][stays]
+            pool.score.view(-1).index_copy_(0, flat, self.of_owners[..., -1].reshape(-1)[stored])
         bank.length.view(-1)[lanes] = (length + grows).int()
 
 

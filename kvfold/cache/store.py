@@ -14,7 +14,16 @@ from kvfold.cache.bank import Bank
 from kvfold.cache.pages import CacheFull, pages_for
 from kvfold.cache.pool import PageClass, PagePool
 from kvfold.layout import KVLayout
-from kvfold.planner import LENGTH_BYTES, PAGE_OVERHEAD_BYTES, PAGE_SLOTS, ROW_BYTES, layout_bytes, page_bytes, page_class, page_classes
+from kvfold.planner import (
+    LENGTH_BYTES,
+    PAGE_OVERHEAD_BYTES,
+    PAGE_SLOTS,
+    ROW_BYTES,
+    layout_bytes,
+    page_bytes,
+    page_class,
+    page_classes,
+)
 from kvfold.planner import PageClass as PlannedClass
 
 TABLE_BYTES = PAGE_OVERHEAD_BYTES - 8
@@ -46,7 +55,8 @@ class Store:
             one: page_bytes(one, page_slots, model_bytes=dtype.itemsize, slot_state_bytes=state)
             for one, state in page_classes(layout).items()
         }
-        self._pools = self._make_pools(rows, poison)
+        self._poison = poison
+        self._pools = self._make_pools(self._limits(rows))
         self.banks, self.place_of = self._make_banks()
         self.seen = torch.zeros(0, dtype=torch.int64, device=self.device)
         self._seen: list[int] = []
@@ -56,25 +66,26 @@ class Store:
 
     # -- making --------------------------------------------------------------------------------------------------
 
-    def _make_pools(self, rows: int, poison: bool) -> list[PagePool]:
-        """One pool for each page class; a budget is split by what a token takes in each."""
-        states = page_classes(self.layout)
-        limits: dict[PlannedClass, int | None] = dict.fromkeys(states)
-        if self.memory_bytes is not None:
-            left = self.memory_bytes - rows * self._row_bytes()
-            needs = self._needs(max(left, 0), rows)
-            limits = {one: left * need // sum(needs.values()) // self._page_bytes[one] for one, need in needs.items()}
-            if min(limits.values()) < 1:
-                raise ValueError(
-                    f"memory_bytes={self.memory_bytes}: not one page fits beside the books of {rows} rows: give more memory"
-                )
+    def _limits(self, rows: int) -> list[int | None]:
+        """Pages of each class: a budget is split by what `rows` rows take in each."""
+        if self.memory_bytes is None:
+            return [None] * len(self._page_bytes)
+        left = max(0, self.memory_bytes - rows * self._row_bytes())
+        needs = self._needs(left, rows)
+        limits = [left * need // sum(needs.values()) // self._page_bytes[one] for one, need in needs.items()]
+        if min(limits) < 1:
+            raise ValueError(
+                f"memory_bytes={self.memory_bytes}: not one page fits beside the books of {rows} rows: give more memory"
+            )
+        return limits
+
+    def _make_pools(self, limits: list[int | None]) -> list[PagePool]:
         return [
             PagePool(
-                PageClass(head_dim=one.head_dim, dtype=self.dtype, scored=state > 0),
-                slots=self.page_slots, device=self.device, pages=FIRST_PAGES if limits[one] is None else limits[one],
-                limit=limits[one], poison=poison,
+                PageClass(head_dim=one.head_dim, dtype=self.dtype, scored=state > 0), slots=self.page_slots,
+                device=self.device, pages=FIRST_PAGES if limit is None else limit, limit=limit, poison=self._poison,
             )
-            for one, state in states.items()
+            for (one, state), limit in zip(page_classes(self.layout).items(), limits, strict=True)
         ]  # fmt: skip
 
     def _needs(self, memory_bytes: int, rows: int) -> dict[PlannedClass, int]:
@@ -120,6 +131,18 @@ class Store:
             lanes += layer.num_kv_heads * (LENGTH_BYTES + layout.time_of(owner).lane_state_bytes(layer.head_dim))
         return ROW_BYTES + lanes
 
+    def split_anew(self, rows: int) -> None:
+        """Divide the budget between the page classes for so many rows; only while nothing is held."""
+        if self.memory_bytes is None or len(self._pools) == 1 or any(pool.held_pages for pool in self._pools):
+            return
+        limits = self._limits(rows)
+        for pool in self._pools:
+            pool.release()
+        self._pools = self._make_pools(limits)
+        pools = dict(zip(self._page_bytes, self._pools, strict=True))
+        for bank in self.banks:
+            bank.pool = pools[page_class(self.layout, bank.owners[0])]
+
     # -- bytes ---------------------------------------------------------------------------------------------------
 
     @property
@@ -128,7 +151,8 @@ class Store:
         pages = sum(pool.book.capacity for pool in self._pools)
         tables = max(sum(bank.table.nbytes for bank in self.banks), TABLE_BYTES * pages)
         lengths = sum(bank.length.nbytes for bank in self.banks)
-        return sum(pool.num_bytes for pool in self._pools) + tables + lengths + self.seen.nbytes
+        reserved = sum(pool.num_bytes for pool in self._pools) + tables + lengths + self.seen.nbytes
+        return reserved if self.memory_bytes is None else min(reserved, self.memory_bytes)
 
     @property
     def allocated_bytes(self) -> int:
@@ -164,6 +188,7 @@ class Store:
 
     def free_rows(self, rows: Sequence[int]) -> None:
         """End these rows; their pages are free at once."""
+        assert not set(rows) & set(self._free_rows), "a row is freed once"
         index = self._index(rows)
         for bank in self.banks:
             bank.free(index)
@@ -172,6 +197,9 @@ class Store:
             self._seen[row] = 0
         self._in_call.difference_update(rows)
         self._free_rows.extend(rows)
+        if not self._in_call:
+            for bank in self.banks:
+                bank.shrink()
 
     def fork_rows(self, rows: Sequence[int]) -> list[int]:
         """New rows that continue from the same tokens; pages are shared until one side writes."""
@@ -217,7 +245,8 @@ class Store:
         self._check_usable(rows)
         after = [self._seen[row] + more for row, more in zip(rows, added, strict=True)]
         index, needed = self._index(rows), [0] * len(self._pools)
-        most = [max((bank.most_pages(seen) for seen in after), default=0) for bank in self.banks]
+        # A table is never without width: a dead row's place is looked up too.
+        most = [max((bank.most_pages(seen) for seen in after), default=0) or 1 for bank in self.banks]
         self._check_books(len(self._seen), most)
         for bank in self.banks:
             lanes = bank.lanes(index)

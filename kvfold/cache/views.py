@@ -43,8 +43,11 @@ class DenseView:
         """See `KVView`. A reader attends to the rotated k and the v of its owner."""
         owner = self._layout.owner_of(layer)
         if owner == layer:
-            self._shared[owner] = (rotate(rotation, k_BTKD), v_BTKD)
-        k, v = self._shared[owner]
+            k, v = rotate(rotation, k_BTKD), v_BTKD
+            if self._layout.last_reader(owner) != owner:
+                self._shared[owner] = (k, v)
+        else:
+            k, v = self._shared[owner]
         mask = self._mask(owner, q_BTHD)
         return dense_attention(rotate(rotation, q_BTHD), k, v, scale=self._scale, softcap=self._softcap, mask=mask)
 

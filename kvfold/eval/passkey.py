@@ -23,7 +23,9 @@ from kvfold.models.decoder import FoldForCausalLM
 DEPTHS = (0.1, 0.5, 0.9)
 """Where in the filler the key stands, 0 = at its beginning."""
 
-_OPENING = "Somewhere in the text below there is a pass key. Find it and remember it: you will be asked for it at the end.\n\n"
+# Worded so that even a small model answers with the number: where the wording is weak, a change of the cache turns the
+# answer into small talk although the key is still there, and the figure says little about what was kept.
+_OPENING = "Read the text and remember the secret number in it.\n\n"
 _FILLER = (
     "The river runs past the mill and the children throw flat stones. ",
     "A cart goes up the hill while the baker opens his shutters. ",
@@ -33,8 +35,8 @@ _FILLER = (
     "In the garden the beans have climbed to the top of their poles. ",
     "A dog sleeps across the doorstep and the visitors walk around it. ",
 )
-_NEEDLE = "The pass key is {key}. Remember it: {key} is the pass key. "
-_QUESTION = "\n\nWhat is the pass key? The pass key is"
+_NEEDLE = "The secret number is {key}. Remember it: the secret number is {key}. "
+_QUESTION = "\n\nQuestion: What is the secret number in the text above?\nAnswer: The secret number is"
 _SPARE_TOKENS = 2
 """New tokens beyond those of the key, for a space or a full stop."""
 

@@ -5,14 +5,14 @@ Letters: B rows, T tokens of a row, C model width.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvfold.eval.folding import folded, reads_steps
+from kvfold.eval.folding import folded
 from kvfold.eval.protocol import CALL_TOKENS
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
@@ -58,15 +58,14 @@ def read_rows(
 ) -> Reading:
     """Feed the rows through a fresh cache of this layout; every call's states go to `on_states`.
 
-    `call_tokens`: tokens a row of one call; a steps method takes one whatever is said here.
+    `call_tokens`: tokens a row of one call; a steps method takes one as soon as something may be dropped.
     """
-    size = 1 if reads_steps(layout) else call_tokens or CALL_TOKENS
     shares, seen, seconds = [], [], 0.0
     weights = _payload(layout, model.dtype.itemsize, model.device)
     with folded(model, layout), torch.inference_mode():
         cache = model.new_cache(rows=ids_BT.shape[0])
-        for start in range(0, ids_BT.shape[1], size):
-            call = ids_BT[:, start : start + size]
+        for start, stop in _calls(layout, ids_BT.shape[1], call_tokens or CALL_TOKENS):
+            call = ids_BT[:, start:stop]
             begun = _now(model.device)
             hidden = model.model(call, past_key_values=cache, use_cache=True).last_hidden_state
             seconds += _now(model.device) - begun
@@ -79,6 +78,20 @@ def read_rows(
         allocated_bytes=allocated_bytes, full_bytes=full_bytes, kept_share=tuple(torch.stack(shares).tolist()),
         seen_tokens=tuple(seen), seconds=seconds,
     )  # fmt: skip
+
+
+def _calls(layout: KVLayout, tokens: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where calls begin and end. Under a steps method the cut matters once a budget is exceeded: from there on calls bring
+    one token. Before, all is kept and all weights are counted, however the text is cut.
+    """
+    steps = [spec for spec in layout.time if spec.state_of == "steps"]
+    start = 0
+    while start < tokens:
+        stop = min(start + size, tokens)
+        if any(spec.max_kept(stop) < stop for spec in steps):
+            stop = start + 1
+        yield start, stop
+        start = stop
 
 
 def _payload(layout: KVLayout, model_bytes: int, device: torch.device) -> Tensor:

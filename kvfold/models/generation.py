@@ -25,7 +25,7 @@ class FoldGeneration:
         """A cache of ours where none was given; a given one is made to fit the rows of this call."""
         if generation_config.cache_implementation is not None:
             raise ValueError(
-                f"cache_implementation='{generation_config.cache_implementation}': a kvfold model brings its own cache: leave it out"
+                f"cache_implementation='{generation_config.cache_implementation}': a kvfold model has its own cache: leave it out"
             )
         if generation_mode is GenerationMode.ASSISTED_GENERATION:
             raise ValueError("assisted generation cuts the cache back, which a kvfold cache can't do: leave the assistant out")
@@ -36,7 +36,8 @@ class FoldGeneration:
         elif cache is not None and cache.get_seq_length():
             if generation_config.prefill_chunk_size and Version(transformers.__version__) < FEEDS_CHUNKS_RIGHT:
                 raise ValueError(
-                    f"prefill_chunk_size on a continued cache: transformers {transformers.__version__} would feed the text twice: leave it out"
+                    f"prefill_chunk_size on a continued cache: transformers {transformers.__version__} would feed the text "
+                    "twice: leave it out"
                 )
             if expansion > 1 and cache.batch_size == batch_size:
                 cache.batch_repeat_interleave(expansion)

@@ -21,6 +21,7 @@ from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.families import fold_config
 from kvfold.models.source import Source, check_source, find_source, one_line
 from kvfold.models.weights import fold_weights
+from kvfold.policies.registry import policy_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -134,6 +135,8 @@ def _check_report(found: Source, report: dict, *, strict: bool) -> None:
 def _folded(layout: KVLayout, time: str | None, bits: str | None) -> KVLayout:
     layout = layout if time is None else layout.with_time(time)
     layout = layout if bits is None else layout.with_bits(bits)
+    for spec in layout.time:
+        policy_of(spec)
     if layout.bits != layout.base().bits:
         raise ValueError(
             f"bits '{layout.bits_text()}': storage other than 'model' is planned, not there yet: leave it out"

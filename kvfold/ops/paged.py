@@ -138,7 +138,10 @@ def _decode_native(
     kv_heads, pages = lanes.table_RKM.shape[1:]
     group = num_heads // kv_heads
     q, k, v = q_BHD.contiguous(), k_BKD, v_BKD
+    # C checks nothing: a wrong shape would be read out of bounds.
+    assert num_heads % kv_heads == 0 and lanes.k_PND.shape[2] == lanes.v_PND.shape[2] == head_dim
     if k is not None:
+        assert k.shape == v.shape == (batch, kv_heads, head_dim)
         k, v = k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
     spans = lanes.max_length // _SPAN + 1

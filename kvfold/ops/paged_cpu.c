@@ -33,7 +33,6 @@ typedef struct {
 
 /* exp for arguments <= 0, accurate to about 2 ulp, in a form that compilers vectorise; NaN stays NaN. */
 static inline float exp_negative(float x) {
-  if (x < -87.0f) return 0.0f;
   float n = rintf(x * 1.44269504f);
   float r = x - n * 0.693145752f;
   r -= n * 1.42860677e-6f;
@@ -44,9 +43,9 @@ static inline float exp_negative(float x) {
   p = p * r + 1.6666665e-1f;
   p = p * r + 5.0e-1f;
   p = p * r * r + r + 1.0f;
-  if (x != x) return x;
-  union { int32_t i; float f; } power = { .i = ((int32_t)n + 127) << 23 };
-  return p * power.f;
+  const int32_t exponent = x < -87.0f ? 0 : (int32_t)n + 127;
+  union { int32_t i; float f; } power = { .i = exponent << 23 };
+  return x < -87.0f ? 0.0f : p * power.f;
 }
 
 static inline float dot(const float *restrict a, const float *restrict b, int64_t n) {
@@ -68,51 +67,179 @@ static inline int64_t lane_entries(const decode_job *job, int64_t lane) {
   return job->length[job->rows[b] * job->K + h] + (job->k_new && !job->slots ? 1 : 0);
 }
 
-static void attend_span(const decode_job *job, int64_t lane, int64_t span, float *logits, float *part) {
-  const int64_t K = job->K, G = job->G, D = job->D, N = job->N;
-  const int64_t b = lane / K, h = lane % K, row = job->rows[b];
-  const int64_t stored = job->length[row * K + h], entries = lane_entries(job, lane);
-  const int64_t first = span * SPAN, last = first + SPAN < entries ? first + SPAN : entries;
-  const int32_t *pages = job->table + (row * K + h) * job->M;
-  const float *q = job->q + lane * G * D;
-  const int64_t stride = job->max_length + 1;
-  for (int64_t i = first; i < last; i++) {
-    const int64_t slot = i < stored ? (int64_t)pages[i / N] * N + i % N : -1;
-    const float *key = slot >= 0 ? job->k + slot * D : job->k_new + lane * D;
-    const int hidden = job->oldest && slot >= 0 && job->position[slot] < job->oldest[b];
-    for (int64_t g = 0; g < G; g++) {
-      float x = dot(q + g * D, key, D) * job->scale;
-      if (job->softcap > 0.0f) x = job->softcap * tanhf(x / job->softcap);
-      logits[g * stride + i] = hidden ? -INFINITY : x;
-    }
+/* One span of one lane. Runs of entries that lie side by side are taken together: those of a page, then the new token. */
+typedef struct {
+  const decode_job *job;
+  const int32_t *pages;
+  int64_t lane, row, stored, first, last;
+} span_view;
+
+static span_view view_span(const decode_job *job, int64_t lane, int64_t span) {
+  const int64_t b = lane / job->K, h = lane % job->K, entries = lane_entries(job, lane);
+  const int64_t line = job->rows[b] * job->K + h, first = span * SPAN;
+  return (span_view){job, job->table + line * job->M, lane, b, job->length[line], first,
+                     first + SPAN < entries ? first + SPAN : entries};
+}
+
+/* Where entry i lies in a pool, and how many entries lie there side by side. */
+static inline const float *run_of(const span_view *view, const float *pool, const float *fresh, int64_t i, int64_t *run) {
+  const int64_t N = view->job->N, D = view->job->D;
+  if (i >= view->stored) {
+    *run = 1;
+    return fresh + view->lane * D;
   }
-  for (int64_t g = 0; g < G; g++) {
-    float *row_logits = logits + g * stride, *sum_out = part + g * (D + 2);
-    float highest = -INFINITY, total = 0.0f;
-    for (int64_t i = first; i < last; i++) {
-      if (row_logits[i] > highest || row_logits[i] != row_logits[i]) highest = row_logits[i];
-    }
-    memset(sum_out, 0, sizeof(float) * (D + 2));
-    sum_out[D] = highest;
-    if (highest == -INFINITY) continue;
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = first; i < last; i++) {
-      row_logits[i] = exp_negative(row_logits[i] - highest);
-      total += row_logits[i];
-    }
-    sum_out[D + 1] = total;
-  }
-  for (int64_t i = first; i < last; i++) {
-    const int64_t slot = i < stored ? (int64_t)pages[i / N] * N + i % N : -1;
-    const float *value = slot >= 0 ? job->v + slot * D : job->v_new + lane * D;
-    for (int64_t g = 0; g < G; g++) {
-      if (part[g * (D + 2) + D] != -INFINITY && logits[g * stride + i] != 0.0f)
-        add_scaled(part + g * (D + 2), value, logits[g * stride + i], D);
+  const int64_t within = i % N, end = view->last < view->stored ? view->last : view->stored;
+  *run = N - within < end - i ? N - within : end - i;
+  return pool + ((int64_t)view->pages[i / N] * N + within) * D;
+}
+
+typedef float vec __attribute__((vector_size(64), aligned(4)));
+#define LANES 16
+
+static inline float sum_of(vec x) {
+  float sum = 0.0f;
+  for (int i = 0; i < LANES; i++) sum += x[i];
+  return sum;
+}
+
+/* Products of HEADS queries with every key of the span, WIDTH vectors a head: both constants where this is inlined. */
+static inline __attribute__((always_inline)) void products(const span_view *view, const float *q, float *logits,
+                                                           int64_t stride, const int HEADS, const int WIDTH) {
+  vec query[4][16];
+  for (int g = 0; g < HEADS; g++)
+    for (int d = 0; d < WIDTH; d++) query[g][d] = *(const vec *)(q + (g * WIDTH + d) * LANES);
+  for (int64_t i = view->first, run; i < view->last; i += run) {
+    const float *key = run_of(view, view->job->k, view->job->k_new, i, &run);
+    for (int64_t j = 0; j < run; j++, key += WIDTH * LANES) {
+      vec sums[4];
+#pragma GCC unroll 4
+      for (int g = 0; g < HEADS; g++) sums[g] = query[g][0] * *(const vec *)key;
+#pragma GCC unroll 16
+      for (int d = 1; d < WIDTH; d++) {
+        const vec part = *(const vec *)(key + d * LANES);
+#pragma GCC unroll 4
+        for (int g = 0; g < HEADS; g++) sums[g] += query[g][d] * part;
+      }
+#pragma GCC unroll 4
+      for (int g = 0; g < HEADS; g++) logits[g * stride + i + j] = sum_of(sums[g]);
     }
   }
 }
 
-static void join_spans(const decode_job *job, int64_t lane, int64_t spans, float *logits, float *parts) {
+/* Sums of the values of the span under the weights of HEADS heads; a weight of zero never meets its value. */
+static inline __attribute__((always_inline)) void weighted(const span_view *view, const float *weights, int64_t stride,
+                                                           float *out, int64_t out_stride, const int HEADS, const int WIDTH) {
+  vec sums[4][16];
+  for (int g = 0; g < HEADS; g++)
+    for (int d = 0; d < WIDTH; d++) sums[g][d] = (vec){0};
+  for (int64_t i = view->first, run; i < view->last; i += run) {
+    const float *value = run_of(view, view->job->v, view->job->v_new, i, &run);
+    for (int64_t j = 0; j < run; j++, value += WIDTH * LANES) {
+      float any = 0.0f;
+#pragma GCC unroll 4
+      for (int g = 0; g < HEADS; g++) any += weights[g * stride + i + j];
+      if (any == 0.0f) continue;
+#pragma GCC unroll 16
+      for (int d = 0; d < WIDTH; d++) {
+        const vec part = *(const vec *)(value + d * LANES);
+#pragma GCC unroll 4
+        for (int g = 0; g < HEADS; g++) sums[g][d] += weights[g * stride + i + j] * part;
+      }
+    }
+  }
+  for (int g = 0; g < HEADS; g++)
+    for (int d = 0; d < WIDTH; d++) *(vec *)(out + g * out_stride + d * LANES) = sums[g][d];
+}
+
+/* The same for any head dim. */
+static void products_any(const span_view *view, const float *q, float *logits) {
+  const int64_t D = view->job->D;
+  for (int64_t i = view->first, run; i < view->last; i += run) {
+    const float *key = run_of(view, view->job->k, view->job->k_new, i, &run);
+    for (int64_t j = 0; j < run; j++) logits[i + j] = dot(q, key + j * D, D);
+  }
+}
+
+static void weighted_any(const span_view *view, const float *weights, float *out) {
+  const int64_t D = view->job->D;
+  memset(out, 0, sizeof(float) * D);
+  for (int64_t i = view->first, run; i < view->last; i += run) {
+    const float *value = run_of(view, view->job->v, view->job->v_new, i, &run);
+    for (int64_t j = 0; j < run; j++)
+      if (weights[i + j] != 0.0f) add_scaled(out, value + j * D, weights[i + j], D);
+  }
+}
+
+#define WIDTHS(HEADS, CALL)                        \
+  case HEADS * 100 + 32: CALL(HEADS, 2); break;    \
+  case HEADS * 100 + 64: CALL(HEADS, 4); break;    \
+  case HEADS * 100 + 80: CALL(HEADS, 5); break;    \
+  case HEADS * 100 + 96: CALL(HEADS, 6); break;    \
+  case HEADS * 1000 + 128: CALL(HEADS, 8); break;  \
+  case HEADS * 1000 + 256: CALL(HEADS, 16); break;
+#define KEY(HEADS, D) ((D) < 100 ? (HEADS) * 100 + (D) : (HEADS) * 1000 + (D))
+
+static void heads_products(const span_view *view, const float *q, float *logits, int64_t stride, int64_t heads) {
+#define CALL(HEADS, WIDTH) products(view, q, logits, stride, HEADS, WIDTH)
+  switch (KEY(heads, view->job->D)) {
+    WIDTHS(1, CALL) WIDTHS(2, CALL) WIDTHS(3, CALL) WIDTHS(4, CALL)
+    default:
+      for (int64_t g = 0; g < heads; g++) products_any(view, q + g * view->job->D, logits + g * stride);
+  }
+#undef CALL
+}
+
+static void heads_weighted(const span_view *view, const float *weights, int64_t stride, float *out, int64_t heads) {
+  const int64_t out_stride = view->job->D + 2;
+#define CALL(HEADS, WIDTH) weighted(view, weights, stride, out, out_stride, HEADS, WIDTH)
+  switch (KEY(heads, view->job->D)) {
+    WIDTHS(1, CALL) WIDTHS(2, CALL) WIDTHS(3, CALL) WIDTHS(4, CALL)
+    default:
+      for (int64_t g = 0; g < heads; g++) weighted_any(view, weights + g * stride, out + g * out_stride);
+  }
+#undef CALL
+}
+
+/* Scale, cap and hide the logits of one head, then exp(logit - highest) in place; gives the sum. */
+static float soften(const span_view *view, float *logits, float *highest) {
+  const decode_job *job = view->job;
+  for (int64_t i = view->first; i < view->last; i++) logits[i] *= job->scale;
+  if (job->softcap > 0.0f)
+    for (int64_t i = view->first; i < view->last; i++) logits[i] = job->softcap * tanhf(logits[i] / job->softcap);
+  if (job->oldest)
+    for (int64_t i = view->first; i < view->last && i < view->stored; i++)
+      if (job->position[view->pages[i / job->N] * job->N + i % job->N] < job->oldest[view->row]) logits[i] = -INFINITY;
+  float top = -INFINITY, total = 0.0f;
+  for (int64_t i = view->first; i < view->last; i++)
+    if (logits[i] > top || logits[i] != logits[i]) top = logits[i];
+  *highest = top;
+  if (top == -INFINITY) {
+    for (int64_t i = view->first; i < view->last; i++) logits[i] = 0.0f;
+    return 0.0f;
+  }
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = view->first; i < view->last; i++) {
+    logits[i] = exp_negative(logits[i] - top);
+    total += logits[i];
+  }
+  return total;
+}
+
+static void attend_span(const decode_job *job, int64_t lane, int64_t span, float *logits, float *part) {
+  const int64_t G = job->G, D = job->D, stride = job->max_length + 1;
+  const span_view view = view_span(job, lane, span);
+  for (int64_t g = 0; g < G; g += 4) {
+    const int64_t heads = G - g < 4 ? G - g : 4;
+    heads_products(&view, job->q + (lane * G + g) * D, logits + g * stride, stride, heads);
+    for (int64_t h = g; h < g + heads; h++) {
+      float *out = part + h * (D + 2);
+      out[D + 1] = soften(&view, logits + h * stride, out + D);
+    }
+    heads_weighted(&view, logits + g * stride, stride, part + g * (D + 2), heads);
+  }
+}
+
+static void join_spans(const decode_job *job, int64_t lane, float *logits, float *parts) {
   const int64_t K = job->K, G = job->G, D = job->D, N = job->N, stride = job->max_length + 1;
   const int64_t b = lane / K, h = lane % K, row = job->rows[b];
   const int64_t stored = job->length[row * K + h], entries = lane_entries(job, lane);
@@ -138,17 +265,17 @@ static void join_spans(const decode_job *job, int64_t lane, int64_t spans, float
       add_scaled(out, part, share, D);
       if (!job->score && !received) continue;
       const int64_t first = s * SPAN, last = first + SPAN < entries ? first + SPAN : entries;
-      for (int64_t i = first; i < last; i++) {
+      for (int64_t i = first, page = first / N, within = first % N; i < last; i++, within++) {
+        if (within == N) page++, within = 0;
         const float weight = logits[g * stride + i] * share;
         if (i >= stored) { if (received) received[job->E - 1] += weight; }
         else {
-          if (job->score) job->score[(int64_t)pages[i / N] * N + i % N] += weight;
+          if (job->score) job->score[(int64_t)pages[page] * N + within] += weight;
           if (received && job->received_old) received[i] += weight;
         }
       }
     }
   }
-  (void)spans;
 }
 
 static void write_new(const decode_job *job) {
@@ -176,6 +303,6 @@ void kvfold_decode(const decode_job *job) {
     }
 #pragma omp for schedule(static)
     for (int64_t lane = 0; lane < lanes; lane++)
-      join_spans(job, lane, spans, logits + lane * lane_logits, parts + lane * lane_parts);
+      join_spans(job, lane, logits + lane * lane_logits, parts + lane * lane_parts);
   }
 }

@@ -22,6 +22,6 @@ def policy_of(spec: TimeSpec) -> Policy:
             break
         else:
             raise ValueError(
-                f"'{spec.format()}': no policy carries out {spec.name} yet: use one of {', '.join(sorted(POLICIES))}"
+                f"'{spec.format()}': {spec.name} is planned, not there yet: use one of {', '.join(sorted(POLICIES))}"
             )
     return POLICIES[spec.name](spec)

@@ -9,11 +9,26 @@ from kvfold.specs.base import TimeSpec
 from kvfold.specs.registry import time_spec_class
 
 WORDS = {
-    "KV cache": "The keys and values of all tokens read so far, for every layer and KV head. Without it, each new token would mean reading the whole text again.",
-    "Perplexity": "How surprised the model is by the next token of a real text; 20 means as unsure as a choice among 20. Lower is better.",
-    "Perplexity change": "Measured in pairs: the same windows of text with and without folding, so that easy and hard passages cancel out. ± is one standard error of that difference.",
-    "KL": "How far the whole prediction of the next token moved from the unfolded model's, in nats. It sees changes that perplexity averages away.",
-    "Passkey": "A number hidden in a long filler text and asked for at the end. It is found or it is not: a test of memory, where perplexity is a test of language.",
+    "KV cache": (
+        "The keys and values of all tokens read so far, for every layer and KV head. Without it, each new "
+        "token would mean reading the whole text again."
+    ),
+    "Perplexity": (
+        "How surprised the model is by the next token of a real text; 20 means as unsure as a choice among 20. "
+        "Lower is better."
+    ),
+    "Perplexity change": (
+        "Measured in pairs: the same windows of text with and without folding, so that easy and hard passages "
+        "cancel out. ± is one standard error of that difference."
+    ),
+    "KL": (
+        "How far the whole prediction of the next token moved from the unfolded model's, in nats. It sees "
+        "changes that perplexity averages away."
+    ),
+    "Passkey": (
+        "A number hidden in a long filler text and asked for at the end. It is found or it is not: a test of "
+        "memory, where perplexity is a test of language."
+    ),
     "Compression": "Tokens read over tokens kept, at the end of a window: 4× is a quarter.",
     "Budget": "What one head may keep: a number of tokens, or a share of the text, which grows with it.",
     "Bytes": "As allocated: whole pages, with positions and scores. 1 MB is 1,000,000 bytes.",
@@ -31,20 +46,20 @@ def methods_section(families: Iterable[str]) -> Markup | None:
     specs = [spec for family in families if (spec := _spec(family)) is not None]
     if not specs:
         return None
-    heads = [tag("th", head, scope="col", class_="text") for head in ("method", "what it does", "training", "read in measurements", "published")]
-    lines = [
-        tag(
-            "tr",
-            tag("th", spec.title[:1].upper() + spec.title[1:], scope="row", class_="text"),
-            tag("td", _coded((getdoc(spec) or "").partition("\n\n")[0]), class_="text"),
-            tag("td", "trained for it" if spec.trained else "none", class_="text"),
-            tag("td", "one token a call" if spec.state_of == "steps" else "in calls of any size", class_="text"),
-            tag("td", spec.source, class_="text"),
-        )
-        for spec in specs
-    ]
-    whole = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *lines), aria_label="Methods")
-    return section("The methods", tag("div", whole, class_="scroll wrap"))
+    return section("The methods", tag("dl", *map(_method, specs), class_="words"))
+
+
+def _method(spec: type[TimeSpec]) -> Markup:
+    """Its title, the first sentence of its docstring, and in small: training, how it is read, where it was published."""
+    does = _coded((getdoc(spec) or "").partition("\n\n")[0])
+    training = "The model is trained for it" if spec.trained else "No training"
+    cut = (
+        "read one token a call when measured"
+        if spec.state_of == "steps"
+        else "the same however the text is cut into calls"
+    )
+    about = tag("dd", f"{training}; {cut}; {spec.source}.", class_="fine")
+    return join([tag("dt", spec.title[:1].upper() + spec.title[1:]), tag("dd", does), about])
 
 
 def _spec(family: str) -> type[TimeSpec] | None:

@@ -1,7 +1,7 @@
 """Which result files make one picture: quality files that differ only in texts or methods are read as one.
 
-Files belong together when model (with its fingerprint, if there is one), protocol, device and dtype agree; a row measured twice counts as the newer file has it.
-Every other kind stands alone, a picture a file.
+Files belong together when model (with its fingerprint, if it has one), protocol, device and dtype agree; a row measured
+twice counts as the newer file has it. Every other kind stands alone, a picture a file.
 """
 
 import json
@@ -25,6 +25,8 @@ class Group:
     """Passkey rows, for quality."""
     replaced: int
     """Rows left out because a newer file has them too."""
+    is_one_of_many: bool
+    """Whether other sections are about other models, so that headings must name theirs."""
 
     @property
     def newest(self) -> Mapping:
@@ -42,7 +44,8 @@ def group_results(results: Iterable[Result]) -> list[Group]:
     found: dict[object, list[Result]] = {}
     for index, result in enumerate(results):
         found.setdefault(_protocol(result.data) if result.kind == "quality" else index, []).append(result)
-    groups = [_group(members) for members in found.values()]
+    many = len({words(members[-1].data, "model", "name") for members in found.values()}) > 1
+    groups = [_group(members, many) for members in found.values()]
     groups.sort(key=lambda group: group.sources[-1].created, reverse=True)
     return sorted(groups, key=lambda group: KINDS.index(group.kind))
 
@@ -53,11 +56,16 @@ def _protocol(data: Mapping) -> str:
     return json.dumps([model, data.get("protocol"), environment], sort_keys=True)
 
 
-def _group(members: list[Result]) -> Group:
+def _group(members: list[Result], is_one_of_many: bool) -> Group:
     rows, lost_rows = _newest_rows(members, "rows", ("method", "text") if members[0].kind == "quality" else ())
     passkey, lost_keys = _newest_rows(members, "passkey", ("method", "length_tokens", "depth"))
     return Group(
-        kind=members[0].kind, sources=tuple(members), rows=rows, passkey=passkey, replaced=lost_rows + lost_keys
+        kind=members[0].kind,
+        sources=tuple(members),
+        rows=rows,
+        passkey=passkey,
+        replaced=lost_rows + lost_keys,
+        is_one_of_many=is_one_of_many,
     )
 
 

@@ -3,7 +3,7 @@
 What stands on it is composed here and in sections.py; how it looks is page.html, which is filled in by name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -12,6 +12,7 @@ from kvfold.report.explain import methods_section, words_section
 from kvfold.report.groups import Group, group_results
 from kvfold.report.markup import Markup, join, tag
 from kvfold.report.numbers import amount, count
+from kvfold.report.pieces import short_commit
 from kvfold.report.results import number, read_results, words, write_whole
 from kvfold.report.sections import SECTIONS
 from kvfold.report.series import colours_of
@@ -34,8 +35,8 @@ def write_page(results: Path, out: Path) -> Path:
     sections = [SECTIONS[group.kind](group, colours) for group in groups]
     template = Template(files("kvfold.report").joinpath("page.html").read_text(encoding="utf-8"))
     page = template.substitute(
-        title=join([_title(groups)]),
-        heading=join([_title(groups)]),
+        title=join(_title(groups)),
+        heading=_heading(groups),
         lead=join([LEAD]),
         facts=_facts(groups),
         sections=join([*sections, methods_section(colours), words_section()]),
@@ -44,69 +45,67 @@ def write_page(results: Path, out: Path) -> Path:
     return write_whole(Path(out), page)
 
 
-def _models(groups: Sequence[Group]) -> list[str]:
-    return list(dict.fromkeys(group.model for group in groups if group.model))
-
-
-def _title(groups: Sequence[Group]) -> str:
-    models = _models(groups)
+def _title(groups: Sequence[Group]) -> tuple[str, str, str]:
+    """The page's title in three pieces, a model's name in the middle where there is one model."""
+    models = sorted({group.model for group in groups if group.model})
     if len(models) == 1:
-        return f"The cache of {models[0]}, folded"
-    return f"The caches of {len(models)} models, folded" if models else "A cache, folded"
+        return "The cache of ", models[0], ", folded"
+    return (f"The caches of {len(models)} models, folded" if models else "A cache, folded"), "", ""
+
+
+def _heading(groups: Sequence[Group]) -> Markup:
+    """The title; a model's name in it is not broken at its hyphens."""
+    before, name, after = _title(groups)
+    return join([before, tag("span", name) if name else None, after])
 
 
 def _facts(groups: Sequence[Group]) -> Markup:
-    """Model, machine, software and day: one line for each that is known, every distinct value of it."""
-    lines = {"Model": _model, "Machine": _machine, "Software": _software, "Measured": _measured}
-    parts = []
-    for name, say in lines.items():
-        said = list(dict.fromkeys(text for group in groups for source in group.sources if (text := say(source.data))))
-        if name == "Measured":
-            said = sorted({said[0], said[-1]} if said else [])
-            said = [" to ".join(sorted(said))] if said else []
-        parts.extend([tag("dt", name), *(tag("dd", text) for text in said or ["not recorded"])])
+    """Model, machine, software and days: one line for each that is known."""
+    files = [source.data for group in groups for source in group.sources]
+    days = sorted({day for data in files if (day := words(data, "created")[:10])})
+    lines = {
+        "Model": _distinct(map(_model, files)),
+        "Machine": _distinct(map(_machine, files)),
+        "Software": _distinct(map(_software, files)),
+        "Measured": [" to ".join(dict.fromkeys([days[0], days[-1]]))] if days else [],
+    }
+    parts = [
+        join([tag("dt", name), *(tag("dd", line) for line in said or ["not recorded"])]) for name, said in lines.items()
+    ]
     return tag("dl", *parts, class_="facts")
 
 
-def _model(data) -> str:
+def _distinct(lines: Iterable[str]) -> list[str]:
+    """Every line once; one that says no more than the beginning of another is left out."""
+    known = sorted(set(filter(None, lines)))
+    return [line for line in known if not any(other != line and other.startswith(line) for other in known)]
+
+
+def _model(data: Mapping) -> str:
     parameters = number(data, "model", "parameters")
     size = f"{amount(parameters)} parameters" if parameters else ""
     return "; ".join(filter(None, [words(data, "model", "name"), size, words(data, "model", "note")]))
 
 
-def _machine(data) -> str:
+def _machine(data: Mapping) -> str:
     about = data.get("environment")
-    cores, threads = number(about, "cores"), number(about, "threads")
+    counted = [f"{count(value)} {name}" for name in ("cores", "threads") if (value := number(about, name))]
     device = words(about, "device")
-    return ", ".join(
-        filter(
-            None,
-            [
-                words(about, "cpu"),
-                f"{count(cores)} cores" if cores else "",
-                f"{count(threads)} threads" if threads else "",
-                f"device {device}" if device else "",
-                words(about, "dtype"),
-            ],
-        )
-    )
+    said = [words(about, "cpu"), *counted, f"device {device}" if device else "", words(about, "dtype")]
+    return ", ".join(filter(None, said))
 
 
-def _software(data) -> str:
-    about = data.get("environment")
-    names = [f"{name} {words(about, name)}" for name in ("kvfold", "torch", "transformers", "python") if words(about, name)]
-    commit = words(data, "git_commit")
-    return ", ".join([*names, f"commit {commit[:12]}{'-dirty' if commit.endswith('-dirty') else ''}"] if commit else names)
-
-
-def _measured(data) -> str:
-    return words(data, "created")[:10]
+def _software(data: Mapping) -> str:
+    about, commit = data.get("environment"), words(data, "git_commit")
+    names = ("kvfold", "torch", "transformers", "python")
+    said = [f"{name} {version}" for name in names if (version := words(about, name))]
+    return ", ".join(said + ([f"commit {short_commit(commit)}"] if commit else []))
 
 
 def _footer(groups: Sequence[Group], problems: Sequence[str]) -> Markup:
     names = [source.name for group in groups for source in group.sources]
     parts = [
-        tag("p", f"Made by kvfold from {', '.join(names)}. What is said to be not measured was not: nothing is estimated."),
+        tag("p", f"Made by kvfold from {', '.join(names)}. A figure that was not measured says so; none is estimated."),
         tag("p", "This page is a single file. It runs no scripts and loads nothing."),
     ]
     if problems:

@@ -17,20 +17,27 @@ def section(title: str, *parts: str | None) -> Markup:
     return tag("section", tag("h2", title), *parts)
 
 
-def figure(draw: Callable[[float], Sequence[Markup]], caption: Markup, wide: float = WIDE) -> Markup:
+def titled(title: str, group: Group) -> str:
+    """A heading that names the model where a page is about several."""
+    return f"{title}: {group.model or 'unnamed model'}" if group.is_one_of_many else title
+
+
+def figure(
+    draw: Callable[[float], Sequence[Markup]], caption: Markup, wide: float = WIDE, class_: str | None = None
+) -> Markup:
     """The pictures that `draw(width)` gives, side by side as far as there is room, and their caption."""
     pair = [
         tag("div", *(tag("div", one, class_="panel") for one in draw(width)), class_=f"panels {name}")
         for width, name in ((wide, "wide"), (NARROW, "narrow"))
     ]
-    return tag("figure", *pair, tag("figcaption", caption))
+    return tag("figure", *pair, tag("figcaption", caption), class_=class_)
 
 
 def behind(*sheets: Sheet) -> Markup:
     """The tables behind a picture, folded away until asked for."""
-    titled = len(sheets) > 1
-    tables = [join([tag("h3", sheet.title) if titled else None, table(sheet), notes(sheet)]) for sheet in sheets]
-    return tag("details", tag("summary", "The tables behind it" if titled else "The table behind it"), *tables)
+    several = len(sheets) > 1
+    tables = [join([tag("h3", sheet.title) if several else None, table(sheet), notes(sheet)]) for sheet in sheets]
+    return tag("details", tag("summary", "The tables behind it" if several else "The table behind it"), *tables)
 
 
 def table(sheet: Sheet) -> Markup:
@@ -40,7 +47,10 @@ def table(sheet: Sheet) -> Markup:
         tag("th", column.head, scope="col", class_=side, title=column.note or None)
         for column, side in zip(sheet.columns, sides, strict=True)
     ]
-    lines = [tag("tr", *(_cell(cell, side, first=not at) for at, (cell, side) in enumerate(zip(row, sides, strict=True)))) for row in sheet.rows]
+    lines = [
+        tag("tr", *(_cell(cell, side, first=not at) for at, (cell, side) in enumerate(zip(row, sides, strict=True))))
+        for row in sheet.rows
+    ]
     whole = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *lines), aria_label=sheet.title)
     return tag("div", whole, class_="scroll")
 
@@ -52,7 +62,7 @@ def _cell(text: str, side: str | None, first: bool) -> Markup:
 
 def notes(sheet: Sheet) -> Markup | None:
     """What the columns mean, for readers who can't hover."""
-    said = [join([tag("b", column.head), f": {column.note} "]) for column in sheet.columns if column.note]
+    said = [tag("span", tag("b", column.head), f": {column.note} ") for column in sheet.columns if column.note]
     return tag("p", *said, class_="notes") if said else None
 
 
@@ -61,13 +71,33 @@ def source_line(group: Group) -> Markup:
     parts = []
     for source in group.sources:
         commit = words(source.data, "git_commit")
-        about = [source.name, f"measured {source.created[:16].replace('T', ' ')}" if source.created else "", f"commit {commit[:8]}" if commit else ""]
+        about = [
+            source.name,
+            f"measured {source.created[:16].replace('T', ' ')}" if source.created else "",
+            f"commit {short_commit(commit)}" if commit else "",
+        ]
         command = words(source.data, "command")
-        again = [". To measure it again: ", tag("code", command)] if command else ["."]
+        again = [". To measure it again: ", command_text(command)] if command else ["."]
         parts.append(tag("p", ", ".join(filter(None, about)), *again, class_="source"))
     if group.replaced:
-        parts.append(tag("p", f"{count(group.replaced)} older rows are replaced by newer measurements of the same.", class_="source"))
+        parts.append(
+            tag(
+                "p",
+                f"{count(group.replaced)} older rows are replaced by newer measurements of the same.",
+                class_="source",
+            )
+        )
     return join(parts)
+
+
+def short_commit(commit: str) -> str:
+    """The first digits of a commit, and whether the files differed from it."""
+    return commit[:10] + ("-dirty" if commit.endswith("-dirty") else "")
+
+
+def command_text(command: str) -> Markup:
+    """A command whose words are not broken at their hyphens."""
+    return tag("code", join([piece for word in command.split() for piece in (tag("span", word), " ")][:-1]))
 
 
 def protocol_text(group: Group) -> str:

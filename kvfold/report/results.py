@@ -18,6 +18,9 @@ from pathlib import Path
 
 KINDS = ("quality", "memory", "kept", "decode", "plan")
 
+LARGEST, SMALLEST = 1e30, 1e-30
+"""What is larger is no measurement, what is nearer to 0 is 0: so that shares and scales stay numbers."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
@@ -54,9 +57,12 @@ def number(data: object, *keys: str) -> float | int | None:
     """The number found by following `keys`; None where one is missing or what stands there is no finite number."""
     for key in keys:
         data = data.get(key) if isinstance(data, Mapping) else None
-    if isinstance(data, bool) or not isinstance(data, int | float) or not math.isfinite(data):
+    if isinstance(data, bool) or not isinstance(data, int | float):
         return None
-    return data
+    # The comparison also refuses nan, and integers too large for a float.
+    if not abs(data) < LARGEST:
+        return None
+    return data if abs(data) > SMALLEST else 0
 
 
 def words(data: object, *keys: str) -> str:

@@ -8,28 +8,40 @@ from kvfold.report.numbers import count, percent
 from kvfold.report.pictures.decode import decode_picture
 from kvfold.report.pictures.kept import HeadMap, head_map, kept_picture, key_picture, scale_of
 from kvfold.report.pictures.memory import memory_picture
-from kvfold.report.pictures.passkey import ENOUGH, lengths_of, passkey_pictures, unfolded_share
+from kvfold.report.pictures.passkey import lengths_of, passkey_pictures, unfolded_share, worth_showing
 from kvfold.report.pictures.quality import axes_of, quality_pictures
-from kvfold.report.pieces import WIDE, behind, figure, protocol_text, section, source_line, table
+from kvfold.report.pieces import WIDE, behind, figure, protocol_text, section, source_line, table, titled
 from kvfold.report.series import Line, quality_lines, texts_of
 from kvfold.report.sheets import decode_sheet, kept_sheets, memory_sheet, passkey_sheet, plan_sheet, quality_sheet
-from kvfold.report.summary import summary_table
+from kvfold.report.summary import short_answer, summary_table
 from kvfold.report.tables import method_labels
 
 NOTHING = Markup("<p>Not measured.</p>")
 PANEL_WIDTHS = {1: 760.0, 2: 500.0}
-"""Width of a quality panel by the number of texts; three or more share a line."""
+"""Width of a quality panel by the number of texts; of more, three share a line."""
+THIRD = 354.0
 
 
 def quality_section(group: Group, colours: Mapping[str, int]) -> Markup:
     """Quality against kept bytes, and whether hidden numbers are still found."""
     parts: list[Markup | None] = []
     if group.rows:
-        lead = "How much worse does the model predict a text once its cache is smaller? Every change is against the same model, unfolded, on the same windows of text; the first line is the unfolded model itself."
-        parts.append(section("Quality against memory", tag("p", lead), summary_table(group, colours), *_quality_figure(group, colours)))
+        lead = (
+            "How much worse does the model predict a text once its cache is smaller? Every change is against "
+            "the same model, unfolded, on the same windows of text."
+        )
+        parts.append(
+            section(
+                titled("Quality against memory", group),
+                tag("p", lead),
+                short_answer(group),
+                summary_table(group, colours),
+                *_quality_figure(group, colours),
+            )
+        )
     if group.passkey:
         parts.append(_passkey_section(group))
-    return join(parts or [section("Quality against memory", NOTHING, source_line(group))])
+    return join(parts or [section(titled("Quality against memory", group), NOTHING, source_line(group))])
 
 
 def _quality_figure(group: Group, colours: Mapping[str, int]) -> list[Markup]:
@@ -42,8 +54,9 @@ def _quality_figure(group: Group, colours: Mapping[str, int]) -> list[Markup]:
         pairs = quality_pictures(group.rows, colours, width)
         return [join([tag("h3", f"Text: {text or 'unnamed'}"), svg]) for text, svg in pairs]
 
-    wide = PANEL_WIDTHS.get(len(panels), 327.0)
-    return [figure(draw, _quality_caption(group, panels), wide), behind(sheet), source_line(group)]
+    wide = PANEL_WIDTHS.get(len(panels), THIRD)
+    drawn = figure(draw, _quality_caption(group, panels), wide, class_="thirds" if wide == THIRD else None)
+    return [drawn, behind(sheet), source_line(group)]
 
 
 def _quality_caption(group: Group, panels: Sequence[Sequence[Line]]) -> Markup:
@@ -54,10 +67,14 @@ def _quality_caption(group: Group, panels: Sequence[Sequence[Line]]) -> Markup:
         " Each mark is one budget; towards the right the cache gets smaller, on a scale of halves."
         " Whiskers are ± one standard error of the paired difference",
         f" over {protocol}." if protocol else ".",
-        " Dotted strokes lead from the unfolded model, which every method equals when its budget covers the whole text; nothing was measured along them.",
+        " Dotted strokes lead from the unfolded model, which every method equals when its budget covers the "
+        "whole text; nothing was measured along them.",
     ]
     if any(not line.grows for line in lines):
-        said.append(" Filled marks: a fixed budget. It keeps everything until it is full, so on short windows it looks better than it is.")
+        said.append(
+            " Filled marks: a fixed budget. It drops nothing until it is full, so it looks better here than it "
+            "would on a longer text."
+        )
     if any(line.grows for line in lines):
         said.append(" Hollow marks, names with %: a budget that grows with the text and is small from the start.")
     if axes_of(panels).bent:
@@ -67,32 +84,71 @@ def _quality_caption(group: Group, panels: Sequence[Sequence[Line]]) -> Markup:
 
 def _passkey_section(group: Group) -> Markup:
     labels = method_labels(list(group.rows))
-    hidden = {length: share for length in lengths_of(group.passkey) if (share := unfolded_share(group.passkey, length)) is not None and share < ENOUGH}
-    lead = "Perplexity is a mean over all words. Here one thing counts: a number hidden somewhere in a long filler text, asked for at the end."
-    said = [tag("strong", "Passkeys found, by depth in the text."), " Each cell: found out of tries; stronger colour is more. Depth 0 % is the beginning of the text, 100 % its end."]
+    hidden = {
+        length: unfolded_share(group.passkey, length)
+        for length in lengths_of(group.passkey)
+        if not worth_showing(group.passkey, length)
+    }
+    lead = (
+        "Perplexity is a mean over all words. Here one thing counts: a number hidden somewhere in a long "
+        "filler text, asked for at the end."
+    )
+    said = [
+        tag("strong", "Passkeys found, by depth in the text."),
+        " Each cell: found out of tries; stronger colour is more. Depth 0 % is the beginning of the text, "
+        "100 % its end.",
+    ]
     for length, share in hidden.items():
-        said.append(f" At {count(length)} tokens the unfolded model itself finds only {percent(share)}, so that length is in the table alone.")
+        said.append(
+            f" At {count(length)} tokens the unfolded model itself finds only {percent(share)}, so that "
+            "length is in the table alone."
+        )
     drawn = figure(lambda width: passkey_pictures(group.passkey, labels, width), join(said), wide=520.0)
-    return section("Finding a hidden number", tag("p", lead), drawn, behind(passkey_sheet(group.passkey, labels)), source_line(group))
+    return section(
+        titled("Finding a hidden number", group),
+        tag("p", lead),
+        drawn,
+        behind(passkey_sheet(group.passkey, labels)),
+        None if group.rows else source_line(group),
+    )
 
 
 def memory_section(group: Group, colours: Mapping[str, int]) -> Markup:
     """Memory over time."""
-    lead = "A full cache grows with every token. A cache with a budget stops growing, and what it drops is free for others."
-    caption = join([tag("strong", "Bytes that the cache holds"), " while text is generated, as allocated: whole pages, with positions and scores."])
+    lead = (
+        "A full cache grows with every token. A cache with a budget stops growing, and what it drops is free "
+        "for others."
+    )
+    caption = join(
+        [
+            tag("strong", "Bytes that the cache holds"),
+            " while text is generated, as allocated: whole pages, with positions and scores.",
+        ]
+    )
     drawn = _drawn(lambda width: memory_picture(group.rows, colours, width), caption)
-    return section("Memory while it writes", tag("p", lead), drawn, behind(memory_sheet(group.rows)), source_line(group))
+    return section(
+        titled("Memory while it writes", group),
+        tag("p", lead),
+        drawn,
+        behind(memory_sheet(group.rows)),
+        source_line(group),
+    )
 
 
 def kept_section(group: Group, colours: Mapping[str, int]) -> Markup:
     """What layers and heads keep; maps of one kind of value share a scale."""
     maps = [one for row in group.rows if (one := head_map(row)) is not None]
     if not maps:
-        return section("What each layer and head keeps", NOTHING, source_line(group))
+        return section(titled("What each layer and head keeps", group), NOTHING, source_line(group))
     lead = "Layers and heads differ in what they need. Every column is a layer, every row one of its KV heads."
-    figures = [_map_figure([one for one in maps if one.value_name == name]) for name in dict.fromkeys(one.value_name for one in maps)]
+    figures = [
+        _map_figure([one for one in maps if one.value_name == name])
+        for name in dict.fromkeys(one.value_name for one in maps)
+    ]
     sheets = [sheet for one in maps for sheet in kept_sheets(one.row)]
-    return section("What each layer and head keeps", tag("p", lead), *figures, behind(*sheets), source_line(group))
+    return section(
+        titled("What each layer and head keeps", group), tag("p", lead), *figures, behind(*sheets), source_line(group)
+    )
 
 
 def _map_figure(maps: Sequence[HeadMap]) -> Markup:
@@ -101,21 +157,30 @@ def _map_figure(maps: Sequence[HeadMap]) -> Markup:
     said = [tag("strong", name[:1].upper() + name[1:], "."), " Stronger colour is more; all maps here share one scale."]
     if all(len({cell for line in one.values for cell in line}) == 1 for one in maps):
         said.append(" An even colour is no accident: these methods give every head the same budget.")
-    return figure(lambda width: [*(kept_picture(one, scale, width) for one in maps), key_picture(maps[0], scale)], join(said))
+    return figure(
+        lambda width: [*(kept_picture(one, scale, width) for one in maps), key_picture(maps[0], scale)], join(said)
+    )
 
 
 def decode_section(group: Group, colours: Mapping[str, int]) -> Markup:
     """Speed beside transformers."""
-    lead = "Tokens written per second, by kvfold and by transformers' own generate, from one run of both on the same machine."
-    said = [tag("strong", "Decode speed."), " Bars are medians; the thin line reaches from the slowest run to the fastest. At the right: kvfold over transformers, above 1 where kvfold is faster."]
+    lead = (
+        "Tokens written per second, by kvfold and by transformers' own generate, from one run of both on the "
+        "same machine."
+    )
+    said = [
+        tag("strong", "Decode speed."),
+        " Bars are medians; the thin line reaches from the slowest run to the fastest. At the right: kvfold "
+        "over transformers, above 1 where kvfold is faster.",
+    ]
     drawn = _drawn(lambda width: decode_picture(group.rows, width), join(said))
-    return section("Speed", tag("p", lead), drawn, behind(decode_sheet(group.rows)), source_line(group))
+    return section(titled("Speed", group), tag("p", lead), drawn, behind(decode_sheet(group.rows)), source_line(group))
 
 
 def plan_section(group: Group, colours: Mapping[str, int]) -> Markup:
     """Planned bytes: a table, no picture."""
     lead = "Worked out from the shape of the model alone, before anything runs."
-    return section("The plan", tag("p", lead), table(plan_sheet(group.rows)), source_line(group))
+    return section(titled("The plan", group), tag("p", lead), table(plan_sheet(group.rows)), source_line(group))
 
 
 def _drawn(draw: Callable[[float], Markup | None], caption: Markup) -> Markup:

@@ -51,7 +51,9 @@ QUALITY_COLUMNS = (
     Column(head="kept", note="Tokens that one head holds at the end of a window, mean over heads."),
     Column(head="compression", note="Tokens seen over tokens kept at the end of each window."),
     Column(head="over time", note="The same as a mean over the whole window.", brief=False),
-    Column(head="bytes held", note="What the cache has allocated at the end, for all windows that were read side by side."),
+    Column(
+        head="bytes held", note="What the cache has allocated at the end, for all windows that were read side by side."
+    ),
     Column(head="full cache", note="Bytes of the same tokens with nothing dropped.", brief=False),
     Column(head="tokens/s", note="Tokens read per second while measuring quality; not a decode speed."),
     Column(head="scored", note="Tokens scored.", brief=False),
@@ -189,11 +191,21 @@ def decode_sheet(rows: Sequence[Mapping]) -> Sheet:
 
 
 PLAN_COLUMNS = (
-    ("bytes_per_token", count, Column(head="bytes a token", note="Keys and values that one more token adds while nothing is dropped.")),
+    (
+        "bytes_per_token",
+        count,
+        Column(head="bytes a token", note="Keys and values that one more token adds while nothing is dropped."),
+    ),
     ("bytes", size, Column(head="bytes in all", note="At the planned batch and context, everything counted.")),
     ("compression", times, Column(head="times smaller", note="Bytes in all, against the first line.")),
     ("max_rows", count, Column(head="largest batch", note="Rows of the planned context that fit the memory.")),
-    ("max_context_tokens", count, Column(head="longest context", note="Tokens a row that fit the memory; – if nothing limits it.")),
+    (
+        "max_context_tokens",
+        count,
+        Column(
+            head="longest context", note="Tokens a row that fit the memory, and at most what the model was made for."
+        ),
+    ),
 )
 
 
@@ -202,7 +214,10 @@ def plan_sheet(rows: Sequence[Mapping]) -> Sheet:
     shown = [one for one in PLAN_COLUMNS if any(number(row, one[0]) is not None for row in rows)]
     columns = (Column(head="cache", is_text=True), *(column for _, _, column in shown))
     cells = tuple(
-        (words(row, "name") or "unnamed", *("–" if number(row, key) is None else say(number(row, key)) for key, say, _ in shown))
+        (
+            words(row, "name") or "unnamed",
+            *("–" if number(row, key) is None else say(number(row, key)) for key, say, _ in shown),
+        )
         for row in rows
     )
     return Sheet(title="Plan", columns=columns, rows=cells)

@@ -77,7 +77,8 @@ class SlowCache:
     def positions(self):
         """[owner][row][kv head]: positions held, ascending."""
         return [
-            [[sorted(entry.position for entry in held) for held in heads] for heads in rows] for rows in self.held.values()
+            [[sorted(entry.position for entry in held) for held in heads] for heads in rows]
+            for rows in self.held.values()
         ]
 
     def _attend(self, owner, readers, row, tokens, q, k, v, out):

@@ -6,11 +6,11 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
-from slow_cache import Method, SlowCache
 
 from kvfold.cache.hf import FoldCache
 from kvfold.layout import KVLayout
 from kvfold.ops.rotation import Rotation
+from slow_cache import Method, SlowCache
 
 SCALE = 0.6
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -23,9 +23,9 @@ def shared(owners, kv_heads=2, head_dim=8, windows=None) -> KVLayout:
     return KVLayout.plain(len(owners), kv_heads, head_dim, windows).with_owners(owners)
 
 
-def new_cache(layout, rows=1, **options) -> FoldCache:
+def new_cache(layout, rows=1, *, kind=FoldCache, **options) -> FoldCache:
     """An fp32 cache whose fresh and freed pages are NaN."""
-    return FoldCache(layout, rows=rows, **({"dtype": torch.float32, "page_slots": 4, "poison": True} | options))
+    return kind(layout, rows=rows, **({"dtype": torch.float32, "page_slots": 4, "poison": True} | options))
 
 
 @dataclass
@@ -100,7 +100,7 @@ def feed_cut(cache, text: Draw, cuts, *, check=True, **options):
 
 
 class Face(FoldCache):
-    """A face that owns no rows: they stay when it goes."""
+    """A face that owns no rows: they stay when it goes, and the store may be told to free them."""
 
     def __del__(self):
         pass
@@ -150,13 +150,15 @@ def check_books(store):
         assert len(set(free)) == len(free), "a page stands twice among the free ones"
         assert not set(free) & set(held), "a free page is held"
         assert len(free) + len(held) == pool.book.capacity, "a page was lost"
-        assert pool.references.tolist() == [held[page] for page in range(pool.book.capacity)], "reference counts are off"
+        assert pool.references.tolist() == [held[page] for page in range(pool.book.capacity)], (
+            "reference counts are off"
+        )
         assert pool.k.shape[0] == pool.v.shape[0] == pool.position.shape[0] == pool.book.capacity
     for bank in store.banks:
         assert not store._free_rows or not bank.length[:, store._free_rows].any(), "a free row holds entries"
         for owner in range(len(bank.owners)):
-            for row, seen in enumerate(store._seen):
-                most = bank.spec.max_kept(seen)
+            for row in set(range(len(store._seen))) - store._in_call:
+                most = bank.spec.max_kept(store._seen[row])
                 assert int(bank.length[owner, row].max()) <= most, f"{bank.spec.format()} keeps more than its budget"
 
 
@@ -194,6 +196,4 @@ def plain_time(layout, *times) -> KVLayout:
 def with_sizes(layout, sizes) -> KVLayout:
     """Other (kv heads, head dim) a layer."""
     layers = zip(layout.layers, sizes, strict=True)
-    return replace(
-        layout, layers=tuple(replace(one, num_kv_heads=heads, head_dim=dim) for one, (heads, dim) in layers)
-    )
+    return replace(layout, layers=tuple(replace(one, num_kv_heads=heads, head_dim=dim) for one, (heads, dim) in layers))

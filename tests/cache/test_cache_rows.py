@@ -2,11 +2,20 @@
 
 import pytest
 import torch
-from store_driver import (
-    TIMES, Draw, assert_real_close, check_books, draw, face_of, feed, feed_cut, new_cache, shared,
-)  # fmt: skip
 
 from kvfold.layout import KVLayout
+from store_driver import (
+    TIMES,
+    Draw,
+    assert_real_close,
+    check_books,
+    draw,
+    face_of,
+    feed,
+    feed_cut,
+    new_cache,
+    shared,
+)  # fmt: skip
 
 ALL = [*TIMES, "window:25%+2", "h2o:25%+25%", "h2o:4+4; 2=full", "full; 0=tova:5"]
 LAYOUT = shared([0, 0, 2])
@@ -75,7 +84,7 @@ def test_a_copy_is_continued_in_long_calls_too(time):
 
 def test_nothing_is_copied_before_it_is_written():
     layout = KVLayout.plain(2, 2, 8)
-    for columns, copied in ((12, 0), (10, 1)):
+    for columns in (12, 10):
         cache = new_cache(layout)
         feed(cache, draw(layout, columns))
         pages = cache.store._pools[0].held_pages
@@ -83,7 +92,6 @@ def test_nothing_is_copied_before_it_is_written():
         assert cache.store._pools[0].held_pages == pages == 4 * 3
         feed(twins[0], draw(layout, 1))
         assert cache.store._pools[0].held_pages == pages + 4, "one page a lane: the open one's copy, or a new one"
-        assert copied in (0, 1)
         for twin in twins:
             twin.free()
         assert cache.store._pools[0].held_pages == pages
@@ -252,7 +260,7 @@ def test_faces_of_transformers():
     assert len(cache) == len(cache.layers) == 3 and cache.is_initialized
     assert cache.get_seq_length() == cache.get_seq_length(2) == 6 == cache.layers[1].get_seq_length()
     assert cache.get_mask_sizes(4, 0) == (10, 0) == cache.layers[0].get_mask_sizes(4)
-    assert cache.seen_tokens.tolist() == [6, 2] and cache.max_batch_size in (2, None) if hasattr(cache, "max_batch_size") else True
+    assert cache.seen_tokens.tolist() == [6, 2]
 
 
 def test_a_face_over_some_rows_sees_those_alone():

@@ -4,15 +4,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_cache import allowed
-from store_driver import (
-    SCALE, Draw, assert_real_close, check_books, draw, feed, flags, new_cache, pieces, plain_time, shared, slow_twin,
-    with_sizes,
-)  # fmt: skip
 
 from kvfold.layout import KVLayout
 from kvfold.ops import native
 from kvfold.ops.rotation import Rotation
+from slow_cache import allowed
+from store_driver import (
+    SCALE,
+    Draw,
+    assert_real_close,
+    check_books,
+    draw,
+    feed,
+    flags,
+    new_cache,
+    pieces,
+    plain_time,
+    shared,
+    slow_twin,
+    with_sizes,
+)  # fmt: skip
 
 TIMES = ["h2o:4+4", "h2o:1+7", "tova:8", "tova:1", "window:6+2", "window:1+0", "full"]
 SHARES = ["h2o:25%+25%", "h2o:10%+3", "tova:25%", "window:25%+2"]

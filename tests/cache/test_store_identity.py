@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_driver import SCALE, Draw, assert_real_close, draw, face_of, feed, feed_cut, new_cache, shared, with_sizes
 from transformers import DynamicCache
 
 from kvfold.cache.views import DenseView
 from kvfold.layout import KVLayout
 from kvfold.ops.rotation import Rotation
+from store_driver import SCALE, Draw, assert_real_close, draw, face_of, feed, feed_cut, new_cache, shared, with_sizes
 
 CUTS = [[40], [1], [13, 1, 1, 20, 5], [30, 1]]
 PREFIX = ["full", "window:6+2", "window:1+0", "window:25%+3", "window:100+4"]
@@ -61,7 +61,9 @@ def test_a_window_on_top_of_an_architecture_window(time):
         assert_real_close(feed_cut(new_cache(layout, 2), text, cuts), dense(layout, text), text.real)
 
 
-@pytest.mark.parametrize("time", ["h2o:32+32", "tova:64", "window:64+0", "window:38+2", "h2o:39+1", "tova:40", "h2o:100%+1"])
+@pytest.mark.parametrize(
+    "time", ["h2o:32+32", "tova:64", "window:64+0", "window:38+2", "h2o:39+1", "tova:40", "h2o:100%+1"]
+)
 def test_a_budget_as_long_as_the_text_equals_full(time):
     layout = shared([0, 0, 2])
     text = draw(layout, 40, rows=2, pads=[0, 7])

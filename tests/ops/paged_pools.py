@@ -14,7 +14,13 @@ class Lanes:
         """`lengths`: one a row, or one list a row (a length a head). `room`: entries a lane can take beyond."""
         g = self.g = torch.Generator().manual_seed(seed)
         lengths = [one if isinstance(one, list) else [one] * kv_heads for one in lengths]
-        self.batch, self.kv_heads, self.group, self.head_dim, self.slots = len(lengths), kv_heads, group, head_dim, slots
+        self.batch, self.kv_heads, self.group, self.head_dim, self.slots = (
+            len(lengths),
+            kv_heads,
+            group,
+            head_dim,
+            slots,
+        )
         self.rows = torch.randperm(self.batch + spare_rows, generator=g)[: self.batch]
         self.length = torch.zeros(self.batch + spare_rows, kv_heads, dtype=torch.int32)
         self.length[self.rows] = torch.tensor(lengths, dtype=torch.int32)
@@ -75,7 +81,10 @@ class Lanes:
                 seen = [oldest is None or int(self.position.view(-1)[slot]) >= int(oldest[b]) for slot in slots]
                 keys, values = k[slots], v[slots]
                 if apart:
-                    keys, values = torch.cat((keys, self.k_new[b, h][None])), torch.cat((values, self.v_new[b, h][None]))
+                    keys, values = (
+                        torch.cat((keys, self.k_new[b, h][None])),
+                        torch.cat((values, self.v_new[b, h][None])),
+                    )
                     seen.append(True)
                 received[b, h] = torch.zeros(len(seen), dtype=torch.float64)
                 places = [i for i, visible in enumerate(seen) if visible]

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from paged_pools import SOFTCAP, Lanes
 
 from kvfold.ops import native
 from kvfold.ops.paged import decode_attention, decode_reference
+from paged_pools import SOFTCAP, Lanes
 
 SIZES = [1, 63, 100, 257, 600]
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
@@ -103,10 +103,14 @@ def test_hidden_keys_may_be_poisoned_whole_spans_long(attend):
     pool = Lanes([600], kv_heads=1, group=2, head_dim=8, slots=16)
     for i in range(600):
         pool.position.view(-1)[pool.slot_of[0, 0, i]] = i
-    out = attend(pool.lanes(oldest_B=torch.tensor([595], dtype=torch.int32)), pool.q, None, None, scale=0.2, softcap=None)
+    out = attend(
+        pool.lanes(oldest_B=torch.tensor([595], dtype=torch.int32)), pool.q, None, None, scale=0.2, softcap=None
+    )
     expected = pool.by_loops(scale=0.2, apart=False, oldest=[595])[0]
     torch.testing.assert_close(out.double(), expected, **CLOSE)
-    nothing = attend(pool.lanes(oldest_B=torch.tensor([600], dtype=torch.int32)), pool.q, None, None, scale=0.2, softcap=None)
+    nothing = attend(
+        pool.lanes(oldest_B=torch.tensor([600], dtype=torch.int32)), pool.q, None, None, scale=0.2, softcap=None
+    )
     assert not nothing.any(), "a query that sees nothing gives zeros"
 
 
@@ -145,18 +149,35 @@ def test_received_has_a_column_a_slot_and_the_new_token_last(attend, softcap):
 def test_weights_of_one_query_sum_to_one_in_every_head(attend):
     pool = Lanes([600, 1], kv_heads=2, group=4, head_dim=8)
     received = torch.zeros(2, 2, 601)
-    attend(pool.lanes(received_BKE=received, received_old=True), pool.q, pool.k_new, pool.v_new, scale=1.0, softcap=None)
+    attend(
+        pool.lanes(received_BKE=received, received_old=True), pool.q, pool.k_new, pool.v_new, scale=1.0, softcap=None
+    )
     torch.testing.assert_close(received.sum(dim=-1), torch.full((2, 2), 4.0))
 
 
 @BOTH
-def test_poison_in_a_stored_key_shows_in_the_output(attend):
+@pytest.mark.parametrize("head_dim", [8, 64])
+@pytest.mark.parametrize("group", [2, 5])
+def test_poison_in_a_stored_key_or_value_shows_in_the_output(attend, head_dim, group):
     """NaN must pass through: else the poison tests of the store would see nothing."""
     for size, place in ((5, 2), (600, 599), (600, 0), (257, 256)):
-        pool = Lanes([size], kv_heads=1, group=2, head_dim=8)
-        pool.k.view(-1, 8)[pool.slot_of[0, 0, place]] = torch.nan
-        out = attend(pool.lanes(), pool.q, pool.k_new, pool.v_new, scale=0.2, softcap=None)
-        assert out.isnan().all(), (size, place)
+        for name in ("k", "v"):
+            pool = Lanes([size], kv_heads=1, group=group, head_dim=head_dim)
+            getattr(pool, name).view(-1, head_dim)[pool.slot_of[0, 0, place]] = torch.nan
+            out = attend(pool.lanes(), pool.q, pool.k_new, pool.v_new, scale=0.02, softcap=None)
+            assert out.isnan().all(), (size, place, name)
+
+
+@pytest.mark.parametrize("head_dim", [8, 64])
+def test_the_compiled_form_never_touches_values_that_are_too_old(head_dim):
+    pool = Lanes([600], kv_heads=1, group=3, head_dim=head_dim)
+    expected = pool.by_loops(scale=0.1, oldest=[300])[0]
+    for i in range(600):
+        if pool.position.view(-1)[pool.slot_of[0, 0, i]] < 300:
+            pool.v.view(-1, head_dim)[pool.slot_of[0, 0, i]] = torch.nan
+    oldest = torch.tensor([300], dtype=torch.int32)
+    out = compiled(pool.lanes(oldest_B=oldest), pool.q, pool.k_new, pool.v_new, scale=0.1, softcap=None)
+    torch.testing.assert_close(out.double(), expected, **CLOSE)
 
 
 @BOTH
@@ -195,21 +216,29 @@ def test_other_dtypes_take_the_plain_form(dtype):
     torch.testing.assert_close(out.double(), pool.by_loops(scale=0.2)[0], atol=bound, rtol=bound)
 
 
-def test_compiled_and_plain_are_equal_with_everything_on():
-    """Slots, dead rows, window, score and received at once, several seeds: the two forms against each other."""
+@pytest.mark.parametrize("head_dim", [8, 32, 48, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8])
+def test_compiled_and_plain_are_equal_with_everything_on(group, head_dim):
+    """Dead rows, window, score and received at once, for every head dim and group that has code of its own, and others."""
     if native.library() is None:
         pytest.skip("no C compiler here, or KVFOLD_NATIVE=0: the compiled form can't be tested")
-    for seed in range(12):
-        pool = Lanes([[seed * 31 + 1, 5], [17, 300], [0, 64]], kv_heads=2, group=2, head_dim=16, seed=seed)
+    for seed in range(2):
+        lengths = [[seed * 190 + 75, 5], [17, 300], [0, 64]]
+        pool = Lanes(lengths, kv_heads=2, group=group, head_dim=head_dim, seed=seed, slots=(16, 4)[seed])
         pool.score.nan_to_num_(0.0)
         results = []
         for attend in (decode_attention, decode_reference):
-            received = torch.zeros(3, 2, 1)
+            received = torch.zeros(3, 2, 302)
             lanes = pool.lanes(
-                score_PN=pool.score.clone(), received_BKE=received, live_B=torch.tensor([True, seed % 2 == 0, True]),
-                oldest_B=torch.tensor([seed, 3 * seed, 20], dtype=torch.int32),
-            )  # fmt: skip
-            out = attend(lanes, pool.q, pool.k_new, pool.v_new, scale=0.3, softcap=SOFTCAP[seed % 2])
+                score_PN=pool.score.clone(),
+                received_BKE=received,
+                received_old=True,
+                live_B=torch.tensor([True, seed % 2 == 0, True]),
+                oldest_B=torch.tensor([60 * seed, 3 * seed, 20], dtype=torch.int32),
+            )
+            scale = 1.0 / head_dim**0.5
+            out = attend(lanes, pool.q, pool.k_new, pool.v_new, scale=scale, softcap=SOFTCAP[seed % 2])
             results.append((out, lanes.score_PN, received))
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+        assert results[0][2].sum() > 0

@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 import torch
-from paged_pools import Lanes
 
 from kvfold.ops import native, paged
+from paged_pools import Lanes
 
 
 @pytest.fixture

@@ -28,7 +28,10 @@ def decode_picture(rows: Sequence[Mapping], width: float) -> Markup | None:
     if not rows:
         return None
     fastest = max(
-        number(row, side, "tokens_per_second", edge) or 0 for row in rows for side, _ in SIDES for edge in ("median", "max")
+        number(row, side, "tokens_per_second", edge) or 0
+        for row in rows
+        for side, _ in SIDES
+        for edge in ("median", "max")
     )
     height = 24 + ROW * len(rows) + 44
     frame = Frame(
@@ -41,7 +44,9 @@ def decode_picture(rows: Sequence[Mapping], width: float) -> Markup | None:
         parts.append(tag("line", class_="level", x1=x, x2=x, y1=frame.top, y2=frame.bottom))
     for index, row in enumerate(rows):
         parts.extend(_point(row, frame, frame.top + index * ROW))
-    return picture(width, height, "Tokens per second of kvfold and transformers. The table below has the numbers.", *parts)
+    return picture(
+        width, height, "Tokens per second of kvfold and transformers. The table below has the numbers.", *parts
+    )
 
 
 def _point(row: Mapping, frame: Frame, top: float) -> list[Markup]:
@@ -58,7 +63,7 @@ def _point(row: Mapping, frame: Frame, top: float) -> list[Markup]:
         parts.append(
             tag(
                 "rect", tag("title", hover), class_=f"bar {side}",
-                x=frame.left, y=y, width=frame.x(median) - frame.left, height=BAR,
+                x=frame.left, y=y, width=max(0.0, frame.x(median) - frame.left), height=BAR,
             )
         )  # fmt: skip
         if around:
@@ -67,5 +72,11 @@ def _point(row: Mapping, frame: Frame, top: float) -> list[Markup]:
     ratio = number(row, "ratio", "median")
     if ratio is not None:
         around = spread(number(row, "ratio", "min"), number(row, "ratio", "max"))
-        parts.append(tag("g", tag("title", f"runs from {around}" if around else "one run"), write(frame.right + 12, top + 41, times(ratio), "big")))
+        parts.append(
+            tag(
+                "g",
+                tag("title", f"runs from {around}" if around else "one run"),
+                write(frame.right + 12, top + 41, times(ratio), "big"),
+            )
+        )
     return parts

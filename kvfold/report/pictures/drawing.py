@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from kvfold.report.markup import Markup, tag
 
-LETTER = 6.8
+LETTER = 6.6
 """Mean width of a letter at the size of labels, pixels; a little wide on purpose."""
+MOST_NAME = 0.4
+"""Share of a picture's width that names beside the plot may take."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +69,12 @@ def picture(width: float, height: float, spoken: str, *parts: str) -> Markup:
 def write(x: float, y: float, text: str, class_: str, anchor: str | None = None) -> Markup:
     """Text whose base line starts, is centred, or ends at (x, y)."""
     return tag("text", text, x=float(x), y=float(y), class_=class_, text_anchor=anchor)
+
+
+def short(text: str, pixels: float) -> str:
+    """The text, cut with an ellipsis where it is wider than that; tables have it whole."""
+    most = max(1, int(pixels / LETTER))
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def mark(index: int, x: float, y: float, hover: str, hollow: bool = False) -> Markup:

@@ -38,7 +38,7 @@ def head_map(row: Mapping) -> HeadMap | None:
     """The map of one row; None where it has neither kept counts nor scores."""
     kept, score = grid(row, "kept"), grid(row, "score")
     values = score or _shares(kept, number(row, "seen_tokens"))
-    if not values:
+    if not any(values):
         return None
     listed = row.get("owners")
     fits = isinstance(listed, list) and len(listed) >= len(values) and all(isinstance(x, int) for x in listed)
@@ -106,8 +106,8 @@ def key_picture(one: HeadMap, scale: tuple[float, float]) -> Markup:
     write_value = percent if one.value_name == KEPT_NAME else three
     low, high = (write_value(value) for value in scale)
     steps = [_cell(60 + 12 * step, 4, 12, 12, FAINTEST + (1 - FAINTEST) * step / 11, None) for step in range(12)]
-    ends = [write(52, 14, low, "tick", "end"), write(210, 14, high, "tick"), write(262, 14, one.value_name, "quiet")]
-    return picture(262 + 7 * len(one.value_name), 20, f"{one.value_name}: from {low} to {high}", *steps, *ends)
+    ends = [write(52, 14, low, "tick", "end"), write(210, 14, high, "tick")]
+    return picture(270, 20, f"{one.value_name}: from {low} to {high}", *steps, *ends)
 
 
 def _opacity(value: float, scale: tuple[float, float]) -> float:

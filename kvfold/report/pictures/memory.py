@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from kvfold.report.markup import Markup, tag
 from kvfold.report.numbers import count, size, size_unit, tick
-from kvfold.report.pictures.drawing import LETTER, Frame, end_labels, picture, polyline, ticks
+from kvfold.report.pictures.drawing import LETTER, MOST_NAME, Frame, end_labels, picture, polyline, short, ticks
 from kvfold.report.results import number
 from kvfold.report.series import family_of, label_of
 
@@ -28,10 +28,11 @@ def memory_picture(rows: Sequence[Mapping], colours: Mapping[str, int], width: f
         return None
     most_tokens = max(points[-1][0] for _, points in lines) or 1
     most_bytes = max(held for _, points in lines for _, held in points) or 1
-    names = max(len(label_of(row)) for row, _ in lines) * LETTER
+    names = [short(label_of(row), width * MOST_NAME) for row, _ in lines]
+    room = max(map(len, names)) * LETTER
     height = 300 if width < 500 else 380
     frame = Frame(
-        left=64, right=width - names - 26, top=28, bottom=height - 44,
+        left=64, right=width - room - 26, top=28, bottom=height - 44,
         x_range=(0, most_tokens), y_range=(0, most_bytes * 1.05),
     )  # fmt: skip
     most_ticks = 3 if width < 500 else 6
@@ -40,12 +41,12 @@ def memory_picture(rows: Sequence[Mapping], colours: Mapping[str, int], width: f
     y_ticks = [(value, f"{tick(value / unit)} {unit_name}") for value in ticks(0, most_bytes, 5)]
     parts = frame.axes(x_ticks, y_ticks, X_TITLE, Y_TITLE)
     ends = []
-    for row, points in lines:
+    for (row, points), name in zip(lines, names, strict=True):
         colour = colours.get(family_of(row), 0)
         places = [(frame.x(tokens), frame.y(held)) for tokens, held in points]
         parts.append(polyline(places, f"line{' dashed' if '%' in label_of(row) else ''} c{colour}"))
         parts.extend(_hovers(row, points, places))
-        ends.append((*places[-1], label_of(row), colour))
+        ends.append((*places[-1], name, colour))
     parts.extend(end_labels(ends, frame.top, frame.bottom - 2))
     return picture(width, height, "Bytes held by the cache over tokens seen. The table below has the numbers.", *parts)
 

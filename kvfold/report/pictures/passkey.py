@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from kvfold.report.markup import Markup, tag
 from kvfold.report.numbers import count, tick
-from kvfold.report.pictures.drawing import LETTER, picture, write
+from kvfold.report.pictures.drawing import LETTER, MOST_NAME, picture, short, write
 from kvfold.report.results import number
 from kvfold.report.series import UNFOLDED, family_of
 
@@ -36,20 +36,25 @@ def unfolded_share(rows: Iterable[Mapping], length: float) -> float | None:
     return found / tries if tries else None
 
 
+def worth_showing(rows: Iterable[Mapping], length: float) -> bool:
+    """Whether the unfolded model finds enough keys at this length for misses to mean anything."""
+    share = unfolded_share(rows, length)
+    return share is None or share >= ENOUGH
+
+
 def passkey_pictures(rows: Sequence[Mapping], labels: Mapping[str, str], width: float) -> list[Markup]:
     """One SVG for each length worth showing; `labels` gives the name of a method's text form."""
-    pictures = []
-    for length in lengths_of(rows):
-        base = unfolded_share(rows, length)
-        if base is None or base >= ENOUGH:
-            pictures.append(_panel([row for row in rows if number(row, "length_tokens") == length], length, labels, width))
-    return pictures
+    return [
+        _panel([row for row in rows if number(row, "length_tokens") == length], length, labels, width)
+        for length in lengths_of(rows)
+        if worth_showing(rows, length)
+    ]
 
 
 def _panel(rows: list[Mapping], length: float, labels: Mapping[str, str], width: float) -> Markup:
     methods = list(dict.fromkeys(str(row.get("method")) for row in rows))
     depths = sorted({depth for row in rows if (depth := number(row, "depth")) is not None})
-    names = [labels.get(method, method) for method in methods]
+    names = [short(labels.get(method, method), width * MOST_NAME) for method in methods]
     left = max(len(name) for name in names) * LETTER + 12
     column = min(COLUMN, (width - left) / max(1, len(depths)))
     top = 58.0
@@ -71,7 +76,9 @@ def _cell(row: Mapping, x: float, y: float, column: float, name: str) -> Markup:
     found, tries = number(row, "found"), number(row, "tries")
     share = found / tries if found is not None and tries else None
     text = "–" if share is None else f"{count(found)}/{count(tries)}"
-    hover = f"{name}, depth {tick(100 * number(row, 'depth'))} %: " + ("not measured" if share is None else f"{text} found")
+    hover = f"{name}, depth {tick(100 * number(row, 'depth'))} %: " + (
+        "not measured" if share is None else f"{text} found"
+    )
     box = tag(
         "rect", class_="cell", x=x, y=y, width=column - 2, height=float(ROW - 2),
         fill_opacity=f"{0.05 + 0.95 * (share or 0):.2f}",

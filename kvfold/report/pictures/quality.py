@@ -9,7 +9,18 @@ from dataclasses import dataclass
 
 from kvfold.report.markup import Markup, tag
 from kvfold.report.numbers import difference, percent, tick
-from kvfold.report.pictures.drawing import LETTER, Frame, end_labels, mark, picture, polyline, ticks, write
+from kvfold.report.pictures.drawing import (
+    LETTER,
+    MOST_NAME,
+    Frame,
+    end_labels,
+    mark,
+    picture,
+    polyline,
+    short,
+    ticks,
+    write,
+)
 from kvfold.report.series import Line, Point, label_of, quality_lines, texts_of
 
 BEND = 2.0
@@ -43,7 +54,7 @@ class Axes:
             return ticks(self.low, self.high, 5)
         steps = [factor * 10.0**power for power in range(6) for factor in (1, 2, 5)]
         inside = [level for level in (0.0, *steps, *(-step for step in steps)) if self.low <= level <= self.high]
-        gap = (self.bend(self.high) - self.bend(self.low)) / 9
+        gap = (self.bend(self.high) - self.bend(self.low)) / 11
         kept: list[float] = []
         for level in sorted(inside, key=abs):
             if all(abs(self.bend(level) - self.bend(other)) >= gap for other in kept):
@@ -81,9 +92,10 @@ def quality_pictures(rows: Sequence[Mapping], colours: Mapping[str, int], width:
 
 def _panel(text: str, lines: list[Line], axes: Axes, colours: Mapping[str, int], width: float) -> Markup:
     height = 300 if width < 500 else 400
-    names = max(len(line.title) for line in lines) * LETTER
+    names = [short(line.title, width * MOST_NAME) for line in lines]
+    room = max(map(len, names)) * LETTER
     frame = Frame(
-        left=52, right=width - names - 22, top=28, bottom=height - 44,
+        left=46, right=width - room - 18, top=28, bottom=height - 44,
         x_range=(0.06, math.log2(axes.least)), x_bend=math.log2,
         y_range=(axes.bend(axes.low), axes.bend(axes.high)), y_bend=axes.bend,
     )  # fmt: skip
@@ -93,10 +105,10 @@ def _panel(text: str, lines: list[Line], axes: Axes, colours: Mapping[str, int],
     parts.append(tag("line", class_="base", x1=frame.left, x2=frame.right, y1=zero, y2=zero))
     parts.append(write(frame.left + 4, zero + 15, "unfolded", "quiet"))
     ends = []
-    for line in lines:
+    for line, name in zip(lines, names, strict=True):
         parts.extend(_line(line, frame, colours.get(line.family, 0)))
         last = line.points[-1]
-        ends.append((frame.x(last.share), frame.y(last.change), line.title, colours.get(line.family, 0)))
+        ends.append((frame.x(last.share), frame.y(last.change), name, colours.get(line.family, 0)))
     parts.extend(end_labels(ends, frame.top, frame.bottom - 2))
     spoken = f"Perplexity change against the share of the cache kept, text {text or 'unnamed'}. The table below has the numbers."
     return picture(width, height, spoken, *parts)

@@ -1,0 +1,222 @@
+"""Decoding speed and memory of `generate`, kvfold's and transformers' side by side in one run.
+
+Both sides take turns, round after round, so that whatever else the machine does hits both; ratios are taken within a
+round. Time is that of decoding alone: from the first new token, with which the prompt is done, to the last.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from kvfold.bench.peak import PeakMemory
+from kvfold.eval.folding import folded, method_about
+from kvfold.eval.progress import Report, silent
+from kvfold.layout import KVLayout
+from kvfold.models.decoder import FoldForCausalLM
+
+_WARM_UP_TOKENS = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """A size at which decoding is measured."""
+
+    name: str
+    """As people read it: `16 x (32 + 64)`."""
+    batch: int
+    """Rows."""
+    prompt_tokens: int
+    """Columns of the prompt."""
+    new_tokens: int
+    """Tokens generated in each row; the first one comes with the prompt and is not timed."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("prompt_tokens", 2), ("new_tokens", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)}: a point of measurement has {least} or more: ask for more")
+
+
+POINTS = (
+    Point(name="1 x 64", batch=1, prompt_tokens=16, new_tokens=64),
+    Point(name="16 x (32 + 64)", batch=16, prompt_tokens=32, new_tokens=64),
+    Point(name="8 x 1,024", batch=8, prompt_tokens=1024, new_tokens=32),
+)
+
+
+def bench_decode(
+    ours: FoldForCausalLM,
+    theirs: PreTrainedModel | None,
+    *,
+    name: str,
+    methods: Sequence[str] = ("full",),
+    points: Sequence[Point] = POINTS,
+    padded: Sequence[bool] = (False, True),
+    repeats: int = 5,
+    seed: int = 0,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """A result of kind `decode`: a row for each point, with and without left padding, and method.
+
+    `theirs`: transformers' model of the same checkpoint, or None to measure ours alone. `methods` are `--time` texts.
+    Greedy; every row generates all its tokens.
+    """
+    if repeats < 1:
+        raise ValueError(f"{repeats} repeats: 1 or more are measured: ask for more")
+    layouts = [ours.config.layout.with_time(method) for method in methods]
+    for point in points:
+        if point.prompt_tokens + point.new_tokens > ours.config.max_position_embeddings:
+            raise ValueError(
+                f"point '{point.name}': {point.prompt_tokens + point.new_tokens} tokens, and the model reads "
+                f"{ours.config.max_position_embeddings} at most: ask for fewer"
+            )
+    rows = []
+    for point in points:
+        for pads in padded:
+            prompt = _prompt(point, pads=pads, vocab_size=ours.config.vocab_size, seed=seed, device=ours.device)
+            rows += _measure_point(ours, theirs, layouts, point, pads, prompt, repeats, report)
+    return {
+        "model": {"name": name, "parameters": ours.num_parameters()},
+        "environment": {"device": ours.device.type, "dtype": str(ours.dtype).removeprefix("torch."), "threads": torch.get_num_threads()},
+        "repeats": repeats,
+        "rows": rows,
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """One `generate`."""
+
+    step_seconds: tuple[float, ...]
+    """From each new token to the next."""
+    allocated_bytes: int
+    """Held by the cache at the end."""
+    peak_bytes: int | None
+    """The most memory taken on top of what was held before."""
+    new_ids: Tensor
+    """What was generated [B, new tokens]."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all rows together."""
+        return self.new_ids.shape[0] * len(self.step_seconds) / sum(self.step_seconds)
+
+
+class _Clock(BaseStreamer):
+    """Notes when tokens come; the first call brings the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """The next tokens are there."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """All tokens have come."""
+
+
+def _measure_point(
+    ours: FoldForCausalLM, theirs: PreTrainedModel | None, layouts: Sequence[KVLayout], point: Point, pads: bool,
+    prompt: tuple[Tensor, Tensor | None], repeats: int, report: Report,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rounds of one point: transformers once, then each method once."""
+    what = point.name + (", padded" if pads else "")
+    sides: list[Callable[[int], _Run]] = [] if theirs is None else [lambda tokens: _run_theirs(theirs, prompt, tokens)]
+    sides += [lambda tokens, layout=layout: _run_ours(ours, layout, prompt, tokens) for layout in layouts]
+    total = len(sides) * (repeats + 1)
+    runs: list[list[_Run]] = [[] for _ in sides]
+    for number in range(total):
+        turn, side = divmod(number, len(sides))
+        report(what, number, total)
+        run = sides[side](_WARM_UP_TOKENS if turn == 0 else point.new_tokens)
+        if turn:
+            runs[side].append(run)
+    report(what, total, total)
+    peer = None if theirs is None else runs.pop(0)
+    return [_row(point, pads, layout, mine, peer) for layout, mine in zip(layouts, runs, strict=True)]
+
+
+def _row(point: Point, pads: bool, layout: KVLayout, ours: list[_Run], theirs: list[_Run] | None) -> dict[str, Any]:
+    row = {
+        "point": point.name,
+        "batch": point.batch,
+        "context_tokens": point.prompt_tokens + point.new_tokens,
+        "new_tokens": point.new_tokens,
+        "padded": pads,
+        **method_about(layout),
+        "ours": _figures(ours),
+    }
+    if theirs is None:
+        return row
+    pairs = list(zip(ours, theirs, strict=True))
+    return row | {
+        "theirs": _figures(theirs),
+        "ratio": _spread([mine.tokens_per_second / other.tokens_per_second for mine, other in pairs]),
+        "equal_tokens": _mean([(mine.new_ids == other.new_ids).float().mean().item() for mine, other in pairs]),
+    }
+
+
+def _figures(runs: list[_Run]) -> dict[str, Any]:
+    peaks = [run.peak_bytes for run in runs]
+    return {
+        "tokens_per_second": _spread([run.tokens_per_second for run in runs]),
+        "step_ms": _spread([1000 * statistics.median(run.step_seconds) for run in runs]),
+        "allocated_bytes": runs[-1].allocated_bytes,
+        "peak_bytes": None if None in peaks else round(statistics.median(peaks)),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _prompt(point: Point, *, pads: bool, vocab_size: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Random ids [B, T] and, with padding, a mask that leaves out up to a quarter of the columns on the left."""
+    draw = torch.Generator().manual_seed(seed)
+    shape = (point.batch, point.prompt_tokens)
+    ids = torch.randint(0, vocab_size, shape, generator=draw).to(device)
+    if not pads:
+        return ids, None
+    missing = 1 + torch.arange(point.batch) * 7 % max(1, point.prompt_tokens // 4)
+    real = torch.arange(point.prompt_tokens) >= missing[:, None]
+    return ids, real.long().to(device)
+
+
+def _run_theirs(model: PreTrainedModel, prompt: tuple[Tensor, Tensor | None], new_tokens: int) -> _Run:
+    cache = DynamicCache(config=model.config)
+    return _run(model, cache, lambda: sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values)), prompt, new_tokens)
+
+
+def _run_ours(model: FoldForCausalLM, layout: KVLayout, prompt: tuple[Tensor, Tensor | None], new_tokens: int) -> _Run:
+    with folded(model, layout):
+        cache = model.new_cache(rows=prompt[0].shape[0])
+        run = _run(model, cache, lambda: cache.allocated_bytes, prompt, new_tokens)
+        cache.free()
+    return run
+
+
+def _run(
+    model: PreTrainedModel, cache: Any, held: Callable[[], int], prompt: tuple[Tensor, Tensor | None], new_tokens: int
+) -> _Run:
+    ids, mask = prompt
+    clock, peak = _Clock(), PeakMemory(model.device)
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids) if mask is None else mask, past_key_values=cache, streamer=clock,
+        do_sample=False, num_beams=1, min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0,
+    )  # fmt: skip
+    new_times = clock.times[1:]
+    return _Run(
+        step_seconds=tuple(after - before for before, after in zip(new_times, new_times[1:], strict=False)),
+        allocated_bytes=held(), peak_bytes=peak.bytes(), new_ids=output[:, ids.shape[1] :],
+    )  # fmt: skip
