@@ -155,7 +155,7 @@ def evaluate(
     from kvfold.eval.progress import progress_bars
     from kvfold.eval.protocol import Protocol
     from kvfold.report.tables import passkey_table, quality_table
-    
+
     sample = Path(__file__).with_name("sample") / "persuasion.txt"
 
     protocol = Protocol(windows=windows, context_tokens=context, batch=batch, call_tokens=chunk)
@@ -238,3 +238,54 @@ def report(
     from kvfold.report.page import write_page
 
     print(write_page(results, out))
+
+
+@bench.command("decode")
+@clear_errors
+def bench_decoding(
+    model: Model,
+    time: Times = None,
+    batch: Annotated[int | None, typer.Option(help="Rows. Default: three points, 1 x 64, 16 x (32 + 64), 8 x 1,024.")] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt, with --batch.")] = 32,
+    new: Annotated[int, typer.Option(help="Tokens generated, with --batch.")] = 64,
+    peers: Annotated[str, typer.Option(help="transformers | none")] = "transformers",
+    repeats: Annotated[int, typer.Option(help="Rounds; both sides take turns.")] = 5,
+    out: Out = None,
+    bits: Bits = None,
+    adapter: Adapter = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Tokens/s, step time, bytes and peak memory of `generate`, with and without left padding, both sides in one run."""
+    from kvfold.bench.decode import POINTS, Point, bench_decode
+    from kvfold.bench.peers import load_theirs
+    from kvfold.eval.progress import progress_bars
+    from kvfold.report.tables import decode_table
+
+    if peers not in ("transformers", "none"):
+        raise ValueError(f"peers '{peers}': kvfold is measured beside transformers or alone: write 'transformers' or 'none'")
+    points = POINTS if batch is None else (Point(name=f"{batch} x ({prompt} + {new})", batch=batch, prompt_tokens=prompt, new_tokens=new),)
+    ours, _ = _load(model, None, bits, adapter, dtype, device)
+    theirs = None if peers == "none" else load_theirs(model, dtype=ours.dtype, device=ours.device)
+    with progress_bars() as report:
+        result = bench_decode(
+            ours, theirs, name=_name(model), methods=time or ["full"], points=points, repeats=repeats, report=report
+        )
+    _hand_over("decode", result, [decode_table], out, as_json)
+
+
+@app.command()
+@clear_errors
+def demo(out: Annotated[Path, typer.Option(help="Where results and page go.")] = Path("demo-out")) -> None:
+    """Everything on a small real model, in a few minutes: tables here, result files and a page with pictures in the folder."""
+    from kvfold.demo import run_demo
+    from kvfold.eval.progress import progress_bars
+    from kvfold.report import tables
+
+    shown = {"quality": [tables.quality_table, tables.passkey_table], "decode": [tables.decode_table]}
+    with progress_bars() as report:
+        page = run_demo(
+            out, _command_line(), _say, report, lambda kind, result: [_print(table(result)) for table in shown.get(kind, [])]
+        )
+    print(f"the page: {page}")

@@ -40,7 +40,9 @@ class Point:
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("prompt_tokens", 2), ("new_tokens", 2)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)}: a point of measurement has {least} or more: ask for more")
+                raise ValueError(
+                    f"{name} {getattr(self, name)}: a point of measurement has {least} or more: ask for more"
+                )
 
 
 POINTS = (
@@ -83,7 +85,11 @@ def bench_decode(
             rows += _measure_point(ours, theirs, layouts, point, pads, prompt, repeats, report)
     return {
         "model": {"name": name, "parameters": ours.num_parameters()},
-        "environment": {"device": ours.device.type, "dtype": str(ours.dtype).removeprefix("torch."), "threads": torch.get_num_threads()},
+        "environment": {
+            "device": ours.device.type,
+            "dtype": str(ours.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        },
         "repeats": repeats,
         "rows": rows,
     }
@@ -181,7 +187,9 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _prompt(point: Point, *, pads: bool, vocab_size: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _prompt(
+    point: Point, *, pads: bool, vocab_size: int, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
     """Random ids [B, T] and, with padding, a mask that leaves out up to a quarter of the columns on the left."""
     draw = torch.Generator().manual_seed(seed)
     shape = (point.batch, point.prompt_tokens)
@@ -195,7 +203,13 @@ def _prompt(point: Point, *, pads: bool, vocab_size: int, seed: int, device: tor
 
 def _run_theirs(model: PreTrainedModel, prompt: tuple[Tensor, Tensor | None], new_tokens: int) -> _Run:
     cache = DynamicCache(config=model.config)
-    return _run(model, cache, lambda: sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values)), prompt, new_tokens)
+    return _run(
+        model,
+        cache,
+        lambda: sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values)),
+        prompt,
+        new_tokens,
+    )
 
 
 def _run_ours(model: FoldForCausalLM, layout: KVLayout, prompt: tuple[Tensor, Tensor | None], new_tokens: int) -> _Run:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.eval.folding import folded, method_about, reads_steps
+from kvfold.eval.folding import calls, folded, method_about
 from kvfold.eval.progress import Report, silent
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
@@ -42,12 +42,12 @@ def measure_held(
     return {"model": about_model, "batch": ids_BT.shape[0], "rows": memory}, {"model": about_model, "rows": kept}
 
 
-def _read(model: FoldForCausalLM, cache: Any, ids_BT: Tensor, layout: KVLayout, what: str, report: Report) -> Iterator[int]:
+def _read(
+    model: FoldForCausalLM, cache: Any, ids_BT: Tensor, layout: KVLayout, what: str, report: Report
+) -> Iterator[int]:
     """Feed all tokens as the method is meant to be fed; gives the tokens seen each time the cache is to be looked at."""
     total = ids_BT.shape[1]
-    size = 1 if reads_steps(layout) else EVERY_TOKENS
-    for start in range(0, total, size):
-        seen = min(start + size, total)
+    for start, seen in calls(layout, total, EVERY_TOKENS):
         model.model(ids_BT[:, start:seen], past_key_values=cache, use_cache=True)
         report(what, seen, total)
         if seen % EVERY_TOKENS == 0 or seen == total:

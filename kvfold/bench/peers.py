@@ -21,12 +21,16 @@ def load_theirs(source: str | Path, *, dtype: torch.dtype, device: torch.device 
     try:
         config = AutoConfig.from_pretrained(found.name, **found.options)
         if config.model_type == FoldConfig.model_type:
-            raise ValueError(f"{found}: a kvfold checkpoint, which transformers has no class for: give the one it was made from")
+            raise ValueError(
+                f"{found}: a kvfold checkpoint, which transformers has no class for: give the one it was made from"
+            )
         model = AutoModelForCausalLM.from_pretrained(
             found.name, dtype=dtype, attn_implementation="sdpa", **found.options
         )
     except OSError as error:
-        raise ValueError(f"{found}: transformers can't read it ({one_line(error)}): fetch the checkpoint again") from error
+        raise ValueError(
+            f"{found}: transformers can't read it ({one_line(error)}): fetch the checkpoint again"
+        ) from error
     finally:
         logging.set_verbosity(level)
         if bars:

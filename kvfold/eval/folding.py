@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from kvfold.eval.protocol import CALL_TOKENS
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 
@@ -18,15 +19,28 @@ def folded(model: FoldForCausalLM, layout: KVLayout) -> Iterator[None]:
         model.config.layout = own
 
 
-def reads_steps(layout: KVLayout) -> bool:
-    """Whether what is kept depends on where calls are cut, so that text must be read one token a call."""
-    return any(layout.time_of(owner).state_of == "steps" for owner in layout.owners)
+def calls(layout: KVLayout, tokens: int, size: int | None = None) -> Iterator[tuple[int, int]]:
+    """Where calls begin and end when a text is read for measuring, `size` (None = CALL_TOKENS) tokens each.
+
+    Under a steps method the cut matters once a budget is exceeded: from there on calls bring one token. Before, all is
+    kept and all weights are counted, however the text is cut.
+    """
+    steps = [spec for spec in layout.time if spec.state_of == "steps"]
+    start = 0
+    while start < tokens:
+        stop = min(start + (size or CALL_TOKENS), tokens)
+        if any(spec.max_kept(stop) < stop for spec in steps):
+            stop = start + 1
+        yield start, stop
+        start = stop
 
 
 def method_about(layout: KVLayout) -> dict[str, object]:
     """A method's text form, what people call it, and whether it was trained."""
     specs = [layout.time_of(owner) for owner in layout.owners]
-    asked = [spec for spec, owner in zip(layout.time, layout.owners, strict=True) if layout.layers[owner].window is None]
+    asked = [
+        spec for spec, owner in zip(layout.time, layout.owners, strict=True) if layout.layers[owner].window is None
+    ]
     titles = list(dict.fromkeys(spec.title for spec in asked or layout.time))
     return {
         "method": layout.time_text(),

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from kvfold.data.windows import opening_tokens
 from kvfold.eval.cells import Cells, layout_key, model_key
-from kvfold.eval.folding import folded, reads_steps
+from kvfold.eval.folding import calls, folded
 from kvfold.eval.progress import Report, silent
-from kvfold.eval.protocol import CALL_TOKENS
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 
@@ -62,9 +61,19 @@ def measure_passkey(
     most = model.config.max_position_embeddings
     for length in lengths:
         if length > most:
-            raise ValueError(f"a passkey prompt of {length} tokens: the model reads {most} at most: ask for shorter ones")
-    layouts = list(dict.fromkeys([model.config.layout.base(), *(model.config.layout.with_time(method) for method in methods)]))
-    key = {"model": model_key(model, name), "depths": list(depths), "tries": tries, "seed": seed, "prompt": [_OPENING, *_FILLER, _NEEDLE, _QUESTION]}
+            raise ValueError(
+                f"a passkey prompt of {length} tokens: the model reads {most} at most: ask for shorter ones"
+            )
+    layouts = list(
+        dict.fromkeys([model.config.layout.base(), *(model.config.layout.with_time(method) for method in methods)])
+    )
+    key = {
+        "model": model_key(model, name),
+        "depths": list(depths),
+        "tries": tries,
+        "seed": seed,
+        "prompt": [_OPENING, *_FILLER, _NEEDLE, _QUESTION],
+    }
     kept, rows = Cells(cells), []
     for layout in layouts:
         method = layout.time_text()
@@ -75,7 +84,10 @@ def measure_passkey(
                 cell = {"found": _found(model, tokenizer, layout, length, depths, tries, seed, about, report)}
                 kept.write(about, cell_key, cell)
             pairs = zip(depths, cell["found"], strict=True)
-            rows += [{"method": method, "length_tokens": length, "depth": depth, "found": found, "tries": tries} for depth, found in pairs]
+            rows += [
+                {"method": method, "length_tokens": length, "depth": depth, "found": found, "tries": tries}
+                for depth, found in pairs
+            ]
     return rows
 
 
@@ -90,7 +102,9 @@ def passkey_prompt(tokenizer: Any, key: str, length: int, depth: float) -> list[
 
     fewest, most = 1, max(2, length)
     if len(tokens(fewest)) > length:
-        raise ValueError(f"a passkey prompt of {length} tokens: the shortest has {len(tokens(fewest))}: ask for longer ones")
+        raise ValueError(
+            f"a passkey prompt of {length} tokens: the shortest has {len(tokens(fewest))}: ask for longer ones"
+        )
     while most - fewest > 1:
         middle = (fewest + most) // 2
         fewest, most = (middle, most) if len(tokens(middle)) <= length else (fewest, middle)
@@ -120,12 +134,17 @@ def _says(answer: str, key: str) -> bool:
 
 
 def continuations(
-    model: FoldForCausalLM, layout: KVLayout, prompts: Sequence[list[int]], new_tokens: int, *, what: str, report: Report = silent
+    model: FoldForCausalLM,
+    layout: KVLayout,
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    *,
+    what: str,
+    report: Report = silent,
 ) -> list[list[int]]:
     """The likeliest next tokens of each prompt, prompts read through the cache as `layout` is meant to be fed."""
     ids_BT, real_BT = _padded_left(prompts, model.device)
     columns = ids_BT.shape[1]
-    size = 1 if reads_steps(layout) else CALL_TOKENS
     answers = []
     with folded(model, layout), torch.inference_mode():
         cache = model.new_cache(rows=len(prompts))
@@ -133,9 +152,9 @@ def continuations(
         def read(ids: Tensor, real: Tensor) -> Tensor:
             return model(ids, attention_mask=real, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(dim=-1)
 
-        for start in range(0, columns, size):
-            newest = read(ids_BT[:, start : start + size], real_BT[:, start : start + size])
-            report(what, min(start + size, columns), columns + new_tokens)
+        for start, stop in calls(layout, columns):
+            newest = read(ids_BT[:, start:stop], real_BT[:, start:stop])
+            report(what, stop, columns + new_tokens)
         for index in range(new_tokens):
             answers.append(newest)
             newest = read(newest[:, None], torch.ones_like(newest[:, None]))

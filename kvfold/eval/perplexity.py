@@ -56,11 +56,18 @@ def measure_quality(
     rows = []
     for windows in read:
         found = measured.cells_of(windows, layouts)
-        rows += [quality_row(method_about(layout), windows, cell, found[0]) for layout, cell in zip(layouts, found, strict=True)]
+        rows += [
+            quality_row(method_about(layout), windows, cell, found[0])
+            for layout, cell in zip(layouts, found, strict=True)
+        ]
     return {
         "protocol": {"windows": protocol.windows, "context_tokens": protocol.context_tokens, "batch": protocol.batch},
         "model": {"name": name, "parameters": model.num_parameters(), "fingerprint": measured.key["fingerprint"]},
-        "environment": {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."), "threads": torch.get_num_threads()},
+        "environment": {
+            "device": model.device.type,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        },
         "rows": rows,
     }
 
@@ -156,7 +163,9 @@ class _RowScorer:
         columns, batch = stop - self._start, hidden_BtC.shape[0]
         if columns:
             targets = self._ids_BT[:, self._start + 1 : stop + 1].flatten()
-            reference = None if self._reference_BTC is None else self._reference_BTC[:, self._start : stop].flatten(0, 1)
+            reference = (
+                None if self._reference_BTC is None else self._reference_BTC[:, self._start : stop].flatten(0, 1)
+            )
             scores = score(self._model, hidden_BtC[:, :columns].flatten(0, 1), targets, reference)
             same = torch.zeros_like(scores.loss), torch.ones_like(scores.loss)
             kl, agrees = same if scores.kl is None else (scores.kl, scores.agrees)
@@ -167,10 +176,14 @@ class _RowScorer:
         """Mean over the scored tokens of each row."""
         parts = zip(*self._found, strict=True)
         names = ("loss", "kl", "top1_agreement")
-        return {name: torch.cat(part, dim=1).double().mean(dim=1).tolist() for name, part in zip(names, parts, strict=True)}
+        return {
+            name: torch.cat(part, dim=1).double().mean(dim=1).tolist() for name, part in zip(names, parts, strict=True)
+        }
 
 
-def _cell(readings: list[Reading], scored: list[dict[str, list[float]]], windows: TextWindows, seconds: float) -> dict[str, Any]:
+def _cell(
+    readings: list[Reading], scored: list[dict[str, list[float]]], windows: TextWindows, seconds: float
+) -> dict[str, Any]:
     """What is kept of one text under one method. Bytes are those of the first batch, the largest one."""
     rows = [len(part["loss"]) for part in scored]
     share = sum(n * reading.kept_share[-1] for n, reading in zip(rows, readings, strict=True)) / sum(rows)

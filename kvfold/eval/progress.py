@@ -21,7 +21,13 @@ def silent(what: str, done: int, total: int) -> None:
 @contextmanager
 def progress_bars() -> Iterator[Report]:
     """A `Report` that draws one bar for each piece of work that takes a while, on stderr; they vanish at the end."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     bars = Progress(*columns, console=Console(stderr=True), transient=True)
     begun: dict[str, float] = {}
     shown: dict[str, int] = {}

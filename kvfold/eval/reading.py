@@ -5,15 +5,14 @@ Letters: B rows, T tokens of a row, C model width.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvfold.eval.folding import folded
-from kvfold.eval.protocol import CALL_TOKENS
+from kvfold.eval.folding import calls, folded
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 
@@ -64,7 +63,7 @@ def read_rows(
     weights = _payload(layout, model.dtype.itemsize, model.device)
     with folded(model, layout), torch.inference_mode():
         cache = model.new_cache(rows=ids_BT.shape[0])
-        for start, stop in _calls(layout, ids_BT.shape[1], call_tokens or CALL_TOKENS):
+        for start, stop in calls(layout, ids_BT.shape[1], call_tokens):
             call = ids_BT[:, start:stop]
             begun = _now(model.device)
             hidden = model.model(call, past_key_values=cache, use_cache=True).last_hidden_state
@@ -80,23 +79,11 @@ def read_rows(
     )  # fmt: skip
 
 
-def _calls(layout: KVLayout, tokens: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where calls begin and end. Under a steps method the cut matters once a budget is exceeded: from there on calls bring
-    one token. Before, all is kept and all weights are counted, however the text is cut.
-    """
-    steps = [spec for spec in layout.time if spec.state_of == "steps"]
-    start = 0
-    while start < tokens:
-        stop = min(start + size, tokens)
-        if any(spec.max_kept(stop) < stop for spec in steps):
-            stop = start + 1
-        yield start, stop
-        start = stop
-
-
 def _payload(layout: KVLayout, model_bytes: int, device: torch.device) -> Tensor:
     """Bytes of K and V of one entry of each owner, fp64 [owners]."""
-    sizes = [sum(layout.bits_of(owner).slot_bytes(layout.layers[owner].head_dim, model_bytes)) for owner in layout.owners]
+    sizes = [
+        sum(layout.bits_of(owner).slot_bytes(layout.layers[owner].head_dim, model_bytes)) for owner in layout.owners
+    ]
     return torch.tensor(sizes, dtype=torch.float64, device=device)
 
 

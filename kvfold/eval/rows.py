@@ -7,7 +7,9 @@ from typing import Any
 from kvfold.data.windows import TextWindows
 
 
-def quality_row(about: Mapping[str, Any], windows: TextWindows, cell: Mapping[str, Any], unfolded: Mapping[str, Any]) -> dict[str, Any]:
+def quality_row(
+    about: Mapping[str, Any], windows: TextWindows, cell: Mapping[str, Any], unfolded: Mapping[str, Any]
+) -> dict[str, Any]:
     """One row of a `quality` result: what `about` says of the method, and the figures of its cell against the unfolded one's."""
     scored_tokens = windows.num_windows * (windows.context_tokens - 1)
     loss = _mean(cell["loss"])
@@ -21,7 +23,10 @@ def quality_row(about: Mapping[str, Any], windows: TextWindows, cell: Mapping[st
         "bits_per_byte": loss * scored_tokens / math.log(2) / sum(windows.scored_bytes),
         "loss_difference": {"mean": mean, "standard_error": error},
         # The error of exp(x) is exp(x) times that of x, for errors that are small.
-        "perplexity_change_percent": {"mean": 100 * (change - 1), "standard_error": None if error is None else 100 * change * error},
+        "perplexity_change_percent": {
+            "mean": 100 * (change - 1),
+            "standard_error": None if error is None else 100 * change * error,
+        },
         "kl": _mean(cell["kl"]),
         "top1_agreement": _mean(cell["top1_agreement"]),
         "kept_tokens": windows.context_tokens / cell["compression"],
@@ -29,7 +34,14 @@ def quality_row(about: Mapping[str, Any], windows: TextWindows, cell: Mapping[st
     }
 
 
-_AS_MEASURED = ("compression", "compression_mean_over_time", "allocated_bytes", "full_bytes", "tokens_per_second", "seconds")
+_AS_MEASURED = (
+    "compression",
+    "compression_mean_over_time",
+    "allocated_bytes",
+    "full_bytes",
+    "tokens_per_second",
+    "seconds",
+)
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float | None]:

@@ -51,5 +51,7 @@ def score(model: FoldForCausalLM, hidden_NC: Tensor, targets_N: Tensor, referenc
             log_p.neg_().add_(log_r)
             kl.append(torch.einsum("nv,nv->n", log_r.exp_(), log_p))
     return Scores(
-        loss=torch.cat(loss).cpu(), kl=torch.cat(kl).cpu() if kl else None, agrees=torch.cat(agrees).cpu() if agrees else None
+        loss=torch.cat(loss).cpu(),
+        kl=torch.cat(kl).cpu() if kl else None,
+        agrees=torch.cat(agrees).cpu() if agrees else None,
     )

