@@ -25,17 +25,19 @@ theirs.save_pretrained("tiny")
 tokens = torch.randint(97, (2, 60))
 
 
+models = {time: kvfold.load("tiny", time=time) for time in ("full", "strided:8", "strided:64")}
+
+
 def logits(time, cuts):
-    model, parts = kvfold.load("tiny", time=time), []
-    cache = model.new_cache(rows=2)
+    cache = models[time].new_cache(rows=2)
     with torch.no_grad():
-        for part in tokens.split(cuts, dim=1):
-            parts.append(model(part, past_key_values=cache, use_cache=True).logits)
+        parts = [models[time](part, past_key_values=cache).logits for part in tokens.split(cuts, dim=1)]
     return torch.cat(parts, dim=1), cache
+
 
 whole, cache = logits("strided:8", 60)
 assert (cache.kept_tokens == 8 + 7).all(), cache.kept_tokens
-assert cache.allocated_bytes == kvfold.plan(kvfold.load("tiny", time="strided:8")).bytes([60, 60])
+assert cache.allocated_bytes == kvfold.plan(models["strided:8"]).bytes([60, 60])
 for cuts in (1, 7, 32):
     torch.testing.assert_close(logits("strided:8", cuts)[0], whole, rtol=1e-4, atol=1e-4)
 torch.testing.assert_close(logits("strided:64", 1)[0], logits("full", 60)[0], rtol=1e-4, atol=1e-4)

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from kvfold.bench.peak import PeakMemory
-from kvfold.eval.folding import folded, method_about
+from kvfold.eval.folding import folded, method_about, method_layouts
 from kvfold.eval.progress import Report, silent
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
@@ -71,7 +72,7 @@ def bench_decode(
     """
     if repeats < 1:
         raise ValueError(f"{repeats} repeats: 1 or more are measured: ask for more")
-    layouts = [ours.config.layout.with_time(method) for method in methods]
+    layouts = method_layouts(ours, methods)
     for point in points:
         if point.prompt_tokens + point.new_tokens > ours.config.max_position_embeddings:
             raise ValueError(
@@ -231,6 +232,6 @@ def _run(
     )  # fmt: skip
     new_times = clock.times[1:]
     return _Run(
-        step_seconds=tuple(after - before for before, after in zip(new_times, new_times[1:], strict=False)),
+        step_seconds=tuple(after - before for before, after in pairwise(new_times)),
         allocated_bytes=held(), peak_bytes=peak.bytes(), new_ids=output[:, ids.shape[1] :],
     )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.eval.folding import calls, folded, method_about
+from kvfold.eval.folding import calls, folded, method_about, method_layouts
 from kvfold.eval.progress import Report, silent
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
@@ -25,7 +25,7 @@ def measure_held(
 
     `methods` are `--time` texts. Kept tokens and their ages are means over the rows.
     """
-    layouts = [model.config.layout.with_time(method) for method in methods]
+    layouts = method_layouts(model, methods)
     memory, kept = [], []
     for layout in layouts:
         about, cache_rows = method_about(layout), ids_BT.shape[0]

@@ -79,8 +79,12 @@ def _text_of(path: Path, number: int, line: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} line {number}: not JSON: each line is one object with its text under 'text'") from error
+        raise ValueError(
+            f"{path} line {number}: not JSON: each line is one object with its text under 'text'"
+        ) from error
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise ValueError(f"{path} line {number}: no text under 'text': each line is one object with its text under 'text'")
+        raise ValueError(
+            f"{path} line {number}: no text under 'text': each line is one object with its text under 'text'"
+        )
     return text

@@ -48,7 +48,9 @@ def text_windows(
     if windows < 1:
         raise ValueError(f"{windows} windows: text is measured on 1 window or more: ask for 1 or more")
     if context_tokens < 2:
-        raise ValueError(f"a context of {context_tokens} tokens: a window has 2 or more, one to read and one to score: ask for more")
+        raise ValueError(
+            f"a context of {context_tokens} tokens: a window has 2 or more, one to read and one to score: ask for more"
+        )
     if most_context_tokens is not None and context_tokens > most_context_tokens:
         raise ValueError(
             f"a context of {context_tokens} tokens: the model reads {most_context_tokens} at most: ask for a shorter context"
@@ -59,10 +61,13 @@ def text_windows(
     available = len(ids) // body
     if not available:
         raise ValueError(
-            f"{text.name}: the text has {len(ids)} tokens and a window takes {body}: give a longer text or ask for a shorter context"
+            f"{text.name}: the text has {len(ids)} tokens and a window takes {body}: give a longer text or a shorter context"
         )
     if available < windows:
-        warnings.warn(f"{text.name}: the text has {available} windows of {context_tokens} tokens, not {windows}: all are taken", stacklevel=2)
+        warnings.warn(
+            f"{text.name}: the text has {available} windows of {context_tokens} tokens, not {windows}: all are taken",
+            stacklevel=2,
+        )
         windows = available
     starts = [index * available // windows * body for index in range(windows)]
     # Without an opening token the first token of a window is read but has nothing before it to be predicted from.
@@ -84,9 +89,13 @@ def opening_tokens(tokenizer: Any) -> list[int]:
 def _tokenised(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Token ids without special tokens, and for each the character at which it ends."""
     if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__}: it can't say which characters a token covers: use the model's fast tokenizer")
+        raise ValueError(
+            f"{type(tokenizer).__name__}: it can't say which characters a token covers: use the model's fast tokenizer"
+        )
     # verbose=False: a text longer than the model's context is no mistake here.
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )
     return encoded.input_ids, [end for _, end in encoded.offset_mapping]
 
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from kvfold.data.whole_file import write_whole_file
 from kvfold.layout import KVLayout
@@ -63,9 +64,7 @@ def layout_key(layout: KVLayout) -> str:
     return hashlib.sha256(json.dumps(layout.to_json(), sort_keys=True).encode()).hexdigest()
 
 
-def _raw(tensor) -> memoryview:
-    import torch
-
+def _raw(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 

@@ -1,11 +1,12 @@
 """One model under many methods: the weights stay, the layout of the cache changes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from kvfold.eval.protocol import CALL_TOKENS
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
+from kvfold.policies.registry import policy_of
 
 
 @contextmanager
@@ -17,6 +18,20 @@ def folded(model: FoldForCausalLM, layout: KVLayout) -> Iterator[None]:
         yield
     finally:
         model.config.layout = own
+
+
+def method_layouts(model: FoldForCausalLM, methods: Sequence[str]) -> list[KVLayout]:
+    """The model's layout under each `--time` text, each once. Raises `ValueError` for a method that can't be run."""
+    layouts = list(dict.fromkeys(model.config.layout.with_time(method) for method in methods))
+    for layout in layouts:
+        for spec in set(layout.time):
+            policy_of(spec)
+    return layouts
+
+
+def with_unfolded(model: FoldForCausalLM, layouts: Sequence[KVLayout]) -> list[KVLayout]:
+    """The unfolded layout first, then the others."""
+    return list(dict.fromkeys([model.config.layout.base(), *layouts]))
 
 
 def calls(layout: KVLayout, tokens: int, size: int | None = None) -> Iterator[tuple[int, int]]:

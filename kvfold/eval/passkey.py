@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvfold.data.windows import opening_tokens
 from kvfold.eval.cells import Cells, layout_key, model_key
-from kvfold.eval.folding import calls, folded
+from kvfold.eval.folding import calls, folded, method_layouts, with_unfolded
 from kvfold.eval.progress import Report, silent
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
@@ -64,9 +64,7 @@ def measure_passkey(
             raise ValueError(
                 f"a passkey prompt of {length} tokens: the model reads {most} at most: ask for shorter ones"
             )
-    layouts = list(
-        dict.fromkeys([model.config.layout.base(), *(model.config.layout.with_time(method) for method in methods)])
-    )
+    layouts = with_unfolded(model, method_layouts(model, methods))
     key = {
         "model": model_key(model, name),
         "depths": list(depths),

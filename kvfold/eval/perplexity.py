@@ -17,7 +17,7 @@ from torch import Tensor
 from kvfold.data.texts import read_text_file
 from kvfold.data.windows import TextWindows, text_windows
 from kvfold.eval.cells import Cells, layout_key, model_key
-from kvfold.eval.folding import method_about
+from kvfold.eval.folding import method_about, method_layouts, with_unfolded
 from kvfold.eval.progress import Report, silent
 from kvfold.eval.protocol import Protocol
 from kvfold.eval.reading import Reading, read_rows
@@ -47,8 +47,7 @@ def measure_quality(
     All texts and methods are checked before the first is measured; whatever is wrong raises `ValueError`.
     """
     protocol = protocol or Protocol()
-    unfolded = model.config.layout.base()
-    layouts = list(dict.fromkeys([unfolded, *(model.config.layout.with_time(method) for method in methods)]))
+    layouts = with_unfolded(model, method_layouts(model, methods))
     most = model.config.max_position_embeddings
     sizes = {"windows": protocol.windows, "context_tokens": protocol.context_tokens, "most_context_tokens": most}
     read = [text_windows(read_text_file(path), tokenizer, **sizes) for path in texts]

@@ -3,7 +3,7 @@
 Letters: B rows, T tokens of this call, H heads, D head dim, R rotated dims (R <= D; the rest passes unchanged).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,26 +11,34 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rotation:
-    """The cosines and sines of the tokens of one call, each [B or 1, T, R], in the dtype of q and k."""
+    """The cosines and sines of the tokens of one call, each [B or 1, T, R], in the dtype of q and k.
+
+    Both halves of R carry the same angles, as transformers lays them out.
+    """
 
     cos_BTR: Tensor
     sin_BTR: Tensor
+    _cos_BT1R: Tensor = field(init=False, repr=False, compare=False)
+    _sin_BT1R: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Once a call, not once a layer: room for the heads, and the sign that the first half of the turned vector has.
+        left, right = self.sin_BTR.chunk(2, dim=-1)
+        object.__setattr__(self, "_cos_BT1R", self.cos_BTR.unsqueeze(2))
+        object.__setattr__(self, "_sin_BT1R", torch.cat((-left, right), dim=-1).unsqueeze(2))
 
     def apply(self, x_BTHD: Tensor) -> Tensor:
         """Rotate the first R dims of every head; the first half pairs with the second, as Llama checkpoints expect."""
-        width = self.cos_BTR.shape[-1]
-        cos, sin = self.cos_BTR.unsqueeze(2), self.sin_BTR.unsqueeze(2)
+        width = self._cos_BT1R.shape[-1]
         if width == x_BTHD.shape[-1]:
-            return x_BTHD * cos + _half_turn(x_BTHD) * sin
-        turned, passed = x_BTHD[..., :width], x_BTHD[..., width:]
-        return torch.cat((turned * cos + _half_turn(turned) * sin, passed), dim=-1)
+            return self._turn(x_BTHD)
+        return torch.cat((self._turn(x_BTHD[..., :width]), x_BTHD[..., width:]), dim=-1)
+
+    def _turn(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=-1)
+        return torch.addcmul(x * self._cos_BT1R, torch.cat((right, left), dim=-1), self._sin_BT1R)
 
 
 def rotate(rotation: Rotation | None, x_BTHD: Tensor) -> Tensor:
     """Rotate x; a layer without rotary positions hands over None and gets x back."""
     return x_BTHD if rotation is None else rotation.apply(x_BTHD)
-
-
-def _half_turn(x: Tensor) -> Tensor:
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat((-right, left), dim=-1)
