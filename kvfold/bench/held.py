@@ -6,10 +6,10 @@ Letters: B rows, T tokens.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from kvfold.eval.folding import calls, folded, method_about, method_layouts
+from kvfold.cache.hf import FoldCache
+from kvfold.eval.folding import calls, folded_cache, method_about, method_layouts
 from kvfold.eval.progress import Report, silent
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
@@ -28,22 +28,20 @@ def measure_held(
     layouts = method_layouts(model, methods)
     memory, kept = [], []
     for layout in layouts:
-        about, cache_rows = method_about(layout), ids_BT.shape[0]
-        with folded(model, layout), torch.inference_mode():
-            cache = model.new_cache(rows=cache_rows)
+        about = method_about(layout)
+        with folded_cache(model, layout, ids_BT.shape[0]) as cache:
             tokens, held = [0], [cache.allocated_bytes]
             for seen in _read(model, cache, ids_BT.to(model.device), layout, f"memory, {about['method']}", report):
                 tokens.append(seen)
                 held.append(cache.allocated_bytes)
             memory.append({**about, "tokens": tokens, "allocated_bytes": held})
             kept.append(about | _kept(cache, layout, ids_BT.shape[1]))
-            cache.free()
     about_model = {"name": name, "parameters": model.num_parameters()}
     return {"model": about_model, "batch": ids_BT.shape[0], "rows": memory}, {"model": about_model, "rows": kept}
 
 
 def _read(
-    model: FoldForCausalLM, cache: Any, ids_BT: Tensor, layout: KVLayout, what: str, report: Report
+    model: FoldForCausalLM, cache: FoldCache, ids_BT: Tensor, layout: KVLayout, what: str, report: Report
 ) -> Iterator[int]:
     """Feed all tokens as the method is meant to be fed; gives the tokens seen each time the cache is to be looked at."""
     total = ids_BT.shape[1]
@@ -54,7 +52,7 @@ def _read(
             yield seen
 
 
-def _kept(cache: Any, layout: KVLayout, seen: int) -> dict[str, Any]:
+def _kept(cache: FoldCache, layout: KVLayout, seen: int) -> dict[str, Any]:
     """Tokens kept by each owner and head and, of methods that drop, how old they are."""
     counts = cache.kept_tokens.double().mean(dim=1).tolist()
     data = {

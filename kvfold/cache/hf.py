@@ -66,8 +66,8 @@ class FoldCache(Cache):
         )
         self.rows: list[int] = self.store.new_rows(rows)
         self.columns = 0
-        self.generated, self.end_tokens, self.pad_token = 0, None, None
-        """Of the present `generate`: tokens fed back so far, and the ids that end a row or fill it up."""
+        self.padding_B: Tensor | None = None
+        """Of the present `generate`: rows that have ended and are fed padding, bool [B]."""
 
     def __del__(self):
         # A copy shares its store with others: its pages go back when it goes.
@@ -139,6 +139,8 @@ class FoldCache(Cache):
 
         `real_BT`: bool, False at padding; None = no padding. An error inside leaves the rows unusable until `reset`.
         """
+        if num_tokens < 1 or num_rows < 1:
+            raise ValueError(f"a call of {num_rows} rows and {num_tokens} tokens: a call brings 1 or more of each: feed some")
         self._fit_rows(num_rows)
         index, before = self._rows_index(), [self.store.seen_tokens(row) for row in self.rows]
         added = [num_tokens] * num_rows if real_BT is None else real_BT.sum(dim=1).tolist()

@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+
+from kvfold.cache.hf import FoldCache
 from kvfold.eval.protocol import CALL_TOKENS
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
@@ -18,6 +21,17 @@ def folded(model: FoldForCausalLM, layout: KVLayout) -> Iterator[None]:
         yield
     finally:
         model.config.layout = own
+
+
+@contextmanager
+def folded_cache(model: FoldForCausalLM, layout: KVLayout, rows: int) -> Iterator[FoldCache]:
+    """An empty cache of this layout to read text into, freed at the end; inside, torch keeps nothing for gradients."""
+    with folded(model, layout), torch.inference_mode():
+        cache = model.new_cache(rows=rows)
+        try:
+            yield cache
+        finally:
+            cache.free()
 
 
 def method_layouts(model: FoldForCausalLM, methods: Sequence[str]) -> list[KVLayout]:

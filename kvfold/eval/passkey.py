@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvfold.data.windows import opening_tokens
 from kvfold.eval.cells import Cells, layout_key, model_key
-from kvfold.eval.folding import calls, folded, method_layouts, with_unfolded
+from kvfold.eval.folding import calls, folded_cache, method_layouts, with_unfolded
 from kvfold.eval.progress import Report, silent
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
@@ -144,8 +144,7 @@ def continuations(
     ids_BT, real_BT = _padded_left(prompts, model.device)
     columns = ids_BT.shape[1]
     answers = []
-    with folded(model, layout), torch.inference_mode():
-        cache = model.new_cache(rows=len(prompts))
+    with folded_cache(model, layout, len(prompts)) as cache:
 
         def read(ids: Tensor, real: Tensor) -> Tensor:
             return model(ids, attention_mask=real, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(dim=-1)
@@ -157,7 +156,6 @@ def continuations(
             answers.append(newest)
             newest = read(newest[:, None], torch.ones_like(newest[:, None]))
             report(what, columns + index + 1, columns + new_tokens)
-        cache.free()
     return torch.stack(answers, dim=1).tolist()
 
 

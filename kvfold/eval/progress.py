@@ -46,4 +46,6 @@ def progress_bars() -> Iterator[Report]:
     try:
         yield report
     finally:
-        bars.stop()
+        # Stopping what never began would print an empty line.
+        if bars.live.is_started:
+            bars.stop()

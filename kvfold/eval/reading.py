@@ -7,12 +7,12 @@ Letters: B rows, T tokens of a row, C model width.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvfold.eval.folding import calls, folded
+from kvfold.cache.hf import FoldCache
+from kvfold.eval.folding import calls, folded_cache
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 
@@ -61,8 +61,7 @@ def read_rows(
     """
     shares, seen, seconds = [], [], 0.0
     weights = _payload(layout, model.dtype.itemsize, model.device)
-    with folded(model, layout), torch.inference_mode():
-        cache = model.new_cache(rows=ids_BT.shape[0])
+    with folded_cache(model, layout, ids_BT.shape[0]) as cache:
         for start, stop in calls(layout, ids_BT.shape[1], call_tokens):
             call = ids_BT[:, start:stop]
             begun = _now(model.device)
@@ -72,7 +71,6 @@ def read_rows(
             seen.append(start + call.shape[1])
             shares.append(_kept_share(cache, weights, seen[-1]))
         allocated_bytes, full_bytes = cache.allocated_bytes, cache.full_bytes
-        cache.free()
     return Reading(
         allocated_bytes=allocated_bytes, full_bytes=full_bytes, kept_share=tuple(torch.stack(shares).tolist()),
         seen_tokens=tuple(seen), seconds=seconds,
@@ -87,7 +85,7 @@ def _payload(layout: KVLayout, model_bytes: int, device: torch.device) -> Tensor
     return torch.tensor(sizes, dtype=torch.float64, device=device)
 
 
-def _kept_share(cache: Any, weights_O: Tensor, seen: int) -> Tensor:
+def _kept_share(cache: FoldCache, weights_O: Tensor, seen: int) -> Tensor:
     """Kept over seen, weighted by bytes; a tensor, since reading it off at every step would stop a GPU."""
     kept_OBK = cache.kept_tokens
     present = (kept_OBK >= 0) * weights_O[:, None, None]

@@ -10,23 +10,53 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerationMode
+
+from kvfold.cache.hf import FoldCache
 
 FEEDS_CHUNKS_RIGHT = Version("5.23")
 """Before this release `prefill_chunk_size` feeds a continued cache its whole text again."""
 
 
+class EndedRows(StoppingCriteriaList):
+    """The stopping rules of one `generate`, which also tell its cache the rows that get padding from now on."""
+
+    def __init__(self, criteria: StoppingCriteriaList, cache: FoldCache):
+        super().__init__(criteria)
+        self._cache, self._done_B = cache, None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Rows that are done, bool [B]. What ended a row is its own last word, and is still fed; what follows is padding."""
+        done_B = super().__call__(input_ids, scores, **kwargs)
+        self._cache.padding_B = self._done_B
+        self._done_B = done_B if self._done_B is None else self._done_B | done_B
+        return done_B
+
+
 class FoldGeneration:
     """Mixed into the language model before transformers' own generation."""
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """transformers' `generate`; what a kvfold cache can't do is refused before anything runs."""
+        asked = kwargs.get("cache_implementation") or getattr(generation_config, "cache_implementation", None)
+        if asked is not None:
+            raise ValueError(f"cache_implementation='{asked}': a kvfold model has its own cache: leave it out")
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if ids is not None and ids.numel() == 0:
+            raise ValueError(f"an input of shape {tuple(ids.shape)}: there is nothing to go on from: give 1 token or more")
+        given = kwargs.get("past_key_values")
+        if given is not None and not isinstance(given, FoldCache):
+            raise ValueError(
+                f"past_key_values is a {type(given).__name__}: a kvfold model needs its own cache: "
+                "pass model.new_cache(rows=...) or leave it out"
+            )
+        return super().generate(inputs, generation_config, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> None:
         """A cache of ours where none was given; a given one is made to fit the rows of this call."""
-        if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"cache_implementation='{generation_config.cache_implementation}': a kvfold model has its own cache: leave it out"
-            )
         if generation_mode is GenerationMode.ASSISTED_GENERATION:
             raise ValueError("assisted generation cuts the cache back, which a kvfold cache can't do: leave the assistant out")
         expansion = max(generation_config.num_beams, generation_config.num_return_sequences)
@@ -42,9 +72,17 @@ class FoldGeneration:
             if expansion > 1 and cache.batch_size == batch_size:
                 cache.batch_repeat_interleave(expansion)
         if cache is not None:
-            cache.generated = 0
-            cache.end_tokens, cache.pad_token = generation_config._eos_token_tensor, generation_config._pad_token_tensor
+            cache.padding_B = None
+            # The prepared config is this call's own copy: it carries the cache to where the stopping rules are made.
+            generation_config._kvfold_cache = cache
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+
+    def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        """transformers' rules, watched. Without an end token transformers pads no row, and beams that end leave the batch."""
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        cache = generation_config.__dict__.pop("_kvfold_cache", None)
+        pads = generation_config.num_beams == 1 and any(hasattr(rule, "eos_token_id") for rule in criteria)
+        return EndedRows(criteria, cache) if cache is not None and pads else criteria
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, next_sequence_length: int | None = None, past_key_values: Any = None,
@@ -55,23 +93,12 @@ class FoldGeneration:
             input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values,
             attention_mask=attention_mask, **kwargs,
         )  # fmt: skip
-        decoding = next_sequence_length == 1 and not kwargs.get("is_first_iteration", False)
-        if not decoding or past_key_values is None or attention_mask is None:
+        padding_B = getattr(past_key_values, "padding_B", None)
+        if padding_B is None or not bool(padding_B.any()):
             return inputs
-        past_key_values.generated += 1
-        ended = _ended(input_ids[:, -past_key_values.generated :], past_key_values.end_tokens, past_key_values.pad_token)
-        if bool(ended.any()):
-            inputs["attention_mask"] = torch.cat((attention_mask[:, :-1], attention_mask[:, -1:] * ~ended[:, None]), dim=1)
+        if attention_mask is None:
+            # transformers leaves a mask of nothing but ones out; of ours the newest column alone is read.
+            attention_mask = torch.ones_like(input_ids)
+        newest = attention_mask[:, -1:] * ~padding_B.to(attention_mask.device)[:, None]
+        inputs["attention_mask"] = torch.cat((attention_mask[:, :-1], newest), dim=1)
         return inputs
-
-
-def _ended(generated_BT: Tensor, end_tokens: Tensor | None, pad_token: Tensor | None) -> Tensor:
-    """Rows whose newest token is padding, bool [B]: an end token came before it, or the row was stopped by another rule
-    and goes on with padding (one such token may be the model's own word, two are not).
-    """
-    ended = torch.zeros_like(generated_BT[:, 0], dtype=torch.bool)
-    if end_tokens is not None:
-        ended = torch.isin(generated_BT[:, :-1], end_tokens).any(dim=1)
-    if pad_token is not None and generated_BT.shape[1] > 1:
-        ended = ended | (generated_BT[:, -2:] == pad_token).all(dim=1)
-    return ended

@@ -36,7 +36,7 @@ class Rotation:
 
     def _turn(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, dim=-1)
-        return torch.addcmul(x * self._cos_BT1R, torch.cat((right, left), dim=-1), self._sin_BT1R)
+        return x * self._cos_BT1R + torch.cat((right, left), dim=-1) * self._sin_BT1R
 
 
 def rotate(rotation: Rotation | None, x_BTHD: Tensor) -> Tensor:

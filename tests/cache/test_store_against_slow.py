@@ -69,20 +69,24 @@ def agree(layout, columns, cuts, *, rows=1, group=2, seed=0, pads=None, page_slo
 @pytest.mark.parametrize("time", [*TIMES, *SHARES])
 @pytest.mark.parametrize("cuts", [[1], [9, 1]], ids=str)
 def test_one_row_and_a_kv_head_for_each_query_head_as_published(time, cuts):
-    agree(KVLayout.plain(2, 3, 8).with_time(time), 26, cuts, group=1)
+    agree(KVLayout.plain(2, 3, 8).with_time(time), 20, cuts, group=1)
 
 
 @pytest.mark.parametrize("time", [*TIMES, *SHARES])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_grouped_query_heads_and_calls_of_any_length(time, softcap):
-    agree(KVLayout.plain(1, 2, 8).with_time(time), 40, [5, 3, 1, 1, 7, 1, 9, 1], group=3, softcap=softcap)
+    agree(KVLayout.plain(1, 2, 8).with_time(time), 34, [5, 3, 1, 1, 7, 1, 9, 1], group=3, softcap=softcap)
 
 
 @pytest.mark.parametrize("time", [*TIMES, *SHARES])
-@pytest.mark.parametrize("cuts", [[1], [10, 4, 1]], ids=str)
-def test_ragged_left_padded_rows(form, time, cuts):
+def test_ragged_left_padded_rows(form, time):
     """Whole calls bring nothing but padding to the third row."""
-    agree(KVLayout.plain(1, 2, 8).with_time(time), 28, cuts, rows=3, pads=[0, 3, 17])
+    agree(KVLayout.plain(1, 2, 8).with_time(time), 26, [8, 4, 1], rows=3, pads=[0, 3, 17])
+
+
+@pytest.mark.parametrize("time", [*TIMES, *SHARES])
+def test_ragged_left_padded_rows_one_token_a_call(time):
+    agree(KVLayout.plain(1, 2, 8).with_time(time), 24, [1], rows=3, pads=[0, 3, 15])
 
 
 @pytest.mark.parametrize("time", [*TIMES, *SHARES])
@@ -91,20 +95,20 @@ def test_one_long_call_drops_many_at_once(time):
     agree(KVLayout.plain(2, 2, 8).with_time(time), 40, [20], rows=2, pads=[0, 30])
 
 
-@pytest.mark.parametrize("time", [*TIMES, *SHARES])
+@pytest.mark.parametrize("time", ["h2o:4+4", "tova:8", "tova:1", "window:6+2", "full", "h2o:25%+25%", "tova:25%"])
 @pytest.mark.parametrize("owners", [[0, 0, 2, 2], [0, 1, 1, 1], [0, 0, 0, 3]], ids=str)
 def test_shared_layers(time, owners):
-    agree(shared(owners).with_time(time), 20, [7, 3, 1], rows=2, pads=[0, 5])
+    agree(shared(owners).with_time(time), 18, [7, 3, 1], rows=2, pads=[0, 5])
 
 
 @pytest.mark.parametrize("page_slots", [1, 3, 16])
 @pytest.mark.parametrize("time", TIMES)
 def test_page_sizes(time, page_slots):
-    agree(KVLayout.plain(1, 2, 8).with_time(time), 36, [9, 1], rows=2, pads=[0, 4], page_slots=page_slots)
+    agree(KVLayout.plain(1, 2, 8).with_time(time), 28, [9, 1], rows=2, pads=[0, 4], page_slots=page_slots)
 
 
 @pytest.mark.parametrize("time", [*TIMES, *SHARES])
-def test_an_architecture_window_under_a_policy(form, time):
+def test_an_architecture_window_under_a_policy(time):
     """Queries see the intersection; the policy drops as ever, and does not know of the window."""
     layout = KVLayout.plain(2, 2, 8, windows=(5, None)).with_time(f"{time}; 0={time}")
     agree(layout, 24, [5, 3, 1, 1, 7, 1], rows=2, pads=[0, 6])
@@ -259,7 +263,7 @@ def situations(draw_from):
 
 
 @given(situations())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_anything(situation):
     layout, columns, cuts, options = situation
     agree(layout, columns, cuts, **options)

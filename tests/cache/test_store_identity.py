@@ -28,10 +28,9 @@ def dense(layout, text: Draw, softcap=None):
 
 
 @pytest.mark.parametrize("time", PREFIX)
-@pytest.mark.parametrize("pads", [None, [0, 7, 33]], ids=str)
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("pads", "softcap"), [(None, None), ([0, 7, 33], None), ([0, 7, 33], 2.0)], ids=str)
 def test_cuts_change_nothing(time, pads, softcap):
-    layout = shared([0, 0, 2]).with_time(time)
+    layout = shared([0, 0]).with_time(time)
     text = draw(layout, 40, rows=3, pads=pads)
     expected = dense(layout, text, softcap)
     kept = set()
@@ -65,13 +64,13 @@ def test_a_window_on_top_of_an_architecture_window(time):
     "time", ["h2o:32+32", "tova:64", "window:64+0", "window:38+2", "h2o:39+1", "tova:40", "h2o:100%+1"]
 )
 def test_a_budget_as_long_as_the_text_equals_full(time):
-    layout = shared([0, 0, 2])
+    layout = shared([0, 0])
     text = draw(layout, 40, rows=2, pads=[0, 7])
     expected = dense(layout, text)
     for cuts in CUTS:
         cache = new_cache(layout.with_time(time), 2)
         assert_real_close(feed_cut(cache, text, cuts), expected, text.real)
-        assert cache.kept_tokens.tolist() == [[[40] * 2, [33] * 2]] * 2
+        assert cache.kept_tokens.tolist() == [[[40] * 2, [33] * 2]]
 
 
 def with_dynamic_cache(layout, text: Draw, cuts):
@@ -176,7 +175,7 @@ def test_other_dtypes(dtype):
     cuts=st.lists(st.integers(1, 12), min_size=1, max_size=6), page_slots=st.sampled_from([1, 2, 4, 16]),
     window=st.none() | st.integers(1, 9), seed=st.integers(0, 99),
 )  # fmt: skip
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=20)
 def test_cut_anywhere(time, columns, pads, cuts, page_slots, window, seed):
     layout = KVLayout.plain(2, 2, 4, windows=(window, None)).with_time(f"{time}; 0={time}")
     text = draw(layout, columns, rows=2, pads=pads and [min(pad, columns) for pad in pads], seed=seed)

@@ -76,7 +76,7 @@ def lives(draw_from):
 
 
 @given(lives(), st.sampled_from([2, 4, 16]))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 def test_rows_that_come_and_go(life, page_slots):
     layout, deeds = life
     cache = new_cache(layout, 1, page_slots=page_slots, kind=Face)
@@ -102,7 +102,7 @@ def test_rows_that_come_and_go(life, page_slots):
 
 
 @given(lives(), st.integers(1, 40))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 def test_a_budget_is_never_exceeded(life, tokens):
     """Whatever is asked for, what the store has reserved stays within its memory, refused calls included."""
     layout, deeds = life

@@ -1,6 +1,6 @@
 import pytest
-from byte_tokenizer import BOS, byte_tokenizer
 
+from byte_tokenizer import BOS, byte_tokenizer
 from kvfold.data.texts import TextFile
 from kvfold.data.windows import text_windows
 

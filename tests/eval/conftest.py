@@ -2,6 +2,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 from byte_tokenizer import byte_tokenizer
 from tiny_model import tiny_model
 

@@ -3,13 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import tiny_model
 
 from kvfold.data.texts import read_text_file
 from kvfold.data.windows import text_windows
 from kvfold.eval.folding import folded
 from kvfold.eval.perplexity import measure_quality
 from kvfold.eval.protocol import Protocol
+from tiny_model import tiny_model
 
 PROTOCOL = Protocol(windows=4, context_tokens=40, batch=4)
 
@@ -48,7 +48,7 @@ def test_the_unfolded_row_is_the_loss_of_a_plain_forward(model, tokenizer, text)
     assert row["allocated_bytes"] == row["full_bytes"]
 
 
-@pytest.mark.parametrize("method", ["window:6+2", "h2o:4+4", "tova:8", "h2o:25%+25%", "tova:25%", "h2o:4+4; 0=full"])
+@pytest.mark.parametrize("method", ["window:6+2", "h2o:4+4", "tova:8", "h2o:25%+25%", "tova:25%", "full; 1=h2o:4+4"])
 def test_a_row_is_what_a_loop_by_hand_gives(model, tokenizer, text, method):
     ids = windows_of(tokenizer, text)
     ours, plain = log_probs_by_hand(model, method, ids), log_probs_by_hand(model, "full", ids)
@@ -100,7 +100,7 @@ def test_compression_at_the_end_and_over_time(model, tokenizer, text):
 
 
 def test_compression_is_weighted_by_bytes_where_owners_differ(model, tokenizer, text):
-    method = "window:6+2; 0=full"
+    method = "full; 1=window:6+2"
     row = rows_of(model, tokenizer, text, [method])[method]
     assert row["compression"] == pytest.approx(2 * 40 / (40 + 8))
     assert (row["title"], row["trained"]) == ("mixed", False)

@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import tiny_model
 
 from kvfold.eval import perplexity
 from kvfold.eval.cells import Cells, model_key
 from kvfold.eval.perplexity import measure_quality
 from kvfold.eval.protocol import Protocol
+from tiny_model import tiny_model
 
 PROTOCOL = Protocol(windows=3, context_tokens=20)
 METHODS = ["window:6+2", "tova:8"]

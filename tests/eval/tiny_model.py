@@ -1,8 +1,8 @@
 """A tiny random model that reads bytes, with weights large enough for its predictions to differ."""
 
 import torch
-from byte_tokenizer import VOCAB_SIZE
 
+from byte_tokenizer import VOCAB_SIZE
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
 

@@ -39,11 +39,11 @@ plans = st.builds(lambda config, fold: plan(config, **fold), st.sampled_from([TI
 
 
 def page(slots, k_bytes, v_bytes, state=0):
-    return slots * (k_bytes + v_bytes + 4 + state) + 16
+    return slots * (k_bytes + v_bytes + 4 + state) + 40
 
 
 def test_the_terms():
-    assert (PAGE_SLOTS, POSITION_BYTES, PAGE_OVERHEAD_BYTES, LENGTH_BYTES, ROW_BYTES) == (16, 4, 16, 4, 8)
+    assert (PAGE_SLOTS, POSITION_BYTES, PAGE_OVERHEAD_BYTES, LENGTH_BYTES, ROW_BYTES) == (16, 4, 40, 4, 8)
 
 
 def test_full_attention_by_hand():
