@@ -1,111 +1,71 @@
-"""The command line: parse, call, print. What the commands do lives in the rooms below.
+"""The command line: parse, call, print. What the commands do lives in the rooms below; what they share is in console.py."""
 
-Results go to stdout (with --json nothing but JSON), progress and errors to stderr. Exit codes: 0 done, 1 a failure while
-running, 2 bad usage or bad input, in one line.
-"""
-
-import functools
-import json
-import shlex
+import os
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from kvfold.console import check_out, clear_errors, command_line, hand_over, say, show, show_json, waiting
 
 app = typer.Typer(
     help="Fold the KV cache of a language model: plan it, measure it, generate with it.",
+    epilog="Begin with `kvfold plan llama-3.1-8b --time h2o:512+512`, which needs no weights, or with `kvfold demo`.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
 )  # fmt: skip
-bench = typer.Typer(help="Measure speed and memory against a peer, in one run.", no_args_is_help=True)
+bench = typer.Typer(help="Measure speed and memory beside transformers, in one run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
+METHODS = "full | window:W+S | h2o:R+Y | tova:N, each in tokens or percent"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file or a hub name.")]
-Time = Annotated[str | None, typer.Option(help="full | window:W+S | h2o:R+Y | tova:N, in tokens or percent.")]
-Times = Annotated[list[str] | None, typer.Option("--time", help="As above; several times: a row each.")]
-Bits = Annotated[str | None, typer.Option(help="model | fp8 | int8 | int4 (planned; `plan` counts them).")]
-Adapter = Annotated[str | None, typer.Option(help="A trained adapter (planned).")]
-Dtype = Annotated[str | None, typer.Option(help="float32 | bfloat16 | float16; the checkpoint's, on a CPU float32.")]
-Device = Annotated[str | None, typer.Option(help="cpu | cuda")]
+Time = Annotated[str | None, typer.Option(help=f"{METHODS}. Default: the checkpoint's own.")]
+Times = Annotated[list[str] | None, typer.Option("--time", help=f"{METHODS}; given several times: a row each.")]
+Bits = Annotated[str | None, typer.Option(help="model; fp8, int8 and int4 are planned.")]
+Adapter = Annotated[str | None, typer.Option(help="A trained adapter; planned.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32 | bfloat16 | float16. Default: float32 on a CPU, else the checkpoint's.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu | cuda. Default: cpu.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 Out = Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")]
 
 
-def clear_errors(command: Callable) -> Callable:
-    """Whatever goes wrong ends in one line on stderr and an exit code."""
-
-    @functools.wraps(command)
-    def guarded(*args: Any, **kwargs: Any) -> None:
-        warnings.showwarning = lambda message, *_: _say(f"note: {message}")
-        try:
-            command(*args, **kwargs)
-        except ValueError as error:
-            _say(f"error: {_one_line(error)}")
-            raise typer.Exit(2) from error
-        except (RuntimeError, OSError, MemoryError) as error:
-            _say(f"failed: {_one_line(error) or type(error).__name__}")
-            raise typer.Exit(1) from error
-        except KeyboardInterrupt as error:
-            _say("stopped")
-            raise typer.Exit(1) from error
-
-    return guarded
-
-
-def _say(line: str) -> None:
-    Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(line)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def _command_line() -> str:
-    return shlex.join(["kvfold", *sys.argv[1:]])
-
-
-def _print(table: Any) -> None:
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-def _hand_over(kind: str, result: dict[str, Any], tables: list[Callable], out: Path | None, as_json: bool) -> None:
-    """Write a result where it was asked for, and print it as JSON or as tables."""
-    from kvfold.report.results import write_result
-
-    if out is not None:
-        write_result(out, kind, result, _command_line())
-    if as_json:
-        print(json.dumps({"kind": kind, **result}))
-        return
-    for table in tables:
-        _print(table(result))
-
-
 def _load(source: str, time: str | None, bits: str | None, adapter: str | None, dtype: str | None, device: str | None):
+    from transformers.utils import logging
+
     from kvfold.models.load import load, load_tokenizer
 
-    with Console(stderr=True).status(f"loading {source}"):
+    logging.set_verbosity_error()
+    with waiting(f"loading {source}"):
         return load(source, time=time, bits=bits, adapter=adapter, dtype=dtype, device=device), load_tokenizer(source)
 
 
 def _name(source: str) -> str:
     """What a model is called in results: the last part of its path or hub name."""
-    return Path(source).name.removesuffix(".gguf") if Path(source).exists() else source
+    return Path(source).resolve().name.removesuffix(".gguf") if Path(source).exists() else source
 
 
-@app.command()
+@app.command(
+    epilog="Example: `kvfold plan llama-3.1-8b --layers cla2 --time h2o:512+512 --memory 16GB --context 32k --batch 4`"
+)
 @clear_errors
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a config.json, a bundled or a hub name.")],
-    layers: Annotated[str | None, typer.Option(help="cla2 | cla2-keep-ends | trailing:N | yoco | 0_0_2_2...")] = None,
-    heads: Annotated[int | None, typer.Option(help="KV heads")] = None,
-    time: Annotated[str | None, typer.Option(help="full | window:W+S | h2o:R+Y | tova:N | dmc[:W] | dms[:W]")] = None,
-    bits: Bits = None,
-    memory: Annotated[str | None, typer.Option(help="For the cache alone, e.g. 80GB or 16GiB.")] = None,
-    context: Annotated[str, typer.Option(help="Tokens a row, e.g. 4096 or 32k.")] = "4k",
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder, a config.json, a bundled name or a hub name.")
+    ],
+    layers: Annotated[
+        str | None, typer.Option(help="Which layers share: cla2 | cla2-keep-ends | trailing:N | yoco | 0_0_2_2...")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="KV heads of a layer.")] = None,
+    time: Annotated[str | None, typer.Option(help=f"{METHODS}; dmc[:W] | dms[:W] as the most they may hold.")] = None,
+    bits: Annotated[
+        str | None, typer.Option(help="model | fp8 | int8 | int4; keys and values apart: int8,int4.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What the cache may take, e.g. 80GB or 16GiB: adds what fits.")
+    ] = None,
+    context: Annotated[str, typer.Option(help="Tokens of a row, e.g. 4096 or 32k.")] = "4k",
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
     as_json: Json = False,
 ) -> None:
@@ -114,8 +74,9 @@ def plan(
     from kvfold.report.tables import plan_table
     from kvfold.sizes import parse_count, parse_size
 
+    tokens = parse_count(context)
     rows = plan_rows(
-        model, context_tokens=parse_count(context), rows=batch, memory_bytes=None if memory is None else parse_size(memory),
+        model, context_tokens=tokens, rows=batch, memory_bytes=None if memory is None else parse_size(memory),
         time=time, bits=bits, layers=layers, heads=heads,
     )  # fmt: skip
     shown = [
@@ -126,22 +87,31 @@ def plan(
         }
         for row in rows
     ]  # fmt: skip
-    _hand_over("plan", {"model": {"name": model}, "context": context, "batch": batch, "rows": shown}, [plan_table], None, as_json)
+    result = {"model": {"name": model}, "context_tokens": tokens, "batch": batch, "rows": shown}
+    heading = f"{model}: {batch:,} row{'s' * (batch > 1)} of {tokens:,} tokens" + (f" in {memory}" if memory else "")
+    hand_over("plan", result, [lambda _: heading, plan_table], out=None, as_json=as_json)
 
 
-@app.command("eval")
+@app.command(
+    "eval",
+    epilog="Example: `kvfold eval my-model --text notes.txt --time h2o:128+128 --time tova:256 --out results/notes.json`",
+)
 @clear_errors
 def evaluate(
     model: Model,
-    text: Annotated[list[str] | None, typer.Option(help="Text files: .txt, .jsonl, .jsonl.gz. Default: the one kvfold ships.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="A text, .jsonl or .gz file; given several times: all. Default: a novel.")
+    ] = None,
     time: Times = None,
-    windows: Annotated[int, typer.Option(help="Windows of each text.")] = 32,
+    windows: Annotated[int, typer.Option(help="Windows of each text, evenly spaced.")] = 32,
     context: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
     batch: Annotated[int, typer.Option(help="Windows read side by side.")] = 32,
-    chunk: Annotated[int | None, typer.Option(help="Tokens a call, for methods that don't depend on it.")] = None,
-    passkey: Annotated[bool, typer.Option(help="Also hide five-digit keys in filler text and ask for them.")] = False,
-    passkey_tries: Annotated[int, typer.Option(help="Keys at each depth.")] = 4,
-    fresh: Annotated[bool, typer.Option(help="Measure again what was measured before.")] = False,
+    chunk: Annotated[int | None, typer.Option(help="Tokens a call, where the method doesn't depend on it.")] = None,
+    passkey: Annotated[
+        bool, typer.Option("--passkey", help="Also hide keys in filler text of that length, and ask for them.")
+    ] = False,
+    passkey_tries: Annotated[int, typer.Option(min=1, help="Keys at each depth.")] = 4,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
     out: Out = None,
     bits: Bits = None,
     adapter: Adapter = None,
@@ -150,45 +120,47 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Perplexity of text read through the cache, under any methods, beside the unfolded model. Goes on where it stopped."""
-    from kvfold.eval.passkey import measure_passkey
+    from kvfold.eval.passkey import measure_passkey, passkey_prompt
     from kvfold.eval.perplexity import measure_quality
     from kvfold.eval.progress import progress_bars
     from kvfold.eval.protocol import Protocol
     from kvfold.report.tables import passkey_table, quality_table
 
     sample = Path(__file__).with_name("sample") / "persuasion.txt"
-
+    check_out(out)
     protocol = Protocol(windows=windows, context_tokens=context, batch=batch, call_tokens=chunk)
     weights, tokenizer = _load(model, None, bits, adapter, dtype, device)
+    if passkey:
+        passkey_prompt(tokenizer, "12345", context, 0.5)  # refuses a context that is too short, before all the rest
     with progress_bars() as report:
         result = measure_quality(
             weights, tokenizer, text or [sample], time or [], name=_name(model), protocol=protocol,
-            cells=None if fresh else _cells(), report=report,
+            cells=_cells(fresh), report=report,
         )  # fmt: skip
         if passkey:
             methods = list(dict.fromkeys(row["method"] for row in result["rows"]))
             result["passkey"] = measure_passkey(
                 weights, tokenizer, methods, name=_name(model), lengths=(context,), tries=passkey_tries,
-                cells=None if fresh else _cells(), report=report,
+                cells=_cells(fresh), report=report,
             )  # fmt: skip
-    _hand_over("quality", result, [quality_table, *([passkey_table] if passkey else [])], out, as_json)
+    hand_over("quality", result, [quality_table, *([passkey_table] if passkey else [])], out=out, as_json=as_json)
 
 
-def _cells() -> Path:
-    """Where finished measurements wait to be used again."""
-    import os
-
-    return Path(os.environ.get("KVFOLD_CACHE") or Path.home() / ".cache" / "kvfold") / "cells"
+def _cells(fresh: bool) -> Path | None:
+    """Where finished measurements wait to be used again; None to forget them."""
+    return None if fresh else Path(os.environ.get("KVFOLD_CACHE") or Path.home() / ".cache" / "kvfold") / "cells"
 
 
-@app.command()
+@app.command(epilog="Example: `kvfold generate my-model 'Once upon a time' --time tova:256`")
 @clear_errors
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads stdin.")] = "-",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 = always the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option()] = 0,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from; - reads stdin.")] = "-",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write, at most.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token, more is more daring.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws, where there is a temperature.")] = 0,
     time: Time = None,
     bits: Bits = None,
     adapter: Adapter = None,
@@ -198,6 +170,8 @@ def generate(
 ) -> None:
     """Go on from a text with a folded cache, and say what the cache held."""
     from transformers import TextStreamer, set_seed
+
+    from kvfold.report.numbers import count, size
 
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
@@ -211,43 +185,48 @@ def generate(
         )
     set_seed(seed)
     chosen = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    streamer = None if as_json else TextStreamer(tokenizer, skip_special_tokens=True)
     cache = weights.new_cache(rows=1)
-    streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=False)
     ids = weights.generate(**inputs, **chosen, max_new_tokens=max_new_tokens, past_key_values=cache, streamer=streamer)
-    held = {
-        "seen_tokens": int(cache.seen_tokens[0]), "kept_tokens": cache.kept_tokens[:, 0].tolist(),
-        "allocated_bytes": cache.allocated_bytes, "full_bytes": cache.full_bytes, "method": cache.layout.time_text(),
-    }  # fmt: skip
+    method, seen, kept = cache.layout.time_text(), int(cache.seen_tokens[0]), cache.kept_tokens[:, 0]
     if as_json:
-        print(json.dumps({"text": tokenizer.decode(ids[0], skip_special_tokens=True), **held}))
+        written = tokenizer.decode(ids[0], skip_special_tokens=True)
+        held = {"allocated_bytes": cache.allocated_bytes, "full_bytes": cache.full_bytes}
+        show_json({"text": written, "method": method, "seen_tokens": seen, "kept_tokens": kept.tolist(), **held})
     else:
-        mean = cache.kept_tokens[cache.kept_tokens >= 0].float().mean().item()
-        _say(
-            f"{held['method']}: {held['seen_tokens']} tokens seen, {mean:.0f} kept a head, "
-            f"{cache.allocated_bytes / 1e6:.1f} MB held where the whole cache takes {cache.full_bytes / 1e6:.1f} MB"
+        held = f"{size(cache.allocated_bytes)} held where a full cache takes {size(cache.full_bytes)}"
+        say(
+            f"{method}: {count(seen)} tokens seen, {count(round(kept[kept >= 0].float().mean().item()))} kept a head, {held}"
         )
 
 
 @app.command()
 @clear_errors
 def report(
-    results: Annotated[Path, typer.Argument(help="A folder of result files, or one.")] = Path("results"),
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="A folder of result files, or one.")] = Path(
+        "results"
+    ),
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
-    """One self-contained page of pictures and tables from result files."""
+    """One self-contained page of pictures and tables, from the files that eval, bench and demo write."""
     from kvfold.report.page import write_page
 
+    check_out(out)
     print(write_page(results, out))
 
 
-@bench.command("decode")
+@bench.command(
+    "decode", epilog="Example: `kvfold bench decode my-model --batch 8 --prompt 256 --time full --time h2o:64+64`"
+)
 @clear_errors
 def bench_decoding(
     model: Model,
     time: Times = None,
-    batch: Annotated[int | None, typer.Option(help="Rows. Default: three points, 1 x 64, 16 x (32 + 64), 8 x 1,024.")] = None,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt, with --batch.")] = 32,
-    new: Annotated[int, typer.Option(help="Tokens generated, with --batch.")] = 64,
+    batch: Annotated[
+        int | None, typer.Option(help="Rows of one point. Default: the points 1 x 64, 16 x (32 + 64), 8 x 1,024.")
+    ] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt, with `--batch`.")] = 32,
+    new: Annotated[int, typer.Option(help="Tokens generated, with `--batch`.")] = 64,
     peers: Annotated[str, typer.Option(help="transformers | none")] = "transformers",
     repeats: Annotated[int, typer.Option(help="Rounds; both sides take turns.")] = 5,
     out: Out = None,
@@ -263,29 +242,43 @@ def bench_decoding(
     from kvfold.eval.progress import progress_bars
     from kvfold.report.tables import decode_table
 
+    check_out(out)
     if peers not in ("transformers", "none"):
-        raise ValueError(f"peers '{peers}': kvfold is measured beside transformers or alone: write 'transformers' or 'none'")
-    points = POINTS if batch is None else (Point(name=f"{batch} x ({prompt} + {new})", batch=batch, prompt_tokens=prompt, new_tokens=new),)
+        raise ValueError(
+            f"peers '{peers}': kvfold is measured beside transformers or alone: write 'transformers' or 'none'"
+        )
+    points = (
+        POINTS
+        if batch is None
+        else (Point(name=f"{batch} x ({prompt} + {new})", batch=batch, prompt_tokens=prompt, new_tokens=new),)
+    )
     ours, _ = _load(model, None, bits, adapter, dtype, device)
     theirs = None if peers == "none" else load_theirs(model, dtype=ours.dtype, device=ours.device)
     with progress_bars() as report:
         result = bench_decode(
             ours, theirs, name=_name(model), methods=time or ["full"], points=points, repeats=repeats, report=report
         )
-    _hand_over("decode", result, [decode_table], out, as_json)
+    hand_over("decode", result, [decode_table], out=out, as_json=as_json)
 
 
 @app.command()
 @clear_errors
-def demo(out: Annotated[Path, typer.Option(help="Where results and page go.")] = Path("demo-out")) -> None:
-    """Everything on a small real model, in a few minutes: tables here, result files and a page with pictures in the folder."""
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder for result files and the page.")] = Path("demo-out"),
+) -> None:
+    """Everything on a small real model, in minutes: tables here, result files and a page with pictures in a folder."""
     from kvfold.demo import run_demo
     from kvfold.eval.progress import progress_bars
     from kvfold.report import tables
 
+    check_out(out / "index.html")
     shown = {"quality": [tables.quality_table, tables.passkey_table], "decode": [tables.decode_table]}
     with progress_bars() as report:
         page = run_demo(
-            out, _command_line(), _say, report, lambda kind, result: [_print(table(result)) for table in shown.get(kind, [])]
+            out,
+            command_line(),
+            say,
+            report,
+            lambda kind, result: show(*(table(result) for table in shown.get(kind, []))),
         )
     print(f"the page: {page}")

@@ -3,7 +3,6 @@ training-free method, written as result files and as one page.
 """
 
 import importlib.util
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,8 +69,6 @@ def run_demo(out: Path, command: str, say: Callable[[str], None], report: Report
     keep("memory", "memory", memory)
     keep("kept", "kept", kept)
     say("speed: kvfold and transformers take turns")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = load_theirs(source, dtype=torch.float32, device="cpu")
+    theirs = load_theirs(source, dtype=torch.float32, device="cpu")
     keep("decode", "decode", bench_decode(model, theirs, name=MODEL_NAME, points=(POINT,), repeats=3, report=report))
     return write_page(results, out / "index.html")

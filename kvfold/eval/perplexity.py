@@ -90,10 +90,12 @@ class _Measured:
             return found
         states_WTC = self._empty_states(windows)
         for index, layout in enumerate(layouts):
-            if index == 0 or found[index] is None:
-                cell = self._read(windows, layout, states_WTC, fills=index == 0, scores=found[index] is None)
-                found[index] = found[index] or cell
-                self.cells.write(names[index], keys[index], found[index])
+            missing = found[index] is None
+            if index == 0 or missing:
+                cell = self._read(windows, layout, states_WTC, fills=index == 0, scores=missing)
+            if missing:
+                found[index] = cell
+                self.cells.write(names[index], keys[index], cell)
         return found
 
     def _empty_states(self, windows: TextWindows) -> Tensor:

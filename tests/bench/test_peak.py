@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -9,10 +7,11 @@ from kvfold.bench.peak import PeakMemory
 CPU = torch.device("cpu")
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak memory")
 def test_memory_that_came_and_went_is_seen():
     before = PeakMemory(CPU)
     quiet = before.bytes()
+    if quiet is None:
+        pytest.skip("this system doesn't tell a process's peak memory")
     peak_memory = PeakMemory(CPU)
     torch.ones(64 * 2**18).sum()
     seen = peak_memory.bytes()

@@ -1,0 +1,103 @@
+"""What every command shares: where words, tables and JSON go, and how a command ends when something is wrong.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 a failure while running, 2 bad input.
+"""
+
+import functools
+import json
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console, RenderableType
+
+UNBOUNDED_COLUMNS = 160
+"""Width of what goes to a file or another program."""
+
+
+def clear_errors(command: Callable) -> Callable:
+    """Whatever goes wrong ends in one line on stderr and an exit code."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            with warnings.catch_warnings():
+                # Our own warnings are notes to the reader; other packages' are meant for us.
+                warnings.simplefilter("ignore")
+                warnings.filterwarnings("default", module=r"kvfold\.")
+                warnings.showwarning = lambda message, *_: say(f"note: {message}")
+                command(*args, **kwargs)
+        except ValueError as error:
+            say(f"error: {_one_line(error)}")
+            raise typer.Exit(2) from error
+        except BrokenPipeError:
+            # Whoever reads our output has seen enough: typer ends without a word.
+            raise
+        except (RuntimeError, OSError, MemoryError) as error:
+            say(f"failed: {_one_line(error) or type(error).__name__}")
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            say("stopped")
+            raise typer.Exit(1) from error
+
+    return guarded
+
+
+def say(line: str) -> None:
+    """One line to the reader, however long, on stderr."""
+    Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(line)
+
+
+def waiting(what: str) -> Any:
+    """A sign of life on stderr while something is done, where stderr is a terminal; to be used in a `with`."""
+    return Console(stderr=True).status(what)
+
+
+def show(*parts: RenderableType) -> None:
+    """Lines and tables on stdout."""
+    console = Console(width=None if sys.stdout.isatty() else UNBOUNDED_COLUMNS, highlight=False, markup=False)
+    for part in parts:
+        console.print(part)
+
+
+def show_json(data: Any) -> None:
+    """One JSON value on stdout; numbers that are not finite, for which JSON has no word, become null."""
+    print(json.dumps(json.loads(json.dumps(data), parse_constant=lambda _: None)))
+
+
+def check_out(out: Path | None) -> None:
+    """Refuse a place where no file can be, before anything is measured."""
+    if out is not None and (out.is_dir() or any(parent.is_file() for parent in out.parents)):
+        raise ValueError(f"{out}: no file can be written there: name a file in a folder, one that is there or not yet")
+
+
+def hand_over(
+    kind: str,
+    result: Mapping[str, Any],
+    tables: Sequence[Callable[[Mapping[str, Any]], RenderableType]],
+    *,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Write a result where it was asked for, and show it as JSON or as tables."""
+    from kvfold.report.results import write_result
+
+    if out is not None:
+        write_result(out, kind, result, command_line())
+    if as_json:
+        show_json({"kind": kind, **result})
+    else:
+        show(*(table(result) for table in tables))
+
+
+def command_line() -> str:
+    """What was typed, to be typed again."""
+    return shlex.join(["kvfold", *sys.argv[1:]])
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
