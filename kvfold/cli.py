@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvfold.console import check_out, clear_errors, command_line, hand_over, say, show, show_json, waiting
+from kvfold.console import check_out, clear_errors, command_line, hand_over, progress, say, show, show_json, waiting
 
 app = typer.Typer(
     help="Fold the KV cache of a language model: plan it, measure it, generate with it.",
@@ -32,13 +32,18 @@ Out = Annotated[Path | None, typer.Option(help="Write the result to this JSON fi
 
 
 def _load(source: str, time: str | None, bits: str | None, adapter: str | None, dtype: str | None, device: str | None):
-    from transformers.utils import logging
-
     from kvfold.models.load import load, load_tokenizer
 
-    logging.set_verbosity_error()
+    _quiet_transformers()
     with waiting(f"loading {source}"):
         return load(source, time=time, bits=bits, adapter=adapter, dtype=dtype, device=device), load_tokenizer(source)
+
+
+def _quiet_transformers() -> None:
+    """Its log lines are for programmers."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
 
 
 def _name(source: str) -> str:
@@ -122,7 +127,6 @@ def evaluate(
     """Perplexity of text read through the cache, under any methods, beside the unfolded model. Goes on where it stopped."""
     from kvfold.eval.passkey import measure_passkey, passkey_prompt
     from kvfold.eval.perplexity import measure_quality
-    from kvfold.eval.progress import progress_bars
     from kvfold.eval.protocol import Protocol
     from kvfold.report.tables import passkey_table, quality_table
 
@@ -132,7 +136,7 @@ def evaluate(
     weights, tokenizer = _load(model, None, bits, adapter, dtype, device)
     if passkey:
         passkey_prompt(tokenizer, "12345", context, 0.5)  # refuses a context that is too short, before all the rest
-    with progress_bars() as report:
+    with progress() as report:
         result = measure_quality(
             weights, tokenizer, text or [sample], time or [], name=_name(model), protocol=protocol,
             cells=_cells(fresh), report=report,
@@ -212,7 +216,7 @@ def report(
     from kvfold.report.page import write_page
 
     check_out(out)
-    print(write_page(results, out))
+    typer.echo(write_page(results, out))
 
 
 @bench.command(
@@ -239,7 +243,6 @@ def bench_decoding(
     """Tokens/s, step time, bytes and peak memory of `generate`, with and without left padding, both sides in one run."""
     from kvfold.bench.decode import POINTS, Point, bench_decode
     from kvfold.bench.peers import load_theirs
-    from kvfold.eval.progress import progress_bars
     from kvfold.report.tables import decode_table
 
     check_out(out)
@@ -254,7 +257,7 @@ def bench_decoding(
     )
     ours, _ = _load(model, None, bits, adapter, dtype, device)
     theirs = None if peers == "none" else load_theirs(model, dtype=ours.dtype, device=ours.device)
-    with progress_bars() as report:
+    with progress() as report:
         result = bench_decode(
             ours, theirs, name=_name(model), methods=time or ["full"], points=points, repeats=repeats, report=report
         )
@@ -268,12 +271,12 @@ def demo(
 ) -> None:
     """Everything on a small real model, in minutes: tables here, result files and a page with pictures in a folder."""
     from kvfold.demo import run_demo
-    from kvfold.eval.progress import progress_bars
     from kvfold.report import tables
 
     check_out(out / "index.html")
+    _quiet_transformers()
     shown = {"quality": [tables.quality_table, tables.passkey_table], "decode": [tables.decode_table]}
-    with progress_bars() as report:
+    with progress() as report:
         page = run_demo(
             out,
             command_line(),
@@ -281,4 +284,4 @@ def demo(
             report,
             lambda kind, result: show(*(table(result) for table in shown.get(kind, []))),
         )
-    print(f"the page: {page}")
+    typer.echo(f"the page: {page}")

@@ -9,6 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,13 @@ def waiting(what: str) -> Any:
     return Console(stderr=True).status(what)
 
 
+def progress() -> Any:
+    """Bars on stderr for whatever takes a while, where stderr is a terminal; to be used in a `with`."""
+    from kvfold.eval.progress import progress_bars, silent
+
+    return progress_bars() if Console(stderr=True).is_interactive else nullcontext(silent)
+
+
 def show(*parts: RenderableType) -> None:
     """Lines and tables on stdout."""
     console = Console(width=None if sys.stdout.isatty() else UNBOUNDED_COLUMNS, highlight=False, markup=False)
@@ -66,7 +74,7 @@ def show(*parts: RenderableType) -> None:
 
 def show_json(data: Any) -> None:
     """One JSON value on stdout; numbers that are not finite, for which JSON has no word, become null."""
-    print(json.dumps(json.loads(json.dumps(data), parse_constant=lambda _: None)))
+    typer.echo(json.dumps(json.loads(json.dumps(data), parse_constant=lambda _: None)))
 
 
 def check_out(out: Path | None) -> None:

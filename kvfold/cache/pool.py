@@ -26,7 +26,14 @@ class PagePool:
     """P pages of N slots. Without `limit` it grows, which copies its arrays once."""
 
     def __init__(
-        self, page_class: PageClass, *, slots: int, device: torch.device, pages: int, limit: int | None, poison: bool = False
+        self,
+        page_class: PageClass,
+        *,
+        slots: int,
+        device: torch.device,
+        pages: int,
+        limit: int | None,
+        poison: bool = False,
     ):
         """`poison`: fill fresh and freed pages with NaN, so that a read of what was dropped shows (tests)."""
         self.page_class, self.slots, self.device, self._poison = page_class, slots, device, poison
@@ -97,7 +104,11 @@ class PagePool:
             array = getattr(self, name)
             if array is None:
                 continue
-            grown = self._blank(capacity, array.shape[-1]) if array.ndim == 3 else array.new_zeros((capacity, *array.shape[1:]))
+            grown = (
+                self._blank(capacity, array.shape[-1])
+                if array.ndim == 3
+                else array.new_zeros((capacity, *array.shape[1:]))
+            )
             grown[:old] = array
             setattr(self, name, grown)
         kept = self.free_list[: book.free]

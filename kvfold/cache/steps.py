@@ -69,7 +69,9 @@ class PlacedStep:
 class WeighedStep:
     """The token waits beside the store; what its attention tells decides what stays."""
 
-    def __init__(self, bank: Bank, rows_B: Tensor, position_B: Tensor, live_B: Tensor | None, stored: int, head_dim: int):
+    def __init__(
+        self, bank: Bank, rows_B: Tensor, position_B: Tensor, live_B: Tensor | None, stored: int, head_dim: int
+    ):
         """See `PlacedStep`."""
         self._bank, self._position_B, self._live_B, self._stored = bank, position_B, live_B, stored
         self._lanes_OBK = bank.lanes(rows_B)

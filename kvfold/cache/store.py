@@ -236,7 +236,9 @@ class Store:
         books = sum(bank.resized_bytes(rows, most) for bank, most in zip(self.banks, pages, strict=True))
         total = sum(pool.num_bytes for pool in self._pools) + books + rows * self.seen.itemsize
         if total > self.memory_bytes:
-            raise CacheFull(f"the tables of {rows} rows exceed memory_bytes={self.memory_bytes}: fewer rows, or more memory")
+            raise CacheFull(
+                f"the tables of {rows} rows exceed memory_bytes={self.memory_bytes}: fewer rows, or more memory"
+            )
 
     # -- calls ---------------------------------------------------------------------------------------------------
 

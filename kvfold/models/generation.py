@@ -44,7 +44,9 @@ class FoldGeneration:
             raise ValueError(f"cache_implementation='{asked}': a kvfold model has its own cache: leave it out")
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if ids is not None and ids.numel() == 0:
-            raise ValueError(f"an input of shape {tuple(ids.shape)}: there is nothing to go on from: give 1 token or more")
+            raise ValueError(
+                f"an input of shape {tuple(ids.shape)}: there is nothing to go on from: give 1 token or more"
+            )
         given = kwargs.get("past_key_values")
         if given is not None and not isinstance(given, FoldCache):
             raise ValueError(
@@ -54,11 +56,18 @@ class FoldGeneration:
         return super().generate(inputs, generation_config, **kwargs)
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
         """A cache of ours where none was given; a given one is made to fit the rows of this call."""
         if generation_mode is GenerationMode.ASSISTED_GENERATION:
-            raise ValueError("assisted generation cuts the cache back, which a kvfold cache can't do: leave the assistant out")
+            raise ValueError(
+                "assisted generation cuts the cache back, which a kvfold cache can't do: leave the assistant out"
+            )
         expansion = max(generation_config.num_beams, generation_config.num_return_sequences)
         cache = model_kwargs.get("past_key_values")
         if cache is None and generation_config.use_cache is not False:
@@ -75,7 +84,9 @@ class FoldGeneration:
             cache.padding_B = None
             # The prepared config is this call's own copy: it carries the cache to where the stopping rules are made.
             generation_config._kvfold_cache = cache
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
 
     def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
         """transformers' rules, watched. Without an end token transformers pads no row, and beams that end leave the batch."""

@@ -31,7 +31,9 @@ def library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError) as problem:
         reason = str(problem).splitlines()[0]
-        warnings.warn(f"kvfold decodes with plain torch, which is slower: its C file was not built ({reason})", stacklevel=2)
+        warnings.warn(
+            f"kvfold decodes with plain torch, which is slower: its C file was not built ({reason})", stacklevel=2
+        )
         return None
 
 

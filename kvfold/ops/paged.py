@@ -43,7 +43,13 @@ class DecodeLanes:
 
 
 def decode_attention(
-    lanes: DecodeLanes, q_BHD: Tensor, k_BKD: Tensor | None, v_BKD: Tensor | None, *, scale: float, softcap: float | None
+    lanes: DecodeLanes,
+    q_BHD: Tensor,
+    k_BKD: Tensor | None,
+    v_BKD: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """Attention output [B, H, D] of each row's one query; writes and scores as `DecodeLanes` says."""
     fits = q_BHD.device.type == "cpu" and q_BHD.dtype == lanes.k_PND.dtype == lanes.v_PND.dtype == torch.float32
@@ -54,7 +60,13 @@ def decode_attention(
 
 
 def decode_reference(
-    lanes: DecodeLanes, q_BHD: Tensor, k_BKD: Tensor | None, v_BKD: Tensor | None, *, scale: float, softcap: float | None
+    lanes: DecodeLanes,
+    q_BHD: Tensor,
+    k_BKD: Tensor | None,
+    v_BKD: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """The same by gathering every lane's pages side by side: simple, any device and dtype."""
     if lanes.slots_BK is not None and k_BKD is not None:

@@ -46,7 +46,7 @@ def build_ours(theirs: PreTrainedModel) -> FoldForCausalLM:
     return ours.eval()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pair() -> Callable[..., tuple[FoldForCausalLM, PreTrainedModel]]:
     """`pair(model_type, **settings)` gives ours and theirs."""
 

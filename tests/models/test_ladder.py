@@ -2,6 +2,8 @@
 attention that was written from the definitions alone (slow_cache.py). Gradients and losses: test_families.py.
 """
 
+import functools
+
 import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
@@ -25,6 +27,12 @@ ROOMY = ["full", "h2o:16+16", "h2o:100%+1", "tova:32", "tova:100%", "window:32+0
 PREFIX = ["full", "window:5+2", "window:25%+1"]
 STEPS = ["h2o:4+4", "tova:6", "h2o:25%+25%", "tova:25%"]
 CUTS = [[24], [7, 7, 7, 3], [10, 1, 1, 5, 1]]
+
+
+@pytest.fixture(scope="module")
+def models(pair):
+    """`models(family)` gives ours and theirs, the same ones each time: tests change nothing but our layout's methods."""
+    return functools.cache(lambda family: pair(family, **FAMILIES[family]))
 
 
 @pytest.fixture
@@ -83,8 +91,8 @@ def assert_same(ours, theirs, mask):
 
 @pytest.mark.parametrize("time", ROOMY)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_store_equals_transformers_own_cache_at_every_step(family, time, pair, texts):
-    ours, theirs = pair(family, **FAMILIES[family])
+def test_the_store_equals_transformers_own_cache_at_every_step(family, time, models, texts):
+    ours, theirs = models(family)
     mask, cuts = padded(texts), [13, 1, 1, 4, 1, 1, 3]
     expected = read(theirs, texts, cuts, DynamicCache(config=theirs.config), mask)
     cache = poisoned(folded(ours, time), 3)
@@ -96,9 +104,10 @@ def test_the_store_equals_transformers_own_cache_at_every_step(family, time, pai
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_call_equals_transformers_however_it_is_made(family, pair, texts):
+def test_one_call_equals_transformers_however_it_is_made(family, models, texts):
     """Without a cache, with a fresh one, and where gradients may be asked for."""
-    ours, theirs = pair(family, **FAMILIES[family])
+    ours, theirs = models(family)
+    folded(ours, "full")
     mask = padded(texts)
     with torch.no_grad():
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -112,8 +121,8 @@ def test_one_call_equals_transformers_however_it_is_made(family, pair, texts):
 
 @pytest.mark.parametrize("time", ["full", "h2o:16+16", "tova:32"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_equal_transformers(family, time, pair, texts):
-    ours, theirs = pair(family, **FAMILIES[family])
+def test_greedy_tokens_equal_transformers(family, time, models, texts):
+    ours, theirs = models(family)
     prompts, mask = texts[:, :13], padded(texts)[:, :13]
     options = {"attention_mask": mask, "max_new_tokens": 11, "do_sample": False, "eos_token_id": None}
     cache = poisoned(folded(ours, time), 3)
@@ -164,9 +173,9 @@ def test_a_shared_layout_with_every_layer_an_owner(family, time, pair, texts):
 
 @pytest.mark.parametrize("time", PREFIX)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_calls_cut_anywhere_equal_one_whole_call(family, time, pair, texts):
+def test_calls_cut_anywhere_equal_one_whole_call(family, time, models, texts):
     """What a prefix method keeps is a function of the tokens alone."""
-    ours = folded(pair(family, **FAMILIES[family])[0], time)
+    ours = folded(models(family)[0], time)
     mask, kept = padded(texts), set()
     with torch.no_grad():
         expected = ours(texts, attention_mask=mask, use_cache=False).logits
@@ -179,9 +188,9 @@ def test_calls_cut_anywhere_equal_one_whole_call(family, time, pair, texts):
 
 @pytest.mark.parametrize("time", PREFIX + STEPS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_left_padded_batch_equals_each_row_alone(family, time, pair, texts):
+def test_a_left_padded_batch_equals_each_row_alone(family, time, models, texts):
     """The first call brings the third row nothing but padding. Each row alone is cut where its own tokens are."""
-    ours = folded(pair(family, **FAMILIES[family])[0], time)
+    ours = folded(models(family)[0], time)
     mask, cuts = padded(texts), [10, 4, 1, 1, 1, 7]
     batch = poisoned(ours, 3)
     together = read(ours, texts, cuts, batch, mask)

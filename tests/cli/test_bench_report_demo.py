@@ -1,0 +1,76 @@
+"""`kvfold bench decode`, `kvfold report` and `kvfold demo`, small enough to run here."""
+
+import json
+
+import pytest
+
+from kvfold import demo
+from kvfold.bench.decode import Point
+from kvfold.eval.protocol import Protocol
+from kvfold.report.results import read_results
+
+BENCH = "bench decode tiny --batch 2 --prompt 8 --new 4 --repeats 1"
+
+
+def test_both_sides(kvfold, folder):
+    done = kvfold(f"{BENCH} --time full --time tova:4 --out decode.json --json")
+    assert (done.code, done.err) == (0, "")
+    ((result,), _) = read_results(folder / "decode.json")
+    assert json.loads(done.out)["rows"] == result.rows
+    assert [(row["method"], row["padded"]) for row in result.rows] == [
+        (method, padded) for padded in (False, True) for method in ("full", "tova:4")
+    ]
+    for row in result.rows:
+        assert (row["point"], row["batch"], row["new_tokens"]) == ("2 x (8 + 4)", 2, 4)
+        assert row["ours"]["tokens_per_second"]["median"] > 0 < row["theirs"]["tokens_per_second"]["median"]
+        assert row["ratio"]["min"] <= row["ratio"]["median"] <= row["ratio"]["max"]
+
+
+def test_ours_alone(kvfold):
+    done = kvfold(f"{BENCH} --peers none")
+    assert (done.code, done.err) == (0, "")
+    assert "2 × (8 + 4), left-padded rows" in done.out and "not measured" in done.out
+    assert all("theirs" not in row for row in json.loads(kvfold(f"{BENCH} --peers none --json").out)["rows"])
+
+
+def test_a_page_from_results(kvfold, folder):
+    kvfold(f"{BENCH} --peers none --out results/decode.json")
+    done = kvfold("report")
+    assert (done.code, done.out, done.err) == (0, "report.html\n", "")
+    kvfold("report results/decode.json --out pages/one.html")
+    for page in ("report.html", "pages/one.html"):
+        text = (folder / page).read_text()
+        assert text.startswith("<!doctype html>") and "2 × (8 + 4)" in text
+
+
+def test_the_demo(kvfold, folder, monkeypatch):
+    monkeypatch.setattr(demo, "bundled_model", lambda: folder / "tiny")
+    monkeypatch.setattr(demo, "PROTOCOL", Protocol(windows=2, context_tokens=96, batch=2))
+    monkeypatch.setattr(demo, "METHODS", ("window:28+4", "tova:32"))
+    monkeypatch.setattr(demo, "HELD_METHODS", ("full", "tova:32"))
+    monkeypatch.setattr(demo, "POINT", Point(name="2 x 8", batch=2, prompt_tokens=8, new_tokens=4))
+    done = kvfold("demo --out shown")
+    assert done.code == 0
+    assert done.out.splitlines()[-1] == "the page: shown/index.html"
+    assert [
+        title for title in ("Quality", "Passkey retrieval", "Decode speed") if f"\n{title} " not in f"\n{done.out}"
+    ] == []
+    steps = [line.partition(":")[0].split()[0] for line in done.err.splitlines()]
+    assert steps == ["loading", "quality", "passkeys", "memory", "speed"]
+    files = sorted(str(path.relative_to(folder)) for path in (folder / "shown").rglob("*") if path.is_file())
+    assert files == [
+        "shown/index.html",
+        *(f"shown/results/{name}.json" for name in ("decode", "kept", "memory", "quality")),
+    ]
+    results, problems = read_results(folder / "shown" / "results")
+    assert problems == [] and {result.kind for result in results} == {"decode", "kept", "memory", "quality"}
+    page = (folder / "shown" / "index.html").read_text()
+    assert page.startswith("<!doctype html>") and "TOVA" in page and demo.MODEL_NAME in page
+
+
+@pytest.mark.parametrize("package", ["a_package_that_is_not_there", "json"])
+def test_the_demo_without_its_model(kvfold, monkeypatch, package, folder):
+    monkeypatch.setattr(demo, "PACKAGE", package)
+    error = kvfold("demo --out shown").err
+    assert "the demo's model is not installed" in error and "make demo" in error
+    assert not (folder / "shown").exists()

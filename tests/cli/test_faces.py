@@ -1,0 +1,112 @@
+"""What can be typed is frozen here: commands, arguments, options, and what each says of itself."""
+
+import re
+import shlex
+
+import pytest
+import typer
+
+from kvfold.cli import app
+
+MODEL_OPTIONS = "--bits --adapter --dtype --device --json"
+COMMANDS = {
+    "plan": "MODEL --layers --heads --time --bits --memory --context --batch --json",
+    "eval": f"MODEL --text --time --windows --context --batch --chunk --passkey --passkey-tries --fresh --out {MODEL_OPTIONS}",
+    "generate": f"MODEL PROMPT --max-new-tokens --temperature --seed --time {MODEL_OPTIONS}",
+    "bench decode": f"MODEL --time --batch --prompt --new --peers --repeats --out {MODEL_OPTIONS}",
+    "report": "RESULTS --out",
+    "demo": "--out",
+}
+DEFAULTS = {
+    "plan": {"context": "4k", "batch": 1},
+    "eval": {"windows": 32, "context": 1024, "batch": 32, "passkey": False, "passkey_tries": 4, "fresh": False},
+    "generate": {"prompt": "-", "max_new_tokens": 128, "temperature": 0.0, "seed": 0},
+    "bench decode": {"prompt": 32, "new": 64, "peers": "transformers", "repeats": 5},
+    "report": {"results": "results", "out": "report.html"},
+    "demo": {"out": "demo-out"},
+}
+
+
+def leaves() -> dict[str, object]:
+    """Every command that does something, by the words that call it."""
+    found, waiting = {}, [("", typer.main.get_command(app))]
+    while waiting:
+        name, command = waiting.pop()
+        below = getattr(command, "commands", None)
+        if below is None:
+            found[name] = command
+        else:
+            waiting += [(f"{name} {part}".strip(), one) for part, one in below.items()]
+    return found
+
+
+def names_of(command) -> list[str]:
+    return [
+        "/".join([*one.opts, *one.secondary_opts]) if one.param_type_name == "option" else one.metavar
+        for one in command.params
+    ]
+
+
+def test_commands_and_options_are_frozen():
+    assert {name: names_of(command) for name, command in leaves().items()} == {
+        name: words.split() for name, words in COMMANDS.items()
+    }
+
+
+def test_defaults_are_frozen():
+    found = {
+        name: {
+            one.name: one.default for one in command.params if one.default not in (None, "") and one.name != "as_json"
+        }
+        for name, command in leaves().items()
+    }
+    shown = {
+        name: {key: value if isinstance(value, int | float) else str(value) for key, value in defaults.items()}
+        for name, defaults in found.items()
+    }
+    assert shown == DEFAULTS
+
+
+def test_everything_explains_itself():
+    for name, command in leaves().items():
+        assert command.help and command.help.split("\n\n")[0].endswith("."), name
+        for one in command.params:
+            assert one.help, f"{name} {one.name}"
+
+
+@pytest.mark.parametrize("name", ["", "bench", *COMMANDS])
+def test_help_goes_to_stdout_and_fits_a_terminal(kvfold, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    done = kvfold(name, "--help")
+    assert (done.code, done.err) == (0, "")
+    assert max(map(len, done.out.splitlines())) <= 80
+    for option in COMMANDS.get(name, "").split():
+        assert option in done.out
+
+
+def examples() -> list[str]:
+    """The commands that help pages give as examples."""
+    whole = typer.main.get_command(app)
+    told = [one.epilog for one in (whole, *leaves().values()) if one.epilog]
+    return [line for text in told for line in re.findall(r"`kvfold ([^`]+)`", text)]
+
+
+@pytest.mark.parametrize("line", examples())
+def test_examples_in_help_are_understood(line):
+    words = shlex.split(line)
+    name = next(name for name in COMMANDS if words[: len(name.split())] == name.split())
+    command = leaves()[name]
+    command.make_context(name, words[len(name.split()) :])
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "nonsense", "bench", "plan", "plan tiny --nonsense", "generate tiny hi --max-new-tokens 0", "generate tiny hi --seed -1",
+     "generate tiny hi --temperature -1", "eval tiny --windows few", "eval tiny --passkey-tries 0", "report a b"],
+)  # fmt: skip
+def test_what_cannot_be_parsed_is_bad_usage(kvfold, line):
+    done = kvfold(line)
+    assert done.code == 2
+    assert "Traceback" not in done.out + done.err
+    assert not line or line == "bench" or done.err.startswith("Usage: ")
