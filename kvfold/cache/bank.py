@@ -20,6 +20,7 @@ from kvfold.specs.base import TimeSpec
 class Bank:
     """Tables and lengths of O x R x K lanes over one pool."""
 
+    @torch.inference_mode(False)
     def __init__(
         self, *, owners: tuple[int, ...], spec: TimeSpec, window: int | None, num_kv_heads: int, pool: PagePool
     ):
@@ -41,6 +42,7 @@ class Bank:
         rows, pages = max(rows, self.table.shape[1]), max(pages, self.table.shape[3])
         return len(self.owners) * rows * self.num_kv_heads * 4 * (pages + 1)
 
+    @torch.inference_mode(False)
     def resize(self, rows: int, pages: int) -> None:
         """Room for at least so many rows and pages a lane."""
         owners, old_rows, heads, old_pages = self.table.shape
@@ -54,6 +56,7 @@ class Bank:
             self.length = length.new_zeros((owners, rows, heads))
             self.length[:, :old_rows] = length
 
+    @torch.inference_mode(False)
     def shrink(self) -> None:
         """Narrow a table that is more than twice as wide as the longest lane needs."""
         longest = int(self._pages(self.length.max())) if self.length.numel() else 0

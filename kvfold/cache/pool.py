@@ -25,6 +25,7 @@ class PageClass:
 class PagePool:
     """P pages of N slots. Without `limit` it grows, which copies its arrays once."""
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         page_class: PageClass,
@@ -98,6 +99,8 @@ class PagePool:
         assert not self.held_pages
         self.k = self.v = self.position = self.score = self.references = self.free_list = None
 
+    # Here and wherever arrays are made: inference tensors could not be written outside inference mode later on.
+    @torch.inference_mode(False)
     def _resize(self, capacity: int) -> None:
         old, book = self.book.capacity, self.book
         for name in ("k", "v", "position", "score", "references"):

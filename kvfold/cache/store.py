@@ -58,7 +58,8 @@ class Store:
         self._poison = poison
         self._pools = self._make_pools(self._limits(rows))
         self.banks, self.place_of = self._make_banks()
-        self.seen = torch.zeros(0, dtype=torch.int64, device=self.device)
+        with torch.inference_mode(False):
+            self.seen = torch.zeros(0, dtype=torch.int64, device=self.device)
         self._seen: list[int] = []
         self._free_rows: list[int] = []
         self._in_call: set[int] = set()
@@ -220,6 +221,7 @@ class Store:
     def _index(self, rows: Sequence[int]) -> Tensor:
         return torch.tensor(list(rows), dtype=torch.int64, device=self.device)
 
+    @torch.inference_mode(False)
     def _grow_rows(self, number: int) -> None:
         rows = len(self._seen) + number
         self._check_books(rows, [0] * len(self.banks))

@@ -38,13 +38,14 @@ class Lanes:
             for h in range(kv_heads):
                 pages = [ids.pop(0) for _ in range(pages_each[b][h])]
                 self.table[row, h, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
-                order = torch.randperm(lengths[b][h], generator=g)
-                for i in range(lengths[b][h] + room):
-                    page, slot = pages[i // slots], i % slots
-                    self.slot_of[b, h, i] = page * slots + slot
-                    if i < lengths[b][h]:
-                        self.k[page, slot], self.v[page, slot] = self._random(head_dim), self._random(head_dim)
-                        self.score[page, slot], self.position[page, slot] = float(i), order[i].int()
+                number = lengths[b][h]
+                flat = [pages[i // slots] * slots + i % slots for i in range(number + room)]
+                self.slot_of.update({(b, h, i): slot for i, slot in enumerate(flat)})
+                stored = flat[:number]
+                self.k.view(-1, head_dim)[stored] = self._random(number, head_dim)
+                self.v.view(-1, head_dim)[stored] = self._random(number, head_dim)
+                self.score.view(-1)[stored] = torch.arange(number, dtype=torch.float32)
+                self.position.view(-1)[stored] = torch.randperm(number, generator=g).int()
         self.q = self._random(self.batch, kv_heads * group, head_dim)
         self.k_new, self.v_new = (self._random(self.batch, kv_heads, head_dim) for _ in range(2))
 
