@@ -20,7 +20,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-latest test-newest test-slow lint clean
+.PHONY: help demo test test-latest test-newest test-slow lint readme clean
 MAKEFLAGS += --no-print-directory
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -58,6 +58,9 @@ lint: .venv/made-kvfold ## style, formatting, and that imports go down only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	@$(BIN)/lint-imports --no-cache --no-logo
+
+readme: .venv/made-kvfold ## fill the figures of README.md from results/
+	$(BIN)/python docs/fill_readme.py
 
 clean: ## remove all that make made, the environments too
 	rm -rf .venv .venv-latest .venv-newest demo-out build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -2,8 +2,8 @@
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,8 +21,7 @@ SAMPLE = Path(__file__).parents[2] / "kvfold" / "sample" / "persuasion.txt"
 VOCAB_SIZE, CONTEXT = 768, 256
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a command ended."""
 
     code: int

@@ -79,7 +79,7 @@ def test_a_text_with_too_few_windows_is_noted(kvfold):
 
 
 def test_passkeys(kvfold):
-    line = "eval tiny --text text.txt --context 96 --windows 1 --time window:12+4 --passkey --passkey-tries 1"
+    line = "eval tiny --text text.txt --context 104 --windows 1 --time window:12+4 --passkey --passkey-tries 1"
     result = json.loads(kvfold(f"{line} --json").out)
     found = [(row["method"], row["depth"], row["tries"]) for row in result["passkey"]]
     assert found == [(method, depth, 1) for method in ("full", "window:12+4") for depth in (0.1, 0.5, 0.9)]

@@ -313,7 +313,9 @@ def end_token(ours, texts, mask) -> int:
 def generate_folded(model, time, texts, mask, **options):
     fold(model, time)
     cache = poisoned(model, len(texts))
-    out = model.generate(texts, attention_mask=mask, past_key_values=cache, max_new_tokens=12, do_sample=False, **options)
+    out = model.generate(
+        texts, attention_mask=mask, past_key_values=cache, max_new_tokens=12, do_sample=False, **options
+    )
     return out[:, texts.shape[1] :], cache
 
 
@@ -348,7 +350,13 @@ def test_padding_after_the_end_of_a_row_never_reaches_the_store(ours, time, pad,
 @pytest.mark.parametrize("pad", ["the end token", "another"])
 def test_rows_that_end_early_equal_transformers(both, pad, texts, mask, end_token):
     ours, theirs = both
-    options = {"attention_mask": mask, "eos_token_id": end_token, "pad_token_id": 0, "max_new_tokens": 12, "do_sample": False}
+    options = {
+        "attention_mask": mask,
+        "eos_token_id": end_token,
+        "pad_token_id": 0,
+        "max_new_tokens": 12,
+        "do_sample": False,
+    }
     if pad == "the end token":
         options["pad_token_id"] = end_token
     assert torch.equal(ours.generate(texts, **options), theirs.generate(texts, **options))
