@@ -96,14 +96,23 @@ class FoldGeneration:
         return EndedRows(criteria, cache) if cache is not None and pads else criteria
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, next_sequence_length: int | None = None, past_key_values: Any = None,
-        attention_mask: Tensor | None = None, **kwargs: Any,
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """As transformers does, with the padding of ended rows marked as padding."""
         inputs = super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values,
-            attention_mask=attention_mask, **kwargs,
-        )  # fmt: skip
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
         padding_B = getattr(past_key_values, "padding_B", None)
         if padding_B is None or not bool(padding_B.any()):
             return inputs

@@ -49,25 +49,25 @@ def torn(checkpoint: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
 
 
-READERS = pytest.mark.parametrize("command", ["eval", "generate", "bench decode"])
+READERS = pytest.mark.parametrize("command", ["eval {}", "generate {} hello", "bench decode {}"])
 
 
-@pytest.mark.parametrize("command", ["plan", "eval", "generate", "bench decode"])
+@pytest.mark.parametrize("command", ["plan {}", "eval {}", "generate {} hello", "bench decode {}"])
 def test_a_folder_without_a_config(refused, folder, command):
     (folder / "empty").mkdir()
-    said = refused(f"{command} empty")
+    said = refused(command.format("empty"))
     assert said.startswith("empty: ") and "config.json" in said
 
 
 @READERS
 def test_an_unknown_family(refused, folder, command):
-    said = refused(f"{command} {copy_of(folder, of_family('mixtral'))}")
+    said = refused(command.format(copy_of(folder, of_family("mixtral"))))
     assert "'mixtral'" in said and "llama, mistral" in said
 
 
 @READERS
 def test_a_torn_checkpoint(refused, folder, command):
-    said = refused(f"{command} {copy_of(folder, torn)}")
+    said = refused(command.format(copy_of(folder, torn)))
     assert said.startswith("other/model.safetensors: it can't be read") and said.endswith("fetch the checkpoint again")
 
 
@@ -197,16 +197,23 @@ def test_a_second_text_is_checked_before_the_first_is_measured(refused, folder):
     assert "empty.txt: there is no text in it" in refused(f"{EVAL} --text empty.txt")
 
 
-def test_transformers_has_no_class_for_a_checkpoint_of_ours(refused, folder):
+def test_transformers_has_no_class_for_a_checkpoint_of_ours(refused, folder, capfd):
     load(folder / "tiny").save_pretrained(folder / "ours")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / "tiny" / file, folder / "ours" / file)
+    capfd.readouterr()
     assert "a kvfold checkpoint, which transformers has no class for" in refused(BENCH.replace("tiny", "ours"))
 
 
-@pytest.mark.parametrize(("raised", "line"), [(RuntimeError("one\n two"), "failed: one two"), (MemoryError(), "failed: MemoryError"),
-                                              (OSError(28, "No space left"), "failed: [Errno 28] No space left"),
-                                              (KeyboardInterrupt(), "stopped")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("raised", "line"),
+    [
+        (RuntimeError("one\n two"), "failed: one two"),
+        (MemoryError(), "failed: MemoryError"),
+        (OSError(28, "No space left"), "failed: [Errno 28] No space left"),
+        (KeyboardInterrupt(), "stopped"),
+    ],
+)
 def test_what_breaks_while_running_is_a_failure(kvfold, monkeypatch, folder, raised, line):
     def fail(*args, **kwargs):
         raise raised
