@@ -1,99 +1,178 @@
-"""Fills the README's result blocks from results/*.json and draws its picture: `python docs/fill_readme.py`.
+"""Fills the README's tables from results/*.json, and draws its picture; no figure there is typed by hand.
 
-No figure in the README is typed by hand; `--check` only says whether it is up to date.
+    python docs/fill_readme.py            rewrite what stands between `<!-- results: NAME -->` and `<!-- end -->`
+    python docs/fill_readme.py --check    write nothing; exit 1 where the README says something else than the results
+
+`quality` and `passkey` come from results/quality.json, `decode` from results/decode.json. A block whose file is not there
+stays as it is.
 """
 
-import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from kvfold.report.numbers import size
+from kvfold.report.groups import Group, group_results
+from kvfold.report.numbers import amount, count, middle, percent, three
+from kvfold.report.pictures.decode import point_name
+from kvfold.report.pictures.passkey import found_keys, lengths_of, unfolded_share, worth_showing
 from kvfold.report.pictures.png import save_quality_png
-from kvfold.report.sheets import Sheet, decode_sheet, passkey_sheet, quality_sheet
+from kvfold.report.pieces import protocol_text, short_commit
+from kvfold.report.results import number, read_results, words, write_whole
+from kvfold.report.series import UNFOLDED, family_of, texts_of
+from kvfold.report.sheets import quality_sheet
 from kvfold.report.tables import method_labels
 
-ROOT = Path(__file__).parent.parent
-HEADS = {
-    "quality": ("text", "method", "perplexity", "change", "KL", "same top-1", "kept", "compression", "bytes held"),
-    "decode": ("point", "kvfold, tokens/s", "transformers, tokens/s", "ratio", "kvfold, cache", "transformers, cache"),
-}
-BLOCK = r"(<!-- results: {name} -->\n).*?(<!-- end -->)"
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"(?P<open><!-- results: (?P<name>\w+) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
+SHOWN = ("text", "method", "perplexity", "change", "KL", "same top-1", "kept", "compression")
+"""Columns of the quality table that the README shows, by the report's names for them."""
+WORDS = ("text", "method", "point", "left padding")
+"""Columns set to the left."""
 
 
-def markdown(sheet: Sheet, heads: Sequence[str] | None = None) -> str:
-    """A sheet as a Markdown table, with these columns in this order."""
-    names = [column.head for column in sheet.columns]
-    chosen = [names.index(head) for head in heads] if heads else range(len(names))
-    lines = [[names[index] for index in chosen]]
-    lines.append(["---" if sheet.columns[index].is_text else "--:" for index in chosen])
-    lines += [[row[index] for index in chosen] for row in sheet.rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def source_line(data: dict, what: str) -> str:
-    """Model, machine and command, in one line under a table."""
-    env, model = data["environment"], data["model"]
-    return (
-        f"{what} {model['name']} ({size(4 * model['parameters'])} of weights in {env['dtype']}; instruct-tuned, dequantised from "
-        f"4 bits), {env['cores']} cores of {env['cpu']}, torch {env['torch']}, transformers {env['transformers']}. "
-        f"Made by `{data['command']}`."
+def quality(group: Group) -> str:
+    """Text by text: the unfolded model, then the methods by the bytes that they hold, most first."""
+    rows = [row for text in texts_of(group.rows) for row in by_bytes(group.rows) if words(row, "text") == text]
+    sheet = quality_sheet(rows)
+    heads = [column.head for column in sheet.columns]
+    places = [heads.index(head) for head in SHOWN]
+    lines = [[*(cells[place] for place in places), megabytes(row)] for cells, row in zip(sheet.rows, rows, strict=True)]
+    said = (
+        "Change: of the perplexity against the unfolded model on the same windows, ± one standard error. KL: of the next "
+        "token's distribution from the unfolded model's, nats. Kept: tokens that one head holds at the end of a window. "
+        "Held: allocated by the cache for all windows that are read side by side."
     )
+    return "\n\n".join([table([*SHOWN, "held, MB"], lines), said, source(group, protocol_text(group))])
 
 
-def quality_block(data: dict) -> str:
-    """Text by text, the unfolded model first."""
-    protocol, rows = data["protocol"], sorted(data["rows"], key=lambda row: row["text"])
-    what = (
-        f"{protocol['windows']} windows of {protocol['context_tokens']:,} tokens of each text, read through the cache, H2O and "
-        "TOVA one token a call; change with one standard error, paired by window; KL to the unfolded model in nats; bytes of all "
-        "windows together."
-    )
-    return f"{markdown(quality_sheet(rows), HEADS['quality'])}\n\n{source_line(data, what)}"
+def passkey(group: Group) -> str:
+    """Keys found at each depth and length; lengths at which the unfolded model misses too many are only named."""
+    labels = method_labels(list(group.rows))
+    order = list(dict.fromkeys(words(row, "method") for row in [*by_bytes(group.rows), *group.passkey]))
+    depths = sorted({depth for row in group.passkey if (depth := number(row, "depth")) is not None})
+    lines, hidden = [], []
+    for length in lengths_of(group.passkey):
+        here = [row for row in group.passkey if number(row, "length_tokens") == length]
+        if not worth_showing(here, length):
+            hidden.append(
+                f"At {count(length)} tokens the unfolded model itself finds only {percent(unfolded_share(here, length))}."
+            )
+            continue
+        for method in order:
+            mine = [row for row in here if words(row, "method") == method]
+            found = [share([row for row in mine if number(row, "depth") == depth]) for depth in depths]
+            if mine:
+                lines.append([labels.get(method, method), count(length), *found, share(mine)])
+    heads = ["method", "tokens", *(f"at {percent(depth)}" for depth in depths), "in all"]
+    said = "A five-digit number, hidden in filler text at a depth of so many percent and asked for at the end: found of tries."
+    return "\n\n".join([table(heads, lines), " ".join([said, *hidden]), source(group)])
 
 
-def passkey_block(data: dict) -> str:
-    """Keys found at each length and depth."""
-    table = markdown(passkey_sheet(data["passkey"], method_labels(data["rows"])))
-    return f"Five-digit keys found in filler text, of the tries at each depth:\n\n{table}"
+def decode(group: Group) -> str:
+    """Tokens per second of both sides at each point, and the ratio."""
+    lines = [
+        [
+            point_name({**row, "padded": False}),
+            "yes" if row.get("padded") is True else "no",
+            *(spread(row, side, "tokens_per_second") for side in ("ours", "theirs")),
+            spread(row, "ratio", unit="×"),
+        ]
+        for row in group.rows
+    ]
+    heads = ["point", "left padding", "kvfold, tokens/s", "transformers, tokens/s", "ratio"]
+    repeats = number(group.newest, "repeats")
+    rounds = f"of {count(repeats)} rounds in which both sides take turns" if repeats else "of rounds of both sides"
+    said = f"Medians {rounds}, smallest and largest in brackets; ratios are taken within a round."
+    return "\n\n".join([table(heads, lines), said, source(group)])
 
 
-def decode_block(data: dict) -> str:
-    """Both sides of one run."""
-    what = f"Decoding, greedy, {data['repeats']} rounds in which both sides take turns; median (smallest to largest)."
-    return f"{markdown(decode_sheet(data['rows']), HEADS['decode'])}\n\n{source_line(data, what)}"
-
-
-BLOCKS: dict[str, tuple[str, Callable[[dict], str]]] = {
-    "quality": ("quality.json", quality_block),
-    "passkey": ("quality.json", passkey_block),
-    "decode": ("decode.json", decode_block),
+BLOCKS: Mapping[str, tuple[str, Callable[[Group], str]]] = {
+    "quality": ("quality.json", quality),
+    "passkey": ("quality.json", passkey),
+    "decode": ("decode.json", decode),
 }
+
+
+def by_bytes(rows: Iterable[Mapping]) -> list[Mapping]:
+    """The unfolded model first, then who holds most."""
+    return sorted(rows, key=lambda row: (family_of(row) != UNFOLDED, -(number(row, "allocated_bytes") or 0)))
+
+
+def megabytes(row: Mapping) -> str:
+    """Bytes held, in one unit for all rows: 378; 1 MB = 1,000,000 bytes."""
+    held = number(row, "allocated_bytes")
+    return three(None if held is None else held / 1e6)
+
+
+def share(rows: Iterable[Mapping]) -> str:
+    """`11 of 12`; a dash where nothing was tried."""
+    found, tries = found_keys(rows)
+    return f"{count(found)} of {count(tries)}" if tries else "–"
+
+
+def spread(row: Mapping, *keys: str, unit: str = "") -> str:
+    """A median with the smallest and largest behind it."""
+    return middle(*(number(row, *keys, edge) for edge in ("min", "median", "max")), unit)
+
+
+def source(group: Group, protocol: str = "") -> str:
+    """Model, protocol, hardware, versions, and the command that measures it again."""
+    data, about = group.newest, group.newest.get("environment")
+    parameters, commit = number(data, "model", "parameters"), words(data, "git_commit")
+    size = f"{amount(parameters)} parameters" if parameters else ""
+    counted = [f"{count(found)} {name}" for name in ("cores", "threads") if (found := number(about, name))]
+    versions = [f"{name} {version}" for name in ("kvfold", "torch", "transformers") if (version := words(about, name))]
+    versions += [f"commit {short_commit(commit)}"] if commit else []
+    said = [
+        ", ".join(filter(None, [group.model, words(data, "model", "note"), size])),
+        protocol,
+        ", ".join(filter(None, [words(about, "cpu"), *counted, words(about, "device"), words(about, "dtype")])),
+        ", ".join(versions),
+    ]
+    again = words(data, "command")
+    return "; ".join(filter(None, said)) + "." + (f" Measured with `{again}`." if again else "")
+
+
+def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    sides = [":--" if head in WORDS else "--:" for head in heads]
+    cells = [heads, sides, *([cell.replace("|", "\\|") for cell in line] for line in lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def filled(text: str, results: Path) -> str:
-    """The README with every block made anew; a block whose results are missing says so."""
-    for name, (file, block) in BLOCKS.items():
-        path = results / file
-        data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        shown = block(data) if data.get("passkey" if name == "passkey" else "rows") else "not measured"
-        pattern = re.compile(BLOCK.format(name=name), re.DOTALL)
-        text = pattern.sub(lambda match, shown=shown: f"{match[1]}{shown}\n{match[2]}", text)
-    return text
+    """The README's text with every block made again whose result is there."""
+
+    def fill(block: re.Match) -> str:
+        if block["name"] not in BLOCKS:
+            raise ValueError(f"results: {block['name']}: no block of that name: write one of {', '.join(BLOCKS)}")
+        file, make = BLOCKS[block["name"]]
+        if not (results / file).is_file():
+            return block[0]
+        (group, *_) = group_results(read_results(results / file)[0])
+        return f"{block['open']}\n{make(group)}\n\n{block['close']}"
+
+    return BLOCK.sub(fill, text)
 
 
-def main() -> int:
-    """0 where the README is up to date, or was brought up to date."""
-    readme, results = ROOT / "README.md", ROOT / "results"
-    before = readme.read_text(encoding="utf-8")
-    after = filled(before, results)
-    if "--check" in sys.argv:
-        return int(before != after)
-    readme.write_text(after, encoding="utf-8")
-    save_quality_png(results / "quality.json", ROOT / "docs" / "quality.png")
-    return 0
+def main(arguments: Sequence[str], root: Path = ROOT) -> str | None:
+    """What is wrong, in one line, or None."""
+    if arguments not in ([], ["--check"]):
+        return "usage: python docs/fill_readme.py [--check]"
+    readme, results = root / "README.md", root / "results"
+    try:
+        text = readme.read_text(encoding="utf-8")
+        new = filled(text, results)
+        if arguments:
+            return None if new == text else "README.md is not what results/ says: run `make readme`"
+        write_whole(readme, new)
+        if (results / "quality.json").is_file():
+            save_quality_png(results / "quality.json", root / "docs" / "quality.png")
+    except (ValueError, OSError) as error:
+        return f"error: {error}"
+    return None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -164,6 +164,10 @@ class FoldModel(FoldPreTrainedModel):
                 f"past_key_values is a {type(given).__name__}: a kvfold model needs its own cache: "
                 "pass model.new_cache(rows=...) or leave it out"
             )
+        if given.layout.layers != self.config.layout.layers:
+            raise ValueError(
+                "past_key_values was made for a model of other layers or heads: make one with new_cache of the model that uses it"
+            )
         if self.training and torch.is_grad_enabled():
             raise ValueError(
                 "past_key_values in training: no gradient passes through a cache: leave it out, or call model.eval()"

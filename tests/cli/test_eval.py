@@ -43,7 +43,7 @@ def test_the_file_and_the_json_say_the_same(kvfold, folder):
     assert result.rows[1]["kept_tokens"] == 8 and result.rows[1]["compression"] == 4
     assert result.data["model"]["name"] == "tiny"
     assert result.data["protocol"] == {"windows": 4, "context_tokens": 32, "batch": 2}
-    assert result.data["command"].startswith("kvfold ")
+    assert result.data["command"].split()[0] == "kvfold"
 
 
 def test_nothing_is_measured_twice(kvfold, readings, folder):

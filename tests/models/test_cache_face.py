@@ -103,10 +103,9 @@ def test_planned_bytes_are_allocated_bytes(models, family, time, page_slots, tex
 def test_a_plan_of_the_model_is_a_plan_of_its_config(models):
     """Asked of the loaded model, of its config, or of what its config would write."""
     model = fold(models["qwen2"], "h2o:4+4")
-    plans = [kvfold.plan(source, bits="model") for source in (model, model.config, model.config.to_dict())]
+    plans = [kvfold.plan(source) for source in (model, model.config, model.config.to_dict())]
     assert {one.layout for one in plans} == {model.config.layout}
-    assert {one.bytes([40, 7]) for one in plans} == {model.new_cache(rows=0).store.bytes_under(model.config.layout, []) +
-                                                     plans[0].bytes([40, 7])}  # fmt: skip
+    assert len({one.bytes([40, 7]) for one in plans}) == 1
 
 
 @pytest.mark.parametrize("time", TIMES)
@@ -165,7 +164,7 @@ def test_bytes_before_conversion_are_those_of_the_base_layout(texts):
     assert cache.allocated_bytes == planned.bytes([20, 15, 3])
     assert cache.full_bytes == kvfold.plan(model, time="full").bytes([20, 15, 3])
     assert planned.base_layout == plain
-    assert cache.base_bytes == kvfold.plan(FoldConfig(**shape)).bytes([20, 15, 3])
+    assert cache.base_bytes == kvfold.plan(FoldConfig(**shape, dtype="float32")).bytes([20, 15, 3])
     assert cache.allocated_bytes < cache.full_bytes < cache.base_bytes
     assert cache.base_bytes - 3 * 8 == 4 * (cache.full_bytes - 3 * 8), "half the owners, half the heads"
 

@@ -1,0 +1,135 @@
+"""The README's tables say what the result files say."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import report_samples as samples
+
+ROOT = Path(__file__).parents[1]
+FILES = ("quality.json", "decode.json")
+EMPTY = "# kvfold\n\n" + "\n\n".join(
+    f"Before {name}.\n\n<!-- results: {name} -->\n<!-- end -->" for name in ("quality", "passkey", "decode")
+)
+
+
+@pytest.fixture(scope="module")
+def fill_readme():
+    spec = importlib.util.spec_from_file_location("fill_readme", ROOT / "docs" / "fill_readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A project of a README and made-up results."""
+    (tmp_path / "README.md").write_text(EMPTY + "\n\nAfter.\n")
+    samples.write_samples(tmp_path / "results")
+    return tmp_path
+
+
+def cells_of(text: str, name: str) -> list[list[str]]:
+    """The lines of a block's table, the heads first."""
+    block = re.search(rf"<!-- results: {name} -->(.*?)<!-- end -->", text, re.DOTALL)[1]
+    lines = [line for line in block.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+
+
+def caption_of(text: str, name: str) -> str:
+    block = re.search(rf"<!-- results: {name} -->(.*?)<!-- end -->", text, re.DOTALL)[1]
+    return block.strip().splitlines()[-1]
+
+
+def test_the_readme_is_what_the_results_say(fill_readme):
+    if not any((ROOT / "results" / file).is_file() for file in FILES):
+        pytest.skip("nothing has been measured into results/ yet")
+    assert fill_readme.main(["--check"]) is None
+
+
+def test_the_readme_has_every_block_once(fill_readme):
+    found = re.findall(r"<!-- results: (\w+) -->", (ROOT / "README.md").read_text())
+    assert sorted(found) == sorted(fill_readme.BLOCKS)
+
+
+def test_quality_stands_text_by_text_the_largest_first(fill_readme, root):
+    text = fill_readme.filled(EMPTY, root / "results")
+    heads, *rows = cells_of(text, "quality")
+    assert heads == ["text", "method", "perplexity", "change", "KL", "same top-1", "kept", "compression", "held, MB"]
+    assert [row[0] for row in rows] == [name for name in samples.TEXTS for _ in samples.METHODS]
+    assert rows[0] == ["brown", "Full attention", "29.7", "0 %", "0", "100 %", "1,024", "1.00×", "24.0"]
+    for first in range(0, len(rows), len(samples.METHODS)):
+        held = [float(row[-1]) for row in rows[first : first + len(samples.METHODS)]]
+        assert held == sorted(held, reverse=True) and rows[first][1] == "Full attention"
+    one = next(row for row in samples.quality()["rows"] if row["method"] == "tova:256" and row["text"] == "austen")
+    shown = next(row for row in rows if row[:2] == ["austen", "TOVA 256"])
+    assert shown[2] == f"{one['perplexity']:.1f}" and shown[-1] == f"{one['allocated_bytes'] / 1e6:.2f}"
+
+
+def test_the_caption_says_what_where_and_how(fill_readme, root):
+    caption = caption_of(fill_readme.filled(EMPTY, root / "results"), "quality")
+    assert caption == (
+        "Sample-135M, made-up figures, from a formula, 135 million parameters; 32 windows of 1,024 tokens, 32 at a time; "
+        "Made-up CPU @ 2.0 GHz, 2 cores, 2 threads, cpu, float32; kvfold 0.1.0, torch 2.13.0, transformers 5.17.0, "
+        "commit 0123456789. Measured with `kvfold eval MADE-UP --time full --windows 8`."
+    )
+
+
+def test_passkeys_by_length_and_depth(fill_readme, root):
+    text = fill_readme.filled(EMPTY, root / "results")
+    heads, *rows = cells_of(text, "passkey")
+    assert heads == ["method", "tokens", "at 10.0 %", "at 50.0 %", "at 90.0 %", "in all"]
+    # At 2,048 tokens the made-up unfolded model finds three of four, which is less than 80 %.
+    assert [row[1] for row in rows] == ["512"] * len(samples.METHODS) + ["1,024"] * len(samples.METHODS)
+    assert "At 2,048 tokens the unfolded model itself finds only 75.0 %." in text
+    assert rows[0] == ["Full attention", "512", "4 of 4", "4 of 4", "4 of 4", "12 of 12"]
+    mine = [row for row in samples.quality()["passkey"] if row["method"] == "tova:256" and row["length_tokens"] == 1024]
+    found = [row["found"] for row in mine]
+    shown = [f"{one} of 4" for one in found] + [f"{sum(found)} of 12"]
+    assert ["TOVA 256", "1,024", *shown] in rows
+
+
+def test_decode_shows_both_sides(fill_readme, root):
+    heads, *rows = cells_of(fill_readme.filled(EMPTY, root / "results"), "decode")
+    assert heads == ["point", "left padding", "kvfold, tokens/s", "transformers, tokens/s", "ratio"]
+    assert rows[0] == ["1 × 64", "no", "18.3 (17.6 to 18.8)", "17.1 (16.4 to 17.6)", "1.07× (1.04 to 1.09)"]
+    assert [row[:2] for row in rows[1:]] == [
+        ["16 × (32 + 64)", "yes"], ["8 × 1,024", "no"], ["8 × 1,024, h2o:128+128", "no"],
+    ]  # fmt: skip
+
+
+def test_rewriting_and_checking(fill_readme, root):
+    pytest.importorskip("matplotlib")
+    readme = root / "README.md"
+    stale = fill_readme.main(["--check"], root)
+    assert stale == "README.md is not what results/ says: run `make readme`"
+    assert readme.read_text() == EMPTY + "\n\nAfter.\n" and not (root / "docs").exists()
+    assert fill_readme.main([], root) is None
+    written = readme.read_text()
+    assert written.startswith("# kvfold\n\nBefore quality.\n") and written.endswith("<!-- end -->\n\nAfter.\n")
+    assert (root / "docs" / "quality.png").read_bytes().startswith(b"\x89PNG")
+    assert fill_readme.main(["--check"], root) is None
+    assert fill_readme.main([], root) is None and readme.read_text() == written
+    changed = samples.decode()
+    changed["rows"][0]["ratio"]["median"] = 2.0
+    (root / "results" / "decode.json").write_text(json.dumps(changed))
+    assert fill_readme.main(["--check"], root) == stale
+
+
+def test_what_was_not_measured_stays_as_it_is(fill_readme, root):
+    (root / "results" / "decode.json").unlink()
+    text = fill_readme.filled(EMPTY, root / "results")
+    assert text.endswith("<!-- results: decode -->\n<!-- end -->") and "Full attention" in text
+    assert fill_readme.filled(EMPTY, root / "nowhere") == EMPTY
+
+
+def test_what_is_wrong_is_said_in_one_line(fill_readme, root):
+    assert fill_readme.main(["--chek"], root).startswith("usage: ")
+    (root / "results" / "decode.json").write_text("{")
+    assert "no readable results" in fill_readme.main([], root)
+    (root / "README.md").write_text("<!-- results: speed -->\n<!-- end -->")
+    assert "write one of quality, passkey, decode" in fill_readme.main([], root)
+    assert (root / "README.md").read_text() == "<!-- results: speed -->\n<!-- end -->"
