@@ -4,7 +4,7 @@
     python docs/fill_readme.py --check    write nothing; exit 1 where the README says something else than the results
 
 `quality` and `passkey` come from results/quality.json, `decode` from results/decode.json. A block whose file is not there
-stays as it is.
+stays as it is; of what a file lacks the block says so.
 """
 
 import re
@@ -23,6 +23,7 @@ from kvfold.report.series import UNFOLDED, family_of, texts_of
 from kvfold.report.sheets import quality_sheet
 from kvfold.report.tables import method_labels
 
+NOTHING = "Not measured."
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(?P<open><!-- results: (?P<name>\w+) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 SHOWN = ("text", "method", "perplexity", "change", "KL", "same top-1", "kept", "compression")
@@ -33,6 +34,8 @@ WORDS = ("text", "method", "point", "left padding")
 
 def quality(group: Group) -> str:
     """Text by text: the unfolded model, then the methods by the bytes that they hold, most first."""
+    if not group.rows:
+        return NOTHING
     rows = [row for text in texts_of(group.rows) for row in by_bytes(group.rows) if words(row, "text") == text]
     sheet = quality_sheet(rows)
     heads = [column.head for column in sheet.columns]
@@ -48,6 +51,8 @@ def quality(group: Group) -> str:
 
 def passkey(group: Group) -> str:
     """Keys found at each depth and length; lengths at which the unfolded model misses too many are only named."""
+    if not group.passkey:
+        return NOTHING
     labels = method_labels(list(group.rows))
     order = list(dict.fromkeys(words(row, "method") for row in [*by_bytes(group.rows), *group.passkey]))
     depths = sorted({depth for row in group.passkey if (depth := number(row, "depth")) is not None})
@@ -71,6 +76,8 @@ def passkey(group: Group) -> str:
 
 def decode(group: Group) -> str:
     """Tokens per second of both sides at each point, and the ratio."""
+    if not group.rows:
+        return NOTHING
     lines = [
         [
             point_name({**row, "padded": False}),
@@ -121,13 +128,20 @@ def source(group: Group, protocol: str = "") -> str:
     data, about = group.newest, group.newest.get("environment")
     parameters, commit = number(data, "model", "parameters"), words(data, "git_commit")
     size = f"{amount(parameters)} parameters" if parameters else ""
-    counted = [f"{count(found)} {name}" for name in ("cores", "threads") if (found := number(about, name))]
+    counted = [
+        f"{count(found)} {name if found == 1 else name + 's'}"
+        for name in ("core", "thread")
+        if (found := number(about, f"{name}s"))
+    ]
+    device = words(about, "device")
     versions = [f"{name} {version}" for name in ("kvfold", "torch", "transformers") if (version := words(about, name))]
     versions += [f"commit {short_commit(commit)}"] if commit else []
     said = [
         ", ".join(filter(None, [group.model, words(data, "model", "note"), size])),
         protocol,
-        ", ".join(filter(None, [words(about, "cpu"), *counted, words(about, "device"), words(about, "dtype")])),
+        ", ".join(
+            filter(None, [words(about, "cpu"), *counted, device if device != "cpu" else "", words(about, "dtype")])
+        ),
         ", ".join(versions),
     ]
     again = words(data, "command")

@@ -17,7 +17,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure speed and memory beside transformers, in one run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
-METHODS = "full | window:W+S | h2o:R+Y | tova:N, each in tokens or percent"
+METHODS = "full | window:W+S | h2o:R+Y | tova:N, in tokens or percent"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file or a hub name.")]
 Time = Annotated[str | None, typer.Option(help=f"{METHODS}. Default: the checkpoint's own.")]
 Times = Annotated[list[str] | None, typer.Option("--time", help=f"{METHODS}; given several times: a row each.")]
@@ -63,7 +63,9 @@ def plan(
         str | None, typer.Option(help="Which layers share: cla2 | cla2-keep-ends | trailing:N | yoco | 0_0_2_2...")
     ] = None,
     heads: Annotated[int | None, typer.Option(help="KV heads of a layer.")] = None,
-    time: Annotated[str | None, typer.Option(help=f"{METHODS}; dmc[:W] | dms[:W] as the most they may hold.")] = None,
+    time: Annotated[
+        str | None, typer.Option(help=f"{METHODS}; dmc[:W] | dms[:W] count as the most they may hold.")
+    ] = None,
     bits: Annotated[
         str | None, typer.Option(help="model | fp8 | int8 | int4; keys and values apart: int8,int4.")
     ] = None,

@@ -73,7 +73,7 @@ def test_the_caption_says_what_where_and_how(fill_readme, root):
     caption = caption_of(fill_readme.filled(EMPTY, root / "results"), "quality")
     assert caption == (
         "Sample-135M, made-up figures, from a formula, 135 million parameters; 32 windows of 1,024 tokens, 32 at a time; "
-        "Made-up CPU @ 2.0 GHz, 2 cores, 2 threads, cpu, float32; kvfold 0.1.0, torch 2.13.0, transformers 5.17.0, "
+        "Made-up CPU @ 2.0 GHz, 2 cores, 2 threads, float32; kvfold 0.1.0, torch 2.13.0, transformers 5.17.0, "
         "commit 0123456789. Measured with `kvfold eval MADE-UP --time full --windows 8`."
     )
 
@@ -90,6 +90,13 @@ def test_passkeys_by_length_and_depth(fill_readme, root):
     found = [row["found"] for row in mine]
     shown = [f"{one} of 4" for one in found] + [f"{sum(found)} of 12"]
     assert ["TOVA 256", "1,024", *shown] in rows
+
+
+def test_what_a_file_lacks_is_not_measured(fill_readme, root):
+    (root / "results" / "quality.json").write_text(json.dumps(samples.quality() | {"passkey": []}))
+    (root / "results" / "decode.json").write_text(json.dumps(samples.decode() | {"rows": []}))
+    text = fill_readme.filled(EMPTY, root / "results")
+    assert [caption_of(text, name) for name in ("passkey", "decode")] == ["Not measured."] * 2
 
 
 def test_decode_shows_both_sides(fill_readme, root):

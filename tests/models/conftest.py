@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.families import fold_config
 from kvfold.models.weights import fold_weights
+from model_driver import Both, fold
 
 TINY = {
     "vocab_size": 97,
@@ -61,3 +62,21 @@ def pair() -> Callable[..., tuple[FoldForCausalLM, PreTrainedModel]]:
 def ids() -> torch.Tensor:
     """Two texts of 13 tokens without the padding token."""
     return torch.randint(3, 97, (2, 13), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="session")
+def _small(pair):
+    return pair("llama", num_hidden_layers=2)
+
+
+@pytest.fixture
+def both(_small) -> Both:
+    """A small Llama, ours and theirs, the same in every test: a test changes nothing but our layout's method."""
+    fold(_small[0], "full")
+    return _small
+
+
+@pytest.fixture
+def ours(both) -> FoldForCausalLM:
+    """Ours of `both`."""
+    return both[0]

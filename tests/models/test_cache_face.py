@@ -10,10 +10,10 @@ from kvfold.cache.hf import FoldCache
 from kvfold.layout import KVLayout
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
+from model_driver import CLOSE, fold
 
 TIMES = ["full", "window:6+2", "h2o:4+4", "tova:8", "window:25%+2", "h2o:25%+25%", "tova:25%"]
 PADS = [0, 5, 17]
-CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,6 @@ def models(pair):
 @pytest.fixture
 def model(models):
     return fold(models["llama"], "full")
-
-
-def fold(model, time):
-    model.config.layout = model.config.layout.with_time(time)
-    return model
 
 
 @pytest.fixture

@@ -8,12 +8,11 @@ import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-from kvfold.cache.hf import FoldCache
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
+from model_driver import CLOSE, poisoned
 from slow_cache import Method, SlowCache
 
-CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILIES = {
     "llama": {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 16}},
@@ -54,11 +53,6 @@ def folded(model: FoldForCausalLM, time: str) -> FoldForCausalLM:
     last = model.config.num_hidden_layers - 1
     model.config.layout = model.config.layout.with_time("full" if time == "full" else f"full; 0-{last}={time}")
     return model
-
-
-def poisoned(model: FoldForCausalLM, rows: int) -> FoldCache:
-    """A cache of small pages that are NaN wherever nothing was written, or was freed."""
-    return FoldCache(model.config.layout, dtype=torch.float32, rows=rows, page_slots=4, poison=True)
 
 
 def borders(cuts: list[int], columns: int) -> list[tuple[int, int]]:
