@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from kvfold.cli_convert import add_convert
+from kvfold.cli_train import add_retrofit
 from kvfold.console import check_out, clear_errors, command_line, hand_over, progress, say, show, show_json, waiting
 
 app = typer.Typer(
@@ -16,13 +18,15 @@ app = typer.Typer(
 )  # fmt: skip
 bench = typer.Typer(help="Measure speed and memory beside transformers, in one run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+add_convert(app)
+add_retrofit(app)
 
-METHODS = "full | window:W+S | h2o:R+Y | tova:N, in tokens or percent"
+METHODS = "full | window:W+S | h2o:R+Y | tova:N, in tokens or percent; trained: dmc[:W] | dms[:W]"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file or a hub name.")]
 Time = Annotated[str | None, typer.Option(help=f"{METHODS}. Default: the checkpoint's own.")]
 Times = Annotated[list[str] | None, typer.Option("--time", help=f"{METHODS}; given several times: a row each.")]
 Bits = Annotated[str | None, typer.Option(help="model; fp8, int8 and int4 are planned.")]
-Adapter = Annotated[str | None, typer.Option(help="A trained adapter; planned.")]
+Adapter = Annotated[str | None, typer.Option(help="A folder that `kvfold retrofit` wrote.")]
 Dtype = Annotated[
     str | None, typer.Option(help="float32 | bfloat16 | float16. Default: float32 on a CPU, else the checkpoint's.")
 ]
@@ -63,9 +67,7 @@ def plan(
         str | None, typer.Option(help="Which layers share: cla2 | cla2-keep-ends | trailing:N | yoco | 0_0_2_2...")
     ] = None,
     heads: Annotated[int | None, typer.Option(help="KV heads of a layer.")] = None,
-    time: Annotated[
-        str | None, typer.Option(help=f"{METHODS}; dmc[:W] | dms[:W] count as the most they may hold.")
-    ] = None,
+    time: Annotated[str | None, typer.Option(help=f"{METHODS} (the most they may hold).")] = None,
     bits: Annotated[
         str | None, typer.Option(help="model | fp8 | int8 | int4; keys and values apart: int8,int4.")
     ] = None,
@@ -140,8 +142,8 @@ def evaluate(
         passkey_prompt(tokenizer, "12345", context, 0.5)  # refuses a context that is too short, before all the rest
     with progress() as report:
         result = measure_quality(
-            weights, tokenizer, text or [sample], time or [], name=_name(model), protocol=protocol,
-            cells=_cells(fresh), report=report,
+            weights, tokenizer, text or [sample], time or [weights.config.layout.time_text()], name=_name(model),
+            protocol=protocol, cells=_cells(fresh), report=report,
         )  # fmt: skip
         if passkey:
             methods = list(dict.fromkeys(row["method"] for row in result["rows"]))

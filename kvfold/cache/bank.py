@@ -9,6 +9,7 @@ S stored entries, T tokens, X lanes in any shape, D head dim.
 import torch
 from torch import Tensor
 
+from kvfold.cache.lane_state import LaneRing
 from kvfold.cache.pages import pages_for
 from kvfold.cache.pool import PagePool
 from kvfold.ops.paged import lane_slots
@@ -31,16 +32,20 @@ class Bank:
         self.table = torch.zeros((len(owners), 0, num_kv_heads, 0), dtype=torch.int32, device=pool.device)
         self.length = torch.zeros((len(owners), 0, num_kv_heads), dtype=torch.int32, device=pool.device)
         self.has_shared = False
+        head_dim = pool.page_class.head_dim
+        gated = self.policy.gate is not None
+        self.state = LaneRing(len(owners), num_kv_heads, self.policy, head_dim, pool.device) if gated else None
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of tables and lengths."""
-        return self.table.nbytes + self.length.nbytes
+        """Bytes of tables, lengths and the state of lanes."""
+        return self.table.nbytes + self.length.nbytes + (self.state.ring.nbytes if self.state else 0)
 
     def resized_bytes(self, rows: int, pages: int) -> int:
         """`num_bytes` once there is room for so many rows and pages a lane."""
         rows, pages = max(rows, self.table.shape[1]), max(pages, self.table.shape[3])
-        return len(self.owners) * rows * self.num_kv_heads * 4 * (pages + 1)
+        state = self.state.bytes_for(rows) if self.state else 0
+        return len(self.owners) * rows * self.num_kv_heads * 4 * (pages + 1) + state
 
     @torch.inference_mode(False)
     def resize(self, rows: int, pages: int) -> None:
@@ -55,6 +60,8 @@ class Bank:
         if rows != old_rows:
             self.length = length.new_zeros((owners, rows, heads))
             self.length[:, :old_rows] = length
+            if self.state:
+                self.state.resize(rows)
 
     @torch.inference_mode(False)
     def shrink(self) -> None:
@@ -157,12 +164,16 @@ class Bank:
         """Rows `target` become copies of rows `source`; pages are shared until one side writes."""
         self.table[:, target_B], self.length[:, target_B] = self.table[:, source_B], self.length[:, source_B]
         self.pool.share(self.page_ids(self.lanes(target_B))[2])
+        if self.state:
+            self.state.fork(source_B, target_B)
         self.has_shared = True
 
     def free(self, rows_B: Tensor) -> None:
         """Give back all that these rows hold."""
         self.pool.give_back(self.page_ids(self.lanes(rows_B))[2])
         self.length[:, rows_B] = 0
+        if self.state:
+            self.state.clear(rows_B)
         if self.has_shared and not bool((self.pool.references > 1).any()):
             self.has_shared = False
 
@@ -205,10 +216,30 @@ class Bank:
         """Whether page `index` of a lane is the one that the next entry goes into."""
         return index == self.length.view(-1)[lane].long() // self.pool.slots
 
-    def most_kept(self, seen: list[int]) -> int:
-        """Entries of the longest lane, at most, where rows have seen so many tokens."""
+    def drop_last(self, lanes_X: Tensor, number_X: Tensor) -> None:
+        """Drop the last 0 or 1 entries of lane X."""
+        lanes, number, slots = lanes_X.reshape(-1), number_X.reshape(-1).long(), self.pool.slots
+        length = self.length.view(-1)[lanes].long() - number
+        emptied = (number > 0) & (length % slots == 0)
+        page = self.table_flat()[lanes[emptied], length[emptied] // slots]
+        self.length.view(-1)[lanes] = length.int()
+        self.pool.give_back(page)
+
+    # -- what a call may need ------------------------------------------------------------------------------------
+
+    def most_kept(self, rows_B: Tensor, seen: list[int]) -> int:
+        """Entries of the longest lane of these rows, at most, where they have seen so many tokens."""
+        if self.state:
+            return int(self.length[:, rows_B].max())
         return max((self.spec.max_kept(tokens) for tokens in set(seen)), default=0)
 
-    def most_pages(self, seen: int) -> int:
-        """Pages that one lane holds at most once `seen` tokens have been seen."""
-        return pages_for(self.spec.max_kept(seen), self.pool.slots)
+    def pages_after(self, rows_B: Tensor, seen: list[int], added: list[int]) -> tuple[int, int]:
+        """Pages that these rows hold at most, and the longest lane of them, once rows that have now seen `seen` tokens were
+        given `added` of them. What gates will decide is not known before, so every token may stay.
+        """
+        if self.state:
+            more = torch.tensor(added, dtype=torch.int64, device=rows_B.device)
+            pages = self._pages(self.length[:, rows_B].long() + more[:, None])
+            return int(pages.sum()), int(pages.max())
+        each = [pages_for(self.spec.max_kept(tokens), self.pool.slots) for tokens in seen]
+        return len(self.owners) * self.num_kv_heads * sum(each), max(each, default=0)

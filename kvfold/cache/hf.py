@@ -140,6 +140,23 @@ class FoldCache(Cache):
 
     # -- what the decoder asks -----------------------------------------------------------------------------------
 
+    def pieces(self, real_BT: Tensor | None, *, num_rows: int, num_tokens: int) -> Iterator[tuple[int, int]]:
+        """Column ranges of a call, to be run one by one as they come: one, but under learned gates as many as it takes for
+        each to fit whatever the gates decide. The last may still meet `CacheFull`; the rows then stand where it begins.
+        """
+        self._fit_rows(num_rows)
+        start = 0
+        while start < num_tokens:
+            end = num_tokens
+            while self.store.is_gated and end - start > 1 and not self._fits(real_BT, start, end):
+                end = start + (end - start) // 2
+            yield start, end
+            start = end
+
+    def _fits(self, real_BT: Tensor | None, start: int, end: int) -> bool:
+        added = [end - start] * len(self.rows) if real_BT is None else real_BT[:, start:end].sum(dim=1).tolist()
+        return self.store.fits(self.rows, added)
+
     @contextmanager
     def call(self, real_BT: Tensor | None, *, num_rows: int, num_tokens: int, scale: float,
              softcap: float | None = None) -> Iterator[KVView]:  # fmt: skip

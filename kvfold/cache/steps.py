@@ -19,11 +19,9 @@ class PlacedStep:
         """Books pages, positions and lengths. `stored`: no lane holds more entries before this step."""
         slots, pool = bank.pool.slots, bank.pool
         lanes_OBK = bank.lanes(rows_B)
+        self._bank, self._lanes_OBK, self._live_B, self._position_B = bank, lanes_OBK, live_B, position_B
+        place = self._displaced(position_B, stored)
         length = bank.length.view(-1)[lanes_OBK].long()
-        place = length
-        if bank.spec.lossy and stored:
-            place = self._displaced(bank, lanes_OBK, position_B, live_B, stored)
-            length = bank.length.view(-1)[lanes_OBK].long()
         grows = place == length
         if live_B is not None:
             grows &= live_B[:, None]
@@ -32,6 +30,7 @@ class PlacedStep:
         border = grows & (length % slots == 0)
         if bool(border.any()):
             bank.extend(lanes_OBK[border], length[border] // slots, torch.ones_like(length[border]))
+        self._placed(place)
         if live_B is not None:
             # The place of a dead row may lie past the table; nothing is written there.
             place = place.masked_fill(~live_B[:, None], 0)
@@ -48,9 +47,14 @@ class PlacedStep:
         """Where the new token of each lane was put, a flat slot, int64 [O, B, K]; -1 for a dead row."""
         self.longest = stored + 1
 
-    @staticmethod
-    def _displaced(bank: Bank, lanes_OBK: Tensor, position_B: Tensor, live_B: Tensor | None, stored: int) -> Tensor:
-        """The place of each lane's new token: the slot of a dropped entry, else the lane's length."""
+    def _placed(self, place_OBK: Tensor) -> None:
+        """The places are settled: for methods that take note of them."""
+
+    def _displaced(self, position_B: Tensor, stored: int) -> Tensor:
+        """The place of each lane's new token, [O, B, K]: the slot of a dropped entry, else the lane's length."""
+        bank, lanes_OBK, live_B = self._bank, self._lanes_OBK, self._live_B
+        if not (bank.spec.lossy and stored):
+            return bank.length.view(-1)[lanes_OBK].long()
         owners, batch, heads = lanes_OBK.shape
         flat, filled = bank.stored_slots(lanes_OBK, stored)
         position = bank.pool.position.view(-1)[flat].masked_fill(~filled, -1)

@@ -151,7 +151,7 @@ class Store:
         """Bytes reserved from the device; room for the tables of every page is set aside even while they are smaller."""
         pages = sum(pool.book.capacity for pool in self._pools)
         tables = max(sum(bank.table.nbytes for bank in self.banks), TABLE_BYTES * pages)
-        lengths = sum(bank.length.nbytes for bank in self.banks)
+        lengths = sum(bank.num_bytes - bank.table.nbytes for bank in self.banks)
         reserved = sum(pool.num_bytes for pool in self._pools) + tables + lengths + self.seen.nbytes
         return reserved if self.memory_bytes is None else min(reserved, self.memory_bytes)
 
@@ -244,19 +244,26 @@ class Store:
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether what a call needs is known only behind gates, so that a call may be cut into pieces that surely fit."""
+        prefix = all(bank.spec.state_of == "prefix" for bank in self.banks)
+        return prefix and any(bank.policy.gate is not None for bank in self.banks)
+
+    def fits(self, rows: Sequence[int], added: Sequence[int]) -> bool:
+        """Whether `begin` would take this call."""
+        try:
+            needed, _ = self._needed(rows, added)
+            for pool, pages in zip(self._pools, needed, strict=True):
+                pool.book.grown_capacity(pages)
+        except CacheFull:
+            return False
+        return True
+
     def begin(self, rows: Sequence[int], added: Sequence[int]) -> None:
         """Open a call that brings `added` real tokens to each row. Raises `CacheFull` with the rows as they were."""
         self._check_usable(rows)
-        after = [self._seen[row] + more for row, more in zip(rows, added, strict=True)]
-        index, needed = self._index(rows), [0] * len(self._pools)
-        # A table is never without width: a dead row's place is looked up too.
-        most = [max((bank.most_pages(seen) for seen in after), default=0) or 1 for bank in self.banks]
-        self._check_books(len(self._seen), most)
-        for bank in self.banks:
-            lanes = bank.lanes(index)
-            pages = len(bank.owners) * bank.num_kv_heads * sum(bank.most_pages(seen) for seen in after)
-            number = self._pools.index(bank.pool)
-            needed[number] += max(0, pages - bank.held_pages(lanes)) + bank.copies_ahead(lanes)
+        needed, most = self._needed(rows, added)
         for pool, pages in zip(self._pools, needed, strict=True):
             pool.book.grown_capacity(pages)
         for pool, pages in zip(self._pools, needed, strict=True):
@@ -264,6 +271,20 @@ class Store:
         for bank, pages in zip(self.banks, most, strict=True):
             bank.resize(0, pages)
         self._in_call.update(rows)
+
+    def _needed(self, rows: Sequence[int], added: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Pages that a call may take from each pool, and of each bank the pages of its longest lane after it."""
+        after = [self._seen[row] + more for row, more in zip(rows, added, strict=True)]
+        index, needed = self._index(rows), [0] * len(self._pools)
+        after_all = [bank.pages_after(index, after, list(added)) for bank in self.banks]
+        # A table is never without width: a dead row's place is looked up too.
+        most = [longest or 1 for _, longest in after_all]
+        self._check_books(len(self._seen), most)
+        for bank, (pages, _) in zip(self.banks, after_all, strict=True):
+            lanes = bank.lanes(index)
+            number = self._pools.index(bank.pool)
+            needed[number] += max(0, pages - bank.held_pages(lanes)) + bank.copies_ahead(lanes)
+        return needed, most
 
     def commit(self, rows: Sequence[int], added: Sequence[int]) -> None:
         """The call is done: its tokens count as seen."""

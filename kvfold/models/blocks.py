@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvfold.cache.views import KVView
 from kvfold.models.config import FoldConfig
+from kvfold.models.gates import GateCall, GateConfig, GateProjection, decide
 from kvfold.ops.linear import SkinnyLinear
 from kvfold.ops.rotation import Rotation
 
@@ -52,15 +53,45 @@ class FoldAttention(nn.Module):
             FoldRMSNorm(kv_width if self.norm_whole else config.head_dim, config) if normed and owner else None
         )
         self.kv_norm = FoldRMSNorm(config.hidden_size, config) if config.kv_norm and owner else None
+        self.fold_norm = self.fold_proj = None
+        if owner and config.gates is not None:
+            self.add_adapter(GateConfig.from_json(config.gates), config)
 
-    def forward(self, normed_BTC: Tensor, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None) -> Tensor:
+    def add_adapter(self, gates: GateConfig, config: FoldConfig) -> None:
+        """Give an owner the modules of its gate, where that is an adapter; a new one never fires."""
+        if gates.source != "adapter":
+            return
+        heads = config.layout.layers[self.layer].num_kv_heads
+        self.fold_norm = FoldRMSNorm(config.hidden_size, config)
+        self.fold_proj = GateProjection(config.hidden_size, heads, bias=gates.bias or config.qkv_bias)
+
+    def forward(
+        self, normed_BTC: Tensor, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None, call: GateCall | None
+    ) -> Tensor:
         """`normed_BTC` is the layer's input as the block takes it, `hidden_BTC` the residual stream itself."""
-        q = self._heads(self.q_proj(normed_BTC), self.q_norm)
-        k = v = None
+        masked = None if call is None or not call.masks_base(self.layer) else call.configs[self.layer].channel
+        q = self._heads(self._projected(self.q_proj, normed_BTC, masked), self.q_norm)
+        k = v = gates = None
         if self.k_proj is not None:
             source = normed_BTC if self.kv_norm is None else self.kv_norm(hidden_BTC)
-            k, v = self._heads(self.k_proj(source), self.k_norm), self._heads(self.v_proj(source), None)
-        return self.o_proj(view.attend(self.layer, q, k, v, rotation).flatten(2))
+            k = self._heads(self._projected(self.k_proj, source, masked), self.k_norm)
+            v = self._heads(self.v_proj(source), None)
+        if call is not None:
+            adapted = None
+            if self.fold_proj is not None and not call.off:
+                adapted = self.fold_proj(self.fold_norm(hidden_BTC))
+            gates = decide(call, self.layer, q, k, adapted)
+        return self.o_proj(view.attend(self.layer, q, k, v, rotation, gates).flatten(2))
+
+    def _projected(self, projection: nn.Module, x: Tensor, masked: int | None) -> Tensor:
+        """The projection, less what its base weights (those below a LoRA) write into channel `masked` of each head."""
+        out = projection(x)
+        if masked is None:
+            return out
+        base, heads = getattr(projection, "base_layer", projection), out.shape[-1] // self.head_dim
+        rows = torch.arange(heads, device=x.device) * self.head_dim + masked % self.head_dim
+        share = F.linear(x, base.weight[rows], None if base.bias is None else base.bias[rows])
+        return out.index_add(-1, rows, share, alpha=-1)
 
     def _heads(self, x: Tensor, norm: FoldRMSNorm | None) -> Tensor:
         """[B, T, heads * D] -> [B, T, heads, D], normed over all heads or over each."""
@@ -95,16 +126,18 @@ class FoldLayer(GradientCheckpointingLayer):
         for name in _NORMS[config.norm_placement]:
             setattr(self, name, FoldRMSNorm(config.hidden_size, config))
 
-    def forward(self, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None) -> Tensor:
+    def forward(
+        self, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None, call: GateCall | None = None
+    ) -> Tensor:
         """The residual stream after this layer."""
         h = hidden_BTC
         if self.placement == "pre":
-            h = self._add(h, self.self_attn(self.input_layernorm(h), h, view, rotation))
+            h = self._add(h, self.self_attn(self.input_layernorm(h), h, view, rotation, call))
             return self._add(h, self.mlp(self.post_attention_layernorm(h)))
         if self.placement == "post":
-            h = self._add(h, self.post_attention_layernorm(self.self_attn(h, h, view, rotation)))
+            h = self._add(h, self.post_attention_layernorm(self.self_attn(h, h, view, rotation, call)))
             return self._add(h, self.post_feedforward_layernorm(self.mlp(h)))
-        attended = self.self_attn(self.input_layernorm(h), h, view, rotation)
+        attended = self.self_attn(self.input_layernorm(h), h, view, rotation, call)
         h = self._add(h, self.post_attention_layernorm(attended))
         return self._add(h, self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h))))
 

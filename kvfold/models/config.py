@@ -66,6 +66,8 @@ class FoldConfig(PreTrainedConfig):
     """Attention type of each layer; None = full everywhere, or with a window sliding everywhere."""
     nope_layers: list[int] | None = None
     """Layers without rotary positions."""
+    gates: dict[str, Any] | None = None
+    """Where the decisions of DMC or DMS come from (`models.gates.GateConfig`); None = the published channel form."""
     channel_freed: bool = False
     """The decision channel was written out of the weights: it carries decisions only, and stays zeroed."""
 

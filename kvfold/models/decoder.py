@@ -5,20 +5,22 @@ Letters: B rows, T tokens of this call, C model width, V vocabulary.
 """
 
 import warnings
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from kvfold.cache.dense import DenseView
 from kvfold.cache.hf import FoldCache
-from kvfold.cache.views import DenseView, KVView
-from kvfold.layout import KVLayout
+from kvfold.cache.views import KVView
 from kvfold.models.blocks import FoldLayer, FoldRMSNorm
 from kvfold.models.config import FoldConfig
+from kvfold.models.gated import FoldCausalLMOutput, FoldOutput, GatedDecoder, GatedModel, joined
+from kvfold.models.gates import GateCall, GateProjection
 from kvfold.models.generation import FoldGeneration
 from kvfold.models.rope import Rope
 from kvfold.ops.linear import SkinnyLinear
@@ -42,6 +44,8 @@ class FoldPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, FoldRMSNorm) and module.offset:
             init.zeros_(module.weight)
+        if isinstance(module, GateProjection):
+            init.zeros_(module.weight)
 
     def new_cache(self, rows: int, memory_bytes: int | None = None, page_slots: int = PAGE_SLOTS) -> FoldCache:
         """An empty cache for `rows` texts, a transformers `Cache`. With `memory_bytes` it reserves that much at once and never
@@ -58,7 +62,7 @@ class FoldPreTrainedModel(PreTrainedModel):
         )
 
 
-class FoldModel(FoldPreTrainedModel):
+class FoldModel(FoldPreTrainedModel, GatedDecoder):
     """The decoder without its head."""
 
     def __init__(self, config: FoldConfig):
@@ -81,27 +85,52 @@ class FoldModel(FoldPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-    ) -> BaseModelOutputWithPast:
+        noise_key: Tensor | None = None,
+        output_decisions: bool = False,
+    ) -> FoldOutput:
         """The residual stream after the last norm, [B, T, C]. `attention_mask` is [B, columns], 0 at padding; its last T columns
         are this call's. `position_ids` rules rotary positions only: order and windows follow the real tokens.
+        `noise_key`, int64 [B]: in training, decisions get noise that depends on it alone. `output_decisions`: tell what
+        the gates said.
         """
         hidden = self._embedded(input_ids, inputs_embeds)
         rows, tokens = hidden.shape[:2]
         real = _real_tokens(attention_mask, rows, tokens)
         cache = self._cache_of(past_key_values, use_cache, rows)
-        layout, softcap = self._layout(), self.config.attention_softcap
+        self._check_layout()
         # A wrong number of rows is the cache's to refuse.
         begun = cache is not None and cache.columns > 0 and cache.batch_size == rows
         rotations = self._rotations(position_ids, real, cache.seen_tokens if begun else None, hidden)
+        run = partial(self._run, cache=cache, noise_key=noise_key, tells=output_decisions, keep=output_hidden_states)
         if cache is None:
-            view = DenseView(layout, real_BT=real, scale=self._scale, softcap=softcap)
-            hidden, states = self._run_layers(hidden, view, rotations, output_hidden_states)
+            output = run(hidden, real, rotations)
+        else:
+            parts = []
+            for start, end in cache.pieces(real, num_rows=rows, num_tokens=tokens):
+                turns = [turn and turn.part(start, end) for turn in rotations]
+                parts.append(run(hidden[:, start:end], None if real is None else real[:, start:end], turns))
+            output = joined(parts)
+        return output
+
+    def _run(
+        self, hidden: Tensor, real: Tensor | None, rotations: list[Rotation | None], *, cache: FoldCache | None,
+        noise_key: Tensor | None, tells: bool, keep: bool | None,
+    ) -> FoldOutput:  # fmt: skip
+        """All layers over one piece of a call."""
+        gates, options = (
+            self.gate_call(noise_key, tells),
+            {"scale": self._scale, "softcap": self.config.attention_softcap},
+        )
+        if cache is None:
+            view = DenseView(self.config.layout, real_BT=real, **options)
+            hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
         else:
             # Pages are written in place, so no gradient could pass through them.
-            call = cache.call(real, num_rows=rows, num_tokens=tokens, scale=self._scale, softcap=softcap)
+            call = cache.call(real, num_rows=hidden.shape[0], num_tokens=hidden.shape[1], **options)
             with torch.no_grad(), call as view:
-                hidden, states = self._run_layers(hidden, view, rotations, output_hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, hidden_states=states)
+                hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
+        said = self.said(gates) if tells else {}
+        return FoldOutput(last_hidden_state=hidden, past_key_values=cache, hidden_states=states, **said)
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -116,14 +145,14 @@ class FoldModel(FoldPreTrainedModel):
         return hidden if multiplier == 1.0 else hidden * torch.tensor(multiplier, dtype=hidden.dtype).item()
 
     def _run_layers(
-        self, hidden: Tensor, view: KVView, rotations: list[Rotation | None], keep: bool | None
+        self, hidden: Tensor, view: KVView, rotations: list[Rotation | None], gates: GateCall | None, keep: bool | None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         keep = self.config.output_hidden_states if keep is None else keep
         states = []
         for layer, rotation in zip(self.layers, rotations, strict=True):
             if keep:
                 states.append(hidden)
-            hidden = layer(hidden, view, rotation)
+            hidden = layer(hidden, view, rotation, gates)
         hidden = self.norm(hidden)
         return hidden, (*states, hidden) if keep else None
 
@@ -142,15 +171,14 @@ class FoldModel(FoldPreTrainedModel):
             position_ids = position_ids[None]
         return self._rope.rotations(position_ids, hidden.dtype, continued=seen is not None)
 
-    def _layout(self) -> KVLayout:
-        """The config's layout; who owns can't change under the weights, what is kept can."""
+    def _check_layout(self) -> None:
+        """Who owns can't change under the weights, what is kept can."""
         layout = self.config.layout
         if layout.owners != self._owners:
             raise ValueError(
                 f"the layout was changed to owners {layout.owners}, the weights have owners {self._owners}: "
                 "a model's layers are fixed once it is built: use `kvfold convert`"
             )
-        return layout
 
     def _cache_of(self, given: FoldCache | None, use_cache: bool | None, rows: int) -> FoldCache | None:
         """The cache of this call: the one given, a fresh one where one is to come back, or None for the training view."""
@@ -183,7 +211,7 @@ class FoldModel(FoldPreTrainedModel):
             warnings.warn(f"{' and '.join(steps)} drops tokens between calls: {rule}", stacklevel=3)
 
 
-class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GenerationMixin):
+class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GatedModel, GenerationMixin):
     """The decoder with its language model head."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -206,10 +234,12 @@ class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
+        noise_key: Tensor | None = None,
+        output_decisions: bool = False,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> FoldCausalLMOutput:
         """Logits [B, T or fewer, V], and with `labels` the loss. `logits_to_keep`: the last so many (0 = all), or the indices
-        of the tokens wanted. What `kwargs` holds goes to the loss function, as in transformers.
+        of the tokens wanted. What `kwargs` holds goes to the loss function, as in transformers. The rest as in `FoldModel`.
         """
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions: attention weights are not kept: leave it out")
@@ -221,6 +251,8 @@ class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            noise_key=noise_key,
+            output_decisions=output_decisions,
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -230,14 +262,16 @@ class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
-        )
+        return FoldCausalLMOutput(loss=loss, logits=logits, **{name: outputs.get(name) for name in _PASSED_ON})
 
     def _scaled(self, logits: Tensor) -> Tensor:
         scale, softcap = self.config.logit_scale, self.config.final_logit_softcap
         logits = logits if scale == 1.0 else logits * scale
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+_PASSED_ON = ("past_key_values", "hidden_states", "decisions", "gate_probs")
+"""What the language model returns as its decoder gave it."""
 
 
 def _real_tokens(attention_mask: Tensor | None, rows: int, tokens: int) -> Tensor | None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from kvfold.models.config import FULL_ATTENTION, SLIDING_ATTENTION, FoldConfig
+from kvfold.models.official_dms import official_gates
 
 _SHARED = (
     *(
@@ -110,13 +111,18 @@ def fold_config(theirs: PreTrainedConfig) -> FoldConfig:
         values[ours] = value if power == 1 else value**power
     if family.rope_flags is not None:
         values["nope_layers"] = [layer for layer, turned in enumerate(getattr(theirs, family.rope_flags)) if not turned]
-    return FoldConfig(
+    config = FoldConfig(
         family=theirs.model_type,
         rope_parameters=deepcopy(theirs.rope_parameters),
         **_windows(family, theirs),
         **values,
         **family.fixed,
     )
+    retrofitted = official_gates(theirs)
+    if retrofitted is not None:
+        gates, time = retrofitted
+        config.gates, config.layout = gates.to_json(), config.layout.with_time(time)
+    return config
 
 
 def _windows(family: Family, theirs: PreTrainedConfig) -> dict[str, Any]:

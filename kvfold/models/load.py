@@ -16,9 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from kvfold.layout import KVLayout
+from kvfold.models.adapters import apply_adapter, read_adapter
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.families import fold_config
+from kvfold.models.official_dms import official_weights
 from kvfold.models.source import Source, check_source, find_source, one_line
 from kvfold.models.weights import fold_weights
 from kvfold.policies.registry import policy_of
@@ -43,15 +45,16 @@ def load(
 ) -> FoldForCausalLM:
     """A model in eval mode, from a folder (kvfold's or any known family's), a hub name or a .gguf file.
 
-    `time` and `bits` override what the checkpoint says. dtype None = the checkpoint's, and fp32 on a CPU (device None).
+    `time` and `bits` override what the checkpoint says, `time` also what the adapter says, a folder that `kvfold retrofit`
+    wrote. dtype None = the checkpoint's, and fp32 on a CPU (device None).
     Raises `ValueError`, in one line, for whatever can't be loaded.
     """
     if adapter is not None:
-        raise ValueError(f"adapter '{adapter}': adapters are planned, not there yet: leave it out")
+        read_adapter(adapter)  # before anything large is read
     device = _wanted_device(device)
     dtype = _wanted_dtype(dtype, device)
     found = find_source(source)
-    with _quiet():
+    with quiet():
         check_source(found)
         theirs = _read_config(found)
         config = theirs if isinstance(theirs, FoldConfig) else fold_config(theirs)
@@ -64,14 +67,26 @@ def load(
                 f"{found}: the weights can't be read ({one_line(error)}): fetch the checkpoint again"
             ) from error
     _check_report(found, report, strict=theirs is config)
-    return model.to(device).eval()
+    model = model.to(device)
+    if adapter is not None:
+        apply_adapter(model, adapter, time=time)
+    return model.eval()
+
+
+def load_config(source: str | Path) -> FoldConfig:
+    """The config of a model before anything large is read, with the checkpoint's own dtype. Raises `ValueError` likewise."""
+    found = find_source(source)
+    with quiet():
+        check_source(found)
+        theirs = _read_config(found)
+    return theirs if isinstance(theirs, FoldConfig) else fold_config(theirs)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer that lies with a model. Raises `ValueError` where there is none."""
     found = find_source(source)
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(found.name, trust_remote_code=False, **found.options)
     except _UNREADABLE as error:
         raise ValueError(
@@ -106,9 +121,12 @@ def _read_foreign(
         ours = FoldForCausalLM(config)
     ours.generation_config, config.dtype = model.generation_config, model.dtype
     weights = model.state_dict()
+    if config.gates is not None:
+        weights |= official_weights(found.name, found.options, sorted(report["unexpected_keys"]))
     # The tensors live on in `weights` alone, so that fused ones are freed as they are cut apart.
     del model
-    ours.load_state_dict(fold_weights(config, weights), assign=True)
+    lacking, _ = ours.load_state_dict(fold_weights(config, weights), strict=False, assign=True)
+    report["missing_keys"] = [*report["missing_keys"], *(name for name in lacking if name != "lm_head.weight")]
     ours.tie_weights()
     return ours, report
 
@@ -165,7 +183,7 @@ def _wanted_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers without its log lines and progress bars, which would mix with ours; put back afterwards."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

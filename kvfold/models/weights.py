@@ -1,8 +1,11 @@
-"""From another family's weights to ours. Names are transformers' own; only fused projections are cut apart.
+"""From another family's weights to ours, and back. Names are transformers' own; only fused projections are cut apart.
 
 Tensors are handed over, not copied, so that a model never lies in memory twice.
 """
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor
 
 from kvfold.models.config import FoldConfig
@@ -24,6 +27,18 @@ def fold_weights(config: FoldConfig, theirs: dict[str, Tensor]) -> dict[str, Ten
         for (part, _), rows in zip(_FUSED[fused], tensor.split([rows for _, rows in sizes]), strict=True):
             ours[f"{stem}{part}.{kind}"] = rows.clone()
     return ours
+
+
+def family_weights(ours: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """The state dict of a family's own model, whose `names` say what it fuses, out of ours: `fold_weights` undone."""
+    theirs = {}
+    for name in names:
+        stem, fused, kind = _split_name(name)
+        if fused is None:
+            theirs[name] = ours[name]
+        else:
+            theirs[name] = torch.cat([ours[f"{stem}{part}.{kind}"] for part, _ in _FUSED[fused]])
+    return theirs
 
 
 _FUSED = {

@@ -27,6 +27,12 @@ class Rotation:
         object.__setattr__(self, "_cos_BT1R", self.cos_BTR.unsqueeze(2))
         object.__setattr__(self, "_sin_BT1R", torch.cat((-left, right), dim=-1).unsqueeze(2))
 
+    def part(self, start: int, end: int) -> "Rotation":
+        """That of some of the tokens."""
+        if (start, end) == (0, self.cos_BTR.shape[1]):
+            return self
+        return Rotation(cos_BTR=self.cos_BTR[:, start:end], sin_BTR=self.sin_BTR[:, start:end])
+
     def apply(self, x_BTHD: Tensor) -> Tensor:
         """Rotate the first R dims of every head; the first half pairs with the second, as Llama checkpoints expect."""
         width = self._cos_BT1R.shape[-1]
@@ -39,6 +45,12 @@ class Rotation:
         return x * self._cos_BT1R + torch.cat((right, left), dim=-1) * self._sin_BT1R
 
 
-def rotate(rotation: Rotation | None, x_BTHD: Tensor) -> Tensor:
-    """Rotate x; a layer without rotary positions hands over None and gets x back."""
-    return x_BTHD if rotation is None else rotation.apply(x_BTHD)
+def rotate(rotation: Rotation | None, x_BTHD: Tensor, keep_HD: Tensor | None = None) -> Tensor:
+    """Rotate x; a layer without rotary positions hands over None and gets x back.
+
+    `keep_HD`: factor of each channel before and after, 0 where a gate freed it: turning would mix it with its partner.
+    """
+    if keep_HD is None:
+        return x_BTHD if rotation is None else rotation.apply(x_BTHD)
+    kept = x_BTHD * keep_HD
+    return kept if rotation is None else rotation.apply(kept) * keep_HD

@@ -32,6 +32,9 @@ class Policy:
     queries since the entry came, `last` of the newest query alone, or None: the method asks for no weights. With
     weights, what to drop is decided after the call has attended; without, before, and per query."""
 
+    gate: ClassVar[Literal[None, "flag", "merge"]] = None
+    """What the model's gates decide: `flag` tokens that leave later (`DMSPolicy`), `merge` tokens (`DMCPolicy`)."""
+
     def __init__(self, spec: TimeSpec):
         self.spec = spec
 

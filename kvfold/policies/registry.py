@@ -3,13 +3,17 @@
 from importlib.metadata import entry_points
 
 from kvfold.policies.base import Policy
+from kvfold.policies.dmc import DMCPolicy
+from kvfold.policies.dms import DMSPolicy
 from kvfold.policies.full import FullPolicy
 from kvfold.policies.h2o import H2OPolicy
 from kvfold.policies.tova import TOVAPolicy
 from kvfold.policies.window import WindowPolicy
 from kvfold.specs.base import TimeSpec
 
-POLICIES: dict[str, type[Policy]] = {"full": FullPolicy, "window": WindowPolicy, "h2o": H2OPolicy, "tova": TOVAPolicy}
+POLICIES: dict[str, type[Policy]] = {
+    "full": FullPolicy, "window": WindowPolicy, "h2o": H2OPolicy, "tova": TOVAPolicy, "dmc": DMCPolicy, "dms": DMSPolicy
+}  # fmt: skip
 
 ENTRY_POINT_GROUP = "kvfold.policies"
 
@@ -22,6 +26,7 @@ def policy_of(spec: TimeSpec) -> Policy:
             break
         else:
             raise ValueError(
-                f"'{spec.format()}': {spec.name} is planned, not there yet: use one of {', '.join(sorted(POLICIES))}"
+                f"'{spec.format()}': {spec.name} has a spec but no policy: install the package that brings it, "
+                f"or use one of {', '.join(sorted(POLICIES))}"
             )
     return POLICIES[spec.name](spec)

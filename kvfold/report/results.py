@@ -123,7 +123,7 @@ def write_result(path: Path, kind: str, payload: Mapping, command: str) -> Path:
         "kind": kind,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         **payload,
         "environment": {**_environment(), **(payload.get("environment") or {})},
     }
@@ -152,7 +152,7 @@ def _finite(value: object) -> object:
 
 def _environment() -> dict:
     versions = {name: _version(name) for name in ("torch", "transformers", "kvfold")}
-    return {"python": platform.python_version(), **versions, "cpu": _cpu_name(), "cores": os.cpu_count()}
+    return {"python": platform.python_version(), **versions, "cpu": cpu_name(), "cores": os.cpu_count()}
 
 
 def _version(package: str) -> str | None:
@@ -162,14 +162,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the machine's processor is called."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name") and ":" in line]
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit this very file is tracked in, `-dirty` if the package differs from it; None outside a checkout.
 
     An installed copy may lie inside somebody else's repository, hence the question whether git knows the file.

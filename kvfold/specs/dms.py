@@ -25,8 +25,8 @@ class DMSSpec(TimeSpec):
     """A flagged token k is seen by queries t with t - k <= delay."""
 
     def __post_init__(self) -> None:
-        if self.delay < 0:
-            raise ValueError(f"dms delay {self.delay}: a delay is 0 or more tokens: write e.g. 'dms:256'")
+        if self.delay < 1:
+            raise ValueError(f"dms delay {self.delay}: a delay is 1 token or more: write e.g. 'dms:256'")
 
     @classmethod
     def parse(cls, args: str) -> Self:

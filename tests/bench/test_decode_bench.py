@@ -117,7 +117,7 @@ def test_padding_is_on_the_left_and_ragged():
         ({"repeats": 0}, "0 repeats"),
         ({"points": POINTS}, "the model reads 64 at most"),
         ({"methods": ["tova:0"]}, "budget 0"),
-        ({"methods": ["dms"]}, "dms is planned"),
+        ({"methods": ["dms:0"]}, "dms delay 0"),
     ],
 )
 def test_what_can_not_be_measured_is_one_line(ours, settings, says):

@@ -112,8 +112,8 @@ def test_plans(refused, line, said):
         ("h2o:4", "h2o takes two budgets"),
         ("h2o:4+4; 7=full", "7"),
         ("", "write e.g. "),
-        ("dmc", "dmc is planned, not there yet"),
-        ("dms:16", "dms is planned, not there yet"),
+        ("dmc:0", "dmc window 0"),
+        ("dms:0", "dms delay 0"),
     ],
 )
 def test_methods(refused, line, time, said):
@@ -125,7 +125,7 @@ def test_methods(refused, line, time, said):
     ("option", "said"),
     [
         ("--bits int8", "bits 'int8': storage other than 'model' is planned, not there yet"),
-        ("--adapter mine", "adapter 'mine': adapters are planned, not there yet"),
+        ("--adapter mine", "adapter mine: no adapter.json there: give the folder that `kvfold retrofit` wrote"),
         ("--dtype int3", "dtype 'int3': weights are held as float32, bfloat16, float16"),
         ("--device gpu", "device 'gpu': torch knows no such device"),
     ],

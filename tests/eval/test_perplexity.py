@@ -141,7 +141,7 @@ def test_a_method_is_a_row_once_and_the_unfolded_model_the_first(model, tokenize
     [
         (["h2o:0+4"], PROTOCOL, "budget 0"),
         (["sieve:4"], PROTOCOL, "sieve"),
-        (["dmc"], PROTOCOL, "dmc is planned, not there yet"),
+        (["dmc:0"], PROTOCOL, "dmc window 0"),
         ([], Protocol(windows=1, context_tokens=65), "the model reads 64 at most"),
     ],
 )

@@ -147,7 +147,7 @@ def test_shares_are_counted_as_the_specs_count_them(percent):
 
 
 def test_every_policy_stands_under_the_name_of_its_spec_and_says_where_it_is_from():
-    assert set(POLICIES) == {"full", "window", "h2o", "tova"}
+    assert set(POLICIES) == {"full", "window", "h2o", "tova", "dmc", "dms"}
     for policy in POLICIES.values():
         assert "Source: arXiv" in policy.__doc__ and "Differs:" in policy.__doc__
 
@@ -171,8 +171,10 @@ def test_a_policy_is_looked_up_among_installed_packages(monkeypatch):
 
 
 def test_a_name_without_policy_is_refused_in_one_line():
+    class Spec(FullSpec):
+        name = "nobodys"
+
     with pytest.raises(ValueError) as found:
-        policy_of(parse_time("dms:16"))
-    assert (
-        "dms:16" in str(found.value) and "full, h2o, tova, window" in str(found.value) and "\n" not in str(found.value)
-    )
+        policy_of(Spec())
+    assert "nobodys has a spec but no policy" in str(found.value) and "\n" not in str(found.value)
+    assert "dmc, dms, full, h2o, tova, window" in str(found.value)

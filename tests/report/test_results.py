@@ -53,7 +53,7 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
 def test_outside_a_checkout_there_is_no_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "__file__", str(tmp_path / "kvfold" / "report" / "results.py"))
     (tmp_path / "kvfold" / "report").mkdir(parents=True)
-    assert results._git_commit() is None
+    assert results.git_commit() is None
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ time_specs = st.one_of(
     st.builds(H2OSpec, recent=budgets, heavy=budgets),
     st.builds(TOVASpec, tokens=budgets),
     st.builds(DMCSpec, window=st.none() | st.integers(1, 64)),
-    st.builds(DMSSpec, delay=st.integers(0, 1024)),
+    st.builds(DMSSpec, delay=st.integers(1, 1024)),
 )
 
 
@@ -64,7 +64,7 @@ def test_every_method_declares_itself(name):
         ("dmc", DMCSpec(window=12)),
         ("dmc:inf", DMCSpec(window=None)),
         ("dms", DMSSpec(delay=256)),
-        ("dms:0", DMSSpec(delay=0)),
+        ("dms:1", DMSSpec(delay=1)),
     ],
 )
 def test_text_forms(text, spec):

@@ -1,0 +1,119 @@
+"""`kvfold convert`: parse, call, print. What it does lives in models/convert.py."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvfold.console import clear_errors, progress, say, show_json, waiting
+from kvfold.sizes import parse_count
+
+if TYPE_CHECKING:
+    from kvfold.models.config import FoldConfig
+
+_WINDOW_TOKENS = 1024
+"""Tokens of a calibration window, where the model reads as many."""
+
+Layers = Annotated[
+    str | None, typer.Option(help="Which layers share: cla2 | cla2-keep-ends | trailing:N | yoco | 0_0_2_2...")
+]
+Heads = Annotated[int | None, typer.Option(help="KV heads of a layer; divides the source's.")]
+Init = Annotated[str, typer.Option(help="mean | drop | fitted: what shared layers start from.")]
+Calibration = Annotated[
+    list[Path] | None, typer.Option(help="Text to fit on; given several times: a share of each. Default: a novel.")
+]
+Tokens = Annotated[str, typer.Option(help="Tokens of calibration text, e.g. 24k.")]
+Pair = Annotated[bool, typer.Option("--pair-heads", help="Merge the heads most alike, instead of neighbours.")]
+Target = Annotated[str, typer.Option("--for", help="kvfold | transformers, where only heads changed.")]
+Time = Annotated[str | None, typer.Option(help="What the new checkpoint keeps along time. Default: the source's.")]
+Bits = Annotated[str | None, typer.Option(help="model; fp8, int8 and int4 are planned.")]
+Dtype = Annotated[str | None, typer.Option(help="float32 | bfloat16 | float16. Default: the source's own.")]
+Device = Annotated[str | None, typer.Option(help="cpu | cuda. Default: cpu.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+
+
+def add_convert(app: typer.Typer) -> None:
+    """Put the command among the others."""
+    app.command("convert", epilog="Example: `kvfold convert my-model my-model-cla2 --layers cla2 --init fitted`")(
+        convert
+    )
+
+
+@clear_errors
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, a .gguf file or a hub name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; a new or an empty one.")],
+    layers: Layers = None,
+    heads: Heads = None,
+    init: Init = "mean",
+    calibration: Calibration = None,
+    tokens: Tokens = "24k",
+    pair_heads: Pair = False,
+    target: Target = "kvfold",
+    time: Time = None,
+    bits: Bits = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """A model with fewer KV heads or with shared layers, as a checkpoint of its own."""
+    from transformers.utils import logging
+
+    from kvfold.models.checkpoint_files import check_folder
+    from kvfold.models.convert import Conversion, new_config
+    from kvfold.models.convert import convert as run
+    from kvfold.models.load import load_config
+
+    logging.set_verbosity_error()
+    wanted = Conversion(
+        layers=layers, heads=heads, init=init, pair_heads=pair_heads, time=time, bits=bits, target=target
+    )
+    check_folder(out)
+    before = load_config(source)
+    after = new_config(before, wanted)
+    ids = None
+    if init == "fitted":
+        with waiting("reading the calibration text"):
+            ids = _calibration(source, calibration or [_sample()], parse_count(tokens), before)
+    elif calibration:
+        raise ValueError(
+            f"calibration text with init '{init}': only 'fitted' reads any: use --init fitted or leave it out"
+        )
+    with progress() as report:
+        run(
+            source, out, wanted, config=before, calibration_WT=ids, dtype=dtype, device=device, report=report,
+        )  # fmt: skip
+    result = _summary(before, after, out)
+    if as_json:
+        show_json({"kind": "convert", **result})
+    else:
+        for name, (old, new) in result["changed"].items():
+            say(f"{name}: {old} -> {new}")
+        typer.echo(out)
+
+
+def _sample() -> Path:
+    return Path(__file__).with_name("sample") / "persuasion.txt"
+
+
+def _calibration(source: str, files: list[Path], tokens: int, config: "FoldConfig") -> Any:
+    from kvfold.models.calibration import calibration_windows
+    from kvfold.models.load import load_tokenizer
+
+    context = min(_WINDOW_TOKENS, config.max_position_embeddings)
+    return calibration_windows(load_tokenizer(source), files, tokens=tokens, context_tokens=context)
+
+
+def _summary(before: "FoldConfig", after: "FoldConfig", out: Path) -> dict[str, Any]:
+    """What changed, old and new."""
+    from kvfold.planner import plan
+
+    old, new = before.layout, after.layout
+    lines = {
+        "layers": (old.layers_text(), new.layers_text()),
+        "owners": (len(old.owners), len(new.owners)),
+        "KV heads": (old.layers[0].num_kv_heads, new.layers[0].num_kv_heads),
+        "time": (old.time_text(), new.time_text()),
+        "KV bytes a token": (plan(before).bytes_per_token, plan(after).bytes_per_token),
+    }
+    return {"out": str(out), "changed": {name: list(pair) for name, pair in lines.items() if pair[0] != pair[1]}}

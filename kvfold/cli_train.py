@@ -1,0 +1,245 @@
+"""`kvfold retrofit`: parse, call, print. What it does lives in the room `train`."""
+
+import time as clock
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from kvfold.console import clear_errors, command_line, progress, say, show_json, waiting
+
+_SECONDS_BETWEEN_LINES = 60.0
+"""Where stderr is no terminal, a line as often as this says how far training is."""
+
+Recipe = Annotated[str | None, typer.Option(help="Settings by name, or a .yaml file; other options override it.")]
+Time = Annotated[str | None, typer.Option(help="dmc[:W] | dms[:W]. Default: the recipe's; none: plain uptraining.")]
+Compression = Annotated[float | None, typer.Option(help="Times smaller, at the end of a sequence, window included.")]
+ByAdapter = Annotated[bool, typer.Option("--adapter", help="Train gates beside the frozen model (DMS).")]
+ByLora = Annotated[int | None, typer.Option("--lora", help="Train a low-rank addition of this rank.")]
+ByFull = Annotated[bool, typer.Option("--full", help="Train all weights.")]
+Data = Annotated[list[str] | None, typer.Option(help="Text, .jsonl, .gz, .parquet, or a hub name; several times: all.")]
+Tokens = Annotated[
+    str | None, typer.Option(help="Tokens to train on, e.g. 250k; the recipe's stages are scaled to it.")
+]
+Context = Annotated[str | None, typer.Option(help="Tokens of a sequence, e.g. 1k.")]
+Batch = Annotated[int | None, typer.Option(help="Sequences of a step, over all processes.")]
+Rate = Annotated[float | None, typer.Option(help="The learning rate at its highest.")]
+Kl = Annotated[str | None, typer.Option(help="reverse | forward | none. Default: reverse for dms, none for dmc.")]
+Teacher = Annotated[str | None, typer.Option(help="A model to distil from. Default: the source itself.")]
+WarmStart = Annotated[bool | None, typer.Option(help="First fit the gates to the attention that tokens receive.")]
+Calibrate = Annotated[bool | None, typer.Option(help="Shift the gates so that held-out text is compressed as asked.")]
+Control = Annotated[bool, typer.Option("--control", help="Train the same without compression, to compare with.")]
+Seed = Annotated[int | None, typer.Option(help="Of text, noise and new weights.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Any key of a recipe, as key=value; several times.")]
+Dtype = Annotated[str | None, typer.Option(help="float32 | bfloat16 | float16, of the weights. Default: float32.")]
+Device = Annotated[str | None, typer.Option(help="cpu | cuda. Default: cpu.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+
+OnStep = Callable[[dict[str, Any]], None]
+
+
+def add_retrofit(app: typer.Typer) -> None:
+    """Put the command among the others."""
+    app.command(
+        "retrofit", epilog="Example: `kvfold retrofit my-model my-adapter --recipe smollm2-dms-cpu --data notes.txt`"
+    )(retrofit)
+
+
+@clear_errors
+def retrofit(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, a .gguf file or a hub name.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The folder to write; one that was begun is gone on with.")
+    ],
+    recipe: Recipe = None,
+    time: Time = None,
+    compression: Compression = None,
+    adapter: ByAdapter = False,
+    lora: ByLora = None,
+    full: ByFull = False,
+    data: Data = None,
+    tokens: Tokens = None,
+    context: Context = None,
+    batch: Batch = None,
+    learning_rate: Rate = None,
+    kl: Kl = None,
+    teacher: Teacher = None,
+    warm_start: WarmStart = None,
+    calibrate: Calibrate = None,
+    control: Control = False,
+    seed: Seed = None,
+    set_: Set = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Train a model to compress its own cache, or train on after a conversion. Started again, it goes on where it stopped."""
+    given = {
+        "time": time, "compression": compression, **_trains(adapter, lora, full), "data": data, "tokens": _count(tokens),
+        "sequence_tokens": _count(context), "batch_sequences": batch, "learning_rate": learning_rate, "kl": kl,
+        "teacher": teacher, "warm_start": warm_start, "calibrate": calibrate, "control": control or None, "seed": seed,
+    }  # fmt: skip
+    settings = _settings(recipe, {key: value for key, value in given.items() if value is not None}, set_ or [])
+    facts = _run(source, out, settings, dtype=dtype, device=device)
+    if as_json:
+        show_json({"kind": "retrofit", "out": str(out), **facts})
+    else:
+        _show(facts)
+        typer.echo(out)
+
+
+def _trains(adapter: bool, lora: int | None, full: bool) -> dict[str, Any]:
+    chosen = [
+        name for name, one in (("--adapter", adapter), ("--lora", lora is not None), ("--full", full)) if one
+    ]  # fmt: skip
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)}: one of them says what learns: give the others up")
+    if not chosen:
+        return {}
+    return {"trains": chosen[0].removeprefix("--"), "rank": lora}
+
+
+def _count(text: str | None) -> int | None:
+    from kvfold.sizes import parse_count
+
+    return None if text is None else parse_count(text)
+
+
+def _settings(recipe: str | None, given: dict[str, Any], assigned: list[str]) -> Any:
+    """The recipe's, then what was given, then what was set."""
+    from kvfold.train.recipes import checked_values, parse_assignments, read_recipe
+    from kvfold.train.settings import RetrofitSettings
+
+    values = {} if recipe is None else read_recipe(recipe, RetrofitSettings)
+    values |= checked_values(given, RetrofitSettings, where="retrofit") | parse_assignments(assigned, RetrofitSettings)
+    if "trains" not in values:
+        raise ValueError("nothing says what learns: give --adapter, --lora R, --full or a recipe")
+    if not values.get("data"):
+        raise ValueError("no data to train on: give --data FILES")
+    return RetrofitSettings(**values)
+
+
+def _run(source: str, out: Path, settings: Any, *, dtype: str | None, device: str | None) -> dict[str, Any]:
+    from kvfold.train.results import is_written
+    from kvfold.train.run_folder import RunFolder
+
+    folder = RunFolder(out=out)
+    folder.check(source, settings)
+    done = folder.read("done")
+    if done is not None and is_written(out, settings):
+        say(f"{out}: done already")
+        return done
+    _say_plan(settings, folder.done_steps)
+    for package in ("accelerate", "peft"):
+        _need(package)
+    from kvfold import __version__
+    from kvfold.models.load import load, load_tokenizer
+    from kvfold.report.results import cpu_name, git_commit
+    from kvfold.train.retrofit import Retrofit, device_name
+
+    _quiet()
+    with waiting(f"loading {source}"):
+        model, tokenizer = load(source, dtype=dtype or "float32", device=device), load_tokenizer(source)
+        teacher = None if settings.teacher is None else load(settings.teacher, dtype=dtype or "float32", device=device)
+    about = {
+        "command": command_line(), "version": __version__, "git_commit": git_commit(),
+        "hardware": device_name(model.device, cpu_name()),
+    }  # fmt: skip
+    with progress() as report, _steps(settings.stages.total, folder.done_steps) as on_step:
+        return Retrofit(
+            model=model, tokenizer=tokenizer, source=source, name=_name(source), settings=settings, folder=folder,
+            teacher=teacher, about=about, report=report, on_step=on_step,
+        ).run()  # fmt: skip
+
+
+def _need(package: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{package} is not installed: training needs it: run pip install 'kvfold[train]'")
+
+
+def _quiet() -> None:
+    """Other packages' log lines are for programmers."""
+    import logging
+
+    from transformers.utils import logging as theirs
+
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def _name(source: str) -> str:
+    return Path(source).resolve().name.removesuffix(".gguf") if Path(source).exists() else source
+
+
+def _say_plan(settings: Any, done: int) -> None:
+    stages = settings.stages
+    told = f"{stages.total:,} steps of {settings.step_tokens:,} tokens"
+    if settings.compresses:
+        told += f", compression {settings.compression:g} at {settings.sequence_tokens:,} tokens"
+        told += f" ({settings.nominal:.2f} by the gates alone)"
+    say(told + (f"; going on after step {done:,}" if done else ""))
+
+
+@contextmanager
+def _steps(total: int, done: int) -> Iterator[OnStep]:
+    """A bar with the time left, the loss and the compression; lines now and then where stderr is no terminal."""
+    console = Console(stderr=True)
+    if console.is_interactive:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("training"), BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn())
+        bar = Progress(*columns, TextColumn("left, {task.fields[told]}"), console=console)
+        task = bar.add_task("training", total=total, completed=done, told="", start=False)
+
+        def draw(point: dict[str, Any]) -> None:
+            if not bar.live.is_started:
+                bar.start()
+                bar.start_task(task)
+            bar.update(task, completed=point["step"], told=_told(point))
+            if point["step"] >= total:
+                bar.stop()
+
+        try:
+            yield draw
+        finally:
+            if bar.live.is_started:
+                bar.stop()
+    else:
+        yield _Lines(total, done).add
+
+
+class _Lines:
+    """A line once in a while."""
+
+    def __init__(self, total: int, done: int):
+        self._total, self._first, self._begun = total, done, clock.monotonic()
+        self._last = self._begun
+
+    def add(self, point: dict[str, Any]) -> None:
+        """A step is done."""
+        now = clock.monotonic()
+        if now - self._last < _SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        left = (now - self._begun) / (point["step"] - self._first) * (self._total - point["step"])
+        say(f"step {point['step']:,} of {self._total:,}, {left / 60:.0f} min left; {_told(point)}")
+
+
+def _told(point: dict[str, Any]) -> str:
+    told = f"loss {point['loss']:.3f}"
+    if "compression" in point:
+        told += f", compression {point['compression']:.2f} of {point['target_compression']:.2f}"
+    return told
+
+
+def _show(facts: dict[str, Any]) -> None:
+    before, after = facts["before"], facts["after"]
+    change = 100 * (after["perplexity"] / before["perplexity"] - 1)
+    told = f"held-out perplexity {before['perplexity']:.2f} -> {after['perplexity']:.2f} ({change:+.1f} %)"
+    say(told + f", compression {after['compression']:.2f} at {after['context_tokens']:,} tokens")

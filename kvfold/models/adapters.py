@@ -1,0 +1,153 @@
+"""Adapters: what a retrofit adds to a model, in a small folder of its own. Reading one, and putting it on its base.
+
+A folder holds adapter.json (method, gates, the base it was trained on) and adapter.safetensors (gates, and low-rank additions
+to q, k, v and o where there are any: these are merged into the weights, so that a model with an adapter is a plain model).
+Writing, and the card, are the business of training.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from kvfold.models.decoder import FoldForCausalLM
+from kvfold.models.gates import GateConfig
+from kvfold.models.source import one_line
+
+FORMAT = 1
+"""Version of adapter.json."""
+ABOUT, WEIGHTS = "adapter.json", "adapter.safetensors"
+_PROBED_WEIGHTS, _PROBED_VALUES = 16, 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Base:
+    """What an adapter remembers of the model that it was trained on."""
+
+    name: str
+    """What the model was called."""
+    layers: int
+    hidden_size: int
+    kv_heads: tuple[int, ...]
+    """Of each owner, ascending."""
+    probe: tuple[float, ...]
+    """A few of its weights, to know it again in any dtype."""
+
+    @classmethod
+    def of(cls, model: FoldForCausalLM, name: str) -> Self:
+        """Of a model that has no adapter yet."""
+        layout = model.config.layout
+        return cls(
+            name=name, layers=layout.num_layers, hidden_size=model.config.hidden_size,
+            kv_heads=tuple(layout.layers[owner].num_kv_heads for owner in layout.owners), probe=_probe(model),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterAbout:
+    """What adapter.json says."""
+
+    base: Base
+    time: str | None = None
+    """The method's text form; None where nothing is dropped or merged."""
+    gates: dict[str, Any] | None = None
+    """`GateConfig` as plain values."""
+    lora: dict[str, Any] | None = None
+    """`scale` of the low-rank additions; None where there are none."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"format": FORMAT, **asdict(self)}
+
+
+def apply_adapter(model: FoldForCausalLM, folder: str | Path, *, time: str | None = None) -> None:
+    """Put an adapter on its base, in place; its method is on from then, under the settings `time` where given.
+
+    Raises `ValueError`, in one line, for a folder that is no whole adapter, and for one that belongs to another base.
+    """
+    about, weights = read_adapter(folder)
+    _check_base(model, about.base, Path(folder))
+    if about.time is not None:
+        model.set_gates(GateConfig.from_json(about.gates), about.time if time is None else time)
+    if about.lora is not None:
+        _merge_lora(model, weights, about)
+    targets = dict(model.named_parameters())
+    gates = {name: weight for name, weight in weights.items() if ".lora_" not in name}
+    expected = {name for name in targets if name.split(".")[-2] in ("fold_norm", "fold_proj")}
+    if gates.keys() != expected or any(gates[name].shape != targets[name].shape for name in gates):
+        raise ValueError(f"adapter {folder}: its weights are not those that its {ABOUT} describes: fetch it again")
+    with torch.no_grad():
+        for name, weight in gates.items():
+            targets[name].copy_(weight)
+
+
+def read_adapter(folder: str | Path) -> tuple[AdapterAbout, dict[str, Tensor]]:
+    """What an adapter says of itself, and its weights."""
+    folder = Path(folder)
+    if not (folder / ABOUT).is_file():
+        raise ValueError(f"adapter {folder}: no {ABOUT} there: give the folder that `kvfold retrofit` wrote")
+    try:
+        data = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        if data.pop("format") != FORMAT:
+            raise ValueError("it was written by another version of kvfold")
+        base = Base(**data.pop("base"))
+        return AdapterAbout(base=base, **data), load_file(folder / WEIGHTS)
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, SafetensorError) as error:
+        raise ValueError(f"adapter {folder}: it can't be read ({one_line(error)}): fetch it again") from error
+
+
+def _check_base(model: FoldForCausalLM, base: Base, folder: Path) -> None:
+    ours = Base.of(model, base.name)
+    if (ours.layers, ours.hidden_size, list(ours.kv_heads)) != (base.layers, base.hidden_size, list(base.kv_heads)):
+        raise ValueError(
+            f"adapter {folder}: it is for {base.name} ({_shape(base)}), and this model has {_shape(ours)}: load it on its base"
+        )
+    # Half a percent is more than any dtype's rounding and less than any other model's difference.
+    near = [abs(a - b) <= 0.005 * abs(b) + 1e-6 for a, b in zip(ours.probe, base.probe, strict=True)]
+    if not all(near):
+        raise ValueError(
+            f"adapter {folder}: it was trained on {base.name}, and this model has the same shape but other weights: "
+            "load it on its base"
+        )
+
+
+def _shape(base: Base) -> str:
+    heads = ", ".join(map(str, sorted(set(base.kv_heads))))
+    return f"{base.layers} layers of width {base.hidden_size}, {heads} KV heads in {len(base.kv_heads)} of them"
+
+
+def _probe(model: FoldForCausalLM) -> tuple[float, ...]:
+    """Single weights, evenly spaced over the model's matrices."""
+    weights = [one for name, one in sorted(model.named_parameters()) if one.ndim == 2 and ".fold_" not in name]
+    chosen = [weights[index * len(weights) // _PROBED_WEIGHTS] for index in range(_PROBED_WEIGHTS)]
+    values = [
+        float(weight.detach().view(-1)[(2 * index + 1) * weight.numel() // (2 * _PROBED_VALUES)])
+        for weight in chosen
+        for index in range(_PROBED_VALUES)
+    ]
+    return tuple(float(f"{value:.4g}") for value in values)
+
+
+@torch.no_grad()
+def _merge_lora(model: FoldForCausalLM, weights: dict[str, Tensor], about: AdapterAbout) -> None:
+    """Add the low-rank products to the weights. Where gates decide by a channel that training masked out of the base, the
+    base's rows of it become 0 first.
+    """
+    gates = None if about.gates is None else GateConfig.from_json(about.gates)
+    if gates is not None and gates.base_masked:
+        model.free_channel()
+        model.config.gates = about.gates | {"base_masked": False}
+    names = sorted(name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A"))
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    for name in names:
+        down, up = weights[f"{name}.lora_A"], weights.get(f"{name}.lora_B")
+        target = getattr(modules.get(name), "weight", None)
+        if up is None or target is None or (up.shape[0], down.shape[1]) != tuple(target.shape):
+            raise ValueError(f"its low-rank addition to {name} does not fit this model: fetch the adapter again")
+        product = (up.float() @ down.float()) * about.lora["scale"]
+        target += product.to(device=target.device, dtype=target.dtype)

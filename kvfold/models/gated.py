@@ -1,0 +1,133 @@
+"""What a model with learned gates offers: its gates switched off, DMC's zero-out stage, new adapters, and what gates said.
+
+Where decisions come from stands in gates.py.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from kvfold.models.blocks import FoldAttention
+from kvfold.models.gates import GateCall, GateConfig, gate_configs
+
+
+@dataclass
+class FoldOutput(BaseModelOutputWithPast):
+    """What the decoder returns, with what its gates said where that was asked for."""
+
+    decisions: tuple[Tensor | None, ...] | None = None
+    """[B, K, T] of each owner, ascending, None where an owner has no gates: 1 = merge or flag; fp32, and in training
+    straight-through on the noisy probability."""
+    gate_probs: tuple[Tensor | None, ...] | None = None
+    """The probabilities that were rounded to the decisions, same shapes."""
+
+
+@dataclass
+class FoldCausalLMOutput(CausalLMOutputWithPast):
+    """What the language model returns; see `FoldOutput`."""
+
+    decisions: tuple[Tensor | None, ...] | None = None
+    gate_probs: tuple[Tensor | None, ...] | None = None
+
+
+class GatedDecoder:
+    """Mixed into the bare decoder."""
+
+    _off = False
+    _factor: float | None = None
+
+    def gate_call(self, noise_key: Tensor | None, tells: bool) -> GateCall | None:
+        """How gates behave in a call that begins now; None where no owner has any."""
+        config = self.config
+        given = None if config.gates is None else GateConfig.from_json(config.gates)
+        configs = gate_configs(given, config.layout)
+        if not any(configs):
+            return None
+        return GateCall(
+            configs=configs, training=self.training, off=self._off, factor=self._factor,
+            channel_freed=config.channel_freed, noise_key=noise_key, tells=tells,
+        )  # fmt: skip
+
+    def said(self, call: GateCall | None) -> dict[str, tuple[Tensor | None, ...]]:
+        """The fields of `FoldOutput`."""
+        owners = self.config.layout.owners
+        found = {"decisions": {}, "gate_probs": {}}
+        if call is not None:
+            found = {"decisions": call.decisions, "gate_probs": call.probabilities}
+        return {
+            name: tuple(of[owner].transpose(1, 2) if owner in of else None for owner in owners)
+            for name, of in found.items()
+        }
+
+
+def joined(parts: list[FoldOutput]) -> FoldOutput:
+    """The outputs of a call's pieces, side by side."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = FoldOutput(past_key_values=parts[-1].past_key_values)
+    whole.last_hidden_state = torch.cat([part.last_hidden_state for part in parts], dim=1)
+    for name, dim in (("hidden_states", 1), ("decisions", 2), ("gate_probs", 2)):
+        columns = [getattr(part, name) for part in parts]
+        if columns[0] is not None:
+            found = zip(*columns, strict=True)
+            setattr(whole, name, tuple(None if x[0] is None else torch.cat(x, dim=dim) for x in found))
+    return whole
+
+
+class GatedModel:
+    """Mixed into the language model."""
+
+    @contextmanager
+    def gates_off(self) -> Iterator[None]:
+        """Inside, nothing is merged or dropped and no channel is zeroed, unless the config says `channel_freed`."""
+        was, self.model._off = self.model._off, True
+        try:
+            yield
+        finally:
+            self.model._off = was
+
+    @contextmanager
+    def zero_out(self, factor: float) -> Iterator[None]:
+        """Inside, gates are off and the freed channel is multiplied by `factor` before and after rotary positions.
+
+        Source: arXiv 2403.09636, section 3.3 (the first stage of the official recipe).
+        Differs: none.
+        """
+        was, self.model._factor = self.model._factor, factor
+        try:
+            with self.gates_off():
+                yield
+        finally:
+            self.model._factor = was
+
+    def set_gates(self, gates: GateConfig, time: str) -> None:
+        """Put this model under a learned method: its text form, its gates, and fresh adapters where the gates are such."""
+        self.config.layout = self.config.layout.with_time(time)
+        self.config.gates = gates.to_json()
+        for layer in self.model.layers:
+            attention: FoldAttention = layer.self_attn
+            attention.fold_norm = attention.fold_proj = None
+            if attention.k_proj is not None:
+                attention.add_adapter(gates, self.config)
+                attention.to(device=self.device, dtype=self.dtype)
+
+    @torch.no_grad()
+    def free_channel(self) -> None:
+        """Write DMC's zero-out into the weights: the rows of q and k, biases too, that make the freed channel become 0.
+
+        Source: arXiv 2403.09636, section 3.3 (the end of the first stage).
+        Differs: bias entries go with their rows; the official code knows none.
+        """
+        channel = GateConfig.from_json(self.config.gates).channel
+        for layer in self.model.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                if projection is None:
+                    continue
+                projection.weight.unflatten(0, (-1, self.config.head_dim))[:, channel] = 0
+                if projection.bias is not None:
+                    projection.bias.unflatten(0, (-1, self.config.head_dim))[:, channel] = 0
+        self.config.channel_freed = True

@@ -1,0 +1,81 @@
+"""What a learned gate tells a view about the tokens of one call, and the shift from a decision to the token it governs.
+
+How the logits come about (a freed channel, an adapter, noise) is the model's business: models/gates.py.
+Letters: B rows, T tokens of this call, H query heads, K kv heads, D head dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STAY_NEVER = -1e30
+"""log(1 - alpha) of a hard decision to merge or to drop: as good as minus infinity, and its gradient is no NaN."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gates:
+    """The decisions of one layer, as computed at each token, and the channel that they freed."""
+
+    alpha_BTK: Tensor | None = None
+    """fp32 in [0, 1], 0 or 1 where decisions are hard: how much the token merges (DMC) or is flagged (DMS). None in a
+    reader, and where gates are off."""
+    log_stay_BTK: Tensor | None = None
+    """log(1 - alpha), fp32."""
+    weight_BTK: Tensor | None = None
+    """Importance in a merge, fp32; DMC alone."""
+    from_next: bool = False
+    """A token is governed by the decision computed at the token after it."""
+    q_keep_HD: Tensor | None = None
+    """Factor of q's channels before and after rotary positions; None = 1."""
+    k_keep_KD: Tensor | None = None
+    """The same of k's."""
+
+
+def hard_alpha(logit_BTK: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha = 1 where the logit is above 0, and log(1 - alpha), both fp32."""
+    fires = logit_BTK > 0
+    return fires.float(), torch.zeros_like(logit_BTK, dtype=torch.float32).masked_fill(fires, STAY_NEVER)
+
+
+def soft_alpha(logit_BTK: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha = sigmoid(logit) and log(1 - alpha), both fp32 and stable at either end."""
+    logit = logit_BTK.float()
+    return logit.sigmoid(), F.logsigmoid(-logit)
+
+
+def next_real(real_BT: Tensor | None, tokens: int, device: torch.device) -> Tensor:
+    """Column of the next real token after each column, int64 [B or 1, T]; T where none follows."""
+    column = torch.arange(tokens, device=device)[None]
+    if real_BT is None:
+        return column + 1
+    here = torch.where(real_BT, column, tokens)
+    return F.pad(here.flip(1).cummin(dim=1).values.flip(1)[:, 1:], (0, 1), value=tokens)
+
+
+def from_next(x_BTK: Tensor, real_BT: Tensor | None, last: float) -> Tensor:
+    """x as computed at the real token after each token; `last` where none follows."""
+    if real_BT is None:
+        return F.pad(x_BTK[:, 1:], (0, 0, 0, 1), value=last)
+    index = next_real(real_BT, x_BTK.shape[1], x_BTK.device)
+    return F.pad(x_BTK, (0, 0, 0, 1), value=last).gather(1, index[..., None].expand(-1, -1, x_BTK.shape[2]))
+
+
+def first_real(real_BT: Tensor | None, tokens: int, device: torch.device) -> Tensor:
+    """Which columns hold the first real token of their row, bool [B or 1, T]."""
+    if real_BT is None:
+        return torch.arange(tokens, device=device)[None] == 0
+    return real_BT & (real_BT.long().cumsum(dim=1) == 1)
+
+
+def real_first(real_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The order that puts each row's real tokens before its padding, and the order back; int64 [B, T]."""
+    order = (~real_BT).to(torch.uint8).argsort(dim=1, stable=True)
+    return order, order.argsort(dim=1)
+
+
+def reordered(x: Tensor, order_BT: Tensor) -> Tensor:
+    """x [B, T, ...] with its tokens in another order."""
+    index = order_BT.view(*order_BT.shape, *[1] * (x.ndim - 2))
+    return x.gather(1, index.expand(-1, -1, *x.shape[2:]))

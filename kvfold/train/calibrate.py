@@ -1,0 +1,97 @@
+"""After training: shift all gates together so that held-out text is compressed exactly as asked for.
+
+One shift for all heads, found as a quantile of their logits: heads keep the differences that they learned. (A threshold of
+its own for each head would make all heads compress alike, which costs quality.) Decisions change what later layers see, so the
+shift is found again under the shifted decisions until the compression holds.
+Letters: N blocks, K kv heads, T tokens.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfold.eval.progress import Report, silent
+from kvfold.models.decoder import FoldForCausalLM
+from kvfold.models.gates import GateConfig
+from kvfold.specs.dms import DMSSpec
+from kvfold.train.reached import reached
+from kvfold.train.schedules import share_for
+from kvfold.train.settings import RetrofitSettings
+
+_ROUNDS = 6
+_CLOSE = 0.005
+"""Of the compression asked for, as a share."""
+_FLAT_TAU = 100.0
+"""A temperature at which probabilities tell their logits: at the gates' own they are 0 or 1."""
+
+
+@torch.no_grad()
+def calibrate(
+    model: FoldForCausalLM, blocks_NT: Tensor, settings: RetrofitSettings, *, report: Report = silent
+) -> dict[str, Any]:
+    """Shift the model's gates, in place. Gives the shift in logits, and the compression before and after."""
+    model.eval()
+    target, shift, before = settings.compression, 0.0, None
+    for done in range(_ROUNDS):
+        report("setting the gates", done, _ROUNDS)
+        found, logits = read_gates(model, blocks_NT, settings)
+        before = found if before is None else before
+        if abs(found / target - 1) < _CLOSE:
+            break
+        step = _shift_for(logits, share_for(target, settings.sequence_tokens, settings.spec))
+        shift_gates(model, step)
+        shift += step
+    else:
+        found, _ = read_gates(model, blocks_NT, settings)
+    report("setting the gates", _ROUNDS, _ROUNDS)
+    return {"shift": shift, "before": before, "after": found, "sequences": blocks_NT.shape[0]}
+
+
+@torch.no_grad()
+def read_gates(model: FoldForCausalLM, blocks_NT: Tensor, settings: RetrofitSettings) -> tuple[float, Tensor]:
+    """The real compression of some blocks under hard decisions, and the logits of all decisions that reach a token, [number]."""
+    gates, layout = model.config.gates, model.config.layout
+    from_next = gates["reads"] == "next" and gates["method"] == "dms"
+    model.config.gates = gates | {"tau": _FLAT_TAU}
+    shares, logits = [], []
+    try:
+        for block in blocks_NT:
+            outputs = model(block[None].to(model.device), use_cache=False, logits_to_keep=1, output_decisions=True)
+            shares.append(reached(outputs.decisions, layout, from_next=from_next).kept)
+            for one in outputs.gate_probs:
+                if one is not None:
+                    logits.append(_FLAT_TAU * torch.logit(_governing(one, settings, from_next)).flatten().cpu())
+    finally:
+        model.config.gates = gates
+    return 1 / float(torch.stack(shares).mean()), torch.cat(logits)
+
+
+def _governing(values_BKT: Tensor, settings: RetrofitSettings, from_next: bool) -> Tensor:
+    """Of the decisions of a sequence, those that change what is kept at its end."""
+    if not isinstance(settings.spec, DMSSpec):
+        return values_BKT[:, :, 1:]
+    start, tokens = int(from_next), values_BKT.shape[2]
+    return values_BKT[:, :, start : start + max(0, tokens - 1 - settings.spec.delay)]
+
+
+def _shift_for(logits: Tensor, share: float) -> float:
+    """What to add so that this share of the logits is above 0: half way between the two neighbours of the border."""
+    fired = min(max(round(share * logits.numel()), 1), logits.numel() - 1)
+    ordered = logits.sort(descending=True).values
+    return -float((ordered[fired - 1] + ordered[fired]) / 2)
+
+
+@torch.no_grad()
+def shift_gates(model: FoldForCausalLM, shift: float) -> None:
+    """Add `shift` to every logit: an adapter's biases have it, or the offset of gates that read a channel.
+
+    DMC's importance has the same offset; there it moves a sigmoid that is all but 1.
+    """
+    gates = GateConfig.from_json(model.config.gates)
+    if gates.source == "adapter":
+        for name, weight in model.named_parameters():
+            if name.endswith("fold_proj.bias"):
+                weight += shift / gates.scale
+    else:
+        model.config.gates = model.config.gates | {"offset": gates.offset - shift}

@@ -1,0 +1,136 @@
+"""Packed blocks of tokens, all of one length, and the order in which a run sees them.
+
+The order is a pure function of the seed and the sample's number, and a sample carries the key of its noise: so a run that
+is interrupted goes on with the next sample, and the number of processes changes nothing.
+Letters: N blocks, T tokens of a sequence.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kvfold.data.windows import opening_tokens
+from kvfold.train.noise import noise_key
+from kvfold.train.sources import training_texts
+
+_PIECE_SEQUENCES = 16
+"""Sequences that one piece of text fills, about."""
+_CHARACTERS_A_TOKEN = 4
+_TEXTS_AT_ONCE = 64
+_SPARED_SHARE = 8
+"""Where text is short, one block of so many is held out for calibration, and again for measuring."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingText:
+    """Blocks of one draw of text, int64 [N, T] each, none in two parts."""
+
+    train: Tensor
+    """What is trained on."""
+    calibration: Tensor
+    """What gates are fitted and shifted by, never trained on."""
+    held_out: Tensor
+    """What the result is measured on."""
+
+
+def draw_text(
+    sources: Sequence[str], tokenizer: Any, *, tokens: int, sequence_tokens: int, seed: int, spared: int = 16
+) -> TrainingText:
+    """As many sequences as `tokens` fill, less where the data is shorter, and up to `spared` more for each other part.
+
+    The documents follow each other with a blank line between, as they do in measuring. Raises `ValueError` where the data
+    does not fill three sequences, one for each part.
+    """
+    wanted = -(-tokens // sequence_tokens)
+    piece = _PIECE_SEQUENCES * sequence_tokens * _CHARACTERS_A_TOKEN
+    texts = training_texts(sources, seed=seed, piece_characters=piece)
+    opening = opening_tokens(tokenizer)
+    body = sequence_tokens - len(opening)
+    blocks, seen = [], 0
+    for ids in _blocks(texts, tokenizer, body):
+        seen += len(ids)
+        if len(ids) == body:
+            blocks.append([*opening, *ids])
+        if len(blocks) == wanted + 2 * spared:
+            break
+    if len(blocks) < 3:
+        raise ValueError(
+            f"data of {seen:,} tokens: a sequence takes {sequence_tokens:,}, and a run takes 3, two of them held out: "
+            "give more text, or shorter sequences"
+        )
+    plenty = len(blocks) == wanted + 2 * spared
+    held = spared if plenty else max(1, min(spared, len(blocks) // _SPARED_SHARE))
+    whole = torch.tensor(blocks)
+    return TrainingText(train=whole[2 * held :], calibration=whole[held : 2 * held], held_out=whole[:held])
+
+
+def _blocks(texts: Iterable[str], tokenizer: Any, size: int) -> Iterator[list[int]]:
+    """The ids of all texts cut into lists of `size`; the last may be shorter."""
+    waiting: list[int] = []
+    for part in _batched(texts):
+        # verbose=False: a text longer than the model's context is no mistake here.
+        for ids in tokenizer([f"{text}\n\n" for text in part], add_special_tokens=False, verbose=False).input_ids:
+            waiting += ids
+        stop = len(waiting) // size * size
+        yield from (waiting[start : start + size] for start in range(0, stop, size))
+        waiting = waiting[stop:]
+    if waiting:
+        yield waiting
+
+
+def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    part: list[str] = []
+    for text in texts:
+        part.append(text)
+        if len(part) == _TEXTS_AT_ONCE:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+class TrainingOrder(Dataset):
+    """The samples of a whole run, one after the other: sample s is number s % batch of step s // batch.
+
+    Each pass over the blocks is in an order of its own. A sample has `input_ids` [T], its `noise_key`, and
+    `step_tokens`, the positions of its step's global batch that count in a loss over tokens.
+    """
+
+    def __init__(self, blocks_NT: Tensor, *, steps: int, batch: int, seed: int, ignored: Sequence[int] = ()):
+        """`batch`: sequences of one optimizer step, over all processes. `ignored`: token ids whose positions don't count."""
+        self._blocks_NT, self._steps, self._batch, self._seed = blocks_NT, steps, batch, seed
+        counted = ~torch.isin(blocks_NT[:, :-1], torch.tensor(list(ignored), dtype=blocks_NT.dtype))
+        self._counts_N = counted.sum(dim=1)
+        self._orders: dict[int, list[int]] = {}
+        self._members: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self._steps * self._batch
+
+    def __getitem__(self, sample: int) -> dict[str, Tensor]:
+        step, index = divmod(sample, self._batch)
+        members = self._members_of(step)
+        return {
+            "input_ids": self._blocks_NT[members[index]],
+            "noise_key": torch.tensor(noise_key(self._seed, step, index)),
+            "step_tokens": self._counts_N[members].sum(),
+        }
+
+    def _members_of(self, step: int) -> list[int]:
+        """The blocks of a step's global batch; the last step asked for is remembered."""
+        if self._members[0] != step:
+            first = step * self._batch
+            self._members = (step, [self._block_of(sample) for sample in range(first, first + self._batch)])
+        return self._members[1]
+
+    def _block_of(self, sample: int) -> int:
+        number = self._blocks_NT.shape[0]
+        turn, place = divmod(sample, number)
+        if turn not in self._orders:
+            source = torch.Generator().manual_seed(noise_key(self._seed, -2, turn) % 2**63)
+            self._orders[turn] = torch.randperm(number, generator=source).tolist()
+        return self._orders[turn][place]

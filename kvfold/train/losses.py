@@ -1,0 +1,117 @@
+"""What a retrofit minimises: the next token's loss or a distillation, and the pressure on gates to compress.
+
+Logits of all positions at once would be gigabytes. So states are taken through the head slice by slice, and each slice's
+gradient is computed on the way forward, when its logits are at hand: nothing of a slice outlives it.
+Letters: N positions, C model width, V vocabulary, B rows, K kv heads, T tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["reverse", "forward", "none"]
+
+_SLICE_BYTES = 2**27
+"""Bytes of one slice of fp32 logits."""
+
+
+def distillation(
+    student_NV: Tensor, teacher_NV: Tensor, real_N: Tensor, kind: Literal["reverse", "forward"] = "reverse"
+) -> Tensor:
+    """How far the student's distributions are from the teacher's: summed over the vocabulary, mean over the real positions.
+
+    `reverse` = KL(student || teacher), `forward` = KL(teacher || student). `real_N` is False where a position does not
+    count (padding, the end of a text). Slice by slice, so that memory beyond the two inputs is bounded.
+
+    Source: arXiv 2506.05345, section 3.
+    Differs: none in `reverse`, the published form; `forward` is an option of ours.
+    """
+    total = summed_in_slices(
+        lambda part, logits: (divergence(logits, teacher_NV[part], kind) * real_N[part]).sum(),
+        student_NV,
+        slice_rows=slice_rows(student_NV.shape[-1]),
+    )
+    return total / real_N.sum().clamp(min=1)
+
+
+def divergence(student_NV: Tensor, teacher_NV: Tensor, kind: Literal["reverse", "forward"]) -> Tensor:
+    """KL of each position, fp32 [N]; see `distillation`."""
+    log_s, log_t = (torch.log_softmax(logits.float(), dim=-1) for logits in (student_NV, teacher_NV))
+    near, far = (log_s, log_t) if kind == "reverse" else (log_t, log_s)
+    return torch.einsum("nv,nv->n", near.exp(), near - far)
+
+
+def next_token_loss(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Minus the log probability of each position's next token, fp32 [N]."""
+    return torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+
+
+def ratio_loss(decisions: Sequence[Tensor | None], target_share: float, real_BT: Tensor | None = None) -> Tensor:
+    """Mean over sequences of max(0, target - share of decisions that fired): no pressure once a sequence compresses enough.
+
+    `decisions`: [B, K, T] of each owner, hard with a straight-through gradient, None where an owner has no gates; the share
+    is over all layers, heads and real tokens of a sequence, its first token's raw decision included.
+
+    Source: arXiv 2403.09636, section 3.2; arXiv 2506.05345, section 3.
+    Differs: per sequence always; the official maximum under tensor parallelism is also per shard of heads.
+    """
+    fired_B, seen_B = decision_counts(decisions, real_BT)
+    return (target_share - fired_B / seen_B).clamp(min=0).mean()
+
+
+def decision_counts(decisions: Sequence[Tensor | None], real_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Of each sequence, how many decisions fired and how many there were: two fp32 [B], over all layers and heads."""
+    given = [one for one in decisions if one is not None]
+    assert given, "no layer has gates"
+    real = given[0].new_ones(given[0].shape[0], given[0].shape[2]) if real_BT is None else real_BT.to(given[0].dtype)
+    fired = sum((one * real[:, None]).sum(dim=(1, 2)) for one in given)
+    return fired, sum(real.sum(dim=1) * one.shape[1] for one in given)
+
+
+def slice_rows(vocabulary: int) -> int:
+    """Positions of one slice."""
+    return max(1, _SLICE_BYTES // (4 * vocabulary))
+
+
+def summed_in_slices(
+    loss_of: Callable[[slice, Tensor], Tensor], states: Tensor, weights: Sequence[Tensor] = (), *, slice_rows: int
+) -> Tensor:
+    """Sum over slices of `loss_of(slice, states[slice])`, with its gradient to `states` [N, ...] and to `weights`.
+
+    `weights` are what `loss_of` multiplies by and wants trained, such as the head's; others get no gradient.
+    """
+    return _InSlices.apply(loss_of, slice_rows, states, *[one for one in weights if one.requires_grad])
+
+
+class _InSlices(torch.autograd.Function):
+    """Gradients are computed slice by slice in `forward`; `backward` only scales them."""
+
+    @staticmethod
+    def forward(ctx, loss_of, slice_rows, states, *weights):
+        wanted = ctx.needs_input_grad[2]
+        total = states.new_zeros((), dtype=torch.float32)
+        state_grad = torch.empty_like(states) if wanted else None
+        weight_grads = [torch.zeros_like(weight) for weight in weights]
+        for start in range(0, states.shape[0], slice_rows):
+            part = slice(start, start + slice_rows)
+            with torch.set_grad_enabled(wanted or bool(weights)):
+                piece = states[part].detach().requires_grad_(wanted)
+                loss = loss_of(part, piece)
+            total += loss.detach()
+            asked = ([piece] if wanted else []) + list(weights)
+            if asked:
+                found = list(torch.autograd.grad(loss, asked))
+                if wanted:
+                    state_grad[part] = found.pop(0)
+                for whole, one in zip(weight_grads, found, strict=True):
+                    whole += one
+        ctx.wanted = wanted
+        ctx.save_for_backward(*([state_grad] if wanted else []), *weight_grads)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        saved = [one * scale for one in ctx.saved_tensors]
+        return None, None, saved.pop(0) if ctx.wanted else None, *saved

@@ -1,0 +1,183 @@
+"""A retrofit from beginning to end: draw text, make the student, train it, set its gates right, measure it, write it.
+
+Every step that takes long leaves a note in the run's folder, so that the same call goes on wherever it was stopped.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from kvfold.data.whole_file import write_whole_file
+from kvfold.eval.perplexity import measure_quality
+from kvfold.eval.progress import Report, silent
+from kvfold.eval.protocol import Protocol
+from kvfold.models.adapters import Base
+from kvfold.models.decoder import FoldForCausalLM
+from kvfold.train.calibrate import calibrate
+from kvfold.train.card import write_card
+from kvfold.train.curve import Curve, read_curve
+from kvfold.train.data import TrainingOrder, TrainingText, draw_text
+from kvfold.train.results import write_trained
+from kvfold.train.run_folder import RunFolder
+from kvfold.train.settings import RetrofitSettings
+from kvfold.train.student import Student, make_student, trained_weights
+from kvfold.train.trainer import RetrofitTrainer, ignored_tokens, load_trained
+from kvfold.train.warm_start import warm_start
+
+MEASURED_WINDOWS = 8
+"""Windows of held-out text that the card's figures come from."""
+
+
+def _nobody(point: dict[str, Any]) -> None:
+    """Nobody listens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retrofit:
+    """What one retrofit works with."""
+
+    model: FoldForCausalLM
+    """The source; it is changed in place."""
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    """As it was given, to know the run again."""
+    name: str
+    """What the source is called."""
+    settings: RetrofitSettings
+    folder: RunFolder
+    teacher: FoldForCausalLM | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+    """For the card: command, version, commit, hardware."""
+    report: Report = silent
+    on_step: Callable[[dict[str, Any]], None] = _nobody
+
+    def run(self) -> dict[str, Any]:
+        """Train, or go on training, and write the result. Gives the facts of the card, on the main process."""
+        base = Base.of(self.model, self.name)
+        text = self._text()
+        facts: dict[str, Any] = {"base": self.name, **self.about}
+        if self._leads:
+            self.folder.begin(self.source, self.settings)
+            facts["before"] = self._noted("before", lambda: self._measured(text))
+        student = make_student(self.model, self.settings, teacher=self.teacher)
+        facts["trained_parameters"] = sum(one.numel() for one in trained_weights(self.model).values())
+        if self.settings.warm_start:
+            facts["warm_start"] = self._warm_started(text)
+        self._train(student, text, base)
+        return self._finished(facts, text, base) if self._leads else facts
+
+    def _finished(self, facts: dict[str, Any], text: TrainingText, base: Base) -> dict[str, Any]:
+        """Gates set right, measured, written."""
+        settings = self.settings
+        self.model.eval()
+        if settings.compresses and settings.calibrate:
+            facts["calibration"] = calibrate(self.model, text.calibration, settings, report=self.report)
+        points = read_curve(self.folder.curve)
+        facts["tokens"] = points[-1]["tokens"]
+        facts["seconds"] = sum(point["seconds"] for point in points)
+        facts["after"] = self._measured(text)
+        card = write_card(settings, facts, self.folder.out)
+        write_trained(self.model, self.tokenizer, settings, base, self.folder.out, card=card)
+        self.folder.write("done", facts)
+        self.folder.clear()
+        return facts
+
+    @property
+    def _leads(self) -> bool:
+        """Whether this is the process that writes, of one or of those that torchrun started."""
+        return os.environ.get("RANK", "0") == "0"
+
+    def _text(self) -> TrainingText:
+        settings, most = self.settings, self.model.config.max_position_embeddings
+        if settings.sequence_tokens > most:
+            raise ValueError(
+                f"sequence_tokens {settings.sequence_tokens:,}: the model reads {most:,} at most: use shorter sequences"
+            )
+        if self.teacher is not None and self.teacher.config.vocab_size != self.model.config.vocab_size:
+            raise ValueError(
+                f"teacher {settings.teacher}: its vocabulary has {self.teacher.config.vocab_size:,} tokens and the model's "
+                f"{self.model.config.vocab_size:,}: distil from a model with the same tokenizer"
+            )
+        self.report("drawing text", 0, 1)
+        text = draw_text(
+            settings.data, self.tokenizer, tokens=settings.stages.total * settings.step_tokens,
+            sequence_tokens=settings.sequence_tokens, seed=settings.seed,
+        )  # fmt: skip
+        self.report("drawing text", 1, 1)
+        return text
+
+    def _noted(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        found = self.folder.read(name)
+        if found is None:
+            found = make()
+            self.folder.write(name, found)
+        return found
+
+    def _warm_started(self, text: TrainingText) -> dict[str, Any]:
+        """Fitted once; a run that goes on has the gates of its checkpoint."""
+        if self.folder.checkpoint is not None:
+            return self.folder.read("warm_start") or {}
+        found = warm_start(self.model, text.train, self.settings, report=self.report)
+        if self._leads:
+            self.folder.write("warm_start", found)
+        return found
+
+    def _train(self, student: Student, text: TrainingText, base: Base) -> None:
+        settings, checkpoint, done = self.settings, self.folder.checkpoint, self.folder.done_steps
+        if done >= settings.stages.total:
+            load_trained(student.model, checkpoint)
+            if settings.compresses and settings.trains == "full" and settings.spec.name == "dmc":
+                student.model.config.channel_freed = True
+            return
+        samples = TrainingOrder(
+            text.train, steps=settings.stages.total, batch=settings.batch_sequences, seed=settings.seed,
+            ignored=ignored_tokens(self.model).tolist(),
+        )  # fmt: skip
+        curve = Curve(self.folder.training, done_steps=done) if self._leads else None
+
+        def on_step(point: dict[str, Any]) -> None:
+            curve.add(point)
+            self.on_step(point)
+
+        def on_unit(unit: int) -> None:
+            write_trained(self.model, self.tokenizer, settings, base, self.folder.out / "ramp" / f"{unit}x")
+
+        trainer = RetrofitTrainer(
+            student, samples, settings, self.folder.training, use_cpu=self.model.device.type == "cpu", on_step=on_step,
+            on_unit=on_unit,
+        )  # fmt: skip
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            if curve is not None:
+                curve.close()
+
+    def _measured(self, text: TrainingText) -> dict[str, Any]:
+        """Perplexity and real compression on the held-out blocks, read through the cache."""
+        settings = self.settings
+        path = self.folder.training / "held_out.jsonl"
+        texts = self.tokenizer.batch_decode(text.held_out, skip_special_tokens=True)
+        write_whole_file(path, "".join(json.dumps({"text": one}) + "\n" for one in texts))
+        method = self.model.config.layout.time_text()
+        protocol = Protocol(windows=MEASURED_WINDOWS, context_tokens=settings.sequence_tokens, batch=MEASURED_WINDOWS)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* all are taken")
+            result = measure_quality(
+                self.model, self.tokenizer, [path], [method], name=self.name, protocol=protocol, report=self.report
+            )
+        row = next(row for row in result["rows"] if row["method"] == method)
+        names = ("perplexity", "tokens", "compression", "kl")
+        return {**{name: row[name] for name in names}, "context_tokens": settings.sequence_tokens}
+
+
+def device_name(device: torch.device, processor: str) -> str:
+    """What the card calls the machine; `processor` is the name of its CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor}, {torch.get_num_threads()} threads"

@@ -1,0 +1,89 @@
+"""The folder of a retrofit: what it was started with, its curve and its checkpoints, so that the same command goes on.
+
+`OUT/training/` holds them; the result itself lies in `OUT`. No torch.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kvfold.data.whole_file import write_whole_file
+from kvfold.train.checkpoints import newest_whole, step_of
+from kvfold.train.settings import RetrofitSettings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFolder:
+    """One run's folder."""
+
+    out: Path
+
+    @property
+    def training(self) -> Path:
+        """Curve, checkpoints, and notes of what is done."""
+        return self.out / "training"
+
+    @property
+    def curve(self) -> Path:
+        """A line of JSON for each step."""
+        return self.training / "curve.jsonl"
+
+    def check(self, source: str, settings: RetrofitSettings) -> None:
+        """Raise `ValueError` where a run with other settings lies there, or something else is in the way. Writes nothing."""
+        there = self.read("run")
+        if there is not None:
+            for name, old, new in _differences(there, _run(source, settings)):
+                raise ValueError(
+                    f"{self.out}: a run lies there with {name} {old!r}, not {new!r}: "
+                    "give the same settings to go on, or another folder"
+                )
+        elif self.out.is_file() or any(parent.is_file() for parent in self.out.parents):
+            raise ValueError(f"{self.out}: a file is in the way: name a folder that is not there yet")
+        elif self.out.is_dir() and any(self.out.iterdir()):
+            raise ValueError(f"{self.out}: the folder holds something else: name a new one, or empty it")
+
+    def begin(self, source: str, settings: RetrofitSettings) -> None:
+        """Begin a run, or go on with the one that lies there; see `check`."""
+        self.check(source, settings)
+        self.write("run", _run(source, settings))
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest whole checkpoint."""
+        return newest_whole(self.training)
+
+    @property
+    def done_steps(self) -> int:
+        """Optimizer steps of that checkpoint."""
+        found = self.checkpoint
+        return 0 if found is None else step_of(found)
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A note of the run; None where it was not written."""
+        try:
+            return json.loads((self.training / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def write(self, name: str, note: Mapping[str, Any]) -> None:
+        """Keep a note; it is there whole or not at all."""
+        write_whole_file(self.training / f"{name}.json", json.dumps(note, indent=1) + "\n")
+
+    def clear(self) -> None:
+        """The result is written: its checkpoints are of no more use."""
+        for path in self.training.glob("checkpoint-*"):
+            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(self.training / ".partial", ignore_errors=True)
+
+
+def _run(source: str, settings: RetrofitSettings) -> dict[str, Any]:
+    return {"source": source, "settings": json.loads(json.dumps(asdict(settings)))}
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    before = {"source": there.get("source"), **(there.get("settings") or {})}
+    now = {"source": here["source"], **here["settings"]}
+    return [(name, before.get(name), value) for name, value in now.items() if before.get(name) != value]

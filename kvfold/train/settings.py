@@ -1,0 +1,178 @@
+"""The settings of a retrofit: what a recipe may say, what each key means, and which do not go together. No torch."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+from kvfold.specs.base import TimeSpec
+from kvfold.specs.dms import DMSSpec
+from kvfold.specs.registry import parse_time
+from kvfold.train.schedules import LearningRate, Stages, nominal_for, share_for
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetrofitSettings:
+    """One retrofit; a recipe file holds these keys."""
+
+    time: str | None = None
+    """`dmc[:W]` or `dms[:W]`; None = plain uptraining, nothing is dropped or merged."""
+    compression: float = 4.0
+    """Real compression at the end of a sequence, delay window included."""
+    trains: Literal["adapter", "lora", "full"] = "adapter"
+    """What learns: gates beside a frozen model (DMS), a low-rank addition, or all weights."""
+    rank: int = 64
+    """Rank of the LoRA on q, k, v and o."""
+    source: Literal["channel", "adapter"] | None = None
+    """Where decisions come from; None = an adapter for DMS, a freed channel for DMC."""
+    reads: Literal["own", "next"] = "own"
+    """Whose decision governs a token under DMS: its own, or the next token's (the published form)."""
+    per: Literal["head", "layer"] = "head"
+    """A decision for each KV head, or one for all heads of a layer."""
+    kl: Literal["reverse", "forward", "none"] | None = None
+    """Distillation, or `none` = the next token's loss; None = reverse under DMS or with a teacher, else none."""
+    teacher: str | None = None
+    """A model to distil from, of the same vocabulary; None = the source itself."""
+    data: tuple[str, ...] = ()
+    """Text files, parquet files, or hub names."""
+    tokens: int | None = None
+    """Tokens trained on: the stages below are scaled to it; None = as many as they take."""
+    sequence_tokens: int = 1024
+    """Tokens of a sequence; compression is that at its end."""
+    batch_sequences: int = 4
+    """Sequences of one optimizer step, over all processes."""
+    sequences_at_once: int = 1
+    """Of these, how many one process computes side by side."""
+    zero_out_steps: int = 0
+    """Steps in which the freed channel fades out (DMC)."""
+    ramp_steps: int = 200
+    """Steps from no compression to the target."""
+    tail_steps: int = 50
+    """Steps at the target."""
+    learning_rate: float = 3e-5
+    """At its highest."""
+    learning_rate_schedule: LearningRate = "constant"
+    """`constant`, `cosine`, or `tail-cosine` (constant up to the tail)."""
+    final_learning_rate: float = 0.1
+    """Where a cosine ends, as a share of the highest."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises."""
+    weight_decay: float = 0.0
+    """Of AdamW, on matrices."""
+    beta1: float = 0.9
+    """Of AdamW."""
+    beta2: float = 0.95
+    """Of AdamW."""
+    clip: float = 1.0
+    """The gradient's norm is held below it."""
+    seed: int = 0
+    """Rules the text, its order, the noise and new weights."""
+    save_steps: int = 25
+    """Steps between checkpoints to go on from."""
+    checkpoint_activations: bool = False
+    """Keep only each layer's input for the way back: less memory, about a third more time."""
+    warm_start: bool = False
+    """Fit the gates to the attention that tokens receive, before training (DMS adapters that read `own`)."""
+    calibrate: bool = True
+    """Shift the trained gates so that held-out text is compressed as asked for."""
+    control: bool = False
+    """Train the same without compression, to compare with."""
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: it is 1 or more: ask for more")
+        if self.tokens is not None and self.tokens < self.step_tokens:
+            raise ValueError(
+                f"tokens {self.tokens:,}: one step takes {self.batch_sequences} sequences of {self.sequence_tokens:,}, "
+                f"{self.step_tokens:,} in all: give it more tokens or smaller steps"
+            )
+        if not self.learning_rate > 0 or not math.isfinite(self.learning_rate):
+            raise ValueError(f"learning_rate {self.learning_rate:g}: it is a number above 0: use e.g. 3e-5")
+        if self.batch_sequences % self.sequences_at_once:
+            raise ValueError(
+                f"sequences_at_once {self.sequences_at_once}: steps of {self.batch_sequences} are cut in equal parts: "
+                "use a divisor of it"
+            )
+        self._check_method()
+        if self.gated and not self.control:
+            share_for(self.compression, self.sequence_tokens, self.spec)
+
+    def _check_method(self) -> None:
+        if not self.compression >= 1:
+            raise ValueError(f"compression {self.compression:g}: it is times smaller, 1 or more: ask for e.g. 4")
+        if self.time is not None and self.spec.name not in ("dmc", "dms"):
+            raise ValueError(f"time '{self.time}': only dmc and dms are trained: use one of them, or leave it out")
+        if self.trains == "adapter" and (self.time is None or self.spec.name != "dms"):
+            raise ValueError(
+                f"an adapter for {self.time or 'no method'}: gates beside a frozen model are DMS's: "
+                "use lora or full, or time dms"
+            )
+        if self.control and self.trains == "adapter":
+            raise ValueError("control of an adapter: a frozen model is its own control: leave one of the two out")
+        if self.warm_start and (self.gate_source, self.reads) != ("adapter", "own"):
+            raise ValueError("warm_start: it fits DMS adapters that read their own decision: leave it out")
+        if self.zero_out_steps and self.gate_source != "channel":
+            raise ValueError(f"zero_out_steps {self.zero_out_steps}: an adapter frees no channel: leave them out")
+
+    @property
+    def spec(self) -> TimeSpec:
+        """The method."""
+        assert self.time is not None, "plain uptraining has no method"
+        return parse_time(self.time)
+
+    @property
+    def gated(self) -> bool:
+        """Whether it is a retrofit with a method, or the control of one."""
+        return self.time is not None
+
+    @property
+    def compresses(self) -> bool:
+        """Whether anything is dropped or merged in training."""
+        return self.gated and not self.control
+
+    @property
+    def gate_source(self) -> Literal["channel", "adapter"] | None:
+        """Where decisions come from."""
+        if self.time is None:
+            return None
+        return self.source or ("adapter" if isinstance(self.spec, DMSSpec) else "channel")
+
+    @property
+    def distils(self) -> Literal["reverse", "forward", "none"]:
+        """The loss: a distillation, or none."""
+        if self.kl is not None:
+            return self.kl
+        return "reverse" if self.teacher or (self.gated and isinstance(self.spec, DMSSpec)) else "none"
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.batch_sequences * self.sequence_tokens
+
+    @property
+    def stages(self) -> Stages:
+        """The steps, scaled to `tokens`. With a warm start the ramp's steps are spent at the target; so are all steps where
+        nothing is compressed.
+        """
+        zero_out, ramp, tail = self.zero_out_steps, self.ramp_steps, self.tail_steps
+        if self.tokens is not None:
+            total, planned = self.tokens // self.step_tokens, max(1, zero_out + ramp + tail)
+            zero_out, tail = round(total * zero_out / planned), round(total * tail / planned)
+            ramp = total - zero_out - tail
+        if not self.compresses:
+            return Stages(compression=1.0, ramp_steps=zero_out + ramp, tail_steps=tail)
+        if self.warm_start:
+            ramp, tail = 0, ramp + tail
+        return Stages(compression=self.compression, zero_out_steps=zero_out, ramp_steps=ramp, tail_steps=tail)
+
+    @property
+    def nominal(self) -> float | None:
+        """CR*, the loss's own figure for the target; None where nothing is compressed."""
+        return nominal_for(self.compression, self.sequence_tokens, self.spec) if self.compresses else None
+
+    def with_values(self, **values: object) -> Self:
+        """The same with some keys changed."""
+        return replace(self, **values)
+
+
+_COUNTS = ("rank", "sequence_tokens", "batch_sequences", "sequences_at_once", "save_steps")

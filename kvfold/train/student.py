@@ -1,0 +1,107 @@
+"""Making a model ready to be trained: its gates, what of it learns, and the teacher that it is held against."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kvfold.models.decoder import FoldForCausalLM
+from kvfold.models.gates import GateConfig
+from kvfold.train.settings import RetrofitSettings
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+GATE_MODULES = ("fold_norm", "fold_proj")
+DMS_SCALE = 100.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Student:
+    """A model to be trained, and its teacher."""
+
+    model: FoldForCausalLM
+    teacher: FoldForCausalLM | None
+    """A model of its own; None = the student's own weights, with what is trained switched off."""
+
+    @torch.no_grad()
+    def teacher_states(self, ids_BT: Tensor) -> Tensor:
+        """What the teacher has before its head, [B, T, C]."""
+        if self.teacher is not None:
+            with self.teacher.gates_off():
+                return self.teacher.model(ids_BT, use_cache=False).last_hidden_state
+        with self.model.gates_off(), lora_off(self.model):
+            return self.model.model(ids_BT, use_cache=False).last_hidden_state
+
+    @property
+    def head_of_teacher(self) -> FoldForCausalLM:
+        """The model whose head goes with `teacher_states`."""
+        return self.teacher or self.model
+
+
+def make_student(
+    model: FoldForCausalLM, settings: RetrofitSettings, *, teacher: FoldForCausalLM | None = None
+) -> Student:
+    """Give the model its gates and say what of it learns; the model is changed in place.
+
+    Distilling all weights takes a frozen copy of the original as the teacher, unless another was given.
+    """
+    if settings.distils == "none":
+        teacher = None
+    elif teacher is None and settings.trains == "full":
+        teacher = copy.deepcopy(model)
+    if teacher is not None:
+        # Training mode is the plain form without a cache; there is nothing random in it.
+        teacher.requires_grad_(False).train()
+    torch.manual_seed(settings.seed)
+    if settings.compresses:
+        model.set_gates(gate_config_of(settings), settings.time)
+    model.requires_grad_(settings.trains == "full")
+    if settings.trains == "lora":
+        add_lora(model, settings.rank)
+    for name, weight in model.named_parameters():
+        if name.split(".")[-2] in GATE_MODULES:
+            weight.requires_grad_(True)
+    return Student(model=model, teacher=teacher)
+
+
+def gate_config_of(settings: RetrofitSettings) -> GateConfig:
+    """The gates that the settings describe. An adapter has a bias, which warm start and calibration set."""
+    if settings.spec.name == "dmc":
+        return GateConfig(method="dmc", per=settings.per, base_masked=settings.trains == "lora")
+    return GateConfig(
+        method="dms", source=settings.gate_source, reads=settings.reads, per=settings.per, scale=DMS_SCALE,
+        bias=settings.gate_source == "adapter",
+    )  # fmt: skip
+
+
+def add_lora(model: FoldForCausalLM, rank: int) -> None:
+    """A low-rank addition beside q, k, v and o of every layer, of scale 1; all else is frozen."""
+    import peft
+
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=list(LORA_TARGETS))
+    peft.inject_adapter_in_model(config, model)
+
+
+@contextmanager
+def lora_off(model: nn.Module) -> Iterator[None]:
+    """Inside, low-rank additions add nothing."""
+    layers = lora_layers(model)
+    for layer in layers.values():
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.enable_adapters(True)
+
+
+def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules with a low-rank addition, by their names."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What learns, by name."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

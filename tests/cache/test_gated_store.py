@@ -1,0 +1,155 @@
+"""Memory under learned gates: what was merged or dropped is handed out again, a budget is never exceeded, calls are cut so
+that they fit, and what is allocated is what the planner's terms give. The gates here say what the test wants.
+"""
+
+import pytest
+import torch
+
+from kvfold.cache.hf import FoldCache
+from kvfold.cache.pages import CacheFull
+from kvfold.layout import KVLayout
+from kvfold.ops.gating import STAY_NEVER, Gates
+from kvfold.planner import LENGTH_BYTES, ROW_BYTES, layout_bytes, page_bytes, page_class
+
+HEADS, DIM, SLOTS = 2, 8, 4
+
+
+def layout(time: str) -> KVLayout:
+    return KVLayout.plain(2, HEADS, DIM).with_time(time)
+
+
+def cache_of(time: str, rows: int = 1, **options) -> FoldCache:
+    return FoldCache(layout(time), dtype=torch.float32, rows=rows, page_slots=SLOTS, poison=True, **options)
+
+
+def gates(alpha_BT: torch.Tensor) -> Gates:
+    alpha = alpha_BT.float()[..., None].expand(*alpha_BT.shape, HEADS)
+    return Gates(alpha_BTK=alpha, log_stay_BTK=alpha * STAY_NEVER, weight_BTK=torch.ones_like(alpha))
+
+
+def feed(cache: FoldCache, alpha_BT: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """One call with these decisions in both layers, cut as the cache asks; the last layer's output [B, T, H, D]."""
+    rows, tokens = alpha_BT.shape
+    source, outs = torch.Generator().manual_seed(seed), []
+    q, k, v = (torch.randn((rows, tokens, HEADS, DIM), generator=source) for _ in range(3))
+    for start, end in cache.pieces(None, num_rows=rows, num_tokens=tokens):
+        part = slice(start, end)
+        with cache.call(None, num_rows=rows, num_tokens=end - start, scale=0.3) as view:
+            for layer in range(2):
+                out = view.attend(layer, q[:, part], k[:, part], v[:, part], None, gates(alpha_BT[:, part]))
+        outs.append(out)
+    return torch.cat(outs, dim=1)
+
+
+def every_fourth_stays(rows: int, tokens: int) -> torch.Tensor:
+    return (torch.arange(tokens) % 4 != 0).expand(rows, tokens)
+
+
+def reserved_for(time: str, rows: int, tokens: int) -> int:
+    """Bytes in which so many rows fit with nothing merged or dropped."""
+    return layout_bytes(layout(time), [tokens] * rows, 4, SLOTS)
+
+
+@pytest.mark.parametrize(("time", "kept", "rows"), [("dmc:3", 32, 4), ("dmc:inf", 32, 4), ("dms:4", 36, 3)])
+def test_a_pool_for_one_plain_row_holds_several_compressed_ones(time, kept, rows):
+    tokens, lanes = 128, 2 * HEADS
+    a_row = ROW_BYTES + lanes * (LENGTH_BYTES + layout(time).time_of(0).lane_state_bytes(DIM))
+    # A page more for each lane: before a gate has spoken its token may need one.
+    cache = cache_of(time, rows=4, memory_bytes=reserved_for(time, 1, tokens + SLOTS) + 3 * a_row)
+    shut = torch.zeros((1, tokens), dtype=torch.bool)
+    feed(cache, shut)
+    assert (cache.kept_tokens == tokens).all()
+    with pytest.raises(CacheFull):
+        for _ in range(2 * SLOTS):
+            feed(cache, shut[:, :1])
+    cache.reset()
+    held = [cache, *(cache.copy() for _ in range(rows - 1))]
+    for seed, one in enumerate(held):
+        for start in range(0, tokens, 8):
+            feed(one, every_fourth_stays(1, tokens)[:, start : start + 8], seed=seed)
+        assert one.kept_tokens.max() <= kept and one.seen_tokens.tolist() == [tokens]
+
+
+@pytest.mark.parametrize("time", ["dmc:3", "dms:4"])
+def test_a_call_that_may_not_fit_is_cut_and_stops_at_a_token_border(time):
+    cache = cache_of(time, memory_bytes=reserved_for(time, 1, 24))
+    outs = feed(cache, every_fourth_stays(1, 60))
+    assert outs.shape[1] == 60 and cache.seen_tokens.tolist() == [60]
+    whole = cache_of(time)
+    torch.testing.assert_close(outs, feed(whole, every_fourth_stays(1, 60)))
+    assert whole.kept_positions == cache.kept_positions
+    before = cache.seen_tokens.clone()
+    with pytest.raises(CacheFull):
+        feed(cache, torch.zeros((1, 60), dtype=torch.bool), seed=1)
+    assert cache.seen_tokens > before
+    kept = cache.kept_tokens.clone()
+    with pytest.raises(CacheFull):
+        feed(cache, torch.zeros((1, 1), dtype=torch.bool))
+    assert torch.equal(kept, cache.kept_tokens)
+    cache.reset()
+    assert torch.equal(feed(cache, every_fourth_stays(1, 60)), outs)
+
+
+@pytest.mark.parametrize("time", ["dmc:3", "dmc:inf", "dms:4"])
+def test_allocated_bytes_are_pages_of_what_is_kept_and_the_rings(time):
+    cache = cache_of(time, rows=2)
+    feed(cache, every_fourth_stays(2, 50))
+    feed(cache, every_fourth_stays(2, 1))
+    spec = cache.layout.time_of(0)
+    page = page_bytes(page_class(cache.layout, 0), SLOTS, model_bytes=4, slot_state_bytes=spec.slot_state_bytes)
+    pages = sum(-(-int(kept) // SLOTS) for kept in cache.kept_tokens.flatten())
+    lanes = 2 * 2 * HEADS
+    assert cache.allocated_bytes == pages * page + 2 * ROW_BYTES + lanes * (LENGTH_BYTES + spec.lane_state_bytes(DIM))
+    assert (
+        cache.allocated_bytes
+        < layout_bytes(cache.layout, [51, 51], 4, SLOTS)
+        == cache.store.bytes_under(cache.layout, cache.rows)
+    )
+    cache.free()
+    assert cache.allocated_bytes == 0
+
+
+@pytest.mark.parametrize("time", ["dmc:3", "dmc:inf", "dms:4"])
+def test_copies_go_their_own_ways(time):
+    cache, alone = cache_of(time), cache_of(time)
+    for one in (cache, alone):
+        feed(one, every_fourth_stays(1, 23))
+    twin = cache.copy()
+    for step in range(7):
+        apart = feed(twin, torch.zeros((1, 1), dtype=torch.bool), seed=50 + step)
+        assert torch.equal(feed(cache, every_fourth_stays(1, 9)[:, step : step + 1], seed=step),
+                           feed(alone, every_fourth_stays(1, 9)[:, step : step + 1], seed=step))  # fmt: skip
+        assert not apart.isnan().any()
+    assert cache.kept_positions == alone.kept_positions != twin.kept_positions
+
+
+def test_gates_that_are_off_keep_everything():
+    for time in ("dmc:3", "dms:4"):
+        cache = cache_of(time)
+        q, k, v = (torch.randn((1, 20, HEADS, DIM)) for _ in range(3))
+        for start, end in ((0, 9), (9, 10), (10, 20)):
+            with cache.call(None, num_rows=1, num_tokens=end - start, scale=0.3) as view:
+                for layer in range(2):
+                    view.attend(layer, *(x[:, start:end] for x in (q, k, v)), None, None)
+        assert (cache.kept_tokens == 20).all()
+
+
+def test_axes_multiply():
+    """Half the layers, half the heads, a quarter of the tokens: a sixteenth of the pages."""
+    tokens = 8 * SLOTS
+    plain = KVLayout.plain(4, 4, DIM)
+    folded = KVLayout.parse("cla2", plain).with_heads(2).with_time("dmc:3")
+    pages = []
+    for one in (plain, folded):
+        cache = FoldCache(one, dtype=torch.float32, rows=1, page_slots=SLOTS, poison=True)
+        heads = one.layers[0].num_kv_heads
+        q, k, v = (torch.randn((1, tokens, number, DIM)) for number in (4, heads, heads))
+        alpha = every_fourth_stays(1, tokens).float()[..., None].expand(1, tokens, heads)
+        told = Gates(alpha_BTK=alpha, log_stay_BTK=alpha * STAY_NEVER, weight_BTK=torch.ones_like(alpha))
+        with cache.call(None, num_rows=1, num_tokens=tokens, scale=0.3) as view:
+            for layer in range(4):
+                own = one.is_owner(layer)
+                said = told if one is folded and own else None
+                view.attend(layer, q, k if own else None, v if own else None, None, said)
+        pages.append(sum(pool.held_pages for pool in cache.store._pools))
+    assert pages[0] == 16 * pages[1]

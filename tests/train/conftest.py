@@ -1,0 +1,58 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import random
+from pathlib import Path
+
+import pytest
+
+from byte_tokenizer import byte_tokenizer
+from kvfold.train.retrofit import Retrofit
+from kvfold.train.run_folder import RunFolder
+from kvfold.train.settings import RetrofitSettings
+from tiny_model import tiny_model
+
+SMALL = {
+    "sequence_tokens": 32,
+    "batch_sequences": 4,
+    "sequences_at_once": 2,
+    "learning_rate": 1e-3,
+    "save_steps": 2,
+    "calibrate": False,
+}
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """A file of 9,000 letters in words."""
+    draw = random.Random(0)
+    path = tmp_path / "letters.txt"
+    path.write_text("".join(draw.choice("abcdefgh \n") for _ in range(9000)), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def settings(text):
+    """`settings(time="dms:4", ...)`: a run of ten steps on the text, unless said otherwise."""
+
+    def make(**given) -> RetrofitSettings:
+        stages = {"ramp_steps": 6, "tail_steps": 4}
+        return RetrofitSettings(**(SMALL | stages | {"data": (text,)} | given))
+
+    return make
+
+
+@pytest.fixture
+def retrofit(tmp_path, settings):
+    """`retrofit("out", trains="full", ...)`: a retrofit of the tiny model, ready to `run()`."""
+
+    def make(out: str, *, model=None, teacher=None, on_step=lambda point: None, **given) -> Retrofit:
+        model = tiny_model() if model is None else model
+        about = {"command": "kvfold retrofit", "version": "0", "git_commit": None, "hardware": "a machine"}
+        return Retrofit(
+            model=model, tokenizer=byte_tokenizer(), source="tiny", name="tiny", settings=settings(**given),
+            folder=RunFolder(out=tmp_path / out), about=about, teacher=teacher, on_step=on_step,
+        )  # fmt: skip
+
+    return make

@@ -1,0 +1,112 @@
+import gzip
+import json
+
+import pytest
+import torch
+
+from byte_tokenizer import BOS, byte_tokenizer
+from kvfold.train.data import TrainingOrder, draw_text
+from kvfold.train.sources import training_texts
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """Two files of numbered lines: `a.jsonl.gz` with short documents, `b.txt` one long one."""
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"id": n, "text": f"document {n}\n" * 3}) for n in range(40)]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    (tmp_path / "b.txt").write_text("".join(f"line {n}\n" for n in range(500)))
+    return ["a.jsonl.gz", "b.txt"]
+
+
+def draw(texts, **settings):
+    return draw_text(
+        texts, byte_tokenizer(), **({"tokens": 960, "sequence_tokens": 32, "seed": 0, "spared": 4} | settings)
+    )
+
+
+def rows(blocks):
+    return {tuple(row) for row in blocks.tolist()}
+
+
+def test_the_seed_rules_the_draw(texts):
+    first, again, other = draw(texts), draw(texts), draw(texts, seed=1)
+    for part in ("train", "calibration", "held_out"):
+        assert torch.equal(getattr(first, part), getattr(again, part))
+    assert not torch.equal(first.train, other.train)
+
+
+def test_parts_have_their_sizes_and_share_no_block(texts):
+    drawn = draw(texts)
+    assert (drawn.train.shape, drawn.calibration.shape, drawn.held_out.shape) == ((30, 32), (4, 32), (4, 32))
+    assert drawn.train.dtype == torch.int64
+    assert not rows(drawn.train) & rows(drawn.calibration) and not rows(drawn.train) & rows(drawn.held_out)
+
+
+def test_all_of_the_text_is_there_when_all_is_asked_for(texts):
+    drawn = draw(texts, tokens=10**6)
+    whole = torch.cat([drawn.held_out, drawn.calibration, drawn.train]).flatten().tolist()
+    told = byte_tokenizer().decode(whole)
+    assert sum(f"document {n}\n" in told for n in range(40)) >= 38
+    assert sum(f"line {n}\n" in told for n in range(500)) >= 490
+
+
+def test_a_bos_opens_each_block_where_the_tokenizer_adds_one(texts):
+    drawn = draw_text(texts, byte_tokenizer(adds_bos=True), tokens=320, sequence_tokens=32, seed=0)
+    assert drawn.train.shape[1] == 32 and (drawn.train[:, 0] == BOS).all() and not (drawn.train[:, 1:] == BOS).any()
+
+
+def test_too_little_text(texts, tmp_path):
+    (tmp_path / "tiny.txt").write_text("x" * 80)
+    with pytest.raises(ValueError, match="data of 82 tokens: a sequence takes 64, and a run takes 3"):
+        draw(["tiny.txt"], sequence_tokens=64)
+
+
+def test_parquet(tmp_path, monkeypatch):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(arrow.table({"text": ["one " * 50, "", "two " * 50]}), tmp_path / "t.parquet")
+    parquet.write_table(arrow.table({"body": ["one"]}), tmp_path / "bad.parquet")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1xx")
+    assert len(list(training_texts([str(tmp_path / "t.parquet")], seed=0, piece_characters=10**6))) == 2
+    for name, said in (("bad", "no column 'text' among body"), ("torn", "it can't be read"), ("none", "no such file")):
+        with pytest.raises(ValueError, match=said):
+            list(training_texts([str(tmp_path / f"{name}.parquet")], seed=0, piece_characters=100))
+
+
+def test_a_missing_file(texts):
+    with pytest.raises(ValueError, match=r"nowhere\.txt: there is no such file"):
+        draw([*texts, "nowhere.txt"])
+
+
+def order(**settings):
+    blocks = torch.arange(7 * 5).view(7, 5)
+    return TrainingOrder(blocks, **({"steps": 6, "batch": 3, "seed": 0} | settings))
+
+
+def test_every_pass_sees_every_block_in_another_order():
+    samples = order()
+    assert len(samples) == 18
+    firsts = [int(samples[s]["input_ids"][0]) for s in range(14)]
+    assert sorted(firsts[:7]) == sorted(firsts[7:]) == [5 * n for n in range(7)] and firsts[:7] != firsts[7:]
+
+
+def test_a_sample_depends_on_its_number_alone():
+    one, other = order(), order(steps=60)
+    for sample in (17, 3, 0, 11):
+        for name, value in one[sample].items():
+            assert torch.equal(value, other[sample][name])
+    assert len({int(one[sample]["noise_key"]) for sample in range(18)}) == 18
+    assert int(one[4]["noise_key"]) != int(order(seed=1)[4]["noise_key"])
+
+
+def test_tokens_of_a_step_are_those_that_count():
+    """The last position of a block predicts nothing, and ignored tokens are not counted."""
+    assert int(order()[0]["step_tokens"]) == 3 * 4
+    samples = order(ignored=[0, 7])
+    counts = [int(samples[s]["step_tokens"]) for s in range(6)]
+    blocks = [samples[s]["input_ids"] for s in range(6)]
+    for step in (0, 1):
+        expected = sum(int((~torch.isin(b[:-1], torch.tensor([0, 7]))).sum()) for b in blocks[3 * step : 3 * step + 3])
+        assert counts[3 * step : 3 * step + 3] == [expected] * 3

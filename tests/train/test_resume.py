@@ -1,0 +1,160 @@
+"""A run that is stopped, at any step and in any way, goes on as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvfold.train.checkpoints import drop_old, is_whole, newest_whole, seal, step_of
+from kvfold.train.curve import read_curve
+
+DMS = {"time": "dms:4", "compression": 3.0}
+DMC = {"time": "dmc:3", "compression": 2.0, "trains": "full", "zero_out_steps": 3, "ramp_steps": 4, "tail_steps": 3}
+LORA = {"time": "dmc:3", "compression": 2.0, "trains": "lora", "rank": 2, "zero_out_steps": 2, "kl": "reverse"}
+
+
+class Stop(Exception):
+    """A run ends here."""
+
+
+def stop_after(step):
+    def on_step(point):
+        if point["step"] == step:
+            raise Stop
+
+    return on_step
+
+
+def figures(folder):
+    """The curve without wall-clock time."""
+    return [{name: value for name, value in point.items() if name != "seconds"} for point in read_curve(folder.curve)]
+
+
+def weights(run):
+    return {name: weight.detach().clone() for name, weight in run.model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("given", "stops"), [(DMS, (3, 8)), (DMC, (2, 3, 6)), (LORA, (5,))], ids=["dms", "dmc", "lora"]
+)
+def test_an_interrupted_run_is_the_run(retrofit, given, stops):
+    whole = retrofit("whole", **given)
+    whole.run()
+    for step in stops:
+        with pytest.raises(Stop):
+            retrofit("cut", on_step=stop_after(step), **given).run()
+    cut = retrofit("cut", **given)
+    cut.run()
+    assert figures(cut.folder) == figures(whole.folder)
+    assert [point["step"] for point in figures(cut.folder)] == list(range(1, cut.settings.stages.total + 1))
+    expected = weights(whole)
+    for name, weight in weights(cut).items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_a_run_that_ended_before_its_result_was_written_trains_no_more(retrofit, monkeypatch):
+    def fail(*args, **kwargs):
+        raise Stop
+
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        patched.setattr("kvfold.train.retrofit.write_card", fail)
+        retrofit("out", **DMS).run()
+    steps = []
+    facts = retrofit("out", on_step=steps.append, **DMS).run()
+    assert steps == [] and facts["tokens"] == 10 * 128
+    assert not list((retrofit("out", **DMS).folder.training).glob("checkpoint-*"))
+
+
+def test_other_settings_are_refused(retrofit):
+    with pytest.raises(Stop):
+        retrofit("out", on_step=stop_after(3), **DMS).run()
+    with pytest.raises(ValueError, match=r"a run lies there with compression 3\.0, not 2\.0: give the same settings"):
+        retrofit("out", **(DMS | {"compression": 2.0})).run()
+
+
+def test_a_folder_with_something_else_is_refused(retrofit, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "novel.txt").write_text("a")
+    with pytest.raises(ValueError, match="the folder holds something else"):
+        retrofit("out", **DMS).run()
+    (tmp_path / "file").write_text("a")
+    with pytest.raises(ValueError, match="a file is in the way"):
+        retrofit("file", **DMS).run()
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    staged = folder / ".partial" / f"checkpoint-{step}"
+    staged.mkdir(parents=True)
+    (staged / "weights").write_bytes(b"x" * 1000)
+    seal(staged, folder / staged.name)
+    return folder / staged.name
+
+
+def test_only_whole_checkpoints_are_taken(tmp_path):
+    first, second = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
+    assert newest_whole(tmp_path) == second and step_of(second) == 10
+    (second / "weights").write_bytes(b"x" * 999)
+    assert newest_whole(tmp_path) == first
+    (tmp_path / "checkpoint-11").mkdir()
+    (tmp_path / "checkpoint-11" / "weights").write_bytes(b"x" * 1000)
+    assert newest_whole(tmp_path) == first and not is_whole(tmp_path / "checkpoint-11")
+    (first / "whole.json").write_text("{")
+    assert newest_whole(tmp_path) is None and newest_whole(tmp_path / "nowhere") is None
+    assert checkpoint(tmp_path, 11) == newest_whole(tmp_path)
+
+
+def test_old_checkpoints_go_and_torn_ones_too(tmp_path):
+    kept = [checkpoint(tmp_path, step) for step in (8, 100, 20)]
+    (tmp_path / "checkpoint-300").mkdir()
+    drop_old(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-100", "checkpoint-20"]
+    assert is_whole(kept[1]) and is_whole(kept[2])
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[3:]
+from byte_tokenizer import byte_tokenizer
+from tiny_model import tiny_model
+from kvfold.train.retrofit import Retrofit
+from kvfold.train.run_folder import RunFolder
+from kvfold.train.settings import RetrofitSettings
+settings = RetrofitSettings(
+    time="dms:4", compression=3.0, data=(sys.argv[1],), sequence_tokens=32, batch_sequences=4, learning_rate=1e-3,
+    ramp_steps=6, tail_steps=100000, save_steps=1, calibrate=False,
+)
+about = {"command": "", "version": "", "git_commit": None, "hardware": ""}
+Retrofit(
+    model=tiny_model(), tokenizer=byte_tokenizer(), source="tiny", name="tiny", settings=settings, about=about,
+    folder=RunFolder(out=Path(sys.argv[2])),
+).run()
+"""
+
+
+def test_kill_9_leaves_a_whole_checkpoint(retrofit, text, tmp_path):
+    """Killed while it writes a checkpoint after each step: what is found is whole, and the run goes on from it."""
+    root = Path(__file__).parents[2]
+    paths = [str(root), str(root / "tests" / "data"), str(root / "tests" / "eval")]
+    child = subprocess.Popen([sys.executable, "-c", KILLED, text, str(tmp_path / "out"), *paths])
+    endless = {**DMS, "tail_steps": 100000, "save_steps": 1, "sequences_at_once": 1}
+    folder = retrofit("out", **endless).folder
+    deadline = time.monotonic() + 150
+    while folder.done_steps < 3 and time.monotonic() < deadline:
+        assert child.poll() is None
+        time.sleep(0.05)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    done = folder.done_steps
+    assert done >= 3 and is_whole(folder.checkpoint)
+    with pytest.raises(Stop):
+        retrofit("out", on_step=stop_after(done + 3), **endless).run()
+    with pytest.raises(Stop):
+        retrofit("never-killed", on_step=stop_after(done + 3), **endless).run()
+    assert json.dumps(figures(folder)) == json.dumps(figures(retrofit("never-killed", **endless).folder))

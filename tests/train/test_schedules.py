@@ -1,0 +1,94 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvfold.specs.dmc import DMCSpec
+from kvfold.specs.dms import DMSSpec
+from kvfold.train.schedules import Stages, learning_rate_factor, nominal_for, real_for, share_for
+
+
+def test_the_window_is_counted():
+    """A pool holds the delay window and the newest token whatever gates say: FACTS' 1,024 tokens at a delay of 256."""
+    share = share_for(1024 / (257 + (1024 - 257) / 4), 1024, DMSSpec(delay=256))
+    assert share == pytest.approx(0.75)
+    assert nominal_for(4, 1024, DMSSpec(delay=128)) == pytest.approx((1024 - 129) / (256 - 129))
+
+
+@pytest.mark.parametrize("spec", [DMSSpec(delay=16), DMCSpec(window=12), DMCSpec(window=None)])
+@given(compression=st.floats(1, 8), tokens=st.integers(512, 4096))
+def test_share_and_compression_are_inverses(spec, compression, tokens):
+    assert real_for(share_for(compression, tokens, spec), tokens, spec) == pytest.approx(compression)
+
+
+def test_nothing_fires_at_compression_1():
+    assert share_for(1, 64, DMSSpec(delay=512)) == 0
+    assert nominal_for(1, 64, DMCSpec()) == 1
+
+
+def test_dmc_merges_all_but_the_first():
+    assert share_for(4, 101, DMCSpec()) == pytest.approx(1 - (101 / 4 - 1) / 100)
+
+
+@pytest.mark.parametrize(("compression", "tokens"), [(4, 1024), (4, 1022), (3, 1000), (8, 4096), (1.5, 100)])
+def test_an_unreachable_target_names_the_largest_delay_that_reaches_it(compression, tokens):
+    with pytest.raises(ValueError, match="it can't be reached: use a delay of") as refused:
+        share_for(compression, tokens, DMSSpec(delay=tokens))
+    named = int(str(refused.value).split("a delay of ")[1].split()[0])
+    assert 0 < share_for(compression, tokens, DMSSpec(delay=named)) < 1
+    with pytest.raises(ValueError, match="can't be reached"):
+        share_for(compression, tokens, DMSSpec(delay=named + 1))
+
+
+def test_a_target_that_no_delay_reaches():
+    with pytest.raises(ValueError, match="ask for less, or longer sequences"):
+        share_for(40, 32, DMSSpec(delay=1))
+
+
+@pytest.mark.parametrize("compression", [0.5, 0, -1, float("nan")])
+def test_a_compression_below_1(compression):
+    with pytest.raises(ValueError, match=r"compression .*: it is times smaller, 1 or more"):
+        share_for(compression, 64, DMCSpec())
+    with pytest.raises(ValueError, match="1 or more"):
+        Stages(compression=compression, ramp_steps=3)
+
+
+def test_the_stages_follow_each_other():
+    stages = Stages(compression=4, zero_out_steps=5, ramp_steps=6, tail_steps=3)
+    assert stages.total == 14
+    assert [stages.zero_out_factor(step) for step in range(6)] == pytest.approx([1, 0.75, 0.5, 0.25, 0, None])
+    asked = [stages.compression_at(step) for step in range(14)]
+    assert asked == pytest.approx([1] * 5 + [1.5, 2, 2.5, 3, 3.5, 4] + [4] * 3)
+    assert {done: stages.unit_after(done) for done in range(15) if stages.unit_after(done)} == {7: 2, 9: 3}
+
+
+def test_without_a_ramp_the_target_holds_from_the_start():
+    stages = Stages(compression=3, ramp_steps=0, tail_steps=4)
+    assert [stages.compression_at(step) for step in range(4)] == [3] * 4
+    assert not any(stages.unit_after(done) for done in range(5))
+
+
+@given(steps=st.integers(1, 300), compression=st.integers(2, 16))
+def test_every_unit_short_of_the_target_leaves_one_checkpoint(steps, compression):
+    stages = Stages(compression=compression, ramp_steps=steps, tail_steps=2)
+    left = [unit for done in range(stages.total + 1) if (unit := stages.unit_after(done))]
+    assert left == sorted(set(left)) and set(left) <= set(range(2, compression))
+    assert steps < compression or left == list(range(2, compression))
+
+
+def test_no_steps_at_all():
+    with pytest.raises(ValueError, match="give it more tokens"):
+        Stages(compression=2, ramp_steps=0)
+
+
+def factors(kind, **settings):
+    stages = Stages(compression=2, ramp_steps=6, tail_steps=4)
+    return [learning_rate_factor(step, kind=kind, stages=stages, **settings) for step in range(10)]
+
+
+def test_learning_rates():
+    assert factors("constant") == [1] * 10
+    assert factors("constant", warmup_steps=4) == pytest.approx([0.25, 0.5, 0.75] + [1] * 7)
+    tail = factors("tail-cosine", final=0.1)
+    assert tail[:7] == [1] * 7 and tail[8] == pytest.approx(0.55) and tail[9] < 0.3
+    whole = factors("cosine", final=0.5, warmup_steps=2)
+    assert whole[:3] == pytest.approx([0.5, 1, 1]) and whole[3:] == sorted(whole[3:], reverse=True) and whole[9] > 0.5
