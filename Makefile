@@ -52,7 +52,7 @@ test-newest: .venv/made-model ## the same tests on whatever is newest today; gat
 
 test-slow: .venv/made-model ## the long checks; commit the results/test-slow.txt that they leave
 	@mkdir -p results
-	$(BIN)/python -m pytest -m slow --timeout 3600 2>&1 | tee results/test-slow.txt
+	$(BIN)/python -m pytest -m slow --timeout 3600 2>&1 | sed "/^rootdir:/d" | tee results/test-slow.txt
 
 lint: .venv/made-kvfold ## style, formatting, and that imports go down only
 	$(BIN)/ruff check .

@@ -117,7 +117,7 @@ def _do_layer(streams: Streams, index: int, options: Fit, *, fitting: bool) -> N
             )
     else:
         middle = [half.stream for half in halves]
-    goals = [feed_half(config, theirs, half.stream) for half in goals]
+    goals = [feed_half(config, theirs, half.stream).goal() for half in goals]
     halves = [feed_half(config, ours, stream) for stream in middle]
     if fitting and options.feed_forward:
         streams.ours = _refit(streams, ours, ours.mlp.down_proj, halves, goals, middle, options)

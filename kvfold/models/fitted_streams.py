@@ -38,7 +38,8 @@ class Streams:
     def their_halves(self, index: int) -> list[Half]:
         """The original's attention in one layer."""
         layer, rotation = self.original.model.layers[index], self.rotations[index]
-        return [attention_half(self.config, layer, hidden, self._their_view(), rotation) for hidden in self.theirs]
+        halves = (attention_half(self.config, layer, hidden, self._their_view(), rotation) for hidden in self.theirs)
+        return [half.goal() for half in halves]
 
     def our_halves(self, index: int) -> list[Half]:
         """The converted model's. What an owner stores stays until its last reader is done with."""

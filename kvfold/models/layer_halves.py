@@ -4,7 +4,8 @@ Letters: B rows, T tokens, C model width, I inputs of a half's last projection.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,10 @@ class Half:
     """What that projection gives, [B, T, C]."""
     stream: Tensor
     """The residual stream behind the half, [B, T, C]."""
+
+    def goal(self) -> Self:
+        """The same without the inputs, which are large and which a target has no use for."""
+        return replace(self, inputs=self.inputs.new_empty(0))
 
 
 def run_until(
