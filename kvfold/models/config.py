@@ -105,6 +105,8 @@ class FoldConfig(PreTrainedConfig):
         output = super().to_dict()
         del output["_layout"], output["_base_layout"]
         output["layout"] = self._layout.to_json()
+        if self.gates is None:
+            del output["gates"]
         if self._base_layout is not None:
             output["base_layout"] = self._base_layout.to_json()
         return output
