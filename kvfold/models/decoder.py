@@ -117,10 +117,7 @@ class FoldModel(FoldPreTrainedModel, GatedDecoder):
         noise_key: Tensor | None, tells: bool, keep: bool | None,
     ) -> FoldOutput:  # fmt: skip
         """All layers over one piece of a call."""
-        gates, options = (
-            self.gate_call(noise_key, tells),
-            {"scale": self._scale, "softcap": self.config.attention_softcap},
-        )
+        gates, options = self.gate_call(noise_key, tells), self.attention_options
         if cache is None:
             view = DenseView(self.config.layout, real_BT=real, **options)
             hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
@@ -131,6 +128,18 @@ class FoldModel(FoldPreTrainedModel, GatedDecoder):
                 hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
         said = self.said(gates) if tells else {}
         return FoldOutput(last_hidden_state=hidden, past_key_values=cache, hidden_states=states, **said)
+
+    @property
+    def attention_options(self) -> dict[str, float | None]:
+        """`scale` and `softcap`, as views take them."""
+        return {"scale": self._scale, "softcap": self.config.attention_softcap}
+
+    def opened(self, ids_BT: Tensor) -> tuple[Tensor, list[Rotation | None]]:
+        """Of texts without padding: the residual stream before the first layer, and each layer's rotation, for those who run the
+        layers one by one through a view of their own.
+        """
+        hidden = self._embedded(ids_BT, None)
+        return hidden, self._rotations(None, None, None, hidden)
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):

@@ -23,7 +23,7 @@ class Streams:
 
     def __init__(self, original: FoldForCausalLM, converted: FoldForCausalLM, ids_WT: Tensor, batch: int):
         self.original, self.converted = original, converted
-        self.theirs = [original.model._embedded(ids.to(original.device), None) for ids in ids_WT.split(batch)]
+        self.theirs = [original.model.opened(ids.to(original.device))[0] for ids in ids_WT.split(batch)]
         self.ours = list(self.theirs)
         rope, positions = Rope(self.config), torch.arange(ids_WT.shape[1], device=original.device)[None]
         self.rotations = rope.rotations(positions, torch.float32, continued=False)

@@ -64,11 +64,9 @@ def attention_to_come(model: FoldForCausalLM, ids_BT: Tensor) -> list[tuple[int,
     come [tokens, K]. Tokens that too few queries will see are left out.
     """
     decoder, layout = model.model, model.config.layout
-    view = _WatchedView(layout, scale=decoder._scale, softcap=model.config.attention_softcap)
-    hidden, inputs = decoder._embedded(ids_BT, None), {}
-    for index, (layer, rotation) in enumerate(
-        zip(decoder.layers, decoder._rotations(None, None, None, hidden), strict=True)
-    ):
+    view = _WatchedView(layout, **decoder.attention_options)
+    (hidden, rotations), inputs = decoder.opened(ids_BT), {}
+    for index, (layer, rotation) in enumerate(zip(decoder.layers, rotations, strict=True)):
         if layer.self_attn.fold_norm is not None:
             inputs[index] = layer.self_attn.fold_norm(hidden)
         hidden = layer(hidden, view, rotation, None)
