@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from kvfold.cache.dense import pooled_real
-from kvfold.cache.gated_steps import weighted
 from kvfold.cache.groups import Group
-from kvfold.ops.gating import Gates, from_next
+from kvfold.ops.gating import Gates, from_next, real_first, reordered
+from kvfold.ops.pooling import open_entries
 from kvfold.ops.rotation import Rotation, rotate
 
 
@@ -30,25 +30,17 @@ class FlaggedGroup(Group):
             old = self._stored_flags()
             if later:
                 # The newest stored token is governed by the first real one of this call.
-                newest = self.position_BKE[..., : self.stored] == (self._before() - 1)[:, None, None]
-                old |= newest & self._first(fires)[..., None]
+                newest = self.position_BKE[..., : self.stored] == (self.call.before_B - 1)[:, None, None]
+                old |= newest & (fires & self.call.first_BT[..., None]).any(dim=1)[..., None]
             self.flagged_BKE = torch.cat((old, self.flagged_BKE), dim=-1)
         query, position = self.call.position_BT[:, None, :, None], self.position_BKE.unsqueeze(2)
         stays = self.bank.policy.outlives(query, position, self.flagged_BKE.unsqueeze(2))
         self.mask = self.with_padding(self.causal(self.position_BKE) & stays)
 
-    def _before(self) -> Tensor:
-        return self.call.seen_B - self.call.real_BT.sum(dim=1)
-
-    def _first(self, fires_BTK: Tensor) -> Tensor:
-        """The decision at each row's first real token, bool [B, K]."""
-        first = (self.call.position_BT == self._before()[:, None]) & self.call.real_BT
-        return (fires_BTK & first[..., None]).any(dim=1)
-
     def _stored_flags(self) -> Tensor:
         """bool [B, K, S], read from the ring."""
         ring = self.bank.state.ring.flatten(0, 2)[self.lanes_BK]
-        inside = torch.arange(ring.shape[-1], device=ring.device) < self._before()[:, None, None]
+        inside = torch.arange(ring.shape[-1], device=ring.device) < self.call.before_B[:, None, None]
         flagged = (ring < 0) & inside
         counts = torch.zeros(self.filled_BKS.shape, dtype=torch.int32, device=ring.device)
         slot = torch.where(flagged, ~ring, 0).long()
@@ -85,26 +77,20 @@ class MergedGroup(Group):
     """DMC: all partial means lie side by side, each seen by its own query; later queries see those that were closed."""
 
     def _take(self, gates: Gates | None, k_BTKD: Tensor, v_BTKD: Tensor, rotation: Rotation | None) -> None:
-        real, fresh = self.call.real_BT, self._before_B() == 0
+        real, tokens = self.call.real_BT, torch.cat((k_BTKD, v_BTKD), dim=-1)
         weight = k_BTKD.new_ones(k_BTKD.shape[:3], dtype=torch.float32)
         alpha, keep = torch.zeros_like(weight), None
         if gates is not None and gates.alpha_BTK is not None:
-            opens = (self.call.position_BT == 0) & fresh[:, None]
+            opens = self.call.position_BT == 0
             alpha, weight = gates.alpha_BTK.masked_fill(opens[..., None], 0.0), gates.weight_BTK
         if gates is not None:
             keep = gates.k_keep_KD
         self.merges_BKT = ((alpha > 0.5) & real[..., None]).transpose(1, 2)
-        self.weighted_BKTX = weighted(k_BTKD, v_BTKD, weight).transpose(1, 2)
-        both = torch.cat((k_BTKD, v_BTKD), dim=-1)
-        means = pooled_real(
-            both, weight, alpha, self.bank.spec.window, real if self.call.padded else None, self._past()
-        )
+        self.merged, past = (tokens, weight, alpha), self._past()
+        means = pooled_real(*self.merged, self.bank.spec.window, real if self.call.padded else None, past)
         k, v = means.split((k_BTKD.shape[-1], v_BTKD.shape[-1]), dim=-1)
         self._lay_out(rotate(rotation, k, keep), v)
         self.mask = self._seen()
-
-    def _before_B(self) -> Tensor:
-        return self.call.seen_B - self.call.real_BT.sum(dim=1)
 
     def _past(self) -> tuple[Tensor, Tensor] | None:
         """The open entry's weighted tokens, oldest first: sums [B, W, K, 2D] and weights [B, W, K]."""
@@ -112,9 +98,14 @@ class MergedGroup(Group):
             return None
         ring = self.bank.state.ring[self.index][self.call.rows_B]
         width = ring.shape[2]
-        column = (self._before_B()[:, None] + torch.arange(width, device=ring.device)) % width
-        ring = ring.gather(2, column[:, None, :, None].expand(ring.shape)).transpose(1, 2)
+        column = self._columns(self.call.before_B, width)
+        ring = ring.gather(2, column.expand(ring.shape)).transpose(1, 2)
         return ring[..., :-1], ring[..., -1]
+
+    @staticmethod
+    def _columns(seen_B: Tensor, width: int) -> Tensor:
+        """Columns of the ring from its oldest token on, once so many have been seen: int64 [B, 1, W, 1]."""
+        return ((seen_B[:, None] + torch.arange(width, device=seen_B.device)) % width)[:, None, :, None]
 
     def _closed(self) -> Tensor:
         """bool [B, K, T]: entries that no later token of the call is merged into."""
@@ -123,8 +114,7 @@ class MergedGroup(Group):
 
     def _continued(self) -> Tensor:
         """bool [B, K]: the call's first real token is merged into the stored open entry."""
-        first = self.call.real_BT & (self.call.position_BT == self._before_B()[:, None])
-        return (self.merges_BKT & first[:, None]).any(dim=2)
+        return (self.merges_BKT & self.call.first_BT[:, None]).any(dim=2)
 
     def _seen(self) -> Tensor:
         seen, tokens = self.causal(self.position_BKE), self.call.real_BT.shape[1]
@@ -152,23 +142,10 @@ class MergedGroup(Group):
 
     def _write_ring(self) -> None:
         """The weighted tokens of the entry that is open now."""
-        call, state, rows = self.call, self.bank.state.ring[self.index], self.call.rows_B
-        position = call.position_BT[:, None]
-        opened = (~self.merges_BKT & call.real_BT[:, None]).long() * (position + 1)
-        start = opened.max(dim=-1).values - 1
-        old, width = state[rows], state.shape[2]
-        goes_on = (start < 0)[..., None, None]
-        mine = call.real_BT[:, None] & (position >= start.unsqueeze(-1))
-        if self.bank.policy.sums_all:
-            total = (self.weighted_BKTX * mine.unsqueeze(-1)).sum(dim=2, keepdim=True)
-            state[rows] = torch.where(goes_on, old, 0.0) + total
-            return
-        newest, column = call.seen_B[:, None, None] - width, torch.arange(width, device=old.device)
-        before = self._before_B()[:, None, None]
-        # The position that last wrote each column, and whether the window still reaches it.
-        held = before - 1 - (before - 1 - column) % width
-        ring = torch.where(goes_on & (held >= newest).unsqueeze(-1), old, 0.0)
-        target = torch.where(mine & (position >= newest), position % width, width)
-        ring = torch.cat((ring, torch.zeros_like(ring[:, :, :1])), dim=2)
-        index = target.unsqueeze(-1).expand(self.weighted_BKTX.shape)
-        state[rows] = ring.scatter(2, index, self.weighted_BKTX)[:, :, :width]
+        call, ring, past = self.call, self.bank.state.ring[self.index], self._past()
+        order, _ = real_first(call.real_BT)
+        tokens = (reordered(one, order) for one in self.merged)
+        sums, weights = open_entries(*tokens, self.bank.spec.window, past, call.real_BT.sum(dim=1))
+        held = torch.cat((sums, weights.unsqueeze(-1)), dim=-1).transpose(1, 2)
+        column = self._columns(call.seen_B, held.shape[2]).expand(held.shape)
+        ring[call.rows_B] = torch.zeros_like(held).scatter(2, column, held)

@@ -37,6 +37,16 @@ class Call:
         return len(set(self.before)) <= 1
 
     @property
+    def before_B(self) -> Tensor:
+        """`before` as a tensor, int64."""
+        return self.seen_B - self.real_BT.sum(dim=1)
+
+    @property
+    def first_BT(self) -> Tensor:
+        """The first real token of each row in this call."""
+        return self.real_BT & (self.position_BT == self.before_B[:, None])
+
+    @property
     def newest_BT(self) -> Tensor:
         """The newest real token of each row."""
         return self.real_BT & (self.position_BT == self.seen_B[:, None] - 1)

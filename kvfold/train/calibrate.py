@@ -84,10 +84,7 @@ def _shift_for(logits: Tensor, share: float) -> float:
 
 @torch.no_grad()
 def shift_gates(model: FoldForCausalLM, shift: float) -> None:
-    """Add `shift` to every logit: an adapter's biases have it, or the offset of gates that read a channel.
-
-    DMC's importance has the same offset; there it moves a sigmoid that is all but 1.
-    """
+    """Add `shift` to every logit: an adapter's biases have it, or the offset of gates that read a channel."""
     gates = GateConfig.from_json(model.config.gates)
     if gates.source == "adapter":
         for name, weight in model.named_parameters():
