@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvfold.data.windows import opening_tokens
+from kvfold.eval.beside import Beside, method_beside, opened
 from kvfold.eval.cells import Cells, layout_key, model_key
 from kvfold.eval.folding import calls, folded_cache, method_layouts, with_unfolded
 from kvfold.eval.progress import Report, silent
@@ -50,10 +51,11 @@ def measure_passkey(
     depths: Sequence[float] = DEPTHS,
     tries: int = 4,
     seed: int = 0,
+    with_full: bool = True,
     cells: Any = None,
     report: Report = silent,
 ) -> list[dict[str, Any]]:
-    """Rows of `method`, `length_tokens`, `depth`, `found`, `tries`, the unfolded model first.
+    """Rows of `method`, `length_tokens`, `depth`, `found`, `tries`; the unfolded model first, if `with_full`.
 
     `lengths`: tokens of a prompt, at most. Each length and depth is tried with `tries` keys, the same for every method.
     All tries of one length are read side by side. `cells`: a folder of finished measurements, which are not made again.
@@ -64,7 +66,8 @@ def measure_passkey(
             raise ValueError(
                 f"a passkey prompt of {length} tokens: the model reads {most} at most: ask for shorter ones"
             )
-    layouts = with_unfolded(model, method_layouts(model, methods))
+    layouts = method_layouts(model, methods)
+    layouts = with_unfolded(model, layouts) if with_full else layouts
     key = {
         "model": model_key(model, name),
         "depths": list(depths),
@@ -86,6 +89,21 @@ def measure_passkey(
                 {"method": method, "length_tokens": length, "depth": depth, "found": found, "tries": tries}
                 for depth, found in pairs
             ]
+    return rows
+
+
+def measure_passkey_beside(
+    beside: Sequence[Beside], first: FoldForCausalLM, tokenizer: Any, **settings: Any
+) -> list[dict[str, Any]]:
+    """Rows of other models, each under its own method. `settings` are those of `measure_passkey`."""
+    rows = []
+    for other in beside:
+        with opened(other, first) as model:
+            layout = model.config.layout
+            found = measure_passkey(
+                model, tokenizer, [layout.time_text()], name=other.label, with_full=False, **settings
+            )
+        rows += [row | {"method": method_beside(other, layout), "model": other.label} for row in found]
     return rows
 
 

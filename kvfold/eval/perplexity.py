@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvfold.data.texts import read_text_file
 from kvfold.data.windows import TextWindows, text_windows
+from kvfold.eval.beside import Beside, about_beside, check_labels, opened
 from kvfold.eval.cells import Cells, layout_key, model_key
 from kvfold.eval.folding import method_about, method_layouts, with_unfolded
 from kvfold.eval.progress import Report, silent
@@ -37,28 +38,35 @@ def measure_quality(
     methods: Sequence[str],
     *,
     name: str,
+    beside: Sequence[Beside] = (),
     protocol: Protocol | None = None,
     cells: str | Path | None = None,
     report: Report = silent,
 ) -> dict[str, Any]:
     """A result of kind `quality`: one row for each text and method, the unfolded model first.
 
-    `methods` are `--time` texts, `name` what the model is called. Cells that `cells` (a folder) holds are not measured again.
+    `methods` are `--time` texts, `name` what the model is called. `beside`: other models, a row each under their own method,
+    held against this one. Cells that `cells` (a folder) holds are not measured again.
     All texts and methods are checked before the first is measured; whatever is wrong raises `ValueError`.
     """
     protocol = protocol or Protocol()
+    check_labels(beside)
     layouts = with_unfolded(model, method_layouts(model, methods))
     most = model.config.max_position_embeddings
     sizes = {"windows": protocol.windows, "context_tokens": protocol.context_tokens, "most_context_tokens": most}
     read = [text_windows(read_text_file(path), tokenizer, **sizes) for path in texts]
     measured = _Measured(model=model, protocol=protocol, cells=Cells(cells), key=model_key(model, name), report=report)
+    references = [_Reference(measured, windows, layouts[0]) for windows in read]
     rows = []
-    for windows in read:
-        found = measured.cells_of(windows, layouts)
+    for reference in references:
+        found = measured.cells_of(reference, layouts)
         rows += [
-            quality_row(method_about(layout), windows, cell, found[0])
+            quality_row(method_about(layout), reference.windows, cell, found[0])
             for layout, cell in zip(layouts, found, strict=True)
         ]
+    for other in beside:
+        rows += _rows_beside(other, measured, references)
+    rows.sort(key=lambda row: [windows.name for windows in read].index(row["text"]))
     return {
         "protocol": {"windows": protocol.windows, "context_tokens": protocol.context_tokens, "batch": protocol.batch},
         "model": {"name": name, "parameters": model.num_parameters(), "fingerprint": measured.key["fingerprint"]},
@@ -71,6 +79,59 @@ def measure_quality(
     }
 
 
+def _rows_beside(other: Beside, measured: "_Measured", references: Sequence["_Reference"]) -> list[dict[str, Any]]:
+    """Another model's rows, one for each text. Its full cache is the first model's."""
+    rows = []
+    with opened(other, measured.model) as model:
+        key = model_key(model, other.label) | {"beside": measured.key["fingerprint"]}
+        theirs = _Measured(
+            model=model,
+            protocol=measured.protocol,
+            cells=measured.cells,
+            key=key,
+            report=measured.report,
+            label=other.label,
+        )
+        for reference in references:
+            (cell,) = theirs.cells_of(reference, [model.config.layout])
+            about, unfolded = about_beside(other, model.config.layout), reference.cell()
+            full = {"full_bytes": unfolded["full_bytes"]}
+            rows.append(quality_row(about, reference.windows, cell, unfolded) | full)
+    return rows
+
+
+class _Reference:
+    """The unfolded model on one text: its cell, and its states, read once when somebody asks for them."""
+
+    def __init__(self, measured: "_Measured", windows: TextWindows, layout: KVLayout):
+        self.windows, self.layout, self._measured = windows, layout, measured
+        self._states_WTC: Tensor | None = None
+
+    @property
+    def model(self) -> FoldForCausalLM:
+        """Whose states they are."""
+        return self._measured.model
+
+    def cell(self) -> dict[str, Any]:
+        """Its cell."""
+        return self._measured.cells_of(self, [self.layout])[0]
+
+    def states(self) -> Tensor:
+        """[W, T, C]."""
+        if self._states_WTC is None:
+            self.read(scores=False)
+        return self._states_WTC
+
+    def read(self, *, scores: bool) -> dict[str, Any]:
+        """Read the text; the states are kept."""
+        model = self.model
+        shape = (*self.windows.ids_WT.shape, model.config.hidden_size)
+        states_WTC = torch.empty(shape, dtype=model.dtype, device=model.device)
+        found = self._measured.read(self, self.layout, fills=states_WTC, scores=scores)
+        self._states_WTC = states_WTC
+        return found
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Measured:
     """One model under one protocol."""
@@ -80,45 +141,43 @@ class _Measured:
     cells: Cells
     key: dict[str, Any]
     report: Report
+    label: str = ""
+    """What the model is called where it stands beside another."""
 
-    def cells_of(self, windows: TextWindows, layouts: Sequence[KVLayout]) -> list[dict[str, Any]]:
-        """A cell for each layout, the first being the unfolded one; only what is missing is measured."""
-        keys = [self._key_of(windows, layout) for layout in layouts]
-        names = [f"{windows.name} {layout.time_text()}" for layout in layouts]
-        found = [self.cells.read(*pair) for pair in zip(names, keys, strict=True)]
-        if all(found):
-            return found
-        states_WTC = self._empty_states(windows)
-        for index, layout in enumerate(layouts):
-            missing = found[index] is None
-            if index == 0 or missing:
-                cell = self._read(windows, layout, states_WTC, fills=index == 0, scores=missing)
-            if missing:
-                found[index] = cell
-                self.cells.write(names[index], keys[index], cell)
+    def cells_of(self, reference: _Reference, layouts: Sequence[KVLayout]) -> list[dict[str, Any]]:
+        """A cell for each layout; only what is missing is measured."""
+        return [self._cell_of(reference, layout) for layout in layouts]
+
+    def _cell_of(self, reference: _Reference, layout: KVLayout) -> dict[str, Any]:
+        windows = reference.windows
+        name, key = f"{windows.name} {self.label} {layout.time_text()}", self._key_of(windows, layout)
+        found = self.cells.read(name, key)
+        if found is None:
+            unfolded = self.model is reference.model and layout == reference.layout
+            found = reference.read(scores=True) if unfolded else self.read(reference, layout)
+            self.cells.write(name, key, found)
         return found
 
-    def _empty_states(self, windows: TextWindows) -> Tensor:
-        shape = (*windows.ids_WT.shape, self.model.config.hidden_size)
-        return torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
-
-    def _read(
-        self, windows: TextWindows, layout: KVLayout, states_WTC: Tensor, *, fills: bool, scores: bool
+    def read(
+        self, reference: _Reference, layout: KVLayout, *, fills: Tensor | None = None, scores: bool = True
     ) -> dict[str, Any]:
-        """Read all windows under one layout. `fills`: this is the unfolded model, its states are kept in `states_WTC`."""
+        """Read all windows under one layout. `fills`: the states [W, T, C] of the unfolded model, which this is, go there."""
+        windows = reference.windows
         begun, done, total = time.perf_counter(), 0, windows.ids_WT.numel()
-        what = f"{windows.name}, {layout.time_text()}"
+        what = f"{windows.name}, {self.label} {layout.time_text()}".replace(",  ", ", ")
         self.report(what, 0, total)
         readings, scored = [], []
+        states_WTC = reference.states() if fills is None else None
         for first in range(0, windows.num_windows, self.protocol.batch):
             rows = slice(first, first + self.protocol.batch)
             ids_BT = windows.ids_WT[rows].to(self.model.device)
-            scorer = _RowScorer(model=self.model, ids_BT=ids_BT, reference_BTC=None if fills else states_WTC[rows])
+            theirs = None if states_WTC is None else (reference.model, states_WTC[rows])
+            scorer = _RowScorer(model=self.model, ids_BT=ids_BT, reference=theirs)
 
             def on_states(hidden_BtC: Tensor, start: int, rows: slice = rows, scorer: "_RowScorer" = scorer) -> None:
                 nonlocal done
-                if fills:
-                    states_WTC[rows, start : start + hidden_BtC.shape[1]] = hidden_BtC
+                if fills is not None:
+                    fills[rows, start : start + hidden_BtC.shape[1]] = hidden_BtC
                 if scores:
                     scorer.add(hidden_BtC)
                 done += hidden_BtC.shape[0] * hidden_BtC.shape[1]
@@ -145,8 +204,9 @@ class _Measured:
 class _RowScorer:
     """Scores the states of some rows as they come; those of the last column predict a token that nobody knows."""
 
-    def __init__(self, *, model: FoldForCausalLM, ids_BT: Tensor, reference_BTC: Tensor | None):
-        self._model, self._ids_BT, self._reference_BTC = model, ids_BT, reference_BTC
+    def __init__(self, *, model: FoldForCausalLM, ids_BT: Tensor, reference: tuple[FoldForCausalLM, Tensor] | None):
+        """`reference`: the unfolded model and its states [B, T, C]; None = this is it."""
+        self._model, self._ids_BT, self._reference = model, ids_BT, reference
         self._waiting: list[Tensor] = []
         self._start, self._columns = 0, 0
         self._found: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -164,9 +224,10 @@ class _RowScorer:
         columns, batch = stop - self._start, hidden_BtC.shape[0]
         if columns:
             targets = self._ids_BT[:, self._start + 1 : stop + 1].flatten()
-            reference = (
-                None if self._reference_BTC is None else self._reference_BTC[:, self._start : stop].flatten(0, 1)
-            )
+            reference = None
+            if self._reference is not None:
+                judge, states_BTC = self._reference
+                reference = (judge, states_BTC[:, self._start : stop].flatten(0, 1))
             scores = score(self._model, hidden_BtC[:, :columns].flatten(0, 1), targets, reference)
             same = torch.zeros_like(scores.loss), torch.ones_like(scores.loss)
             kl, agrees = same if scores.kl is None else (scores.kl, scores.agrees)

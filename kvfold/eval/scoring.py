@@ -35,8 +35,13 @@ def next_token_logits(model: FoldForCausalLM, hidden_NC: Tensor) -> Tensor:
     return (logits if softcap is None else torch.tanh(logits / softcap) * softcap).float()
 
 
-def score(model: FoldForCausalLM, hidden_NC: Tensor, targets_N: Tensor, reference_NC: Tensor | None = None) -> Scores:
-    """Score states against the tokens that came, and against the reference's states at the same positions."""
+def score(
+    model: FoldForCausalLM,
+    hidden_NC: Tensor,
+    targets_N: Tensor,
+    reference: tuple[FoldForCausalLM, Tensor] | None = None,
+) -> Scores:
+    """Score states against the tokens that came, and against a reference: a model and its states at the same positions."""
     slice_size = max(1, _SLICE_BYTES // (4 * model.config.vocab_size))
     loss, kl, agrees = [], [], []
     for start in range(0, hidden_NC.shape[0], slice_size):
@@ -44,8 +49,9 @@ def score(model: FoldForCausalLM, hidden_NC: Tensor, targets_N: Tensor, referenc
         logits = next_token_logits(model, hidden_NC[part])
         log_p = torch.log_softmax(logits, dim=-1)
         loss.append(-log_p.gather(1, targets_N[part, None])[:, 0])
-        if reference_NC is not None:
-            log_r = torch.log_softmax(next_token_logits(model, reference_NC[part]), dim=-1)
+        if reference is not None:
+            judge, states_NC = reference
+            log_r = torch.log_softmax(next_token_logits(judge, states_NC[part]), dim=-1)
             agrees.append((log_p.argmax(dim=-1) == log_r.argmax(dim=-1)).float())
             # In place: these two arrays are as large as the logits.
             log_p.neg_().add_(log_r)

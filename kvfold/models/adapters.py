@@ -86,10 +86,15 @@ def apply_adapter(model: FoldForCausalLM, folder: str | Path, *, time: str | Non
             targets[name].copy_(weight)
 
 
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder says that it holds an adapter."""
+    return (Path(folder) / ABOUT).is_file()
+
+
 def read_adapter(folder: str | Path) -> tuple[AdapterAbout, dict[str, Tensor]]:
     """What an adapter says of itself, and its weights."""
     folder = Path(folder)
-    if not (folder / ABOUT).is_file():
+    if not is_adapter(folder):
         raise ValueError(f"adapter {folder}: no {ABOUT} there: give the folder that `kvfold retrofit` wrote")
     try:
         data = json.loads((folder / ABOUT).read_text(encoding="utf-8"))

@@ -49,10 +49,10 @@ def family_of(row: Mapping) -> str:
 
 
 def title_of(row: Mapping) -> str:
-    """What people call the method, first letter large."""
+    """What people call the method, first letter large; a model's own name as it is."""
     mixed = ";" in words(row, "method")
     title = family_of(row) if mixed else words(row, "title") or family_of(row)
-    return title[:1].upper() + title[1:]
+    return title if title == words(row, "model") else title[:1].upper() + title[1:]
 
 
 def label_of(row: Mapping) -> str:

@@ -92,3 +92,30 @@ def test_the_folder_one_stands_in_has_a_name(kvfold, folder, monkeypatch):
     monkeypatch.chdir(folder / "tiny")
     done = kvfold("eval . --context 32 --windows 1 --json", "--text", str(folder / "text.txt"))
     assert json.loads(done.out)["model"]["name"] == "tiny"
+
+
+def test_trained_and_converted_models_beside_the_first(kvfold, folder):
+    assert kvfold("convert tiny mqa --heads 1").code == 0
+    train = "--data text.txt --tokens 256 --set sequence_tokens=32 --set batch_sequences=2 --no-calibrate"
+    assert kvfold(f"retrofit tiny dms --adapter --time dms:8 --compression 2 {train}").code == 0
+    assert kvfold(f"retrofit mqa tuned --lora 2 {train}").code == 0
+    done = kvfold(f"eval tiny {SHORT} --time full --beside dms --beside mqa --beside mqa,tuned --json")
+    assert done.code == 0, done.err
+    rows = {row["method"]: row for row in json.loads(done.out)["rows"]}
+    assert list(rows) == ["full", "dms:8 of dms", "full of mqa", "full of tuned"]
+    assert rows["full of tuned"]["allocated_bytes"] == rows["full of mqa"]["allocated_bytes"]
+    assert 0 < rows["full of mqa"]["kl"] != rows["full of tuned"]["kl"]
+    body = [line for line in kvfold(f"eval tiny {SHORT} --beside dms --beside mqa").out.splitlines() if line[0] == "│"]
+    assert [line.split("│")[1].strip() for line in body] == ["Full attention", "DMS 8 of dms", "mqa"]
+
+
+@pytest.mark.parametrize(
+    ("beside", "says"),
+    [
+        ("nowhere", "nowhere: no folder here"),
+        ("tiny --beside tiny", "two models beside are called 'tiny'"),
+    ],
+)
+def test_what_can_not_stand_beside(kvfold, beside, says, readings):
+    assert says in kvfold(f"eval tiny {SHORT} --beside {beside}").error
+    assert readings == []

@@ -10,9 +10,9 @@ def test_scores_in_slices_are_scores_of_the_whole(model, monkeypatch):
     targets = torch.randint(0, 259, (13,), generator=draw)
     with torch.no_grad():
         p, r = (model.lm_head(x).log_softmax(-1) for x in (ours, theirs))
-        whole = score(model, ours, targets, theirs)
+        whole = score(model, ours, targets, (model, theirs))
         monkeypatch.setattr(scoring, "_SLICE_BYTES", 4 * 259 * 5)
-        sliced = score(model, ours, targets, theirs)
+        sliced = score(model, ours, targets, (model, theirs))
     torch.testing.assert_close(whole.loss, -p[torch.arange(13), targets])
     torch.testing.assert_close(whole.kl, (r.exp() * (r - p)).sum(-1))
     torch.testing.assert_close(whole.agrees, (p.argmax(-1) == r.argmax(-1)).float())
