@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from kvfold.cli_calibrate import add_calibrate
 from kvfold.cli_convert import add_convert
 from kvfold.cli_eval import add_eval
 from kvfold.cli_model import (
@@ -36,6 +37,7 @@ app.add_typer(bench, name="bench")
 add_eval(app)
 add_convert(app)
 add_retrofit(app)
+add_calibrate(app)
 
 
 @app.command(

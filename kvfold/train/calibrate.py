@@ -2,7 +2,8 @@
 
 One shift for all heads, found as a quantile of their logits: heads keep the differences that they learned. (A threshold of
 its own for each head would make all heads compress alike, which costs quality.) Decisions change what later layers see, so the
-shift is found again under the shifted decisions until the compression holds.
+shift is found again under the shifted decisions until the compression holds; shifts that were too small or too large
+bound it, since a quantile alone may swing to and fro.
 Letters: N blocks, K kv heads, T tokens.
 """
 
@@ -19,7 +20,7 @@ from kvfold.train.reached import reached
 from kvfold.train.schedules import share_for
 from kvfold.train.settings import RetrofitSettings
 
-_ROUNDS = 6
+_ROUNDS = 12
 _CLOSE = 0.005
 """Of the compression asked for, as a share."""
 _FLAT_TAU = 100.0
@@ -32,20 +33,31 @@ def calibrate(
 ) -> dict[str, Any]:
     """Shift the model's gates, in place. Gives the shift in logits, and the compression before and after."""
     model.eval()
-    target, shift, before = settings.compression, 0.0, None
+    target = settings.compression
+    share = share_for(target, settings.sequence_tokens, settings.spec)
+    tried: dict[float, float] = {}
+    shift = 0.0
     for done in range(_ROUNDS):
         report("setting the gates", done, _ROUNDS)
-        found, logits = read_gates(model, blocks_NT, settings)
-        before = found if before is None else before
-        if abs(found / target - 1) < _CLOSE:
+        tried[shift], logits = read_gates(model, blocks_NT, settings)
+        if abs(tried[shift] / target - 1) < _CLOSE:
             break
-        step = _shift_for(logits, share_for(target, settings.sequence_tokens, settings.spec))
-        shift_gates(model, step)
-        shift += step
-    else:
-        found, _ = read_gates(model, blocks_NT, settings)
+        proposed = _between(shift + _shift_for(logits, share), tried, target)
+        shift_gates(model, proposed - shift)
+        shift = proposed
     report("setting the gates", _ROUNDS, _ROUNDS)
-    return {"shift": shift, "before": before, "after": found, "sequences": blocks_NT.shape[0]}
+    best = min(tried, key=lambda one: abs(tried[one] / target - 1))
+    shift_gates(model, best - shift)
+    return {"shift": best, "before": tried[0.0], "after": tried[best], "sequences": blocks_NT.shape[0]}
+
+
+def _between(proposed: float, tried: dict[float, float], target: float) -> float:
+    """The proposed shift, unless it lies outside of those found to be too small and too large: then half way between."""
+    low = max((one for one, found in tried.items() if found < target), default=None)
+    high = min((one for one, found in tried.items() if found > target), default=None)
+    if low is None or high is None or low < proposed < high:
+        return proposed
+    return (low + high) / 2
 
 
 @torch.no_grad()

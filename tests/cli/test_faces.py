@@ -16,6 +16,7 @@ COMMANDS = {
     "retrofit": "SOURCE OUT --recipe --time --compression --adapter --lora --full --data --tokens --context --batch "
     "--learning-rate --kl --teacher --warm-start/--no-warm-start --calibrate/--no-calibrate --control --seed --set "
     "--dtype --device --json",
+    "calibrate": "MODEL ADAPTER OUT --compression --data --context --sequences --dtype --device --json",
     "eval": "MODEL --text --time --windows --context --batch --chunk --passkey --passkey-tries --beside --fresh --out "
     f"{MODEL_OPTIONS}",
     "generate": f"MODEL PROMPT --max-new-tokens --temperature --seed --time {MODEL_OPTIONS}",
@@ -27,6 +28,7 @@ DEFAULTS = {
     "plan": {"context": "4k", "batch": 1},
     "convert": {"init": "mean", "tokens": "24k", "pair_heads": False, "target": "kvfold"},
     "retrofit": {"adapter": False, "full": False, "control": False},
+    "calibrate": {"context": "1024", "sequences": 16},
     "eval": {"windows": 32, "context": 1024, "batch": 32, "passkey": False, "passkey_tries": 4, "fresh": False},
     "generate": {"prompt": "-", "max_new_tokens": 128, "temperature": 0.0, "seed": 0},
     "bench decode": {"prompt": 32, "new": 64, "peers": "transformers", "repeats": 5},

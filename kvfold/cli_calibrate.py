@@ -1,0 +1,58 @@
+"""`kvfold calibrate`: parse, call, print. What it does lives in train/recalibrate.py."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvfold.cli_model import Device, Dtype, Json, Model, load_model
+from kvfold.console import clear_errors, progress, say, show_json, waiting
+from kvfold.sizes import parse_count
+
+Data = Annotated[list[str] | None, typer.Option(help="Text to go by; several times: all. Default: a novel.")]
+Context = Annotated[str, typer.Option(help="Tokens of a sequence, at whose end the compression holds.")]
+Sequences = Annotated[int, typer.Option(min=1, help="Sequences to set the gates by.")]
+
+
+def add_calibrate(app: typer.Typer) -> None:
+    """Put the command among the others."""
+    app.command("calibrate", epilog="Example: `kvfold calibrate my-model adapter-4x adapter-2x --compression 2`")(
+        calibrate
+    )
+
+
+@clear_errors
+def calibrate(
+    model: Model,
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A folder that `kvfold retrofit` wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; a new or an empty one.")],
+    compression: Annotated[float, typer.Option(help="Times smaller, at the end of a sequence, window included.")],
+    data: Data = None,
+    context: Context = "1024",
+    sequences: Sequences = 16,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """An adapter at another compression, without training."""
+    from kvfold.models.checkpoint_files import check_folder
+    from kvfold.train.data import draw_text
+    from kvfold.train.recalibrate import method_of, recalibrate, shifted_settings
+
+    tokens = parse_count(context)
+    settings = shifted_settings(method_of(adapter), compression=compression, sequence_tokens=tokens)
+    check_folder(out)
+    weights, tokenizer = load_model(model, None, None, str(adapter), dtype, device)
+    with waiting("drawing text"):
+        text = draw_text(
+            data or [str(Path(__file__).with_name("sample") / "persuasion.txt")], tokenizer, tokens=sequences * tokens,
+            sequence_tokens=tokens, seed=0, spared=1,
+        )  # fmt: skip
+    with progress() as report:
+        facts = recalibrate(weights, adapter, out, text.train, settings, report=report)
+    if as_json:
+        show_json({"kind": "calibrate", "out": str(out), **facts})
+    else:
+        told = f"compression {facts['before']:.2f} -> {facts['after']:.2f} at {tokens:,} tokens"
+        say(f"{told}; gates shifted by {facts['shift']:+.3f}")
+        typer.echo(out)

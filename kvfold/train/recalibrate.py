@@ -1,0 +1,74 @@
+"""An adapter at another compression, without training: its gates are shifted until held-out text is compressed as asked."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvfold.eval.progress import Report, silent
+from kvfold.models.adapters import ABOUT, WEIGHTS, read_adapter
+from kvfold.models.checkpoint_files import whole_folder
+from kvfold.models.decoder import FoldForCausalLM
+from kvfold.models.gates import GateConfig
+from kvfold.train.calibrate import calibrate
+from kvfold.train.settings import RetrofitSettings
+
+
+def shifted_settings(time: str, *, compression: float, sequence_tokens: int) -> RetrofitSettings:
+    """What calibration goes by. Raises `ValueError` for a compression that the method can't reach at this length."""
+    return RetrofitSettings(time=time, compression=compression, sequence_tokens=sequence_tokens, trains="full")
+
+
+def method_of(folder: Path) -> str:
+    """The method of an adapter. Raises `ValueError` for a folder that is none, and for an adapter without gates."""
+    about, _ = read_adapter(folder)
+    if about.gates is None or about.time is None:
+        raise ValueError(f"adapter {folder}: it has no gates to shift: give one that compresses")
+    return about.time
+
+
+def recalibrate(
+    model: FoldForCausalLM, folder: Path, out: Path, blocks_NT: Tensor, settings: RetrofitSettings, *,
+    report: Report = silent,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the adapter in `folder` to `out`, shifted so that the blocks are compressed as the settings say. `model` has the
+    adapter on, and has the shift afterwards. Gives the shift in logits, and the compression before and after.
+    """
+    facts = calibrate(model, blocks_NT, settings, report=report)
+    about, weights = read_adapter(folder)
+    data, gates = about.to_json(), GateConfig.from_json(about.gates)
+    if gates.source == "adapter":
+        # As calibration did to the model, which may be in another dtype.
+        for name, weight in weights.items():
+            if name.endswith("fold_proj.bias"):
+                weights[name] = weight + facts["shift"] / gates.scale
+    else:
+        data["gates"] = about.gates | {"offset": gates.offset - facts["shift"]}
+    _write(data, weights, out, _card(out, folder, settings, facts))
+    return facts
+
+
+def _write(about: dict[str, Any], weights: dict[str, Tensor], out: Path, card: str) -> None:
+    with whole_folder(out) as folder:
+        save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / WEIGHTS)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def _card(out: Path, folder: Path, settings: RetrofitSettings, facts: dict[str, Any]) -> str:
+    old = folder / "README.md"
+    lines = [
+        f"# {out.name}",
+        "",
+        f"The adapter `{folder.name}` at another compression, written by `kvfold calibrate`: its gates were shifted by "
+        f"{facts['shift']:+.3f}, nothing was trained. Over {facts['sequences']} sequences of {settings.sequence_tokens:,} tokens "
+        f"the compression was {facts['before']:.2f} before and is {facts['after']:.2f} now, window included; "
+        f"{settings.compression:g} was asked for.",
+        "",
+    ]
+    if old.is_file():
+        lines += ["What follows is the card of that adapter; its figures are at its own compression.", ""]
+        lines.append(old.read_text(encoding="utf-8"))
+    return "\n".join(lines)

@@ -1,0 +1,39 @@
+"""`kvfold calibrate`: an adapter at another compression, measured through the cache."""
+
+import json
+
+import pytest
+
+DMS = "--adapter --time dms:8 --compression 2 --data text.txt --tokens 256 --context 64 --batch 2"
+DMC = "--lora 2 --time dmc --compression 2 --data text.txt --tokens 256 --context 64 --batch 2"
+
+
+@pytest.mark.parametrize("train", [DMS, DMC])
+def test_the_cache_holds_what_was_asked_for(kvfold, folder, train):
+    assert kvfold(f"retrofit tiny first {train} --set warm_start={str(train is DMS).lower()}").code == 0
+    done = kvfold("calibrate tiny first second --compression 3 --data text.txt --context 64 --sequences 6 --json")
+    assert done.code == 0, done.err
+    facts = json.loads(done.out)
+    assert facts["after"] == pytest.approx(3, rel=0.03) and facts["before"] < 2.7
+    read = kvfold(
+        "eval tiny --time full --beside first --beside second --text text.txt --context 64 --windows 6 --json"
+    )
+    first, second = (row["compression"] for row in json.loads(read.out)["rows"][1:])
+    assert second == pytest.approx(3, rel=0.15) and first < 2.7
+    card = (folder / "second" / "README.md").read_text()
+    assert card.startswith("# second\n") and "# first" in card and "3 was asked for" in card
+    assert not list(folder.glob(".second*"))
+
+
+def test_bad_input(kvfold, folder):
+    assert kvfold(f"retrofit tiny first {DMS}").code == 0
+    assert kvfold(f"retrofit tiny plain {DMC.replace('--time dmc --compression 2', '')}").code == 0
+    for line, said in [
+        ("calibrate tiny nowhere out --compression 2", "adapter nowhere: no adapter.json there"),
+        ("calibrate tiny first out --compression 0.5", "compression 0.5: it is times smaller"),
+        ("calibrate tiny first out --compression 8 --context 64", "use a delay of 6 or less"),
+        ("calibrate tiny first tiny --compression 2", "tiny: the folder is not empty"),
+        ("calibrate tiny plain out --compression 2", "adapter plain: it has no gates to shift"),
+    ]:
+        assert said in kvfold(line).error, line
+    assert not (folder / "out").exists()
