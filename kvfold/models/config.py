@@ -134,4 +134,9 @@ class FoldConfig(PreTrainedConfig):
                     f"layer {index} has {entry.num_kv_heads} KV heads of {entry.head_dim} channels in the layout: KV heads "
                     f"divide the {self.num_attention_heads} query heads and have {self.head_dim} channels: give its own layout"
                 )
+            if (index in self.nope_layers) != (entry.owner in self.nope_layers):
+                raise ValueError(
+                    f"layer {index} reads layer {entry.owner} in the layout, and one of the two has no rotary positions: shared "
+                    "keys are rotated or not for all who read them: share within a kind, such as '0_1_0_1...'"
+                )
         return layout

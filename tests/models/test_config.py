@@ -31,14 +31,14 @@ def test_windows_of_the_config_reach_the_layout():
 def test_round_trip_through_the_auto_class(tmp_path):
     plain = KVLayout.plain(4, 2, 8)
     layout = KVLayout.parse("cla2", plain).with_time("h2o:4+4; 2=window:6+1")
-    config = FoldConfig(**SMALL, layout=layout, base_layout=plain, channel_freed=True, nope_layers=[1])
+    config = FoldConfig(**SMALL, layout=layout, base_layout=plain, channel_freed=True, nope_layers=[0, 1])
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["layout"] == layout.to_json() and written["base_layout"] == plain.to_json()
     assert written["model_type"] == "kvfold" and not [key for key in written if key.startswith("_")]
     read = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(read, FoldConfig)
-    assert (read.layout, read.base_layout, read.channel_freed, read.nope_layers) == (layout, plain, True, [1])
+    assert (read.layout, read.base_layout, read.channel_freed, read.nope_layers) == (layout, plain, True, [0, 1])
     assert read.to_diff_dict() == config.to_diff_dict()
 
 
@@ -54,6 +54,13 @@ def test_the_planner_reads_the_same_layout_from_the_raw_config(model_type):
     config = CONFIG_MAPPING[model_type](num_hidden_layers=6)
     assert fold_config(config).layout == config_layout(config.to_dict())
     assert fold_config(config).layout == config_layout(fold_config(config).to_dict())
+
+
+def test_layers_with_and_without_rotary_positions_share_nothing():
+    shared = KVLayout.parse("cla2", KVLayout.plain(4, 2, 8))
+    assert FoldConfig(**SMALL, layout=shared, nope_layers=[2, 3]).layout == shared
+    with pytest.raises(ValueError, match="layer 1 reads layer 0 in the layout, and one of the two has no rotary"):
+        FoldConfig(**SMALL, layout=shared, nope_layers=[1])
 
 
 @pytest.mark.parametrize(

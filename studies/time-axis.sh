@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# One table at equal kept bytes: DMS, DMC, fewer KV heads, both together, and the methods that need no training.
+#
+#   studies/time-axis.sh MODEL TRAIN VALID OUT [TOKENS] [DEVICE]
+#
+# MODEL: SmolLM2-135M or a model like it. TRAIN: text files to train on, separated by commas. VALID: texts to measure on,
+# likewise. Every command goes on where it stopped, so this script can be stopped at any time and started again.
+# The trained rows all see TOKENS tokens (262144 unless told otherwise) of the same text in the same order and are distilled from
+# MODEL; a frozen base with an adapter, and weights distilled from themselves, are their own control. What was trained at 4x is
+# shown at 2x and 3x with its gates shifted (`kvfold calibrate`), which trains nothing.
+set -euo pipefail
+
+model=$1 out=$4 tokens=${5:-262144} device=${6:-cpu}
+IFS=, read -r -a train <<<"$2"
+IFS=, read -r -a valid <<<"$3"
+kvfold=${KVFOLD:-kvfold}
+data=() texts=()
+for file in "${train[@]}"; do data+=(--data "$file"); done
+for file in "${valid[@]}"; do texts+=(--text "$file"); done
+common=("${data[@]}" --tokens "$tokens" --device "$device")
+mkdir -p "$out"
+
+$kvfold retrofit "$model" "$out/dms-4x" --recipe smollm2-dms-cpu "${common[@]}"
+$kvfold retrofit "$model" "$out/dmc-4x" --recipe smollm2-dmc-lora-cpu --compression 4 "${common[@]}"
+
+[ -d "$out/gqa" ] || $kvfold convert "$model" "$out/gqa" --heads 1 --device "$device"
+lora=(--lora 64 --kl reverse --teacher "$model" --learning-rate 3e-4 --set learning_rate_schedule=cosine "${common[@]}")
+$kvfold retrofit "$out/gqa" "$out/gqa-3x" "${lora[@]}"
+$kvfold retrofit "$out/gqa" "$out/gqa-dms-4x" --time dms:128 --compression 1.3333 --warm-start "${lora[@]}"
+
+for method in dms dmc; do
+  for compression in 2 3; do
+    [ -d "$out/$method-${compression}x" ] ||
+      $kvfold calibrate "$model" "$out/$method-4x" "$out/$method-${compression}x" --compression $compression \
+        "${data[@]}" --device "$device"
+  done
+done
+
+rows=()
+for name in dms-2x dms-3x dms-4x dmc-2x dmc-3x dmc-4x; do rows+=(--beside "$out/$name"); done
+for name in gqa-3x gqa-dms-4x; do rows+=(--beside "$out/gqa,$out/$name"); done
+times=()
+for kept in 512 341 256; do
+  times+=(--time "window:$((kept - 4))+4" --time "h2o:$((kept / 2))+$((kept - kept / 2))" --time "tova:$kept")
+done
+$kvfold eval "$model" "${texts[@]}" "${times[@]}" "${rows[@]}" --passkey --device "$device" --out "$out/results/time-axis.json"
