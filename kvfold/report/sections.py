@@ -5,14 +5,22 @@ from collections.abc import Callable, Mapping, Sequence
 from kvfold.report.groups import Group
 from kvfold.report.markup import Markup, join, tag
 from kvfold.report.numbers import count, percent
-from kvfold.report.pictures.decode import decode_picture
+from kvfold.report.pictures.decode import DECODE, STEP, speed_picture
 from kvfold.report.pictures.kept import HeadMap, head_map, kept_picture, key_picture, scale_of
 from kvfold.report.pictures.memory import memory_picture
 from kvfold.report.pictures.passkey import lengths_of, passkey_pictures, unfolded_share, worth_showing
 from kvfold.report.pictures.quality import axes_of, quality_pictures
 from kvfold.report.pieces import WIDE, behind, figure, protocol_text, section, source_line, table, titled
 from kvfold.report.series import Line, quality_lines, texts_of
-from kvfold.report.sheets import decode_sheet, kept_sheets, memory_sheet, passkey_sheet, plan_sheet, quality_sheet
+from kvfold.report.sheets import (
+    decode_sheet,
+    kept_sheets,
+    memory_sheet,
+    passkey_sheet,
+    plan_sheet,
+    quality_sheet,
+    step_sheet,
+)
 from kvfold.report.summary import short_answer, summary_table
 from kvfold.report.tables import method_labels
 
@@ -173,8 +181,29 @@ def decode_section(group: Group, colours: Mapping[str, int]) -> Markup:
         " Bars are medians; the thin line reaches from the slowest run to the fastest. At the right: kvfold "
         "over transformers, above 1 where kvfold is faster.",
     ]
-    drawn = _drawn(lambda width: decode_picture(group.rows, width), join(said))
+    drawn = _drawn(lambda width: speed_picture(group.rows, DECODE, width), join(said))
     return section(titled("Speed", group), tag("p", lead), drawn, behind(decode_sheet(group.rows)), source_line(group))
+
+
+def step_section(group: Group, colours: Mapping[str, int]) -> Markup:
+    """What gates cost in training."""
+    lead = (
+        "Teaching a model to compress takes more than plain training: gates decide, entries are merged or hidden. Here is one "
+        "step of it beside a step of the same training without."
+    )
+    said = [
+        tag("strong", "Speed of training steps."),
+        " Bars are medians; the thin line reaches from the slowest round to the fastest. Both sides have the same model, the "
+        "same loss and the same tokens, and take turns. At the right: time of a step with gates over one without.",
+    ]
+    drawn = _drawn(lambda width: speed_picture(group.rows, STEP, width), join(said))
+    return section(
+        titled("What gates cost in training", group),
+        tag("p", lead),
+        drawn,
+        behind(step_sheet(group.rows)),
+        source_line(group),
+    )
 
 
 def plan_section(group: Group, colours: Mapping[str, int]) -> Markup:
@@ -193,5 +222,6 @@ SECTIONS: Mapping[str, Callable[[Group, Mapping[str, int]], Markup]] = {
     "memory": memory_section,
     "kept": kept_section,
     "decode": decode_section,
+    "step": step_section,
     "plan": plan_section,
 }

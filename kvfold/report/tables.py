@@ -7,7 +7,7 @@ from rich.text import Text
 
 from kvfold.report.results import rows_of, words
 from kvfold.report.series import label_of
-from kvfold.report.sheets import Sheet, decode_sheet, passkey_sheet, plan_sheet, quality_sheet
+from kvfold.report.sheets import Sheet, decode_sheet, passkey_sheet, plan_sheet, quality_sheet, step_sheet
 
 
 def quality_table(result: Mapping, brief: bool = True) -> Table:
@@ -23,6 +23,11 @@ def passkey_table(result: Mapping) -> Table:
 def decode_table(result: Mapping, brief: bool = True) -> Table:
     """Decode speed of kvfold and its peer."""
     return rich_table(decode_sheet(rows_of(result)), brief=brief)
+
+
+def step_table(result: Mapping, brief: bool = True) -> Table:
+    """Cost of a retrofit's step."""
+    return rich_table(step_sheet(rows_of(result)), brief=brief)
 
 
 def plan_table(result: Mapping) -> Table:

@@ -81,7 +81,7 @@ def test_what_cannot_be_read_is_named_beside_what_can(tmp_path):
     assert len(found) == 5
     assert problems == [
         "bad.json: not readable as JSON",
-        'other.json: no "kind" among quality, memory, kept, decode, plan',
+        'other.json: no "kind" among quality, memory, kept, decode, step, plan',
     ]
 
 

@@ -1,0 +1,44 @@
+"""What commands that read a model share: its options, how it is loaded, and what it is called in results."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvfold.console import waiting
+
+METHODS = "full | window:W+S | h2o:R+Y | tova:N, in tokens or percent; trained: dmc[:W] | dms[:W]"
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file or a hub name.")]
+Time = Annotated[str | None, typer.Option(help=f"{METHODS}. Default: the checkpoint's own.")]
+Times = Annotated[list[str] | None, typer.Option("--time", help=f"{METHODS}; given several times: a row each.")]
+Bits = Annotated[str | None, typer.Option(help="model; fp8, int8 and int4 are planned.")]
+Adapter = Annotated[str | None, typer.Option(help="A folder that `kvfold retrofit` wrote.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32 | bfloat16 | float16. Default: float32 on a CPU, else the checkpoint's.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu | cuda. Default: cpu.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+Out = Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")]
+
+
+def load_model(
+    source: str, time: str | None, bits: str | None, adapter: str | None, dtype: str | None, device: str | None
+):  # fmt: skip
+    """The model and its tokenizer, with a sign of life meanwhile."""
+    from kvfold.models.load import load, load_tokenizer
+
+    quiet_transformers()
+    with waiting(f"loading {source}"):
+        return load(source, time=time, bits=bits, adapter=adapter, dtype=dtype, device=device), load_tokenizer(source)
+
+
+def quiet_transformers() -> None:
+    """Its log lines are for programmers."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+
+
+def model_name(source: str) -> str:
+    """What a model is called in results: the last part of its path or hub name."""
+    return Path(source).resolve().name.removesuffix(".gguf") if Path(source).exists() else source
