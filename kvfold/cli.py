@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvfold.cli_convert import add_convert
-from kvfold.cli_measure import add_bench_train
+from kvfold.cli_measure import add_bench_train, add_inspect
 from kvfold.cli_model import (
     METHODS,
     Adapter,
@@ -37,6 +37,7 @@ app.add_typer(bench, name="bench")
 add_convert(app)
 add_retrofit(app)
 add_bench_train(bench)
+add_inspect(app)
 
 
 @app.command(

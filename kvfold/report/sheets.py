@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvfold.report.numbers import MISSING, count, difference, middle, percent, size, three, times
-from kvfold.report.pictures.decode import TRAINED, point_name
+from kvfold.report.pictures.decode import point_name
 from kvfold.report.pictures.kept import head_map
 from kvfold.report.pictures.memory import memory_points
 from kvfold.report.results import grid, number, words
@@ -114,9 +114,8 @@ def memory_sheet(rows: Sequence[Mapping]) -> Sheet:
     """Bytes held, a line per number of tokens, a column per method."""
     series = [(label_of(row), dict(memory_points(row))) for row in rows]
     tokens = sorted({at for _, points in series for at in points})
-    step = -(-len(tokens) // MOST_LINES) or 1
-    title = "Memory over time" + (f" (every {step}th measured point, and the last)" if step > 1 else "")
-    shown = sorted({*tokens[::step], *tokens[-1:]})
+    shown, every = thinned(tokens), -(-len(tokens) // MOST_LINES)
+    title = "Memory over time" + (f" (every {every}th measured point, and the last)" if every > 1 else "")
     columns = (Column(head="tokens seen"), *(Column(head=label) for label, _ in series))
     return Sheet(
         title=title,
@@ -152,6 +151,12 @@ def _cell(line: Sequence[float | None], head: int, write, key: str) -> str:
     return "–" if absent else write(line[head])
 
 
+def thinned(values: Sequence[float]) -> list[float]:
+    """At most about `MOST_LINES` of them, evenly spaced, the last included."""
+    step = -(-len(values) // MOST_LINES) or 1
+    return sorted({*values[::step], *values[-1:]})
+
+
 DECODE_COLUMNS = (
     Column(head="point", is_text=True),
     Column(head="batch", note="Rows read and written together.", brief=False),
@@ -175,9 +180,9 @@ def decode_sheet(rows: Sequence[Mapping]) -> Sheet:
         (
             point_name(row),
             *(count(number(row, key)) for key in ("batch", "context_tokens", "new_tokens")),
-            *(_spread(row, side, "tokens_per_second") for side in ("ours", "theirs")),
-            _spread(row, "ratio", unit="×"),
-            *(_spread(row, side, "step_ms") for side in ("ours", "theirs")),
+            *(spread_cell(row, side, "tokens_per_second") for side in ("ours", "theirs")),
+            spread_cell(row, "ratio", unit="×"),
+            *(spread_cell(row, side, "step_ms") for side in ("ours", "theirs")),
             *(size(number(row, side, "allocated_bytes")) for side in ("ours", "theirs")),
             *(size(number(row, side, "peak_bytes")) for side in ("ours", "theirs")),
         )
@@ -186,43 +191,9 @@ def decode_sheet(rows: Sequence[Mapping]) -> Sheet:
     return Sheet(title="Decode speed", columns=DECODE_COLUMNS, rows=cells)
 
 
-def _spread(row: Mapping, *keys: str, unit: str = "") -> str:
+def spread_cell(row: Mapping, *keys: str, unit: str = "") -> str:
     """A median with the smallest and largest behind it."""
     return middle(*(number(row, *keys, edge) for edge in ("min", "median", "max")), unit)
-
-
-LOSSES = {"reverse": "KL of student from teacher", "forward": "KL of teacher from student", "none": "next token"}
-STEP_COLUMNS = (
-    Column(head="method", is_text=True),
-    Column(head="trained", note="What learns in the step.", is_text=True),
-    Column(head="loss", note="The same on both sides, but for the pressure on gates.", is_text=True),
-    Column(head="sequence", note="Tokens of a sequence."),
-    Column(head="batch", note="Sequences of the step.", brief=False),
-    Column(head="with gates, tokens/s", note="Median of the rounds, smallest and largest behind it."),
-    Column(head="gates off, tokens/s", note="Median of the rounds, smallest and largest behind it."),
-    Column(head="cost", note="Time of a step with gates over one without, both from one round."),
-    Column(head="with gates, ms a step", brief=False),
-    Column(head="gates off, ms a step", brief=False),
-    Column(head="trained weights", note="With gates.", brief=False),
-)
-
-
-def step_sheet(rows: Sequence[Mapping]) -> Sheet:
-    """What a step of a retrofit costs, a line per method."""
-    cells = tuple(
-        (
-            label_of(row),
-            TRAINED.get(words(row, "trains"), words(row, "trains")) or MISSING,
-            LOSSES.get(words(row, "loss"), words(row, "loss")) or MISSING,
-            *(count(number(row, key)) for key in ("sequence_tokens", "batch_sequences")),
-            *(_spread(row, side, "tokens_per_second") for side in ("with_gates", "gates_off")),
-            _spread(row, "ratio", unit="×"),
-            *(_spread(row, side, "step_ms") for side in ("with_gates", "gates_off")),
-            count(number(row, "with_gates", "trained_parameters")),
-        )
-        for row in rows
-    )
-    return Sheet(title="Cost of a retrofit's step", columns=STEP_COLUMNS, rows=cells)
 
 
 PLAN_COLUMNS = (
