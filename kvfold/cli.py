@@ -9,6 +9,7 @@ import typer
 from kvfold.cli_calibrate import add_calibrate
 from kvfold.cli_convert import add_convert
 from kvfold.cli_eval import add_eval
+from kvfold.cli_measure import add_bench_train, add_inspect
 from kvfold.cli_model import (
     METHODS,
     Adapter,
@@ -38,6 +39,8 @@ add_eval(app)
 add_convert(app)
 add_retrofit(app)
 add_calibrate(app)
+add_bench_train(bench)
+add_inspect(app)
 
 
 @app.command(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from kvfold.console import clear_errors, command_line, progress, say, show_json, waiting
+from kvfold.console import clear_errors, command_line, need_for_training, progress, say, show_json, waiting
 
 _SECONDS_BETWEEN_LINES = 60.0
 """Where stderr is no terminal, a line as often as this says how far training is."""
@@ -133,8 +133,7 @@ def _run(source: str, out: Path, settings: Any, *, dtype: str | None, device: st
         say(f"{out}: done already")
         return done
     _say_plan(settings, folder.done_steps)
-    for package in ("accelerate", "peft"):
-        _need(package)
+    need_for_training()
     from kvfold import __version__
     from kvfold.models.load import load, load_tokenizer
     from kvfold.report.results import cpu_name, git_commit
@@ -153,13 +152,6 @@ def _run(source: str, out: Path, settings: Any, *, dtype: str | None, device: st
             model=model, tokenizer=tokenizer, source=source, name=_name(source), settings=settings, folder=folder,
             teacher=teacher, about=about, report=report, on_step=on_step,
         ).run()  # fmt: skip
-
-
-def _need(package: str) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec(package) is None:
-        raise ValueError(f"{package} is not installed: training needs it: run pip install 'kvfold[train]'")
 
 
 def _quiet() -> None:

@@ -4,6 +4,7 @@ Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 a failure
 """
 
 import functools
+import importlib.util
 import json
 import shlex
 import sys
@@ -81,6 +82,13 @@ def check_out(out: Path | None) -> None:
     """Refuse a place where no file can be, before anything is measured."""
     if out is not None and (out.is_dir() or any(parent.is_file() for parent in out.parents)):
         raise ValueError(f"{out}: no file can be written there: name a file in a folder, one that is there or not yet")
+
+
+def need_for_training() -> None:
+    """Refuse where what training takes is not installed."""
+    for package in ("accelerate", "peft"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{package} is not installed: training needs it: run pip install 'kvfold[train]'")
 
 
 def hand_over(

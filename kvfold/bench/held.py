@@ -31,7 +31,7 @@ def measure_held(
         about = method_about(layout)
         with folded_cache(model, layout, ids_BT.shape[0]) as cache:
             tokens, held = [0], [cache.allocated_bytes]
-            for seen in _read(model, cache, ids_BT.to(model.device), layout, f"memory, {about['method']}", report):
+            for seen in looks(model, cache, ids_BT.to(model.device), layout, f"memory, {about['method']}", report):
                 tokens.append(seen)
                 held.append(cache.allocated_bytes)
             memory.append({**about, "tokens": tokens, "allocated_bytes": held})
@@ -40,7 +40,7 @@ def measure_held(
     return {"model": about_model, "batch": ids_BT.shape[0], "rows": memory}, {"model": about_model, "rows": kept}
 
 
-def _read(
+def looks(
     model: FoldForCausalLM, cache: FoldCache, ids_BT: Tensor, layout: KVLayout, what: str, report: Report
 ) -> Iterator[int]:
     """Feed all tokens as the method is meant to be fed; gives the tokens seen each time the cache is to be looked at."""

@@ -1,4 +1,5 @@
 """Windows of text on which methods are compared: the documents of a file joined and tokenised once, cut, and thinned out.
+And the beginning of a text, each token with the characters that it stands for.
 
 Letters: W windows, T tokens of a window.
 """
@@ -78,6 +79,26 @@ def text_windows(
         ids_WT=torch.tensor([[*opening, *ids[start : start + body]] for start in starts]),
         scored_bytes=tuple(_bytes_between(text.joined, ends, start + first, start + body) for start in starts),
     )
+
+
+_CHARACTERS_A_TOKEN = 32
+"""More than a token of running text has."""
+
+
+def text_beginning(text: TextFile, tokenizer: Any, *, tokens: int) -> tuple[Tensor, list[str]]:
+    """Ids [T] of the first `tokens` tokens, fewer where the text has fewer, and the characters of each: joined they are the
+    text. Of several tokens that share a character the first has it; a bos that the tokenizer adds has none.
+    """
+    if tokens < 2:
+        raise ValueError(f"{tokens} tokens: a text to look at has 2 or more: ask for more")
+    opening = opening_tokens(tokenizer)
+    begun = text.joined[: _CHARACTERS_A_TOKEN * tokens]
+    ids, ends = _tokenised(begun, tokenizer)
+    ids, ends = ids[: tokens - len(opening)], [0, *ends]
+    pieces = [begun[ends[index] : ends[index + 1]] for index in range(len(ids))]
+    if len(opening) + len(ids) < 2:
+        raise ValueError(f"{text.name}: a text of {len(ids)} tokens: there is nothing to see: give a longer one")
+    return torch.tensor([*opening, *ids]), [*[""] * len(opening), *pieces]
 
 
 def opening_tokens(tokenizer: Any) -> list[int]:

@@ -60,7 +60,7 @@ def read_rows(
     `call_tokens`: tokens a row of one call; a steps method takes one as soon as something may be dropped.
     """
     shares, seen, seconds = [], [], 0.0
-    weights = _payload(layout, model.dtype.itemsize, model.device)
+    weights = entry_bytes(layout, model.dtype.itemsize, model.device)
     with folded_cache(model, layout, ids_BT.shape[0]) as cache:
         for start, stop in calls(layout, ids_BT.shape[1], call_tokens):
             call = ids_BT[:, start:stop]
@@ -69,7 +69,7 @@ def read_rows(
             seconds += _now(model.device) - begun
             on_states(hidden, start)
             seen.append(start + call.shape[1])
-            shares.append(_kept_share(cache, weights, seen[-1]))
+            shares.append(kept_share(cache, weights, seen[-1]))
         allocated_bytes, full_bytes = cache.allocated_bytes, cache.full_bytes
     return Reading(
         allocated_bytes=allocated_bytes, full_bytes=full_bytes, kept_share=tuple(torch.stack(shares).tolist()),
@@ -77,7 +77,7 @@ def read_rows(
     )  # fmt: skip
 
 
-def _payload(layout: KVLayout, model_bytes: int, device: torch.device) -> Tensor:
+def entry_bytes(layout: KVLayout, model_bytes: int, device: torch.device) -> Tensor:
     """Bytes of K and V of one entry of each owner, fp64 [owners]."""
     sizes = [
         sum(layout.bits_of(owner).slot_bytes(layout.layers[owner].head_dim, model_bytes)) for owner in layout.owners
@@ -85,7 +85,7 @@ def _payload(layout: KVLayout, model_bytes: int, device: torch.device) -> Tensor
     return torch.tensor(sizes, dtype=torch.float64, device=device)
 
 
-def _kept_share(cache: FoldCache, weights_O: Tensor, seen: int) -> Tensor:
+def kept_share(cache: FoldCache, weights_O: Tensor, seen: int) -> Tensor:
     """Kept over seen, weighted by bytes; a tensor, since reading it off at every step would stop a GPU."""
     kept_OBK = cache.kept_tokens
     present = (kept_OBK >= 0) * weights_O[:, None, None]

@@ -11,6 +11,8 @@ from kvfold.report.sheets import Sheet
 WIDE, NARROW = 860.0, 350.0
 """Pixels of a picture on a page of ordinary width, and on a phone, where it is drawn anew so that letters keep their size."""
 
+NOTHING = Markup("<p>Not measured.</p>")
+
 
 def section(title: str, *parts: str | None) -> Markup:
     """A part of the page under its heading."""
@@ -31,6 +33,11 @@ def figure(
         for width, name in ((wide, "wide"), (NARROW, "narrow"))
     ]
     return tag("figure", *pair, tag("figcaption", caption), class_=class_)
+
+
+def drawn(draw: Callable[[float], Markup | None], caption: Markup) -> Markup:
+    """A figure of one picture, or a word that there is none."""
+    return NOTHING if draw(WIDE) is None else figure(lambda width: [draw(width)], caption)
 
 
 def behind(*sheets: Sheet) -> Markup:

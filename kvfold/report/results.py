@@ -16,7 +16,10 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-KINDS = ("quality", "memory", "kept", "decode", "plan")
+KINDS = ("quality", "memory", "kept", "document", "curve", "decode", "step", "plan")
+
+CURVE = Path("training") / "curve.jsonl"
+"""Where a retrofit's folder has its steps, a line of JSON each."""
 
 LARGEST, SMALLEST = 1e30, 1e-30
 """What is larger is no measurement, what is nearer to 0 is 0: so that shares and scales stay numbers."""
@@ -83,17 +86,21 @@ def grid(data: Mapping, key: str) -> list[list[float | None]]:
 
 
 def read_results(path: Path) -> tuple[list[Result], list[str]]:
-    """The results in a folder (its *.json) or in one file, oldest first, and one line for each file that is no result.
+    """The results in a folder (its *.json, and curves of retrofits: its *.jsonl, or that of the run whose folder it is) or in
+    one file, oldest first, and one line for each file that is no result.
 
     ValueError if nothing readable is there.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; results are written by `kvfold eval` and `kvfold bench`")
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        run = [path / CURVE] if (path / CURVE).is_file() else []
+        files = [*sorted(path.glob("*.json")), *sorted(path.glob("*.jsonl")), *run]
     results, problems = [], []
     for file in files:
-        outcome = _read_file(file)
+        outcome = _read_curve(file) if file.suffix == ".jsonl" else _read_file(file)
         (results if isinstance(outcome, Result) else problems).append(outcome)
     if not results:
         why = f" ({problems[0]})" if problems else ""
@@ -109,6 +116,37 @@ def _read_file(file: Path) -> Result | str:
     if not isinstance(data, dict) or data.get("kind") not in KINDS:
         return f'{file.name}: no "kind" among {", ".join(KINDS)}'
     return Result(name=file.name, data=data)
+
+
+def _read_curve(file: Path) -> Result | str:
+    """The steps of a retrofit; what its run's notes beside it say goes with them. A last line that was cut short is none."""
+    rows = []
+    try:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            row = _parsed(line)
+            if number(row, "step") is None:
+                break
+            rows.append(row)
+    except (OSError, UnicodeDecodeError):
+        pass
+    if not rows:
+        return f"{file.name}: no steps of a retrofit in it"
+    notes = {}
+    for name in ("run", "done") if file.name == CURVE.name else ():
+        note = file.with_name(f"{name}.json")
+        notes[name] = _parsed(note.read_text(encoding="utf-8", errors="replace")) if note.is_file() else None
+    source = words(notes.get("run"), "source").rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+    about = {key: words(notes.get("done"), key) for key in ("command", "git_commit")}
+    name = file.resolve().parents[1].name if file.parent.name == CURVE.parent.name else file.stem
+    data = {"kind": "curve", "model": {"name": source}, "name": name, **about, "rows": rows}
+    return Result(name=f"{name}/{CURVE}" if name != file.stem else file.name, data=data)
+
+
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def write_result(path: Path, kind: str, payload: Mapping, command: str) -> Path:

@@ -3,20 +3,28 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from kvfold.report.groups import Group
+from kvfold.report.inside import curve_section, document_section
+from kvfold.report.learned_sheets import step_sheet
 from kvfold.report.markup import Markup, join, tag
 from kvfold.report.numbers import count, percent
-from kvfold.report.pictures.decode import decode_picture
+from kvfold.report.pictures.decode import DECODE, STEP, speed_picture
 from kvfold.report.pictures.kept import HeadMap, head_map, kept_picture, key_picture, scale_of
 from kvfold.report.pictures.memory import memory_picture
 from kvfold.report.pictures.passkey import lengths_of, passkey_pictures, unfolded_share, worth_showing
 from kvfold.report.pictures.quality import axes_of, quality_pictures
-from kvfold.report.pieces import WIDE, behind, figure, protocol_text, section, source_line, table, titled
+from kvfold.report.pieces import NOTHING, behind, drawn, figure, protocol_text, section, source_line, table, titled
 from kvfold.report.series import Line, quality_lines, texts_of
-from kvfold.report.sheets import decode_sheet, kept_sheets, memory_sheet, passkey_sheet, plan_sheet, quality_sheet
+from kvfold.report.sheets import (
+    decode_sheet,
+    kept_sheets,
+    memory_sheet,
+    passkey_sheet,
+    plan_sheet,
+    quality_sheet,
+)
 from kvfold.report.summary import short_answer, summary_table
 from kvfold.report.tables import method_labels
 
-NOTHING = Markup("<p>Not measured.</p>")
 PANEL_WIDTHS = {1: 760.0, 2: 500.0}
 """Width of a quality panel by the number of texts; of more, three share a line."""
 THIRD = 354.0
@@ -55,8 +63,8 @@ def _quality_figure(group: Group, colours: Mapping[str, int]) -> list[Markup]:
         return [join([tag("h3", f"Text: {text or 'unnamed'}"), svg]) for text, svg in pairs]
 
     wide = PANEL_WIDTHS.get(len(panels), THIRD)
-    drawn = figure(draw, _quality_caption(group, panels), wide, class_="thirds" if wide == THIRD else None)
-    return [drawn, behind(sheet), source_line(group)]
+    picture = figure(draw, _quality_caption(group, panels), wide, class_="thirds" if wide == THIRD else None)
+    return [picture, behind(sheet), source_line(group)]
 
 
 def _quality_caption(group: Group, panels: Sequence[Sequence[Line]]) -> Markup:
@@ -103,11 +111,11 @@ def _passkey_section(group: Group) -> Markup:
             f" At {count(length)} tokens the unfolded model itself finds only {percent(share)}, so that "
             "length is in the table alone."
         )
-    drawn = figure(lambda width: passkey_pictures(group.passkey, labels, width), join(said), wide=520.0)
+    picture = figure(lambda width: passkey_pictures(group.passkey, labels, width), join(said), wide=520.0)
     return section(
         titled("Finding a hidden number", group),
         tag("p", lead),
-        drawn,
+        picture,
         behind(passkey_sheet(group.passkey, labels)),
         None if group.rows else source_line(group),
     )
@@ -125,11 +133,11 @@ def memory_section(group: Group, colours: Mapping[str, int]) -> Markup:
             " while text is generated, as allocated: whole pages, with positions and scores.",
         ]
     )
-    drawn = _drawn(lambda width: memory_picture(group.rows, colours, width), caption)
+    picture = drawn(lambda width: memory_picture(group.rows, colours, width), caption)
     return section(
         titled("Memory while it writes", group),
         tag("p", lead),
-        drawn,
+        picture,
         behind(memory_sheet(group.rows)),
         source_line(group),
     )
@@ -173,8 +181,31 @@ def decode_section(group: Group, colours: Mapping[str, int]) -> Markup:
         " Bars are medians; the thin line reaches from the slowest run to the fastest. At the right: kvfold "
         "over transformers, above 1 where kvfold is faster.",
     ]
-    drawn = _drawn(lambda width: decode_picture(group.rows, width), join(said))
-    return section(titled("Speed", group), tag("p", lead), drawn, behind(decode_sheet(group.rows)), source_line(group))
+    picture = drawn(lambda width: speed_picture(group.rows, DECODE, width), join(said))
+    return section(
+        titled("Speed", group), tag("p", lead), picture, behind(decode_sheet(group.rows)), source_line(group)
+    )
+
+
+def step_section(group: Group, colours: Mapping[str, int]) -> Markup:
+    """What gates cost in training."""
+    lead = (
+        "Teaching a model to compress takes more than plain training: gates decide, entries are merged or hidden. Here is one "
+        "step of it beside a step of the same training without."
+    )
+    said = [
+        tag("strong", "Speed of training steps."),
+        " Bars are medians; the thin line reaches from the slowest round to the fastest. Both sides have the same model, the "
+        "same loss and the same tokens, and take turns. At the right: time of a step with gates over one without.",
+    ]
+    picture = drawn(lambda width: speed_picture(group.rows, STEP, width), join(said))
+    return section(
+        titled("What gates cost in training", group),
+        tag("p", lead),
+        picture,
+        behind(step_sheet(group.rows)),
+        source_line(group),
+    )
 
 
 def plan_section(group: Group, colours: Mapping[str, int]) -> Markup:
@@ -183,15 +214,13 @@ def plan_section(group: Group, colours: Mapping[str, int]) -> Markup:
     return section(titled("The plan", group), tag("p", lead), table(plan_sheet(group.rows)), source_line(group))
 
 
-def _drawn(draw: Callable[[float], Markup | None], caption: Markup) -> Markup:
-    """A figure of one picture, or a word that there is none."""
-    return NOTHING if draw(WIDE) is None else figure(lambda width: [draw(width)], caption)
-
-
 SECTIONS: Mapping[str, Callable[[Group, Mapping[str, int]], Markup]] = {
     "quality": quality_section,
     "memory": memory_section,
     "kept": kept_section,
+    "document": document_section,
+    "curve": curve_section,
     "decode": decode_section,
+    "step": step_section,
     "plan": plan_section,
 }

@@ -68,7 +68,9 @@ def colours_of(results: Iterable[Result]) -> dict[str, int]:
 
     In alphabetical order, so that a page made again with one more file of known methods keeps its colours.
     """
-    rows = [row for result in results if result.kind in ("quality", "memory", "kept") for row in result.rows]
+    rows = [
+        row for result in results if result.kind in ("quality", "memory", "kept", "document") for row in result.rows
+    ]
     families = sorted({family_of(row) for row in rows} - {UNFOLDED})
     return {UNFOLDED: 0} | {family: 1 + index % NUM_COLOURS for index, family in enumerate(families)}
 

@@ -114,9 +114,8 @@ def memory_sheet(rows: Sequence[Mapping]) -> Sheet:
     """Bytes held, a line per number of tokens, a column per method."""
     series = [(label_of(row), dict(memory_points(row))) for row in rows]
     tokens = sorted({at for _, points in series for at in points})
-    step = -(-len(tokens) // MOST_LINES) or 1
-    title = "Memory over time" + (f" (every {step}th measured point, and the last)" if step > 1 else "")
-    shown = sorted({*tokens[::step], *tokens[-1:]})
+    shown, every = thinned(tokens), -(-len(tokens) // MOST_LINES)
+    title = "Memory over time" + (f" (every {every}th measured point, and the last)" if every > 1 else "")
     columns = (Column(head="tokens seen"), *(Column(head=label) for label, _ in series))
     return Sheet(
         title=title,
@@ -152,6 +151,12 @@ def _cell(line: Sequence[float | None], head: int, write, key: str) -> str:
     return "–" if absent else write(line[head])
 
 
+def thinned(values: Sequence[float]) -> list[float]:
+    """At most about `MOST_LINES` of them, evenly spaced, the last included."""
+    step = -(-len(values) // MOST_LINES) or 1
+    return sorted({*values[::step], *values[-1:]})
+
+
 DECODE_COLUMNS = (
     Column(head="point", is_text=True),
     Column(head="batch", note="Rows read and written together.", brief=False),
@@ -171,23 +176,24 @@ DECODE_COLUMNS = (
 
 def decode_sheet(rows: Sequence[Mapping]) -> Sheet:
     """Speed, step time and memory of both sides at each point."""
-
-    def figure(row: Mapping, *keys: str, unit: str = "") -> str:
-        return middle(*(number(row, *keys, edge) for edge in ("min", "median", "max")), unit)
-
     cells = tuple(
         (
             point_name(row),
             *(count(number(row, key)) for key in ("batch", "context_tokens", "new_tokens")),
-            *(figure(row, side, "tokens_per_second") for side in ("ours", "theirs")),
-            figure(row, "ratio", unit="×"),
-            *(figure(row, side, "step_ms") for side in ("ours", "theirs")),
+            *(spread_cell(row, side, "tokens_per_second") for side in ("ours", "theirs")),
+            spread_cell(row, "ratio", unit="×"),
+            *(spread_cell(row, side, "step_ms") for side in ("ours", "theirs")),
             *(size(number(row, side, "allocated_bytes")) for side in ("ours", "theirs")),
             *(size(number(row, side, "peak_bytes")) for side in ("ours", "theirs")),
         )
         for row in rows
     )
     return Sheet(title="Decode speed", columns=DECODE_COLUMNS, rows=cells)
+
+
+def spread_cell(row: Mapping, *keys: str, unit: str = "") -> str:
+    """A median with the smallest and largest behind it."""
+    return middle(*(number(row, *keys, edge) for edge in ("min", "median", "max")), unit)
 
 
 PLAN_COLUMNS = (

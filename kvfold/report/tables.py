@@ -5,9 +5,16 @@ from collections.abc import Mapping
 from rich.table import Table
 from rich.text import Text
 
+from kvfold.report.learned_sheets import document_sheet, step_sheet
 from kvfold.report.results import rows_of, words
 from kvfold.report.series import label_of
-from kvfold.report.sheets import Sheet, decode_sheet, passkey_sheet, plan_sheet, quality_sheet
+from kvfold.report.sheets import (
+    Sheet,
+    decode_sheet,
+    passkey_sheet,
+    plan_sheet,
+    quality_sheet,
+)
 
 
 def quality_table(result: Mapping, brief: bool = True) -> Table:
@@ -23,6 +30,16 @@ def passkey_table(result: Mapping) -> Table:
 def decode_table(result: Mapping, brief: bool = True) -> Table:
     """Decode speed of kvfold and its peer."""
     return rich_table(decode_sheet(rows_of(result)), brief=brief)
+
+
+def step_table(result: Mapping, brief: bool = True) -> Table:
+    """Cost of a retrofit's step."""
+    return rich_table(step_sheet(rows_of(result)), brief=brief)
+
+
+def document_table(result: Mapping) -> Table:
+    """What heads keep of one text."""
+    return rich_table(document_sheet(rows_of(result)))
 
 
 def plan_table(result: Mapping) -> Table:

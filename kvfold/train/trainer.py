@@ -155,6 +155,18 @@ class RetrofitTrainer(Trainer):
         calls = parts.pop("calls").item()
         return {name: (value / calls).tolist() for name, value in parts.items()}
 
+    def take_step(self, inputs: dict[str, Tensor]) -> None:
+        """One optimizer step on one batch, outside of `train`: for those who measure what a step costs. Nothing is written."""
+        if self.optimizer is None:
+            self.create_optimizer()
+            self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.current_gradient_accumulation_steps = 1
+        self.training_step(self.model_wrapped, inputs)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self._settings.clip)
+        self.optimizer.step()
+        self.model.zero_grad()
+        self.take_parts()
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._save_into)
 

@@ -21,6 +21,8 @@ COMMANDS = {
     f"{MODEL_OPTIONS}",
     "generate": f"MODEL PROMPT --max-new-tokens --temperature --seed --time {MODEL_OPTIONS}",
     "bench decode": f"MODEL --time --batch --prompt --new --peers --repeats --out {MODEL_OPTIONS}",
+    "bench train": "MODEL --time --sequence --batch --repeats --train --out --dtype --device --json",
+    "inspect": f"MODEL --text --time --tokens --head --out {MODEL_OPTIONS}",
     "report": "RESULTS --out",
     "demo": "--out",
 }
@@ -32,6 +34,8 @@ DEFAULTS = {
     "eval": {"windows": 32, "context": 1024, "batch": 32, "passkey": False, "passkey_tries": 4, "fresh": False},
     "generate": {"prompt": "-", "max_new_tokens": 128, "temperature": 0.0, "seed": 0},
     "bench decode": {"prompt": 32, "new": 64, "peers": "transformers", "repeats": 5},
+    "bench train": {"sequence": 1024, "batch": 1, "repeats": 3, "train": "full"},
+    "inspect": {"tokens": 1024},
     "report": {"results": "results", "out": "report.html"},
     "demo": {"out": "demo-out"},
 }

@@ -107,6 +107,70 @@ def kept() -> dict:
     return {"kind": "kept", **HEADER, "rows": rows}
 
 
+WORDS = ["Sir", " Walter", " Elliot", ",", " of", " Kellynch", " Hall", ",\n", " in", " Somersetshire", ",", " was"]
+
+
+def document() -> dict:
+    """A text of 360 tokens under DMS, DMC and a window, as three heads hold it."""
+    seen, owners = 360, list(range(12))
+    letters = {
+        "dms:64": ["".join("w" if at >= 295 else "kgg"[(at * every) % 3] for at in range(seen)) for every in (1, 2, 3)],
+        "dmc:12": [("mmmk" * seen)[:seen], ("mk" * seen)[:seen], "k" * seen],
+        "window:60+4": ["kkkk" + "g" * 296 + "k" * 60] * 3,
+    }
+    rows = []
+    for method, states in letters.items():
+        kept = [[int(seen / (1 + 2 * abs(math.sin(layer / 5 + head)))) for head in range(3)] for layer in owners]
+        tokens = list(range(0, 361, 24))
+        share = {"mean": 0.5, "least": 0.2, "lower": 0.4, "median": 0.5, "upper": 0.6, "most": 0.9}
+        rows.append({
+            "method": method, "title": {"dms": "DMS", "dmc": "DMC"}.get(method[:3], "window + sinks"), "seen_tokens": seen,
+            "kept": kept, "owners": owners, "compression": 1.875,
+            "over_time": {"tokens": tokens} | {name: [part * at for at in tokens] for name, part in share.items()},
+            "heads": [
+                {"layer": 4 + at, "head": at, "kept_tokens": len(one) - one.count("g") - one.count("m"), "states": one}
+                for at, one in enumerate(states)
+            ],
+        })  # fmt: skip
+    tokens = [WORDS[at % len(WORDS)] for at in range(seen)]
+    return {"kind": "document", **HEADER, "text": "persuasion", "tokens": tokens, "rows": rows}
+
+
+def curve() -> dict:
+    """A run of 40 steps, as its curve.jsonl has them."""
+    rows = [
+        {
+            "step": step, "tokens": 4096 * step, "loss": 0.1 + 1 / step, "distillation": 1 / step, "learning_rate": 3e-5,
+            "target_compression": min(4.0, 1 + step / 15), "compression": min(4.0, 1 + step / 15) * 0.97,
+            "nominal_compression": 5.0, "layer_compression": [1 + layer * step / 240 for layer in range(12)],
+            "seconds": 31.5,
+        }
+        for step in range(1, 41)
+    ]  # fmt: skip
+    return {"kind": "curve", **HEADER, "name": "made-up-adapter", "command": "kvfold retrofit MADE-UP", "rows": rows}
+
+
+def step() -> dict:
+    """Steps under DMS and DMC."""
+    rows = [_step_row("dms:128", "DMS", "reverse", 71.5, 96.25), _step_row("dmc:12", "DMC", "none", 66.4, 118.3)]
+    return {"kind": "step", **HEADER, "command": "kvfold bench train MADE-UP", "rows": rows}
+
+
+def _step_row(method: str, title: str, loss: str, gated: float, plain: float) -> dict:
+    def side(speed: float) -> dict:
+        spread = {"median": speed, "min": speed * 0.97, "max": speed * 1.02}
+        return {
+            "tokens_per_second": spread, "step_ms": {name: 1_024_000 / value for name, value in spread.items()},
+            "trained_parameters": 134_567_890,
+        }  # fmt: skip
+
+    ratio = {"median": plain / gated, "min": plain / gated * 0.98, "max": plain / gated * 1.01}
+    return {
+        "method": method, "title": title, "trains": "full", "loss": loss, "sequence_tokens": 1024, "batch_sequences": 1,
+        "with_gates": side(gated), "gates_off": side(plain), "ratio": ratio,
+    }  # fmt: skip
+
+
 def decode() -> dict:
     """Three points, one of them padded, one method that folds."""
     rows = [
@@ -146,6 +210,6 @@ def plan() -> dict:
 def write_samples(folder: Path) -> Path:
     """Every kind, a file each."""
     folder.mkdir(parents=True, exist_ok=True)
-    for make in (quality, memory, kept, decode, plan):
+    for make in (quality, memory, kept, document, curve, decode, step, plan):
         (folder / f"{make.__name__}.json").write_text(json.dumps(make()), encoding="utf-8")
     return folder

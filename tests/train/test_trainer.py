@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import default_collate
 
 from kvfold.specs.registry import parse_time
 from kvfold.train import trainer
 from kvfold.train.curve import read_curve
-from kvfold.train.data import draw_text
+from kvfold.train.data import TrainingOrder, draw_text
 from kvfold.train.noise import noise_key
 from kvfold.train.schedules import share_for
 from kvfold.train.student import make_student
@@ -205,3 +206,20 @@ def test_two_processes_give_the_losses_of_one(retrofit, text, tmp_path):
     two = [point["loss"] for point in read_curve(tmp_path / "two" / "training" / "curve.jsonl")]
     assert one[:4] == pytest.approx(two[:4], rel=2e-5)
     assert one == pytest.approx(two, rel=2e-2)
+
+
+def test_a_step_taken_by_hand_is_a_step_of_a_run(retrofit, tmp_path):
+    """What is timed is what runs."""
+    given = {"ramp_steps": 0, "tail_steps": 1, "sequences_at_once": 4, "calibrate": False}
+    run = retrofit("out", trains="full", **DMS, **given)
+    run.run()
+    settings, model = run.settings, tiny_model()
+    student = make_student(model, settings)
+    blocks = draw_text(settings.data, run.tokenizer, tokens=128, sequence_tokens=32, seed=0).train
+    samples = TrainingOrder(blocks, steps=1, batch=4, seed=0, ignored=trainer.ignored_tokens(model).tolist())
+    by_hand = trainer.RetrofitTrainer(
+        student, samples, settings, tmp_path, use_cpu=True, on_step=print, on_unit=print
+    )  # fmt: skip
+    by_hand.take_step(default_collate([samples[index] for index in range(4)]))
+    for name, weight in run.model.named_parameters():
+        torch.testing.assert_close(dict(model.named_parameters())[name], weight, msg=name)

@@ -1,19 +1,22 @@
 """What each layer and KV head keeps: one map a method, a column a layer, a row a head, deeper colour = more.
 
 All maps of one picture share one scale. Where a result brings a score of its own (`score`, named by `value_name`), that
-is what is coloured, since a method with one budget for all keeps the same number everywhere.
+is what is coloured, since a method with one budget for all keeps the same number everywhere. The same map shows how many
+times smaller each head's cache has become.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvfold.report.markup import Markup, tag
-from kvfold.report.numbers import count, percent, three
+from kvfold.report.numbers import count, percent, three, times
 from kvfold.report.pictures.drawing import picture, write
 from kvfold.report.results import grid, number, words
 from kvfold.report.series import label_of
 
 KEPT_NAME = "share of the tokens kept"
+COMPRESSION_NAME = "compression"
 FAINTEST = 0.07
 """Opacity of the smallest value: a measured cell is never as blank as one that is not there."""
 
@@ -51,6 +54,21 @@ def head_map(row: Mapping) -> HeadMap | None:
     return HeadMap(row=row, owners=owners, values=tuple(map(tuple, values)), hovers=hovers, value_name=name)
 
 
+def compression_map(row: Mapping) -> HeadMap | None:
+    """Tokens seen over tokens kept; None where a row has no kept counts."""
+    one = head_map({key: row.get(key) for key in ("method", "title", "owners", "seen_tokens", "kept")})
+    if one is None:
+        return None
+    values = tuple(tuple(1 / share if share else None for share in line) for line in one.values)
+    if not any(value is not None for line in values for value in line):
+        return None
+    hovers = tuple(
+        tuple(f"{hover}: {times(value)}" for hover, value in zip(*pair, strict=True))
+        for pair in zip(one.hovers, values, strict=True)
+    )
+    return HeadMap(row=row, owners=one.owners, values=values, hovers=hovers, value_name=COMPRESSION_NAME)
+
+
 def _shares(kept: list[list[float | None]], seen: float | None) -> list[list[float | None]]:
     """Kept counts over tokens seen; -1 stands for a head that a layer doesn't have."""
     return [[cell / seen if cell is not None and cell >= 0 and seen else None for cell in line] for line in kept]
@@ -69,11 +87,11 @@ def _hover(row: Mapping, kept: list, score: list, name: str, owner: int, index: 
 
 
 def scale_of(maps: Sequence[HeadMap]) -> tuple[float, float]:
-    """The smallest and largest value over all maps; shares begin at 0."""
+    """The smallest and largest value over all maps; shares begin at 0, compressions at 1."""
     cells = [cell for one in maps for line in one.values for cell in line if cell is not None]
     if not cells:
         return 0.0, 1.0
-    low = 0.0 if maps[0].value_name == KEPT_NAME else min(cells)
+    low = {KEPT_NAME: 0.0, COMPRESSION_NAME: 1.0}.get(maps[0].value_name, min(cells))
     return low, max(max(cells), low)
 
 
@@ -88,7 +106,7 @@ def kept_picture(one: HeadMap, scale: tuple[float, float], width: float) -> Mark
         for head, value in enumerate(line):
             if value is not None:
                 x, y = left + column * cell, top + head * tall
-                parts.append(_cell(x, y, cell, tall, _opacity(value, scale), one.hovers[column][head]))
+                parts.append(_cell(x, y, cell, tall, _opacity(one, value, scale), one.hovers[column][head]))
     every = next(step for step in (1, 2, 5, 10, 20, 50, 1000) if step * cell >= 24)
     bottom = top + num_heads * tall
     for column, owner in enumerate(one.owners):
@@ -103,16 +121,18 @@ def kept_picture(one: HeadMap, scale: tuple[float, float], width: float) -> Mark
 
 def key_picture(one: HeadMap, scale: tuple[float, float]) -> Markup:
     """The colour scale with its two ends."""
-    write_value = percent if one.value_name == KEPT_NAME else three
+    write_value = {KEPT_NAME: percent, COMPRESSION_NAME: times}.get(one.value_name, three)
     low, high = (write_value(value) for value in scale)
     steps = [_cell(60 + 12 * step, 4, 12, 12, FAINTEST + (1 - FAINTEST) * step / 11, None) for step in range(12)]
     ends = [write(52, 14, low, "tick", "end"), write(210, 14, high, "tick")]
     return picture(270, 20, f"{one.value_name}: from {low} to {high}", *steps, *ends)
 
 
-def _opacity(value: float, scale: tuple[float, float]) -> float:
-    low, high = scale
-    return 1.0 if high <= low else FAINTEST + (1 - FAINTEST) * min(1.0, max(0.0, (value - low) / (high - low)))
+def _opacity(one: HeadMap, value: float, scale: tuple[float, float]) -> float:
+    """Of compressions equal steps are equal ratios."""
+    bend = math.log if one.value_name == COMPRESSION_NAME else float
+    low, high, at = (bend(max(number, 1e-9) if bend is math.log else number) for number in (*scale, value))
+    return 1.0 if high <= low else FAINTEST + (1 - FAINTEST) * min(1.0, max(0.0, (at - low) / (high - low)))
 
 
 def _cell(x: float, y: float, wide: float, tall: float, opacity: float, hover: str | None) -> Markup:

@@ -1,0 +1,140 @@
+"""One document read into a cache: how much each head holds of it as it comes in, and what became of every token at its end.
+
+All of it is read off the cache: how many entries a head has, and at which positions they stand. What gates said is not asked.
+Letters: T tokens, O owners, K kv heads.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfold.bench.held import looks
+from kvfold.eval.folding import folded_cache, method_about, method_layouts
+from kvfold.eval.progress import Report, silent
+from kvfold.eval.reading import entry_bytes, kept_share
+from kvfold.layout import KVLayout
+from kvfold.models.decoder import FoldForCausalLM
+from kvfold.specs.base import TimeSpec
+from kvfold.specs.dmc import DMCSpec
+from kvfold.specs.dms import DMSSpec
+
+KEPT, GONE, MERGED, WAITING = "kgmw"
+"""What became of a token: it has an entry, or its position is that of the entry it was merged into last; nothing is left of
+it; it is part of the entry of a token after it; it has an entry that no decision can free yet (DMS's delay)."""
+
+Head = tuple[int, int]
+"""A layer that owns a cache, and one of its KV heads."""
+
+
+def read_document(
+    model: FoldForCausalLM, ids_T: Tensor, pieces: Sequence[str], methods: Sequence[str], *, name: str, text: str,
+    heads: Sequence[Head] = (), report: Report = silent,
+) -> dict[str, Any]:  # fmt: skip
+    """A result of kind `document`: the tokens' text, and a row for each method (`--time` texts).
+
+    `pieces`: the characters of each token. `heads`: those whose tokens are told one by one, the same under every method; none
+    = three that the first method which drops anything chooses, those that keep least, the median and most.
+    Raises `ValueError` for more tokens than the model reads, a head that is not there, or a method that can't be run.
+    """
+    layouts = method_layouts(model, methods)
+    if len(ids_T) > model.config.max_position_embeddings:
+        raise ValueError(
+            f"{len(ids_T):,} tokens: the model reads {model.config.max_position_embeddings:,} at most: ask for fewer"
+        )
+    check_heads(model.config.layout, heads)
+    found = [_read(model, ids_T, layout, report) for layout in layouts]
+    if not heads:
+        first = next((one for one, layout in zip(found, layouts, strict=True) if _is_lossy(layout)), found[0])
+        heads = chosen_heads(first["owners"], first["kept"])
+    for row, layout in zip(found, layouts, strict=True):
+        positions = row.pop("positions")
+        row["heads"] = [
+            {"layer": layer, "head": head, **_told(positions[(layer, head)], len(ids_T), layout.time_of(layer))}
+            for layer, head in heads
+        ]
+    about_model = {"name": name, "parameters": model.num_parameters()}
+    return {"model": about_model, "text": text, "tokens": list(pieces), "rows": found}
+
+
+def check_heads(layout: KVLayout, heads: Sequence[Head]) -> None:
+    """Refuse heads that own no cache."""
+    for layer, head in heads:
+        if layer not in layout.owners or not 0 <= head < layout.layers[layer].num_kv_heads:
+            owners = ", ".join(map(str, layout.owners))
+            raise ValueError(
+                f"head {layer}.{head}: there is no cache of that head: layers that have one are {owners}, their KV heads count "
+                f"from 0: write e.g. {layout.owners[0]}.0"
+            )
+
+
+def chosen_heads(owners: Sequence[int], kept: Sequence[Sequence[int]]) -> list[Head]:
+    """The heads that keep least, the median and most; of equal ones the lowest, the middle and the highest."""
+    ranked = sorted(
+        (count, owner, head) for owner, line in zip(owners, kept, strict=True) for head, count in enumerate(line)
+    )
+    places = sorted({0, (len(ranked) - 1) // 2, len(ranked) - 1})
+    return [ranked[place][1:] for place in places]
+
+
+def token_states(positions: Sequence[int], tokens: int, spec: TimeSpec) -> str:
+    """A letter for each token, from the positions that one head holds after `tokens` tokens: see `KEPT` and the others.
+
+    An entry of DMC stands at the position of its newest token and holds what came since the entry before it, at most the
+    newest `window` tokens of these.
+    """
+    held = set(positions)
+    states = [KEPT if token in held else GONE for token in range(tokens)]
+    if isinstance(spec, DMSSpec):
+        first = max(0, tokens - 1 - spec.delay)
+        states[first:] = [WAITING if state == KEPT else state for state in states[first:]]
+    elif isinstance(spec, DMCSpec):
+        start = 0
+        for newest in sorted(held):
+            oldest = start if spec.window is None else max(start, newest + 1 - spec.window)
+            states[oldest:newest] = MERGED * (newest - oldest)
+            start = newest + 1
+    return "".join(states)
+
+
+def _is_lossy(layout: KVLayout) -> bool:
+    return any(layout.time_of(owner).lossy for owner in layout.owners)
+
+
+def _told(positions: list[int], tokens: int, spec: TimeSpec) -> dict[str, Any]:
+    return {"kept_tokens": len(positions), "states": token_states(positions, tokens, spec)}
+
+
+@torch.no_grad()
+def _read(model: FoldForCausalLM, ids_T: Tensor, layout: KVLayout, report: Report) -> dict[str, Any]:
+    """A row, but for its heads, and `positions`: those held at the end by each (owner, head)."""
+    about = method_about(layout)
+    growth: dict[str, list[float]] = {name: [0] for name in ("tokens", *_SPREAD)}
+    weights = entry_bytes(layout, model.dtype.itemsize, model.device)
+    with folded_cache(model, layout, 1) as cache:
+        for seen in looks(model, cache, ids_T.to(model.device)[None], layout, f"reading, {about['method']}", report):
+            counts = cache.kept_tokens[:, 0]
+            found = torch.quantile(counts[counts >= 0].double(), _quantiles(model.device)).tolist()
+            mean = counts[counts >= 0].double().mean().item()
+            for name, value in zip(growth, (seen, mean, *found), strict=True):
+                growth[name].append(value)
+        kept = [[count for count in line if count >= 0] for line in cache.kept_tokens[:, 0].tolist()]
+        share = kept_share(cache, weights, len(ids_T)).item()
+        positions = {
+            (owner, head): held
+            for owner, rows in zip(layout.owners, cache.kept_positions, strict=True)
+            for head, held in enumerate(rows[0])
+        }
+    return {
+        **about, "seen_tokens": len(ids_T), "owners": list(layout.owners), "kept": kept, "compression": 1 / share,
+        "over_time": growth, "positions": positions,
+    }  # fmt: skip
+
+
+_SPREAD = ("mean", "least", "lower", "median", "upper", "most")
+"""Of the tokens kept, over all heads: besides the mean the five quartiles."""
+
+
+def _quantiles(device: torch.device) -> Tensor:
+    return torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64, device=device)

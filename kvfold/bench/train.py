@@ -1,0 +1,222 @@
+"""What a step of a retrofit costs: its loss, gradients and optimizer, against the same step with gates off.
+
+Both sides run the trainer's own code and take turns, round after round, so that whatever else the machine does hits both;
+ratios are taken within a round. The side without gates has the same weights, the same trainable weights but the gates',
+and the same loss: it is what `kvfold retrofit --control` trains.
+"""
+
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from kvfold.eval.folding import method_about
+from kvfold.eval.progress import Report, silent
+from kvfold.layout import KVLayout
+from kvfold.models.decoder import FoldForCausalLM
+from kvfold.train.data import TrainingOrder
+from kvfold.train.schedules import always_kept
+from kvfold.train.settings import RetrofitSettings
+from kvfold.train.student import Student, make_student, trained_weights
+from kvfold.train.trainer import RetrofitTrainer, ignored_tokens
+
+METHODS = ("dms:128", "dmc")
+_COMPRESSION = 4.0
+"""Asked for where the sequence allows it; what a step costs does not hang on it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepPoint:
+    """The size of a step, and what is trained in it."""
+
+    sequence_tokens: int = 1024
+    """Tokens of a sequence."""
+    batch_sequences: int = 1
+    """Sequences of the step, computed side by side."""
+    trains: Literal["full", "lora", "adapter"] = "full"
+    """All weights, a low-rank addition, or the gates alone (DMS)."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("sequence_tokens", 2), ("batch_sequences", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)}: a step has {least} or more: ask for more")
+        if self.trains not in ("full", "lora", "adapter"):
+            raise ValueError(f"train '{self.trains}': a step trains 'full', 'lora' or 'adapter': write one of them")
+
+
+def bench_train(
+    model: FoldForCausalLM,
+    *,
+    name: str,
+    methods: Sequence[str] = METHODS,
+    point: StepPoint | None = None,
+    repeats: int = 3,
+    seed: int = 0,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """A result of kind `step`: a row for each method. `methods` are `--time` texts.
+
+    Random tokens. The steps train the model's own weights: what it says afterwards is of no use. Needs `kvfold[train]`.
+    Raises `ValueError` for a method that is not trained, or a sequence that is too long for the model or too short for
+    the method, before anything is timed.
+    """
+    point = point or StepPoint()
+    if repeats < 1:
+        raise ValueError(f"{repeats} repeats: 1 or more are measured: ask for more")
+    if point.sequence_tokens > model.config.max_position_embeddings:
+        raise ValueError(
+            f"sequence {point.sequence_tokens:,}: the model reads {model.config.max_position_embeddings:,} tokens at most: "
+            "use shorter sequences"
+        )
+    plans = [step_settings(method, point, seed) for method in dict.fromkeys(methods)]
+    rows = [_measure(model, settings, repeats, report) for settings in plans]
+    return {
+        "model": {"name": name, "parameters": model.num_parameters()},
+        "environment": {
+            "device": model.device.type,
+            "accelerator": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None,
+            # On a GPU the trainer computes in bf16 over weights of this dtype.
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        },
+        "repeats": repeats,
+        "rows": rows,
+    }
+
+
+def step_settings(method: str, point: StepPoint, seed: int = 0) -> RetrofitSettings:
+    """The settings of a retrofit whose every step is at its target. Raises `ValueError` for one that can't be run."""
+    given = {
+        "time": method, "trains": point.trains, "sequence_tokens": point.sequence_tokens, "ramp_steps": 0, "tail_steps": 1,
+        "batch_sequences": point.batch_sequences, "sequences_at_once": point.batch_sequences, "seed": seed,
+    }  # fmt: skip
+    spec = RetrofitSettings(**given, compression=1.0).spec
+    most = point.sequence_tokens / always_kept(point.sequence_tokens, spec)
+    if most <= 1:
+        raise ValueError(
+            f"sequence {point.sequence_tokens:,}: {method} drops nothing in so few tokens: use longer sequences, or less delay"
+        )
+    return RetrofitSettings(**given, compression=min(_COMPRESSION, (1 + most) / 2))
+
+
+def make_sides(model: FoldForCausalLM, settings: RetrofitSettings) -> tuple[Student, Student]:
+    """The student with gates and the one without. Both share the model's weights, and its frozen copy where there is a
+    teacher of its own; the gates' and the LoRA's weights are each side's.
+    """
+    teacher = copy.deepcopy(model) if settings.trains == "full" and settings.distils != "none" else None
+    gated = make_student(_sharing(model), settings, teacher=teacher)
+    plain = _sharing(model)
+    plain.config.layout, plain.config.gates = plain.config.layout.base(), None
+    if settings.trains != "adapter":
+        return gated, make_student(plain, control_of(settings), teacher=teacher)
+    plain.requires_grad_(False)
+    # Nothing of it learns; its gradients go as far as those of the lowest gate do.
+    plain.enable_input_require_grads()
+    return gated, Student(model=plain, teacher=None)
+
+
+def control_of(settings: RetrofitSettings) -> RetrofitSettings:
+    """The same loss and the same steps without a method."""
+    if settings.trains != "adapter":
+        return settings.with_values(control=True)
+    return settings.with_values(time=None, trains="full", kl=settings.distils)
+
+
+def _sharing(model: FoldForCausalLM) -> FoldForCausalLM:
+    """The same weights in modules, and under a config, of its own."""
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+
+
+def _measure(model: FoldForCausalLM, settings: RetrofitSettings, repeats: int, report: Report) -> dict[str, Any]:
+    """Rounds of one method: with gates once, without once."""
+    students = make_sides(model, settings)
+    batch = _batch(model, settings)
+    what, total = f"steps, {settings.time}", 2 * (repeats + 1)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    with tempfile.TemporaryDirectory() as folder:
+        sides = [
+            _trainer(student, plan, Path(folder))
+            for student, plan in zip(students, (settings, control_of(settings)), strict=True)
+        ]
+        for number in range(total):
+            turn, side = divmod(number, 2)
+            report(what, number, total)
+            # The first round makes the optimizers' state and warms up.
+            taken = _timed_step(sides[side], batch, model.device)
+            if turn:
+                seconds[side].append(taken)
+        report(what, total, total)
+    return _row(students[0].model.config.layout, settings, students, *seconds)
+
+
+def _trainer(student: Student, settings: RetrofitSettings, folder: Path) -> RetrofitTrainer:
+    blocks = torch.zeros((1, settings.sequence_tokens), dtype=torch.int64)
+    samples = TrainingOrder(blocks, steps=1, batch=settings.batch_sequences, seed=settings.seed)
+    return RetrofitTrainer(
+        student, samples, settings, folder, use_cpu=student.model.device.type == "cpu", on_step=_nobody, on_unit=_nobody
+    )
+
+
+def _nobody(told: Any) -> None:
+    """Nobody listens."""
+
+
+def _batch(model: FoldForCausalLM, settings: RetrofitSettings) -> dict[str, Tensor]:
+    """One step's samples, of random ids."""
+    draw = torch.Generator().manual_seed(settings.seed)
+    shape = (settings.batch_sequences, settings.sequence_tokens)
+    order = TrainingOrder(
+        torch.randint(0, model.config.vocab_size, shape, generator=draw), steps=1, batch=settings.batch_sequences,
+        seed=settings.seed, ignored=ignored_tokens(model).tolist(),
+    )  # fmt: skip
+    return default_collate([order[index] for index in range(len(order))])
+
+
+def _timed_step(trainer: RetrofitTrainer, batch: dict[str, Tensor], device: torch.device) -> float:
+    """Seconds of one step, all work of the device included."""
+    begun = _now(device)
+    trainer.take_step(batch)
+    return _now(device) - begun
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _row(
+    layout: KVLayout, settings: RetrofitSettings, students: tuple[Student, Student], gated: list[float], plain: list[float]
+) -> dict[str, Any]:  # fmt: skip
+    counts = [sum(weight.numel() for weight in trained_weights(student.model).values()) for student in students]
+    pairs = zip(gated, plain, strict=True)
+    return {
+        **method_about(layout),
+        "trains": settings.trains,
+        "gates": settings.gate_source,
+        "loss": settings.distils,
+        "sequence_tokens": settings.sequence_tokens,
+        "batch_sequences": settings.batch_sequences,
+        "with_gates": _figures(gated, settings.step_tokens) | {"trained_parameters": counts[0]},
+        "gates_off": _figures(plain, settings.step_tokens) | {"trained_parameters": counts[1]},
+        "ratio": _spread([mine / other for mine, other in pairs]),
+    }
+
+
+def _figures(seconds: list[float], tokens: int) -> dict[str, Any]:
+    return {
+        "step_ms": _spread([1000 * one for one in seconds]),
+        "tokens_per_second": _spread([tokens / one for one in seconds]),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
