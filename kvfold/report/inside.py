@@ -108,7 +108,7 @@ def curve_section(group: Group, colours: Mapping[str, int]) -> Markup:
         caption = [tag("strong", "Compression of each layer over the steps."), " Stronger colour is more."]
         parts.append(figure(lambda width: [layers_picture(group.rows, width)], join(caption)))
     return section(
-        titled(f"How a retrofit went: {words(group.newest, 'name') or group.sources[-1].name}", group),
+        f"How a retrofit went: {words(group.newest, 'name') or group.sources[-1].name}",
         tag("p", lead), *parts, behind(curve_sheet(group.rows)), source_line(group),
     )  # fmt: skip
 
