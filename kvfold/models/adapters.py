@@ -65,6 +65,13 @@ class AdapterAbout:
         return {"format": FORMAT, **asdict(self)}
 
 
+def adapter_folder(name: str | Path) -> Path:
+    """The folder of an adapter; one that is not there may be the name of an adapter that comes with kvfold."""
+    folder = Path(name)
+    bundled = Path(__file__).parents[1] / "adapters" / folder
+    return bundled if not folder.exists() and len(folder.parts) == 1 and bundled.is_dir() else folder
+
+
 def apply_adapter(model: FoldForCausalLM, folder: str | Path, *, time: str | None = None) -> None:
     """Put an adapter on its base, in place; its method is on from then, under the settings `time` where given.
 
@@ -88,12 +95,12 @@ def apply_adapter(model: FoldForCausalLM, folder: str | Path, *, time: str | Non
 
 def is_adapter(folder: str | Path) -> bool:
     """Whether a folder says that it holds an adapter."""
-    return (Path(folder) / ABOUT).is_file()
+    return (adapter_folder(folder) / ABOUT).is_file()
 
 
 def read_adapter(folder: str | Path) -> tuple[AdapterAbout, dict[str, Tensor]]:
     """What an adapter says of itself, and its weights."""
-    folder = Path(folder)
+    folder = adapter_folder(folder)
     if not is_adapter(folder):
         raise ValueError(f"adapter {folder}: no {ABOUT} there: give the folder that `kvfold retrofit` wrote")
     try:
