@@ -16,6 +16,7 @@ from kvfold.data.windows import opening_tokens
 from kvfold.eval.cells import Cells, layout_key, model_key
 from kvfold.eval.folding import calls, folded_cache, method_layouts, with_unfolded
 from kvfold.eval.progress import Report, silent
+from kvfold.eval.reading import padded
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 
@@ -141,7 +142,7 @@ def continuations(
     report: Report = silent,
 ) -> list[list[int]]:
     """The likeliest next tokens of each prompt, prompts read through the cache as `layout` is meant to be fed."""
-    ids_BT, real_BT = _padded_left(prompts, model.device)
+    ids_BT, real_BT = padded(prompts, model.device, flush="right")
     columns = ids_BT.shape[1]
     answers = []
     with folded_cache(model, layout, len(prompts)) as cache:
@@ -157,14 +158,3 @@ def continuations(
             newest = read(newest[:, None], torch.ones_like(newest[:, None]))
             report(what, columns + index + 1, columns + new_tokens)
     return torch.stack(answers, dim=1).tolist()
-
-
-def _padded_left(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and a mask, 1 at real tokens, int64 [B, T]; what stands at padding is never read."""
-    longest = max(map(len, prompts))
-    ids = torch.zeros((len(prompts), longest), dtype=torch.int64, device=device)
-    real = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
-        real[row, longest - len(prompt) :] = 1
-    return ids, real

@@ -5,8 +5,9 @@ Letters: B rows, T tokens of a row, C model width.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def read_rows(
     `call_tokens`: tokens a row of one call; a steps method takes one as soon as something may be dropped.
     """
     shares, seen, seconds = [], [], 0.0
-    weights = _payload(layout, model.dtype.itemsize, model.device)
+    weights = entry_bytes(layout, model.dtype.itemsize, model.device)
     with folded_cache(model, layout, ids_BT.shape[0]) as cache:
         for start, stop in calls(layout, ids_BT.shape[1], call_tokens):
             call = ids_BT[:, start:stop]
@@ -77,7 +78,28 @@ def read_rows(
     )  # fmt: skip
 
 
-def _payload(layout: KVLayout, model_bytes: int, device: torch.device) -> Tensor:
+def kept_shares(cache: FoldCache, weights_O: Tensor) -> Tensor:
+    """Of the tokens that each row has seen, those kept, weighted by `entry_bytes`; fp64 [B]."""
+    kept_OBK = cache.kept_tokens
+    present = (kept_OBK >= 0) * weights_O[:, None, None]
+    return (kept_OBK * present).sum(dim=(0, 2)) / (cache.seen_tokens * present.sum(dim=(0, 2)))
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device, *, flush: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
+    """Rows of several lengths side by side: ids and a mask, 1 at real tokens, int64 [B, T]. What stands at padding is
+    never read. `flush` right: all end in the last column.
+    """
+    longest = max(map(len, rows))
+    ids = torch.zeros((len(rows), longest), dtype=torch.int64, device=device)
+    real = torch.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        here = slice(0, len(tokens)) if flush == "left" else slice(longest - len(tokens), longest)
+        ids[row, here] = torch.tensor(tokens, dtype=torch.int64, device=device)
+        real[row, here] = 1
+    return ids, real
+
+
+def entry_bytes(layout: KVLayout, model_bytes: int, device: torch.device) -> Tensor:
     """Bytes of K and V of one entry of each owner, fp64 [owners]."""
     sizes = [
         sum(layout.bits_of(owner).slot_bytes(layout.layers[owner].head_dim, model_bytes)) for owner in layout.owners
