@@ -1,6 +1,5 @@
 """The command line: parse, call, print. What the commands do lives in the rooms below; what they share is in console.py."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -8,8 +7,22 @@ from typing import Annotated
 import typer
 
 from kvfold.cli_convert import add_convert
+from kvfold.cli_eval import add_eval
+from kvfold.cli_options import METHODS, Adapter, Bits, Device, Dtype, Json, Model, Out, Time, Times
 from kvfold.cli_train import add_retrofit
-from kvfold.console import check_out, clear_errors, command_line, hand_over, progress, say, show, show_json, waiting
+from kvfold.console import (
+    check_out,
+    clear_errors,
+    command_line,
+    hand_over,
+    load_model,
+    name_of,
+    progress,
+    quiet_transformers,
+    say,
+    show,
+    show_json,
+)  # fmt: skip
 
 app = typer.Typer(
     help="Fold the KV cache of a language model: plan it, measure it, generate with it.",
@@ -20,39 +33,7 @@ bench = typer.Typer(help="Measure speed and memory beside transformers, in one r
 app.add_typer(bench, name="bench")
 add_convert(app)
 add_retrofit(app)
-
-METHODS = "full | window:W+S | h2o:R+Y | tova:N, in tokens or percent; trained: dmc[:W] | dms[:W]"
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file or a hub name.")]
-Time = Annotated[str | None, typer.Option(help=f"{METHODS}. Default: the checkpoint's own.")]
-Times = Annotated[list[str] | None, typer.Option("--time", help=f"{METHODS}; given several times: a row each.")]
-Bits = Annotated[str | None, typer.Option(help="model; fp8, int8 and int4 are planned.")]
-Adapter = Annotated[str | None, typer.Option(help="A folder that `kvfold retrofit` wrote.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32 | bfloat16 | float16. Default: float32 on a CPU, else the checkpoint's.")
-]
-Device = Annotated[str | None, typer.Option(help="cpu | cuda. Default: cpu.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
-Out = Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")]
-
-
-def _load(source: str, time: str | None, bits: str | None, adapter: str | None, dtype: str | None, device: str | None):
-    from kvfold.models.load import load, load_tokenizer
-
-    _quiet_transformers()
-    with waiting(f"loading {source}"):
-        return load(source, time=time, bits=bits, adapter=adapter, dtype=dtype, device=device), load_tokenizer(source)
-
-
-def _quiet_transformers() -> None:
-    """Its log lines are for programmers."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-
-
-def _name(source: str) -> str:
-    """What a model is called in results: the last part of its path or hub name."""
-    return Path(source).resolve().name.removesuffix(".gguf") if Path(source).exists() else source
+add_eval(app)
 
 
 @app.command(
@@ -101,64 +82,6 @@ def plan(
     hand_over("plan", result, [lambda _: heading, plan_table], out=None, as_json=as_json)
 
 
-@app.command(
-    "eval",
-    epilog="Example: `kvfold eval my-model --text notes.txt --time h2o:128+128 --time tova:256 --out results/notes.json`",
-)
-@clear_errors
-def evaluate(
-    model: Model,
-    text: Annotated[
-        list[str] | None, typer.Option(help="A text, .jsonl or .gz file; given several times: all. Default: a novel.")
-    ] = None,
-    time: Times = None,
-    windows: Annotated[int, typer.Option(help="Windows of each text, evenly spaced.")] = 32,
-    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
-    batch: Annotated[int, typer.Option(help="Windows read side by side.")] = 32,
-    chunk: Annotated[int | None, typer.Option(help="Tokens a call, where the method doesn't depend on it.")] = None,
-    passkey: Annotated[
-        bool, typer.Option("--passkey", help="Also hide keys in filler text of that length, and ask for them.")
-    ] = False,
-    passkey_tries: Annotated[int, typer.Option(min=1, help="Keys at each depth.")] = 4,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
-    out: Out = None,
-    bits: Bits = None,
-    adapter: Adapter = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Perplexity of text read through the cache, under any methods, beside the unfolded model. Goes on where it stopped."""
-    from kvfold.eval.passkey import measure_passkey, passkey_prompt
-    from kvfold.eval.perplexity import measure_quality
-    from kvfold.eval.protocol import Protocol
-    from kvfold.report.tables import passkey_table, quality_table
-
-    sample = Path(__file__).with_name("sample") / "persuasion.txt"
-    check_out(out)
-    protocol = Protocol(windows=windows, context_tokens=context, batch=batch, call_tokens=chunk)
-    weights, tokenizer = _load(model, None, bits, adapter, dtype, device)
-    if passkey:
-        passkey_prompt(tokenizer, "12345", context, 0.5)  # refuses a context that is too short, before all the rest
-    with progress() as report:
-        result = measure_quality(
-            weights, tokenizer, text or [sample], time or [weights.config.layout.time_text()], name=_name(model),
-            protocol=protocol, cells=_cells(fresh), report=report,
-        )  # fmt: skip
-        if passkey:
-            methods = list(dict.fromkeys(row["method"] for row in result["rows"]))
-            result["passkey"] = measure_passkey(
-                weights, tokenizer, methods, name=_name(model), lengths=(context,), tries=passkey_tries,
-                cells=_cells(fresh), report=report,
-            )  # fmt: skip
-    hand_over("quality", result, [quality_table, *([passkey_table] if passkey else [])], out=out, as_json=as_json)
-
-
-def _cells(fresh: bool) -> Path | None:
-    """Where finished measurements wait to be used again; None to forget them."""
-    return None if fresh else Path(os.environ.get("KVFOLD_CACHE") or Path.home() / ".cache" / "kvfold") / "cells"
-
-
 @app.command(epilog="Example: `kvfold generate my-model 'Once upon a time' --time tova:256`")
 @clear_errors
 def generate(
@@ -184,7 +107,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise ValueError("an empty prompt: give some text to go on from")
-    weights, tokenizer = _load(model, time, bits, adapter, dtype, device)
+    weights, tokenizer = load_model(model, time, bits, adapter, dtype, device)
     inputs = tokenizer(text, return_tensors="pt").to(weights.device)
     length, most = inputs["input_ids"].shape[1], weights.config.max_position_embeddings
     if length + max_new_tokens > most:
@@ -259,11 +182,11 @@ def bench_decoding(
         if batch is None
         else (Point(name=f"{batch} x ({prompt} + {new})", batch=batch, prompt_tokens=prompt, new_tokens=new),)
     )
-    ours, _ = _load(model, None, bits, adapter, dtype, device)
+    ours, _ = load_model(model, None, bits, adapter, dtype, device)
     theirs = None if peers == "none" else load_theirs(model, dtype=ours.dtype, device=ours.device)
     with progress() as report:
         result = bench_decode(
-            ours, theirs, name=_name(model), methods=time or ["full"], points=points, repeats=repeats, report=report
+            ours, theirs, name=name_of(model), methods=time or ["full"], points=points, repeats=repeats, report=report
         )
     hand_over("decode", result, [decode_table], out=out, as_json=as_json)
 
@@ -278,7 +201,7 @@ def demo(
     from kvfold.report import tables
 
     check_out(out / "index.html")
-    _quiet_transformers()
+    quiet_transformers()
     shown = {"quality": [tables.quality_table, tables.passkey_table], "decode": [tables.decode_table]}
     with progress() as report:
         page = run_demo(

@@ -1,4 +1,5 @@
-"""What every command shares: where words, tables and JSON go, and how a command ends when something is wrong.
+"""What every command shares: how a model is loaded, where words, tables and JSON go, and how a command ends when something
+is wrong.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 a failure while running, 2 bad input.
 """
@@ -100,6 +101,29 @@ def hand_over(
         show_json({"kind": kind, **result})
     else:
         show(*(table(result) for table in tables))
+
+
+def load_model(
+    source: str, time: str | None, bits: str | None, adapter: str | None, dtype: str | None, device: str | None
+) -> tuple[Any, Any]:
+    """A model and its tokenizer, with a sign of life while they are read."""
+    from kvfold.models.load import load, load_tokenizer
+
+    quiet_transformers()
+    with waiting(f"loading {source}"):
+        return load(source, time=time, bits=bits, adapter=adapter, dtype=dtype, device=device), load_tokenizer(source)
+
+
+def quiet_transformers() -> None:
+    """Its log lines are for programmers."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+
+
+def name_of(source: str) -> str:
+    """What a model is called in results: the last part of its path or hub name."""
+    return Path(source).resolve().name.removesuffix(".gguf") if Path(source).exists() else source
 
 
 def command_line() -> str:

@@ -11,7 +11,9 @@ from typing import Any
 
 from kvfold.data.texts import file_bytes, json_lines
 
-_RULE = "each line is one object with 'input', 'choices' (2 or more texts), 'gold' (the index of one) and perhaps 'prefix'"
+_RULE = (
+    "each line is one object with 'input', 'choices' (2 or more texts), 'gold' (the index of one) and perhaps 'prefix'"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +54,9 @@ def read_question_file(path: str | Path) -> QuestionFile:
     questions = tuple(_question(path, number, record) for number, record in json_lines(path, data, _RULE))
     if not questions:
         raise ValueError(f"{path}: there is no question in it: {_RULE}")
-    return QuestionFile(name=Path(path.name.removesuffix(".gz")).stem, questions=questions, digest=hashlib.sha256(data).hexdigest())
+    return QuestionFile(
+        name=Path(path.name.removesuffix(".gz")).stem, questions=questions, digest=hashlib.sha256(data).hexdigest()
+    )
 
 
 def _question(path: Path, number: int, record: Any) -> Question:

@@ -59,12 +59,7 @@ def measure_passkey(
     `lengths`: tokens of a prompt, at most. Each length and depth is tried with `tries` keys, the same for every method.
     All tries of one length are read side by side. `cells`: a folder of finished measurements, which are not made again.
     """
-    most = model.config.max_position_embeddings
-    for length in lengths:
-        if length > most:
-            raise ValueError(
-                f"a passkey prompt of {length} tokens: the model reads {most} at most: ask for shorter ones"
-            )
+    check_lengths(model, tokenizer, lengths)
     layouts = with_unfolded(model, method_layouts(model, methods))
     key = {
         "model": model_key(model, name),
@@ -88,6 +83,17 @@ def measure_passkey(
                 for depth, found in pairs
             ]
     return rows
+
+
+def check_lengths(model: FoldForCausalLM, tokenizer: Any, lengths: Sequence[int]) -> None:
+    """Raises `ValueError` for a length that the model can't read, or that is too short for a prompt."""
+    most = model.config.max_position_embeddings
+    for length in lengths:
+        if length > most:
+            raise ValueError(
+                f"a passkey prompt of {length} tokens: the model reads {most} at most: ask for shorter ones"
+            )
+        passkey_prompt(tokenizer, "12345", length, 0.5)
 
 
 def passkey_prompt(tokenizer: Any, key: str, length: int, depth: float) -> list[int]:

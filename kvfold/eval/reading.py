@@ -85,7 +85,9 @@ def kept_shares(cache: FoldCache, weights_O: Tensor) -> Tensor:
     return (kept_OBK * present).sum(dim=(0, 2)) / (cache.seen_tokens * present.sum(dim=(0, 2)))
 
 
-def padded(rows: Sequence[Sequence[int]], device: torch.device, *, flush: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
+def padded(
+    rows: Sequence[Sequence[int]], device: torch.device, *, flush: Literal["left", "right"]
+) -> tuple[Tensor, Tensor]:
     """Rows of several lengths side by side: ids and a mask, 1 at real tokens, int64 [B, T]. What stands at padding is
     never read. `flush` right: all end in the last column.
     """
