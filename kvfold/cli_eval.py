@@ -98,16 +98,13 @@ def evaluate(
 def _check_asked(
     names: Sequence[str], passkey: bool, passkey_length: list[int] | None, of_tasks: Mapping[str, Any]
 ) -> None:
-    """Refuse options that nothing would heed, and questions that can't be read, before anything large is loaded."""
+    """Refuse options that nothing would heed, and tasks that can't be found, before anything large is loaded."""
     if passkey_length and not passkey:
         raise ValueError("--passkey-length without --passkey: no key would be hidden: add --passkey")
     if names:
-        from kvfold.data.choices import is_question_file, read_question_file
-        from kvfold.eval.tasks import need_lm_eval
+        from kvfold.eval.tasks import check_tasks
 
-        need_lm_eval()
-        for name in filter(is_question_file, names):
-            read_question_file(name)
+        check_tasks(names, of_tasks["task-folder"])
     else:
         for option, value in of_tasks.items():
             if value is not None and value != []:

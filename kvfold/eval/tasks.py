@@ -51,7 +51,7 @@ def measure_tasks(
     side by side. All names and methods are checked before the first is measured. Raises `ValueError` for what is wrong
     with them, and `RuntimeError` where a task's data can't be had.
     """
-    need_lm_eval()
+    _need_lm_eval()
     from kvfold.eval.harness import FoldLM
     from kvfold.eval.task_names import find_tasks
 
@@ -79,8 +79,16 @@ def measure_tasks(
     return found
 
 
-def need_lm_eval() -> None:
-    """Raises `ValueError` where lm-eval, or what its model needs, is not installed."""
+def check_tasks(names: Sequence[str], folder: str | Path | None = None) -> None:
+    """Raises `ValueError` for tasks that can't be found, and where lm-eval is not installed; fetches nothing."""
+    _need_lm_eval()
+    from kvfold.eval.task_names import find_tasks
+
+    with _unlogged():
+        find_tasks(names, folder=folder)
+
+
+def _need_lm_eval() -> None:
     for package, project in (("lm_eval", "lm-eval"), ("accelerate", "accelerate")):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"{project} is not installed: tasks need it: run pip install 'kvfold[eval]'")

@@ -20,9 +20,9 @@ def passkey_table(result: Mapping) -> Table:
     return rich_table(passkey_sheet(rows_of(result, "passkey"), method_labels(rows_of(result))))
 
 
-def tasks_table(result: Mapping) -> Table:
+def tasks_table(result: Mapping, brief: bool = True) -> Table:
     """Scores of tasks, of a tasks result or of a quality result that has them."""
-    return rich_table(tasks_sheet(rows_of(result, "tasks" if "tasks" in result else "rows")), brief=True)
+    return rich_table(tasks_sheet(rows_of(result, "tasks" if "tasks" in result else "rows")), brief=brief)
 
 
 def decode_table(result: Mapping, brief: bool = True) -> Table:

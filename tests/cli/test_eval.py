@@ -92,3 +92,43 @@ def test_the_folder_one_stands_in_has_a_name(kvfold, folder, monkeypatch):
     monkeypatch.chdir(folder / "tiny")
     done = kvfold("eval . --context 32 --windows 1 --json", "--text", str(folder / "text.txt"))
     assert json.loads(done.out)["model"]["name"] == "tiny"
+
+
+QUESTIONS = [
+    {"input": f"Was Anne {how}?", "choices": ["Yes", "No, she was not"], "gold": index % 2, "prefix": ""}
+    for index, how in enumerate(("glad", "proud", "at home", "alone"))
+]
+
+
+@pytest.fixture
+def anne(folder) -> str:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'kvfold[eval]'")
+    (folder / "anne.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    return "anne.jsonl"
+
+
+def test_tasks_of_a_file(kvfold, folder, anne):
+    line = f"eval tiny --tasks {anne} --limit 3 --time h2o:2+2 --out new/t.json"
+    done = kvfold(f"{line} --json")
+    assert (done.code, done.err) == (0, "")
+    printed = json.loads(done.out)
+    assert printed["kind"] == "tasks" and printed["protocol"] == {"limit": 3, "batch": 32}
+    assert [(row["task"], row["method"], row["items"]) for row in printed["rows"]] == [
+        ("anne", "full", 3), ("anne", "h2o:2+2", 3),
+    ]  # fmt: skip
+    assert printed["rows"][1]["kept_tokens"] == pytest.approx(4)
+    ((result,), problems) = read_results(folder / "new" / "t.json")
+    assert (result.kind, result.rows, problems) == ("tasks", printed["rows"], [])
+    table = kvfold(line)
+    assert (table.code, table.err) == (0, "")
+    assert "anne" in table.out and "H2O 2+2" in table.out and "acc" in table.out and "perplexity" not in table.out
+
+
+def test_tasks_beside_texts_and_passkeys(kvfold, anne):
+    line = f"eval tiny {SHORT} --tasks {anne} --passkey --passkey-tries 1 --passkey-length 110 --passkey-length 130"
+    result = json.loads(kvfold(f"{line} --json").out)
+    assert result["kind"] == "quality" and len(result["rows"]) == 1
+    assert [row["task"] for row in result["tasks"]] == ["anne"]
+    assert [row["length_tokens"] for row in result["passkey"]] == [110] * 3 + [130] * 3
+    done = kvfold(line)
+    assert all(title in done.out for title in ("Quality", "Passkey retrieval", "Tasks"))

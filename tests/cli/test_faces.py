@@ -16,7 +16,8 @@ COMMANDS = {
     "retrofit": "SOURCE OUT --recipe --time --compression --adapter --lora --full --data --tokens --context --batch "
     "--learning-rate --kl --teacher --warm-start/--no-warm-start --calibrate/--no-calibrate --control --seed --set "
     "--dtype --device --json",
-    "eval": f"MODEL --text --time --windows --context --batch --chunk --passkey --passkey-tries --fresh --out {MODEL_OPTIONS}",
+    "eval": "MODEL --text --time --windows --context --batch --chunk --passkey --passkey-tries --passkey-length --tasks "
+    f"--task-folder --task-length --limit --fresh --out {MODEL_OPTIONS}",
     "generate": f"MODEL PROMPT --max-new-tokens --temperature --seed --time {MODEL_OPTIONS}",
     "bench decode": f"MODEL --time --batch --prompt --new --peers --repeats --out {MODEL_OPTIONS}",
     "report": "RESULTS --out",

@@ -12,7 +12,7 @@ from html_reading import Page
 from kvfold.report import numbers
 from kvfold.report.page import write_page
 
-KINDS = ("quality", "memory", "kept", "decode", "plan")
+KINDS = ("quality", "tasks", "memory", "kept", "decode", "plan")
 HOSTILE = "</td></svg></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;$title ${x} javascript:"
 
 
@@ -197,6 +197,7 @@ def _small(kind: str) -> dict:
     if kind == "quality":
         result = samples.quality(["brown"])
         result = {**result, "rows": result["rows"][:1] + result["rows"][-1:], "passkey": result["passkey"][:2]}
+        result["tasks"] = samples.tasks()["rows"][:1]
     else:
         result = {"kind": kind, "rows": getattr(samples, kind)()["rows"][:1]}
     for row in result["rows"]:
