@@ -81,6 +81,8 @@ def evaluate(
     check_out(out)
     protocol = Protocol(windows=windows, context_tokens=context, batch=batch, call_tokens=chunk)
     names = [name.strip() for some in tasks or [] for name in some.split(",") if name.strip()]
+    if tasks and not names:
+        raise ValueError(f"--tasks '{','.join(tasks)}': it names no task: write some, with commas between them")
     _check_asked(
         names, passkey, passkey_length, {"task-folder": task_folder, "task-length": task_length, "limit": limit}
     )

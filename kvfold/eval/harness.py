@@ -53,6 +53,11 @@ class FoldLM(HFLM):
         if isinstance(pretrained, str):
             tokenizer = load_tokenizer(tokenizer or pretrained)
             pretrained = load(pretrained, time=time, bits=bits, adapter=adapter, dtype=dtype, device=device)
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer names no eos token: lm-eval opens empty texts and ends written ones with it: name one in "
+                "tokenizer_config.json"
+            )
         rows = _AUTO_ROWS if str(batch_size).startswith("auto") else int(batch_size)
         super().__init__(
             pretrained, backend="causal", tokenizer=tokenizer, batch_size=rows, max_length=max_length,

@@ -1,6 +1,7 @@
 """`kvfold eval`: rows beside the unfolded model, files that are whole, and no measurement made twice."""
 
 import json
+import shutil
 
 import pytest
 
@@ -104,11 +105,18 @@ QUESTIONS = [
 def anne(folder) -> str:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'kvfold[eval]'")
     (folder / "anne.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    shutil.copytree(folder / "tiny", folder / "ending")
+    path = folder / "ending" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "!"}))
     return "anne.jsonl"
 
 
+def test_a_tokenizer_without_an_end_is_refused(kvfold, anne):
+    assert "the tokenizer names no eos token" in kvfold(f"eval tiny --tasks {anne}").error
+
+
 def test_tasks_of_a_file(kvfold, folder, anne):
-    line = f"eval tiny --tasks {anne} --limit 3 --time h2o:2+2 --out new/t.json"
+    line = f"eval ending --tasks {anne} --limit 3 --time h2o:2+2 --out new/t.json"
     done = kvfold(f"{line} --json")
     assert (done.code, done.err) == (0, "")
     printed = json.loads(done.out)
@@ -125,7 +133,7 @@ def test_tasks_of_a_file(kvfold, folder, anne):
 
 
 def test_tasks_beside_texts_and_passkeys(kvfold, anne):
-    line = f"eval tiny {SHORT} --tasks {anne} --passkey --passkey-tries 1 --passkey-length 110 --passkey-length 130"
+    line = f"eval ending {SHORT} --tasks {anne} --passkey --passkey-tries 1 --passkey-length 110 --passkey-length 130"
     result = json.loads(kvfold(f"{line} --json").out)
     assert result["kind"] == "quality" and len(result["rows"]) == 1
     assert [row["task"] for row in result["tasks"]] == ["anne"]
