@@ -40,7 +40,14 @@ def test_the_page_needs_nothing_else(tmp_path):
 
 
 def test_every_section_is_there(page):
-    for heading in ("Quality against memory", "Finding a hidden number", "Memory while it writes", "Speed", "The plan"):
+    for heading in (
+        "Quality against memory",
+        "Finding a hidden number",
+        "Tasks",
+        "Memory while it writes",
+        "Speed",
+        "The plan",
+    ):
         assert heading in page.text
     assert "The cache of Sample-135M , folded" in page.text and "135 million parameters" in page.text
     assert "Made-up CPU @ 2.0 GHz, 2 cores, 2 threads, device cpu, float32" in page.text
