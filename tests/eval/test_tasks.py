@@ -137,6 +137,19 @@ def test_a_synthetic_task_is_made_to_each_length(long_model, questions, yaml_fol
     assert evaluations == ["counting 11 full", "counting 23 full", "sums full"]
 
 
+def test_a_group_has_one_row_and_a_tag_one_for_each_task(long_model, yaml_folder):
+    for name in ("adding", "taking"):
+        (yaml_folder / f"{name}.yaml").write_text(YAML.format(name=name) + "tag: both\n")
+    score = "{metric: exact_match, aggregation: mean, weight_by_size: true}"
+    (yaml_folder / "sums.yaml").write_text(
+        f"group: sums\ntask: [adding, taking]\naggregate_metric_list: [{score}]\nmetadata: {{version: 1}}\n"
+    )
+    rows = measure_tasks(long_model, byte_tokenizer(), ["sums", "both"], [], name="tiny", folder=yaml_folder)
+    assert [(row["task"], row["items"], row["requests"]) for row in rows] == [
+        ("sums", 2, 2), ("adding", 1, 2), ("taking", 1, 2),
+    ]  # fmt: skip
+
+
 def test_lm_evals_own_folder_of_a_task_is_enough(monkeypatch):
     asked, whole = [], task_names.TaskManager
     monkeypatch.setattr(task_names, "TaskManager", lambda **more: asked.append(more) or whole(**more))
