@@ -1,8 +1,10 @@
-"""`kvfold eval`: parse, call, print. What it does lives in the room `eval`."""
+"""`kvfold eval`: parse, call, print. What it measures lives in eval/."""
 
 import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,38 +14,67 @@ from kvfold.console import check_out, clear_errors, hand_over, progress
 if TYPE_CHECKING:
     from kvfold.eval.beside import Beside
 
-Texts = Annotated[
-    list[str] | None, typer.Option(help="A text, .jsonl or .gz file; given several times: all. Default: a novel.")
+_SAMPLE = Path(__file__).with_name("sample") / "persuasion.txt"
+
+Text = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A text, .jsonl or .gz file; given several times: all. Default: a novel, unless there are tasks."
+    ),
 ]
+Windows = Annotated[int, typer.Option(help="Windows of each text, evenly spaced.")]
+Context = Annotated[int, typer.Option(help="Tokens of a window.")]
+Batch = Annotated[int, typer.Option(help="Windows, or requests of tasks, read side by side.")]
+Chunk = Annotated[int | None, typer.Option(help="Tokens a call, where the method doesn't depend on it.")]
+Passkey = Annotated[bool, typer.Option("--passkey", help="Also hide keys in filler text, and ask for them.")]
+PasskeyTries = Annotated[int, typer.Option(min=1, help="Keys at each depth.")]
+PasskeyLengths = Annotated[
+    list[int] | None,
+    typer.Option("--passkey-length", help="Tokens of that filler text; given several times: all. Default: --context."),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Tasks of lm-evaluation-harness, or .jsonl files of questions, with commas or given several times."
+    ),
+]
+TaskFolder = Annotated[Path | None, typer.Option(help="A folder with more tasks, as lm-eval's YAML files.")]
+TaskLengths = Annotated[
+    list[int] | None,
+    typer.Option("--task-length", help="Tokens of the prompts of synthetic tasks (RULER); given several times: all."),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Questions of a task, its first. Default: all.")]
 Besides = Annotated[
     list[str] | None,
     typer.Option(help="A row beside: an adapter of this model, another MODEL of its vocabulary, or MODEL,ADAPTER."),
 ]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")]
 
 
 def add_eval(app: typer.Typer) -> None:
     """Put the command among the others."""
-    example = (
-        "Example: `kvfold eval my-model --text notes.txt --time h2o:128+128 --time tova:256 --out results/notes.json`"
-    )
-    app.command("eval", epilog=example)(evaluate)
+    example = "kvfold eval my-model --text notes.txt --time h2o:128+128 --time tova:256 --out results/notes.json"
+    app.command("eval", epilog=f"Example: `{example}`")(evaluate)
 
 
 @clear_errors
 def evaluate(
     model: Model,
-    text: Texts = None,
+    text: Text = None,
     time: Times = None,
-    windows: Annotated[int, typer.Option(help="Windows of each text, evenly spaced.")] = 32,
-    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
-    batch: Annotated[int, typer.Option(help="Windows read side by side.")] = 32,
-    chunk: Annotated[int | None, typer.Option(help="Tokens a call, where the method doesn't depend on it.")] = None,
-    passkey: Annotated[
-        bool, typer.Option("--passkey", help="Also hide keys in filler text of that length, and ask for them.")
-    ] = False,
-    passkey_tries: Annotated[int, typer.Option(min=1, help="Keys at each depth.")] = 4,
+    windows: Windows = 32,
+    context: Context = 1024,
+    batch: Batch = 32,
+    chunk: Chunk = None,
+    passkey: Passkey = False,
+    passkey_tries: PasskeyTries = 4,
+    passkey_length: PasskeyLengths = None,
+    tasks: Tasks = None,
+    task_folder: TaskFolder = None,
+    task_length: TaskLengths = None,
+    limit: Limit = None,
     beside: Besides = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
+    fresh: Fresh = False,
     out: Out = None,
     bits: Bits = None,
     adapter: Adapter = None,
@@ -51,32 +82,95 @@ def evaluate(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Perplexity of text read through the cache, under any methods, beside the unfolded model. Goes on where it stopped."""
-    from kvfold.eval.passkey import measure_passkey, measure_passkey_beside, passkey_prompt
-    from kvfold.eval.perplexity import measure_quality
+    """Perplexity of text read through the cache, passkeys and tasks, under any methods, beside the unfolded model.
+    Goes on where it stopped.
+    """
     from kvfold.eval.protocol import Protocol
-    from kvfold.report.tables import passkey_table, quality_table
 
-    sample = Path(__file__).with_name("sample") / "persuasion.txt"
     check_out(out)
     protocol = Protocol(windows=windows, context_tokens=context, batch=batch, call_tokens=chunk)
-    others = _beside(beside or [], model, dtype, device)
+    names = [name.strip() for some in tasks or [] for name in some.split(",") if name.strip()]
+    if tasks and not names:
+        raise ValueError(f"--tasks '{','.join(tasks)}': it names no task: write some, with commas between them")
+    _check_asked(
+        names, passkey, passkey_length, {"task-folder": task_folder, "task-length": task_length, "limit": limit}
+    )
+    asked = _Asked(
+        methods=tuple(dict.fromkeys(time or ())), texts=tuple(text or ([] if names else [_SAMPLE])), protocol=protocol,
+        keys={"lengths": passkey_length or (context,), "tries": passkey_tries} if passkey else None, tasks=names,
+        task_settings={"folder": task_folder, "lengths": task_length or (), "limit": limit, "rows": batch},
+        beside=_beside(beside or [], model, dtype, device), cells=None if fresh else _cells(),
+    )  # fmt: skip
     weights, tokenizer = load_model(model, None, bits, adapter, dtype, device)
-    if passkey:
-        passkey_prompt(tokenizer, "12345", context, 0.5)  # refuses a context that is too short, before all the rest
+    kind, result, tables = _measure(weights, tokenizer, model_name(model), asked)
+    hand_over(kind, result, tables, out=out, as_json=as_json)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """What is to be measured."""
+
+    methods: tuple[str, ...]
+    texts: tuple[str | Path, ...]
+    protocol: Any
+    keys: Mapping[str, Any] | None
+    tasks: Sequence[str]
+    task_settings: Mapping[str, Any]
+    beside: Sequence["Beside"]
+    cells: Path | None
+
+
+def _check_asked(
+    names: Sequence[str], passkey: bool, passkey_length: list[int] | None, of_tasks: Mapping[str, Any]
+) -> None:
+    """Refuse options that nothing would heed, and tasks that can't be found, before anything large is loaded."""
+    if passkey_length and not passkey:
+        raise ValueError("--passkey-length without --passkey: no key would be hidden: add --passkey")
+    if names:
+        from kvfold.eval.tasks import check_tasks
+
+        check_tasks(names, of_tasks["task-folder"])
+    else:
+        for option, value in of_tasks.items():
+            if value is not None and value != []:
+                raise ValueError(f"--{option} without --tasks: no task would be scored: name some")
+
+
+def _measure(
+    model: Any, tokenizer: Any, name: str, asked: _Asked
+) -> tuple[str, dict[str, Any], list[Callable]]:  # fmt: skip
+    """The kind of the result, the result, and the tables that show it. Everything is checked before anything is measured."""
+    from kvfold.eval.cells import model_about, model_key
+    from kvfold.eval.passkey import check_lengths, measure_passkey, measure_passkey_beside
+    from kvfold.eval.perplexity import measure_quality
+    from kvfold.eval.tasks import measure_tasks, measure_tasks_beside
+    from kvfold.report.tables import passkey_table, quality_table, tasks_table
+
+    methods = asked.methods or (model.config.layout.time_text(),)
+    if asked.keys is not None:
+        check_lengths(model, tokenizer, asked.keys["lengths"])
+    tables = [quality_table] if asked.texts else []
     with progress() as report:
-        result = measure_quality(
-            weights, tokenizer, text or [sample], time or [weights.config.layout.time_text()], name=model_name(model),
-            beside=others, protocol=protocol, cells=_cells(fresh), report=report,
-        )  # fmt: skip
-        if passkey:
-            methods = list(dict.fromkeys(row["method"] for row in result["rows"] if "model" not in row))
-            asked = {"lengths": (context,), "tries": passkey_tries, "cells": _cells(fresh), "report": report}
-            result["passkey"] = [
-                *measure_passkey(weights, tokenizer, methods, name=model_name(model), **asked),
-                *measure_passkey_beside(others, weights, tokenizer, **asked),
-            ]
-    hand_over("quality", result, [quality_table, *([passkey_table] if passkey else [])], out=out, as_json=as_json)
+        settings = {"cells": asked.cells, "report": report}
+        named = settings | {"name": name}
+        if asked.texts:
+            result = measure_quality(
+                model, tokenizer, asked.texts, methods, beside=asked.beside, protocol=asked.protocol, **named
+            )
+        else:
+            about = {"limit": asked.task_settings["limit"], "batch": asked.protocol.batch}
+            result = {"protocol": about, **model_about(model, model_key(model, name)), "rows": []}
+        if asked.keys is not None:
+            found = measure_passkey(model, tokenizer, methods, **asked.keys, **named)
+            result["passkey"] = found + measure_passkey_beside(asked.beside, model, tokenizer, **asked.keys, **settings)
+            tables.append(passkey_table)
+        if asked.tasks:
+            settings |= asked.task_settings
+            found = measure_tasks(model, tokenizer, asked.tasks, methods, name=name, **settings)
+            found += measure_tasks_beside(asked.beside, model, tokenizer, asked.tasks, **settings)
+            result["tasks" if asked.texts else "rows"] = found
+            tables.append(tasks_table)
+    return "quality" if asked.texts else "tasks", result, tables
 
 
 def _beside(texts: list[str], source: str, dtype: str | None, device: str | None) -> list["Beside"]:
@@ -102,6 +196,6 @@ def _beside(texts: list[str], source: str, dtype: str | None, device: str | None
     return others
 
 
-def _cells(fresh: bool) -> Path | None:
-    """Where finished measurements wait to be used again; None to forget them."""
-    return None if fresh else Path(os.environ.get("KVFOLD_CACHE") or Path.home() / ".cache" / "kvfold") / "cells"
+def _cells() -> Path:
+    """Where finished measurements wait to be used again."""
+    return Path(os.environ.get("KVFOLD_CACHE") or Path.home() / ".cache" / "kvfold") / "cells"

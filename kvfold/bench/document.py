@@ -13,7 +13,7 @@ from torch import Tensor
 from kvfold.bench.held import looks
 from kvfold.eval.folding import folded_cache, method_about, method_layouts
 from kvfold.eval.progress import Report, silent
-from kvfold.eval.reading import entry_bytes, kept_share
+from kvfold.eval.reading import entry_bytes, kept_shares
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.specs.base import TimeSpec
@@ -120,7 +120,7 @@ def _read(model: FoldForCausalLM, ids_T: Tensor, layout: KVLayout, report: Repor
             for name, value in zip(growth, (seen, mean, *found), strict=True):
                 growth[name].append(value)
         kept = [[count for count in line if count >= 0] for line in cache.kept_tokens[:, 0].tolist()]
-        share = kept_share(cache, weights, len(ids_T)).item()
+        share = kept_shares(cache, weights).item()
         positions = {
             (owner, head): held
             for owner, rows in zip(layout.owners, cache.kept_positions, strict=True)

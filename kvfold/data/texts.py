@@ -1,15 +1,18 @@
 """Reading text files into documents, and saying in one line what is wrong with a file that can't be read.
 
 A `.json` or `.jsonl` file holds one JSON object a line with its text under `text`; any other file is one document of
-plain text. Each may be gzipped (`.gz`). How documents become tokens is not this file's business.
+plain text. Each may be gzipped (`.gz`). How documents become tokens is not this file's business, nor what lines hold that
+are no text: `file_bytes` and `json_lines` are for all readers.
 """
 
 import gzip
 import hashlib
 import json
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _LINES = (".jsonl", ".json")
 
@@ -34,7 +37,7 @@ class TextFile:
 def read_text_file(path: str | Path) -> TextFile:
     """The documents of a text file. Raises `ValueError`, in one line, for a file that is missing, torn, empty or not UTF-8."""
     path = Path(path)
-    data = _read_bytes(path)
+    data = file_bytes(path)
     endings = [ending for ending in path.suffixes[-2:] if ending != ".gz"]
     documents = _documents_of_lines(path, data) if endings and endings[-1] in _LINES else [_decoded(path, data)]
     documents = tuple(document for document in documents if document.strip())
@@ -44,7 +47,8 @@ def read_text_file(path: str | Path) -> TextFile:
     return TextFile(name=Path(name).stem, documents=documents, digest=hashlib.sha256(data).hexdigest())
 
 
-def _read_bytes(path: Path) -> bytes:
+def file_bytes(path: Path) -> bytes:
+    """A file's bytes, unpacked where its name ends in `.gz`. Raises `ValueError`, in one line, where it can't be read."""
     if not path.exists():
         raise ValueError(f"{path}: there is no such file: correct the path")
     if path.is_dir():
@@ -65,26 +69,31 @@ def _decoded(path: Path, data: bytes, start: int = 0) -> str:
         raise ValueError(f"{path}: byte {at} (0x{byte:02x}) is not UTF-8: save the file as UTF-8") from error
 
 
-def _documents_of_lines(path: Path, data: bytes) -> list[str]:
-    documents, start = [], 0
+def json_lines(path: Path, data: bytes, rule: str) -> Iterator[tuple[int, Any]]:
+    """The JSON values of a file's bytes with the numbers of their lines; blank lines are left out.
+
+    `rule`: what each line is, for the `ValueError` that a line which is no JSON raises.
+    """
+    start = 0
     for number, raw in enumerate(data.split(b"\n"), start=1):
         line = _decoded(path, raw, start)
         start += len(raw) + 1
         if line.strip():
-            documents.append(_text_of(path, number, line))
-    return documents
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path} line {number}: not JSON: {rule}") from error
 
 
-def _text_of(path: Path, number: int, line: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} line {number}: not JSON: each line is one object with its text under 'text'"
-        ) from error
+_TEXT_RULE = "each line is one object with its text under 'text'"
+
+
+def _documents_of_lines(path: Path, data: bytes) -> list[str]:
+    return [_text_of(path, number, record) for number, record in json_lines(path, data, _TEXT_RULE)]
+
+
+def _text_of(path: Path, number: int, record: Any) -> str:
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise ValueError(
-            f"{path} line {number}: no text under 'text': each line is one object with its text under 'text'"
-        )
+        raise ValueError(f"{path} line {number}: no text under 'text': {_TEXT_RULE}")
     return text

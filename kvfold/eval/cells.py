@@ -59,6 +59,18 @@ def model_key(model: nn.Module, name: str) -> dict[str, Any]:
     return {"name": name, "fingerprint": digest.hexdigest(), "device": model.device.type, "dtype": str(model.dtype)}
 
 
+def model_about(model: nn.Module, key: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result says of its model, `model`, and of where it ran, `environment`. `key`: its `model_key`."""
+    return {
+        "model": {"name": key["name"], "parameters": model.num_parameters(), "fingerprint": key["fingerprint"]},
+        "environment": {
+            "device": model.device.type,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
 def layout_key(layout: KVLayout) -> str:
     """A layout as a short text that differs wherever the layout does."""
     return hashlib.sha256(json.dumps(layout.to_json(), sort_keys=True).encode()).hexdigest()

@@ -48,14 +48,16 @@ def with_unfolded(model: FoldForCausalLM, layouts: Sequence[KVLayout]) -> list[K
     return list(dict.fromkeys([model.config.layout.base(), *layouts]))
 
 
-def calls(layout: KVLayout, tokens: int, size: int | None = None) -> Iterator[tuple[int, int]]:
+def calls(layout: KVLayout, tokens: int, size: int | None = None, begun: int = 0) -> Iterator[tuple[int, int]]:
     """Where calls begin and end when a text is read for measuring, `size` (None = CALL_TOKENS) tokens each.
+
+    The first `begun` tokens have been read. Rows of several lengths: `tokens` and `begun` are those of the longest.
 
     Under a steps method the cut matters once a budget is exceeded: from there on calls bring one token. Before, all is
     kept and all weights are counted, however the text is cut.
     """
     steps = [spec for spec in layout.time if spec.state_of == "steps"]
-    start = 0
+    start = begun
     while start < tokens:
         stop = min(start + (size or CALL_TOKENS), tokens)
         if any(spec.max_kept(stop) < stop for spec in steps):

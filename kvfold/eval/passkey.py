@@ -17,6 +17,7 @@ from kvfold.eval.beside import Beside, method_beside, opened
 from kvfold.eval.cells import Cells, layout_key, model_key
 from kvfold.eval.folding import calls, folded_cache, method_layouts, with_unfolded
 from kvfold.eval.progress import Report, silent
+from kvfold.eval.reading import padded
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 
@@ -60,12 +61,7 @@ def measure_passkey(
     `lengths`: tokens of a prompt, at most. Each length and depth is tried with `tries` keys, the same for every method.
     All tries of one length are read side by side. `cells`: a folder of finished measurements, which are not made again.
     """
-    most = model.config.max_position_embeddings
-    for length in lengths:
-        if length > most:
-            raise ValueError(
-                f"a passkey prompt of {length} tokens: the model reads {most} at most: ask for shorter ones"
-            )
+    check_lengths(model, tokenizer, lengths)
     layouts = method_layouts(model, methods)
     layouts = with_unfolded(model, layouts) if with_full else layouts
     key = {
@@ -105,6 +101,17 @@ def measure_passkey_beside(
             )
         rows += [row | {"method": method_beside(other, layout), "model": other.label} for row in found]
     return rows
+
+
+def check_lengths(model: FoldForCausalLM, tokenizer: Any, lengths: Sequence[int]) -> None:
+    """Raises `ValueError` for a length that the model can't read, or that is too short for a prompt."""
+    most = model.config.max_position_embeddings
+    for length in lengths:
+        if length > most:
+            raise ValueError(
+                f"a passkey prompt of {length} tokens: the model reads {most} at most: ask for shorter ones"
+            )
+        passkey_prompt(tokenizer, "12345", length, 0.5)
 
 
 def passkey_prompt(tokenizer: Any, key: str, length: int, depth: float) -> list[int]:
@@ -159,7 +166,7 @@ def continuations(
     report: Report = silent,
 ) -> list[list[int]]:
     """The likeliest next tokens of each prompt, prompts read through the cache as `layout` is meant to be fed."""
-    ids_BT, real_BT = _padded_left(prompts, model.device)
+    ids_BT, real_BT = padded(prompts, model.device, flush="right")
     columns = ids_BT.shape[1]
     answers = []
     with folded_cache(model, layout, len(prompts)) as cache:
@@ -175,14 +182,3 @@ def continuations(
             newest = read(newest[:, None], torch.ones_like(newest[:, None]))
             report(what, columns + index + 1, columns + new_tokens)
     return torch.stack(answers, dim=1).tolist()
-
-
-def _padded_left(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and a mask, 1 at real tokens, int64 [B, T]; what stands at padding is never read."""
-    longest = max(map(len, prompts))
-    ids = torch.zeros((len(prompts), longest), dtype=torch.int64, device=device)
-    real = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
-        real[row, longest - len(prompt) :] = 1
-    return ids, real

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvfold.data.texts import read_text_file
 from kvfold.data.windows import TextWindows, text_windows
 from kvfold.eval.beside import Beside, about_beside, check_labels, opened
-from kvfold.eval.cells import Cells, layout_key, model_key
+from kvfold.eval.cells import Cells, layout_key, model_about, model_key
 from kvfold.eval.folding import method_about, method_layouts, with_unfolded
 from kvfold.eval.progress import Report, silent
 from kvfold.eval.protocol import Protocol
@@ -69,12 +69,7 @@ def measure_quality(
     rows.sort(key=lambda row: [windows.name for windows in read].index(row["text"]))
     return {
         "protocol": {"windows": protocol.windows, "context_tokens": protocol.context_tokens, "batch": protocol.batch},
-        "model": {"name": name, "parameters": model.num_parameters(), "fingerprint": measured.key["fingerprint"]},
-        "environment": {
-            "device": model.device.type,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-        },
+        **model_about(model, measured.key),
         "rows": rows,
     }
 

@@ -5,8 +5,9 @@ Letters: B rows, T tokens of a row, C model width.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -69,12 +70,37 @@ def read_rows(
             seconds += _now(model.device) - begun
             on_states(hidden, start)
             seen.append(start + call.shape[1])
-            shares.append(kept_share(cache, weights, seen[-1]))
+            shares.append(kept_shares(cache, weights).mean())
         allocated_bytes, full_bytes = cache.allocated_bytes, cache.full_bytes
     return Reading(
         allocated_bytes=allocated_bytes, full_bytes=full_bytes, kept_share=tuple(torch.stack(shares).tolist()),
         seen_tokens=tuple(seen), seconds=seconds,
     )  # fmt: skip
+
+
+def kept_shares(cache: FoldCache, weights_O: Tensor) -> Tensor:
+    """Of the tokens that each row has seen, those kept, weighted by `entry_bytes`; fp64 [B]. A tensor, since reading it off at
+    every step would stop a GPU.
+    """
+    kept_OBK = cache.kept_tokens
+    present = (kept_OBK >= 0) * weights_O[:, None, None]
+    return (kept_OBK * present).sum(dim=(0, 2)) / (cache.seen_tokens * present.sum(dim=(0, 2)))
+
+
+def padded(
+    rows: Sequence[Sequence[int]], device: torch.device, *, flush: Literal["left", "right"]
+) -> tuple[Tensor, Tensor]:
+    """Rows of several lengths side by side: ids and a mask, 1 at real tokens, int64 [B, T]. What stands at padding is
+    never read. `flush` right: all end in the last column.
+    """
+    longest = max(map(len, rows))
+    ids = torch.zeros((len(rows), longest), dtype=torch.int64, device=device)
+    real = torch.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        here = slice(0, len(tokens)) if flush == "left" else slice(longest - len(tokens), longest)
+        ids[row, here] = torch.tensor(tokens, dtype=torch.int64, device=device)
+        real[row, here] = 1
+    return ids, real
 
 
 def entry_bytes(layout: KVLayout, model_bytes: int, device: torch.device) -> Tensor:
@@ -83,13 +109,6 @@ def entry_bytes(layout: KVLayout, model_bytes: int, device: torch.device) -> Ten
         sum(layout.bits_of(owner).slot_bytes(layout.layers[owner].head_dim, model_bytes)) for owner in layout.owners
     ]
     return torch.tensor(sizes, dtype=torch.float64, device=device)
-
-
-def kept_share(cache: FoldCache, weights_O: Tensor, seen: int) -> Tensor:
-    """Kept over seen, weighted by bytes; a tensor, since reading it off at every step would stop a GPU."""
-    kept_OBK = cache.kept_tokens
-    present = (kept_OBK >= 0) * weights_O[:, None, None]
-    return (kept_OBK * present).sum() / (seen * present.sum())
 
 
 def _now(device: torch.device) -> float:

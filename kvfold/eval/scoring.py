@@ -61,3 +61,15 @@ def score(
         kl=torch.cat(kl).cpu() if kl else None,
         agrees=torch.cat(agrees).cpu() if agrees else None,
     )
+
+
+def likelihoods(model: FoldForCausalLM, hidden_NC: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the tokens that came: their log probability, fp32 [N], nats, and whether each was the likeliest, bool [N]."""
+    slice_size = max(1, _SLICE_BYTES // (4 * model.config.vocab_size))
+    log_p, likeliest = [], []
+    for start in range(0, hidden_NC.shape[0], slice_size):
+        logits = next_token_logits(model, hidden_NC[start : start + slice_size])
+        targets = targets_N[start : start + slice_size]
+        log_p.append(torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0])
+        likeliest.append(logits.argmax(dim=-1) == targets)
+    return torch.cat(log_p), torch.cat(likeliest)

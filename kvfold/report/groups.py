@@ -22,7 +22,9 @@ class Group:
     rows: tuple[Mapping, ...]
     """Rows of all of them."""
     passkey: tuple[Mapping, ...]
-    """Passkey rows, for quality."""
+    """Passkey rows, for quality and tasks."""
+    tasks: tuple[Mapping, ...]
+    """Scores of tasks, for quality; those of a result of tasks are its rows."""
     replaced: int
     """Rows left out because a newer file has them too."""
     is_one_of_many: bool
@@ -59,12 +61,14 @@ def _protocol(data: Mapping) -> str:
 def _group(members: list[Result], is_one_of_many: bool) -> Group:
     rows, lost_rows = _newest_rows(members, "rows", ("method", "text") if members[0].kind == "quality" else ())
     passkey, lost_keys = _newest_rows(members, "passkey", ("method", "length_tokens", "depth"))
+    tasks, lost_scores = _newest_rows(members, "tasks", ("task", "length_tokens", "method", "metric"))
     return Group(
         kind=members[0].kind,
         sources=tuple(members),
         rows=rows,
         passkey=passkey,
-        replaced=lost_rows + lost_keys,
+        tasks=tasks,
+        replaced=lost_rows + lost_keys + lost_scores,
         is_one_of_many=is_one_of_many,
     )
 

@@ -21,7 +21,8 @@ from kvfold.report.sheets import (
     passkey_sheet,
     plan_sheet,
     quality_sheet,
-)
+    tasks_sheet,
+)  # fmt: skip
 from kvfold.report.summary import short_answer, summary_table
 from kvfold.report.tables import method_labels
 
@@ -49,6 +50,8 @@ def quality_section(group: Group, colours: Mapping[str, int]) -> Markup:
         )
     if group.passkey:
         parts.append(_passkey_section(group))
+    if group.tasks:
+        parts.append(_scores_section(group, group.tasks))
     return join(parts or [section(titled("Quality against memory", group), NOTHING, source_line(group))])
 
 
@@ -119,6 +122,20 @@ def _passkey_section(group: Group) -> Markup:
         behind(passkey_sheet(group.passkey, labels)),
         None if group.rows else source_line(group),
     )
+
+
+def tasks_section(group: Group, colours: Mapping[str, int]) -> Markup:
+    """Scores of tasks, and passkeys where they were asked in the same run."""
+    return join([_scores_section(group, group.rows), _passkey_section(group) if group.passkey else None])
+
+
+def _scores_section(group: Group, rows: Sequence[Mapping]) -> Markup:
+    lead = (
+        "Questions with known answers, asked through the cache by lm-evaluation-harness. Changes are against the same model, "
+        "unfolded, question by question."
+    )
+    shown = table(tasks_sheet(rows)) if rows else NOTHING
+    return section(titled("Tasks", group), tag("p", lead), shown, source_line(group))
 
 
 def memory_section(group: Group, colours: Mapping[str, int]) -> Markup:
@@ -216,6 +233,7 @@ def plan_section(group: Group, colours: Mapping[str, int]) -> Markup:
 
 SECTIONS: Mapping[str, Callable[[Group, Mapping[str, int]], Markup]] = {
     "quality": quality_section,
+    "tasks": tasks_section,
     "memory": memory_section,
     "kept": kept_section,
     "document": document_section,

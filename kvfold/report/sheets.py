@@ -110,6 +110,46 @@ def passkey_sheet(rows: Sequence[Mapping], labels: Mapping[str, str]) -> Sheet:
     return Sheet(title="Passkey retrieval", columns=columns, rows=cells)
 
 
+TASK_COLUMNS = (
+    Column(head="task", is_text=True),
+    Column(head="length", note="Tokens of a prompt, for tasks that are made to any length.", brief=False),
+    Column(head="method", is_text=True),
+    Column(head="score", is_text=True),
+    Column(head="value", note="The score, ± one standard error over the questions."),
+    Column(head="change", note="Against the unfolded model, question by question, ± one standard error."),
+    Column(head="questions"),
+    Column(head="seen", note="Tokens of a request that were read, mean over requests.", brief=False),
+    Column(head="kept", note="Tokens that one head holds at the end of a request, mean over heads and requests."),
+    Column(head="compression", note="Tokens seen over tokens kept at the end of each request."),
+    Column(head="seconds", note="Time that the measurement took."),
+)
+
+
+def tasks_sheet(rows: Sequence[Mapping]) -> Sheet:
+    """Scores of tasks, one line for each task, method and score."""
+    cells = tuple(
+        (
+            words(row, "task") or MISSING,
+            count(number(row, "length_tokens")),
+            label_of(row),
+            words(row, "metric") or MISSING,
+            _with_error(number(row, "value"), number(row, "standard_error")),
+            difference(number(row, "difference", "mean"), number(row, "difference", "standard_error")),
+            count(number(row, "items")),
+            count(number(row, "seen_tokens")),
+            count(number(row, "kept_tokens")),
+            times(number(row, "compression")),
+            three(number(row, "seconds")),
+        )
+        for row in rows
+    )
+    return Sheet(title="Tasks", columns=TASK_COLUMNS, rows=cells)
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    return three(value) if value is None or error is None else f"{three(value)} ± {three(error)}"
+
+
 def memory_sheet(rows: Sequence[Mapping]) -> Sheet:
     """Bytes held, a line per number of tokens, a column per method."""
     series = [(label_of(row), dict(memory_points(row))) for row in rows]

@@ -8,13 +8,7 @@ from rich.text import Text
 from kvfold.report.learned_sheets import document_sheet, step_sheet
 from kvfold.report.results import rows_of, words
 from kvfold.report.series import label_of
-from kvfold.report.sheets import (
-    Sheet,
-    decode_sheet,
-    passkey_sheet,
-    plan_sheet,
-    quality_sheet,
-)
+from kvfold.report.sheets import Sheet, decode_sheet, passkey_sheet, plan_sheet, quality_sheet, tasks_sheet
 
 
 def quality_table(result: Mapping, brief: bool = True) -> Table:
@@ -25,6 +19,11 @@ def quality_table(result: Mapping, brief: bool = True) -> Table:
 def passkey_table(result: Mapping) -> Table:
     """Passkeys found, for a quality result that has them."""
     return rich_table(passkey_sheet(rows_of(result, "passkey"), method_labels(rows_of(result))))
+
+
+def tasks_table(result: Mapping, brief: bool = True) -> Table:
+    """Scores of tasks, of a tasks result or of a quality result that has them."""
+    return rich_table(tasks_sheet(rows_of(result, "tasks" if "tasks" in result else "rows")), brief=brief)
 
 
 def decode_table(result: Mapping, brief: bool = True) -> Table:

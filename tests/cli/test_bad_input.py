@@ -183,6 +183,26 @@ def test_sizes_and_places(refused, line, said):
     assert said in refused(line)
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (f"{EVAL} --passkey-length 128", "--passkey-length without --passkey: no key would be hidden"),
+        (f"{EVAL} --passkey --passkey-length 300", "a passkey prompt of 300 tokens: the model reads 256 at most"),
+        (f"{EVAL} --limit 4", "--limit without --tasks: no task would be scored"),
+        (f"{EVAL} --task-length 64", "--task-length without --tasks"),
+        (f"{EVAL} --task-folder tiny", "--task-folder without --tasks"),
+        (f"{EVAL} --tasks ,", "--tasks ',': it names no task"),
+        (f"{EVAL} --tasks none.jsonl", "none.jsonl: there is no such file"),
+        (f"{EVAL} --tasks bad.jsonl", "bad.jsonl line 1: no 'gold': each line is one object with 'input', 'choices'"),
+        (f"{EVAL} --tasks bad.jsonl --task-folder none", "none: there is no such folder of tasks"),
+    ],
+)
+def test_tasks_and_passkeys(refused, folder, line, said):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'kvfold[eval]'")
+    (folder / "bad.jsonl").write_text('{"input": "What?", "choices": ["a", "b"]}\n')
+    assert said in refused(line)
+
+
 def test_a_page_where_a_folder_is(refused, kvfold, folder):
     (folder / "plan.json").write_text(kvfold("plan tiny --json").out)
     assert "no file can be written there" in refused("report plan.json --out tiny")

@@ -1,6 +1,7 @@
 """`kvfold eval`: rows beside the unfolded model, files that are whole, and no measurement made twice."""
 
 import json
+import shutil
 
 import pytest
 
@@ -119,3 +120,59 @@ def test_trained_and_converted_models_beside_the_first(kvfold, folder):
 def test_what_can_not_stand_beside(kvfold, beside, says, readings):
     assert says in kvfold(f"eval tiny {SHORT} --beside {beside}").error
     assert readings == []
+
+
+QUESTIONS = [
+    {"input": f"Was Anne {how}?", "choices": ["Yes", "No, she was not"], "gold": index % 2, "prefix": ""}
+    for index, how in enumerate(("glad", "proud", "at home", "alone"))
+]
+
+
+@pytest.fixture
+def anne(folder) -> str:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'kvfold[eval]'")
+    (folder / "anne.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    shutil.copytree(folder / "tiny", folder / "ending")
+    path = folder / "ending" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "!"}))
+    return "anne.jsonl"
+
+
+def test_a_tokenizer_without_an_end_is_refused(kvfold, anne):
+    assert "the tokenizer names no eos token" in kvfold(f"eval tiny --tasks {anne}").error
+
+
+def test_tasks_of_a_file(kvfold, folder, anne):
+    line = f"eval ending --tasks {anne} --limit 3 --time h2o:2+2 --out new/t.json"
+    done = kvfold(f"{line} --json")
+    assert (done.code, done.err) == (0, "")
+    printed = json.loads(done.out)
+    assert printed["kind"] == "tasks" and printed["protocol"] == {"limit": 3, "batch": 32}
+    assert [(row["task"], row["method"], row["items"]) for row in printed["rows"]] == [
+        ("anne", "full", 3), ("anne", "h2o:2+2", 3),
+    ]  # fmt: skip
+    assert printed["rows"][1]["kept_tokens"] == pytest.approx(4)
+    ((result,), problems) = read_results(folder / "new" / "t.json")
+    assert (result.kind, result.rows, problems) == ("tasks", printed["rows"], [])
+    table = kvfold(line)
+    assert (table.code, table.err) == (0, "")
+    assert "anne" in table.out and "H2O 2+2" in table.out and "acc" in table.out and "perplexity" not in table.out
+
+
+def test_tasks_of_other_models(kvfold, anne):
+    assert kvfold("convert ending mqa --heads 1").code == 0
+    done = kvfold(f"eval ending --tasks {anne} --time h2o:2+2 --beside mqa --json")
+    rows = json.loads(done.out)["rows"]
+    assert [row["method"] for row in rows] == ["full", "h2o:2+2", "full of mqa"]
+    own = json.loads(kvfold(f"eval mqa --tasks {anne} --json").out)["rows"]
+    assert [row["value"] for row in rows[2:]] == [row["value"] for row in own] and rows[2]["difference"] is None
+
+
+def test_tasks_beside_texts_and_passkeys(kvfold, anne):
+    line = f"eval ending {SHORT} --tasks {anne} --passkey --passkey-tries 1 --passkey-length 110 --passkey-length 130"
+    result = json.loads(kvfold(f"{line} --json").out)
+    assert result["kind"] == "quality" and len(result["rows"]) == 1
+    assert [row["task"] for row in result["tasks"]] == ["anne"]
+    assert [row["length_tokens"] for row in result["passkey"]] == [110] * 3 + [130] * 3
+    done = kvfold(line)
+    assert all(title in done.out for title in ("Quality", "Passkey retrieval", "Tasks"))

@@ -17,8 +17,8 @@ COMMANDS = {
     "--learning-rate --kl --teacher --warm-start/--no-warm-start --calibrate/--no-calibrate --control --seed --set "
     "--dtype --device --json",
     "calibrate": "MODEL ADAPTER OUT --compression --data --context --sequences --dtype --device --json",
-    "eval": "MODEL --text --time --windows --context --batch --chunk --passkey --passkey-tries --beside --fresh --out "
-    f"{MODEL_OPTIONS}",
+    "eval": "MODEL --text --time --windows --context --batch --chunk --passkey --passkey-tries --passkey-length --tasks "
+    f"--task-folder --task-length --limit --beside --fresh --out {MODEL_OPTIONS}",
     "generate": f"MODEL PROMPT --max-new-tokens --temperature --seed --time {MODEL_OPTIONS}",
     "bench decode": f"MODEL --time --batch --prompt --new --peers --repeats --out {MODEL_OPTIONS}",
     "bench train": "MODEL --time --sequence --batch --repeats --train --out --dtype --device --json",

@@ -68,6 +68,24 @@ def _quality_row(method: str, title: str, text: str, at: int) -> dict:
     }  # fmt: skip
 
 
+def tasks() -> dict:
+    """Scores of two tasks, one of them made to a length."""
+    rows = [_task_row(method, title, task, length) for task, length in (("sums", None), ("niah", 1024))
+            for method, title in METHODS[:5]]  # fmt: skip
+    return {"kind": "tasks", **HEADER, "protocol": {"limit": 100, "batch": 32}, "rows": rows}
+
+
+def _task_row(method: str, title: str, task: str, length: int | None) -> dict:
+    share = share_of(method)
+    change = round(share - 1, 2) / 5
+    return {
+        "method": method, "title": title, "trained": False, "task": task, "metric": "acc", "value": 0.61 + change,
+        "standard_error": 0.0487, "higher_is_better": True, "items": 100, "length_tokens": length,
+        "difference": {"mean": change, "standard_error": 0.021 if change else 0.0}, "compression": 1 / share,
+        "kept_tokens": 200 * share, "seen_tokens": 200.0, "requests": 400, "seconds": 61.25,
+    }  # fmt: skip
+
+
 def _found(method: str, length: int, depth: float) -> int:
     if method == "full":
         return 4 if length < 2000 else 3
@@ -210,6 +228,6 @@ def plan() -> dict:
 def write_samples(folder: Path) -> Path:
     """Every kind, a file each."""
     folder.mkdir(parents=True, exist_ok=True)
-    for make in (quality, memory, kept, document, curve, decode, step, plan):
+    for make in (quality, tasks, memory, kept, document, curve, decode, step, plan):
         (folder / f"{make.__name__}.json").write_text(json.dumps(make()), encoding="utf-8")
     return folder

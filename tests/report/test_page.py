@@ -12,7 +12,7 @@ from html_reading import Page
 from kvfold.report import numbers
 from kvfold.report.page import write_page
 
-KINDS = ("quality", "memory", "kept", "document", "curve", "decode", "step", "plan")
+KINDS = ("quality", "tasks", "memory", "kept", "document", "curve", "decode", "step", "plan")
 HOSTILE = "</td></svg></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;$title ${x} javascript:"
 
 
@@ -40,7 +40,14 @@ def test_the_page_needs_nothing_else(tmp_path):
 
 
 def test_every_section_is_there(page):
-    headings = ["Quality against memory", "Finding a hidden number", "Memory while it writes", "Speed", "The plan"]
+    headings = [
+        "Quality against memory",
+        "Finding a hidden number",
+        "Tasks",
+        "Memory while it writes",
+        "Speed",
+        "The plan",
+    ]
     headings += ["Inside one text, persuasion", "How a retrofit went: made-up-adapter", "What gates cost in training"]
     for heading in headings:
         assert heading in page.text
@@ -200,6 +207,7 @@ def _small(kind: str) -> dict:
     if kind == "quality":
         result = samples.quality(["brown"])
         result = {**result, "rows": result["rows"][:1] + result["rows"][-1:], "passkey": result["passkey"][:2]}
+        result["tasks"] = samples.tasks()["rows"][:1]
     else:
         result = {"kind": kind, "rows": getattr(samples, kind)()["rows"][:1]}
     if kind == "document":

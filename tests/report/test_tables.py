@@ -3,7 +3,7 @@ import io
 from rich.console import Console
 
 import report_samples as samples
-from kvfold.report.tables import decode_table, passkey_table, plan_table, quality_table
+from kvfold.report.tables import decode_table, passkey_table, plan_table, quality_table, tasks_table
 
 
 def _printed(table, width=200) -> str:
@@ -19,7 +19,11 @@ def test_quality():
 
 
 def test_brief_tables_fit_a_terminal():
-    for table in (quality_table(samples.quality()), decode_table(samples.decode())):
+    for table in (
+        quality_table(samples.quality()),
+        decode_table(samples.decode()),
+        tasks_table(samples.tasks()),
+    ):
         lines = _printed(table, width=160).splitlines()
         assert max(map(len, lines)) <= 160 and not any("…" in line for line in lines)
         assert len(lines) == table.row_count + 5
@@ -27,6 +31,15 @@ def test_brief_tables_fit_a_terminal():
 
 def test_passkey_names_methods_as_the_quality_rows_do():
     assert "Window + sinks 252+4" in _printed(passkey_table(samples.quality()))
+
+
+def test_tasks_of_a_result_of_their_own_and_beside_texts():
+    own = samples.tasks()
+    beside = {**samples.quality(), "tasks": own["rows"]}
+    text = _printed(tasks_table(own))
+    assert text == _printed(tasks_table(beside))
+    assert "0.610 ± 0.0487" in text and "−0.150 ± 0.021" in text and "H2O 256+256" in text and "length" not in text
+    assert "1,024" in _printed(tasks_table(own, brief=False), width=250)
 
 
 def test_decode():

@@ -1,0 +1,220 @@
+"""Tasks scored through the cache by lm-evaluation-harness: one cell for each task and method, and the rows that compare them.
+
+lm-eval words the questions, asks the `kvfold` model of harness.py, and reckons the scores; this file decides what is asked
+under which method, keeps what was measured, and sets methods against the unfolded model question by question.
+"""
+
+import importlib.util
+import io
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvfold.eval.beside import Beside, about_beside, opened
+from kvfold.eval.cells import Cells, layout_key, model_key
+from kvfold.eval.folding import method_about, method_layouts, with_unfolded
+from kvfold.eval.progress import Report
+from kvfold.eval.rows import paired_difference
+from kvfold.models.decoder import FoldForCausalLM
+
+if TYPE_CHECKING:
+    from kvfold.eval.harness import FoldLM
+    from kvfold.eval.task_names import NamedTask
+
+_SEED = 1234
+"""lm-eval's own, for the examples of a prompt and for draws."""
+
+
+def measure_tasks(
+    model: FoldForCausalLM,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    *,
+    name: str,
+    folder: str | Path | None = None,
+    limit: int | None = None,
+    lengths: Sequence[int] = (),
+    rows: int = 32,
+    cells: str | Path | None = None,
+    report: Report | None = None,
+) -> list[dict[str, Any]]:
+    """One row for each task and method, the unfolded model first.
+
+    `tasks`: names of lm-eval's tasks, also of those in `folder`, and files of questions (`data/choices.py`). `limit`:
+    questions of a task, its first. `lengths`: tokens of the prompts of synthetic tasks, each a row. `rows`: requests read
+    side by side. All names and methods are checked before the first is measured. Raises `ValueError` for what is wrong
+    with them, and `RuntimeError` where a task's data can't be had.
+    """
+    _need_lm_eval()
+    from kvfold.eval.harness import FoldLM
+    from kvfold.eval.task_names import find_tasks
+
+    layouts = with_unfolded(model, method_layouts(model, methods))
+    kept, key, found = Cells(cells), model_key(model, name), []
+    with tempfile.TemporaryDirectory() as place, _unlogged():
+        # Synthetic tasks count tokens, and ask for a tokenizer by its folder: so a .gguf file has one too.
+        tokenizer.save_pretrained(place)
+        named = find_tasks(tasks, folder=folder, lengths=lengths, tokenizer=place)
+        lm = FoldLM(model, tokenizer, batch_size=rows, report=report)
+        for task in named:
+            loaded = None
+            of_task = []
+            for layout in layouts:
+                cell_key = {"model": key, "layout": layout_key(layout), "limit": limit, "task": task.identity}
+                about = " ".join(filter(None, [task.name, str(task.length_tokens or ""), layout.time_text()]))
+                cell = kept.read(about, cell_key)
+                if cell is None:
+                    loaded = loaded or _loaded(task)
+                    lm.layout, lm.about = layout, about
+                    cell = _measured(lm, task, loaded, limit)
+                    kept.write(about, cell_key, cell)
+                of_task.append((method_about(layout), cell))
+            found += _rows(task, of_task)
+    return found
+
+
+def measure_tasks_beside(
+    beside: Sequence[Beside], first: FoldForCausalLM, tokenizer: Any, tasks: Sequence[str], **settings: Any
+) -> list[dict[str, Any]]:
+    """Rows of other models, each under its own method. `settings` are those of `measure_tasks`."""
+    rows = []
+    for other in beside:
+        with opened(other, first) as model:
+            layout = model.config.layout
+            found = measure_tasks(model, tokenizer, tasks, [layout.time_text()], name=other.label, **settings)
+        about = about_beside(other, layout)
+        # Their differences are from the other model unfolded, and not from the first one, as a reader would think.
+        rows += [row | about | {"difference": None} for row in found if row["method"] == layout.time_text()]
+    return rows
+
+
+def check_tasks(names: Sequence[str], folder: str | Path | None = None) -> None:
+    """Raises `ValueError` for tasks that can't be found, and where lm-eval is not installed; fetches nothing."""
+    _need_lm_eval()
+    from kvfold.eval.task_names import find_tasks
+
+    with _unlogged():
+        find_tasks(names, folder=folder)
+
+
+def _need_lm_eval() -> None:
+    for package, project in (("lm_eval", "lm-eval"), ("accelerate", "accelerate")):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{project} is not installed: tasks need it: run pip install 'kvfold[eval]'")
+
+
+def _loaded(task: "NamedTask") -> dict[str, Any]:
+    try:
+        with _unseen():
+            return task.load()
+    except ImportError as error:
+        missing = error.name or getattr(error.__cause__, "name", None) or "a package"
+        raise ValueError(
+            f"task '{task.name}': it needs {missing}, which is not installed: run pip install 'kvfold[eval]'"
+        ) from error
+    except Exception as error:
+        # Whatever lies between here and somebody else's data: loaders, the network, a hub.
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RuntimeError(f"task '{task.name}': its data can't be had ({why})") from error
+
+
+def _measured(lm: "FoldLM", task: "NamedTask", loaded: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
+    """What is kept of one task under the method that `lm` has now."""
+    from lm_eval.evaluator import evaluate
+
+    for one in loaded["tasks"].values():
+        # As lm-eval's own command does.
+        if one.get_config("num_fewshot") is None:
+            one.set_config(key="num_fewshot", value=0)
+        one.set_fewshot_seed(seed=_SEED)
+    torch.manual_seed(_SEED)
+    lm.take_kept()
+    begun = time.perf_counter()
+    with _unseen():
+        results = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=True)
+    seconds = time.perf_counter() - begun
+    kept = lm.take_kept()
+    share = sum(share for share, _ in kept) / len(kept)
+    return {
+        "scores": _scores(task, results),
+        "compression": 1 / share,
+        "kept_tokens": sum(share * seen for share, seen in kept) / len(kept),
+        "seen_tokens": sum(seen for _, seen in kept) / len(kept),
+        "requests": len(kept),
+        "seconds": seconds,
+    }
+
+
+def _scores(task: "NamedTask", results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of the task, or of a group's parts where the group has no score of its own: a dict for each metric."""
+    own = results.get("groups", {}).get(task.name) or results["results"].get(task.name) or {}
+    parts = {task.name: own} if any("," in key for key in own) else results["results"]
+    found = []
+    for name, scores in parts.items():
+        samples = results["samples"].get(name, [])
+        items = results["n-samples"][name]["effective"] if name in results["n-samples"] else scores.get("sample_len")
+        for key, value in scores.items():
+            metric, comma, sieve = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            # RULER's metrics are called by the lengths of prompts, and are -1 for those that were not asked.
+            if metric.isdigit() and value == -1:
+                continue
+            error = scores.get(f"{metric}_stderr,{sieve}")
+            each = [sample.get(metric) for sample in samples if sample.get("filter") == sieve]
+            shown = "string_match" if metric.isdigit() else metric
+            found.append({
+                "task": name,
+                "metric": shown if sieve == "none" else f"{shown}, {sieve}",
+                "value": value,
+                "standard_error": error if isinstance(error, int | float) else None,
+                "higher_is_better": results["higher_is_better"].get(name, {}).get(metric),
+                "items": items,
+                "each": [float(one) for one in each] if each and all(isinstance(x, int | float) for x in each) else None,
+            })  # fmt: skip
+    return found
+
+
+def _rows(task: "NamedTask", measured: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """A row for each method and score; the first method is the unfolded model."""
+    unfolded = {(score["task"], score["metric"]): score for score in measured[0][1]["scores"]}
+    rows = []
+    for about, cell in measured:
+        for score in cell["scores"]:
+            each, theirs = score["each"], unfolded[score["task"], score["metric"]]["each"]
+            mean, error = paired_difference(each, theirs) if each and theirs else (None, None)
+            figures = {key: value for key, value in score.items() if key != "each"}
+            rows.append({
+                **about,
+                **figures,
+                "length_tokens": task.length_tokens,
+                "difference": {"mean": mean, "standard_error": error},
+                **{key: value for key, value in cell.items() if key != "scores"},
+            })  # fmt: skip
+    return rows
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """lm-eval without its notes."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """lm-eval without its lines on stdout and its bars; what our model reports is still heard."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
