@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kvfold.cli_convert import add_convert
+from kvfold.cli_pretrain import add_train
 from kvfold.cli_train import add_retrofit
 from kvfold.console import check_out, clear_errors, command_line, hand_over, progress, say, show, show_json, waiting
 
@@ -19,6 +20,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure speed and memory beside transformers, in one run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 add_convert(app)
+add_train(app)
 add_retrofit(app)
 
 METHODS = "full | window:W+S | h2o:R+Y | tova:N, in tokens or percent; trained: dmc[:W] | dms[:W]"

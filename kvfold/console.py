@@ -4,7 +4,9 @@ Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 a failure
 """
 
 import functools
+import importlib.util
 import json
+import logging
 import shlex
 import sys
 import warnings
@@ -100,6 +102,22 @@ def hand_over(
         show_json({"kind": kind, **result})
     else:
         show(*(table(result) for table in tables))
+
+
+def check_packages(*names: str) -> None:
+    """Refuse to begin where one that training needs is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"{name} is not installed: training needs it: run pip install 'kvfold[train]'")
+
+
+def quieten() -> None:
+    """Other packages' log lines are for programmers."""
+    from transformers.utils import logging as theirs
+
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 def command_line() -> str:

@@ -23,11 +23,12 @@ from kvfold.train.calibrate import calibrate
 from kvfold.train.card import write_card
 from kvfold.train.curve import Curve, read_curve
 from kvfold.train.data import TrainingOrder, TrainingText, draw_text
+from kvfold.train.loop import ignored_tokens, load_trained
 from kvfold.train.results import write_trained
 from kvfold.train.run_folder import RunFolder
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import Student, make_student, trained_weights
-from kvfold.train.trainer import RetrofitTrainer, ignored_tokens, load_trained
+from kvfold.train.trainer import RetrofitTrainer
 from kvfold.train.warm_start import warm_start
 
 MEASURED_WINDOWS = 8

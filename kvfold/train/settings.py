@@ -7,7 +7,7 @@ from typing import Literal, Self
 from kvfold.specs.base import TimeSpec
 from kvfold.specs.dms import DMSSpec
 from kvfold.specs.registry import parse_time
-from kvfold.train.schedules import LearningRate, Stages, nominal_for, share_for
+from kvfold.train.schedules import LearningRate, Stages, learning_rate_factor, nominal_for, share_for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,6 +164,18 @@ class RetrofitSettings:
         if self.warm_start:
             ramp, tail = 0, ramp + tail
         return Stages(compression=self.compression, zero_out_steps=zero_out, ramp_steps=ramp, tail_steps=tail)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.stages.total
+
+    def rate_factor(self, step: int) -> float:
+        """What the learning rate is multiplied by at `step` (from 0)."""
+        return learning_rate_factor(
+            step, kind=self.learning_rate_schedule, stages=self.stages, warmup_steps=self.warmup_steps,
+            final=self.final_learning_rate,
+        )  # fmt: skip
 
     @property
     def nominal(self) -> float | None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from kvfold.specs.registry import parse_time
-from kvfold.train import trainer
+from kvfold.train import loop
 from kvfold.train.curve import read_curve
 from kvfold.train.data import draw_text
 from kvfold.train.noise import noise_key
@@ -119,7 +119,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(retrofit):
 
 @pytest.mark.parametrize("way", ["dms", "plain"])
 def test_a_loss_that_is_no_number_stops_with_its_step(retrofit, monkeypatch, way):
-    run, given = retrofit("out", **WAYS[way]), trainer.next_token_logits
+    run, given = retrofit("out", **WAYS[way]), loop.next_token_logits
     poisoned = {"on": False}
 
     def logits(model, hidden):
@@ -128,7 +128,7 @@ def test_a_loss_that_is_no_number_stops_with_its_step(retrofit, monkeypatch, way
     def on_step(point):
         poisoned["on"] = point["step"] == 5
 
-    monkeypatch.setattr(trainer, "next_token_logits", logits)
+    monkeypatch.setattr(loop, "next_token_logits", logits)
     with pytest.raises(
         RuntimeError, match=r"step 6: the loss is nan: the last good checkpoint is kept in .*: use a lower"
     ):
