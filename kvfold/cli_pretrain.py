@@ -90,35 +90,84 @@ def _settings(recipe: str, given: dict[str, Any], assigned: list[str]) -> Any:
 def _run(recipe: str, out: Path, settings: Any, factor: float | None, device: str | None) -> dict[str, Any]:
     check_packages("accelerate")
     _say_plan(recipe, settings)
+    from kvfold.train.run_folder import RunFolder
+
+    folder, name = RunFolder(out=out), recipe if factor is None else f"{recipe} --sweep-lr {factor:g}"
+    if factor is not None:
+        from kvfold.train.sweep import rates
+
+        rates(settings.learning_rate, factor)
+    folder.check(name, settings)
+    done = folder.read("result")
+    if done is not None and (out / "config.json").is_file():
+        say(f"{out}: done already")
+        return done
+    quieten()
+    train_one = _trainer_of(recipe, device, text=folder.training)
+    rows = [train_one(settings, folder)] if factor is None else _swept(name, settings, factor, folder, train_one)
+    if not rows[0]:  # another process writes
+        return {"out": str(out)}
+    found = {"out": str(out), "recipe": recipe, "rows": rows}
+    _write_result(out, found)
+    folder.write("result", found)
+    return found
+
+
+def _trainer_of(recipe: str, device: str | None, *, text: Path) -> Any:
+    """What trains one model in its folder; `text` is the folder of the packed text."""
     import torch
 
     from kvfold import __version__
     from kvfold.report.results import cpu_name, git_commit
     from kvfold.train.pretrain import Pretrain
     from kvfold.train.retrofit import device_name
-    from kvfold.train.run_folder import RunFolder
     from kvfold.train.watch import watched_steps
 
-    quieten()
     where = torch.device(device or "cpu")
     about = {
         "command": command_line(), "version": __version__, "git_commit": git_commit(),
         "hardware": device_name(where, cpu_name()),
     }  # fmt: skip
-    folder = RunFolder(out=out)
-    folder.check(recipe, settings)
-    done = folder.read("done")
-    if done is not None and (out / "config.json").is_file():
-        say(f"{out}: done already")
-        return {"out": str(out), **done}
-    with progress() as report, watched_steps(settings.total_steps, folder.done_steps, say) as on_step:
-        facts = Pretrain(
-            recipe=recipe, settings=settings, folder=folder, text=folder.training, device=where, about=about,
-            report=report, on_step=on_step,
-        ).run()  # fmt: skip
-    if facts:
-        say(f"held-out perplexity {facts['validation_perplexity']:.2f} on {facts['validation_tokens']:,} tokens")
-    return {"out": str(out), **facts}
+
+    def train_one(settings: Any, folder: Any) -> dict[str, Any]:
+        if (done := folder.finished()) is not None:
+            return done
+        with progress() as report, watched_steps(settings.total_steps, folder.done_steps, say) as on_step:
+            return Pretrain(
+                recipe=recipe, settings=settings, folder=folder, text=text, device=where, about=about, report=report,
+                on_step=on_step,
+            ).run()  # fmt: skip
+
+    return train_one
+
+
+def _swept(name: str, settings: Any, factor: float, folder: Any, train_one: Any) -> list[dict[str, Any]]:
+    """The runs of a sweep; the best one's files become the result."""
+    import os
+
+    from kvfold.train.pretrain import begin
+    from kvfold.train.sweep import copy_result, sweep
+
+    leads = os.environ.get("RANK", "0") == "0"
+    if leads:
+        with progress() as report:
+            begin(folder, name, settings, folder.training, report=report)
+    rows, best = sweep(settings, factor, folder.out, train_one, say=say)
+    if not leads:
+        return [{}]
+    copy_result(best, folder.out)
+    say(f"the best: {best}")
+    return rows
+
+
+def _write_result(out: Path, found: dict[str, Any]) -> None:
+    from kvfold.report.results import write_result
+
+    best = next((row for row in found["rows"] if row.get("note") == "best"), found["rows"][0])
+    model = {"name": found["recipe"], "parameters": best["parameters"]}
+    write_result(out / "results" / "pretraining.json", "pretraining", {"model": model, **found}, command_line())
+    if len(found["rows"]) == 1:
+        say(f"held-out perplexity {best['validation_perplexity']:.2f} on {best['validation_tokens']:,} tokens")
 
 
 def _say_plan(recipe: str, settings: Any) -> None:

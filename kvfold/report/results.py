@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-KINDS = ("quality", "memory", "kept", "decode", "plan")
+KINDS = ("quality", "memory", "kept", "decode", "plan", "pretraining")
 
 LARGEST, SMALLEST = 1e30, 1e-30
 """What is larger is no measurement, what is nearer to 0 is 0: so that shares and scales stay numbers."""

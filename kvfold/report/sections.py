@@ -12,7 +12,15 @@ from kvfold.report.pictures.passkey import lengths_of, passkey_pictures, unfolde
 from kvfold.report.pictures.quality import axes_of, quality_pictures
 from kvfold.report.pieces import WIDE, behind, figure, protocol_text, section, source_line, table, titled
 from kvfold.report.series import Line, quality_lines, texts_of
-from kvfold.report.sheets import decode_sheet, kept_sheets, memory_sheet, passkey_sheet, plan_sheet, quality_sheet
+from kvfold.report.sheets import (
+    decode_sheet,
+    kept_sheets,
+    memory_sheet,
+    passkey_sheet,
+    plan_sheet,
+    pretraining_sheet,
+    quality_sheet,
+)
 from kvfold.report.summary import short_answer, summary_table
 from kvfold.report.tables import method_labels
 
@@ -183,6 +191,13 @@ def plan_section(group: Group, colours: Mapping[str, int]) -> Markup:
     return section(titled("The plan", group), tag("p", lead), table(plan_sheet(group.rows)), source_line(group))
 
 
+def pretraining_section(group: Group, colours: Mapping[str, int]) -> Markup:
+    """Models from scratch: a table."""
+    lead = "Models trained from scratch, each with its cache's bytes a token and its perplexity on held-out text."
+    sheet = pretraining_sheet(group.rows)
+    return section(titled("Trained from scratch", group), tag("p", lead), table(sheet), source_line(group))
+
+
 def _drawn(draw: Callable[[float], Markup | None], caption: Markup) -> Markup:
     """A figure of one picture, or a word that there is none."""
     return NOTHING if draw(WIDE) is None else figure(lambda width: [draw(width)], caption)
@@ -194,4 +209,5 @@ SECTIONS: Mapping[str, Callable[[Group, Mapping[str, int]], Markup]] = {
     "kept": kept_section,
     "decode": decode_section,
     "plan": plan_section,
+    "pretraining": pretraining_section,
 }

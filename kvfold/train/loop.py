@@ -4,6 +4,7 @@ fixed order, a curve, and checkpoints that are whole or not there. What a retrof
 Letters: B rows, T tokens, N positions, C model width, V vocabulary.
 """
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from kvfold.eval.scoring import next_token_logits
 from kvfold.train.checkpoints import drop_old, seal
 from kvfold.train.data import TrainingOrder
 from kvfold.train.losses import next_token_loss, slice_rows, summed_in_slices
+from kvfold.train.shards import gathered, is_sharded, load_optimizer, put, save_optimizer, shard
 from kvfold.train.student import trained_weights
 
 _WEIGHTS = "trained.safetensors"
@@ -46,6 +48,7 @@ class LoopSettings(Protocol):
     seed: int
     save_steps: int
     checkpoint_activations: bool
+    shard: bool
 
     @property
     def total_steps(self) -> int:
@@ -71,10 +74,15 @@ class StepTrainer(Trainer):
         self._plain, self._settings, self._folder, self._save_into = model, settings, folder, folder
         self._on_step, self._ignored = on_step, samples.ignored
         self.parts: dict[str, Tensor] = {}
+        self._whole: dict[str, Tensor] = {}
         args = training_arguments(settings, folder, use_cpu=use_cpu)
         if settings.checkpoint_activations:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        if settings.shard:
+            shard(model)
         super().__init__(model=model, args=args, train_dataset=samples)
+        if settings.shard:  # it is prepared: else Accelerate would replicate it
+            self.accelerator.prepare_model = lambda given, **options: given
         # Our loss is normalised by us; else Trainer would leave the division by accumulation steps to the model.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
@@ -135,20 +143,23 @@ class StepTrainer(Trainer):
         return total * (shares / inputs["step_tokens"][0])
 
     def add_parts(self, *, loss: Tensor, main: Tensor, **more: Tensor) -> None:
-        """Figures of this call: sums over the accumulation steps of this process. Raises where the loss is no number."""
-        if not torch.isfinite(loss):
-            raise DivergedError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()}: the last good checkpoint is kept in "
-                f"{self._folder}: use a lower learning rate, or look at the data"
-            )
+        """Figures of this call: sums over the accumulation steps of this process."""
         found = {"loss": loss.detach(), "main": main.detach(), "calls": loss.new_ones(()), **more}
         self.parts = {name: self.parts.get(name, 0) + value for name, value in found.items()}
 
     def take_parts(self) -> dict[str, Any]:
-        """The means of the step that has just ended, over its accumulation steps and all processes, as plain numbers."""
+        """The means of the step that has just ended, over its accumulation steps and all processes, as plain numbers.
+        Raises `DivergedError`, in all processes, where the loss is none.
+        """
         parts, self.parts = self.accelerator.reduce(self.parts, reduction="sum"), {}
         calls = parts.pop("calls").item()
-        return {name: (value / calls).tolist() for name, value in parts.items()}
+        means = {name: (value / calls).tolist() for name, value in parts.items()}
+        if not math.isfinite(means["loss"]):
+            raise DivergedError(
+                f"step {self.state.global_step}: the loss is {means['loss']}: the last good checkpoint is kept in "
+                f"{self._folder}: use a lower learning rate, or look at the data"
+            )
+        return means
 
     def before_step(self, step: int) -> None:
         """Called before optimizer step `step` (from 0)."""
@@ -165,7 +176,10 @@ class StepTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Whole or not at all: see checkpoints.py."""
-        for name, weight in trained_weights(self._plain).items():
+        if is_sharded(self._plain):
+            self._plain.reshard()
+        self._whole = gathered(trained_weights(self._plain))
+        for name, weight in self._whole.items():
             if not torch.isfinite(weight).all():
                 raise DivergedError(
                     f"step {self.state.global_step}: {name} is no longer finite: the last good checkpoint is kept in "
@@ -176,6 +190,7 @@ class StepTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             name, self._save_into = f"checkpoint-{self.state.global_step}", self._folder
+            self._whole = {}
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             seal(self._folder / ".partial" / name, self._folder / name)
@@ -186,21 +201,30 @@ class StepTrainer(Trainer):
         """What learns, and nothing else: the rest is the source's."""
         folder = Path(output_dir or self._folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: weight.detach().contiguous() for name, weight in trained_weights(self._plain).items()}
-        save_file(weights, folder / _WEIGHTS)
+        save_file({name: weight.contiguous() for name, weight in self._whole.items()}, folder / _WEIGHTS)
 
-    @torch.no_grad()
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if is_sharded(self._plain):  # in the place of this process's shard
+            save_optimizer(self._plain, self.optimizer.optimizer, Path(output_dir), leads=self.args.should_save)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not is_sharded(self._plain):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer(self._plain, self.optimizer.optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self._plain, Path(resume_from_checkpoint))
 
 
-@torch.no_grad()
 def load_trained(model: nn.Module, checkpoint: Path) -> None:
     """Put a checkpoint's weights in their places."""
     found, weights = load_file(checkpoint / _WEIGHTS), trained_weights(model)
     assert found.keys() == weights.keys(), "the run's settings were compared before"
     for name, weight in weights.items():
-        weight.copy_(found[name])
+        put(weight, found[name])
 
 
 class _Steps(TrainerCallback):

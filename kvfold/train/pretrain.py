@@ -24,6 +24,7 @@ from kvfold.train.pretrain_trainer import PretrainTrainer, perplexity
 from kvfold.train.results import write_model
 from kvfold.train.run_folder import RunFolder
 from kvfold.train.scratch import new_model
+from kvfold.train.shards import check_processes, is_sharded, unsharded
 from kvfold.train.vocabulary import given_tokenizer, train_tokenizer
 
 _WAIT_SECONDS = 0.2
@@ -51,21 +52,16 @@ class Pretrain:
 
     def run(self) -> dict[str, Any]:
         """Train, or go on training, and write the result. Gives its facts, on the main process."""
+        if self.settings.shard:
+            check_processes()
         if self._leads:
-            self.folder.begin(self.recipe, self.settings)
-            self._prepare()
+            begin(self.folder, self.recipe, self.settings, self.text, report=self.report)
         tokenizer, train_NT, held_out_NT = read_text(self.text)
         model = new_model(self.settings, tokenizer).to(self.device)
         self._train(model, train_NT, held_out_NT)
+        if is_sharded(model):
+            model = unsharded(model)
         return self._finished(model, tokenizer) if self._leads else {}
-
-    def _prepare(self) -> None:
-        """The text; where it can't be had the folder is left as it was found."""
-        try:
-            prepare_text(self.settings, self.text, report=self.report)
-        except ValueError:
-            self.folder.give_up()
-            raise
 
     @property
     def _leads(self) -> bool:
@@ -121,6 +117,16 @@ class Pretrain:
         self.folder.write("done", facts)
         self.folder.clear()
         return facts
+
+
+def begin(folder: RunFolder, recipe: str, settings: PretrainSettings, text: Path, *, report: Report) -> None:
+    """Begin a run or go on, with its text in `text`; where that can't be had the folder is left as it was found."""
+    folder.begin(recipe, settings)
+    try:
+        prepare_text(settings, text, report=report)
+    except ValueError:
+        folder.give_up()
+        raise
 
 
 def prepare_text(settings: PretrainSettings, folder: Path, *, report: Report) -> None:

@@ -3,7 +3,8 @@ and weights come to. No torch.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from kvfold.layout import KVLayout
 from kvfold.planner import token_bytes
@@ -85,6 +86,8 @@ class PretrainSettings:
     """Held-out tokens, less where the text is shorter."""
     checkpoint_activations: bool = False
     """Keep only each layer's input for the way back: less memory, about a third more time."""
+    shard: bool = False
+    """Spread weights and optimizer over the processes of torchrun (FSDP2)."""
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -113,6 +116,10 @@ class PretrainSettings:
                 "use a divisor of it"
             )
         self.layout  # noqa: B018  a pattern that does not fit is refused here
+
+    def with_rate(self, learning_rate: float) -> Self:
+        """The same at another learning rate."""
+        return replace(self, learning_rate=learning_rate)
 
     @property
     def layout(self) -> KVLayout:

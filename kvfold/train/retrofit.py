@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from kvfold.train.loop import ignored_tokens, load_trained
 from kvfold.train.results import write_trained
 from kvfold.train.run_folder import RunFolder
 from kvfold.train.settings import RetrofitSettings
+from kvfold.train.shards import check_processes, is_sharded, unsharded
 from kvfold.train.student import Student, make_student, trained_weights
 from kvfold.train.trainer import RetrofitTrainer
 from kvfold.train.warm_start import warm_start
@@ -60,6 +61,8 @@ class Retrofit:
 
     def run(self) -> dict[str, Any]:
         """Train, or go on training, and write the result. Gives the facts of the card, on the main process."""
+        if self.settings.shard:
+            check_processes()
         base = Base.of(self.model, self.name)
         text = self._text()
         facts: dict[str, Any] = {"base": self.name, **self.about}
@@ -71,7 +74,8 @@ class Retrofit:
         if self.settings.warm_start:
             facts["warm_start"] = self._warm_started(text)
         self._train(student, text, base)
-        return self._finished(facts, text, base) if self._leads else facts
+        done = replace(self, model=unsharded(self.model)) if is_sharded(self.model) else self
+        return done._finished(facts, text, base) if self._leads else facts
 
     def _finished(self, facts: dict[str, Any], text: TrainingText, base: Base) -> dict[str, Any]:
         """Gates set right, measured, written."""

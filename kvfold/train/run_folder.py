@@ -69,6 +69,10 @@ class RunFolder:
         except (OSError, ValueError):
             return None
 
+    def finished(self) -> dict[str, Any] | None:
+        """The facts of a run whose model lies there, whole; else None."""
+        return self.read("done") if (self.out / "config.json").is_file() else None
+
     def write(self, name: str, note: Mapping[str, Any]) -> None:
         """Keep a note; it is there whole or not at all."""
         write_whole_file(self.training / f"{name}.json", json.dumps(note, indent=1) + "\n")

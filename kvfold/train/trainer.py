@@ -42,7 +42,8 @@ class RetrofitTrainer(StepTrainer):
         gated = self._settings.compresses and factor is None
         options = {"output_decisions": True, "noise_key": inputs["noise_key"]} if gated else {}
         with self.accelerator.autocast():
-            teacher = None if self._settings.distils == "none" else self._student.teacher_states(ids)
+            wrapped = model if self._settings.shard else None
+            teacher = None if self._settings.distils == "none" else self._student.teacher_states(ids, wrapped)
             with ExitStack() as zeroing:
                 if factor is not None:
                     zeroing.enter_context(self._student.model.zero_out(factor))

@@ -1,10 +1,5 @@
 """What a step minimises, and that it does not depend on how its samples are spread."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,44 +159,3 @@ def test_tensorboard_has_the_curve(retrofit, tmp_path):
     retrofit("out", ramp_steps=2, tail_steps=0, **DMS).run()
     events = list((tmp_path / "out" / "training" / "tensorboard").iterdir())
     assert events and b"layer_compression" in events[0].read_bytes()
-
-
-SPREAD = """
-import sys
-from pathlib import Path
-sys.path[:0] = sys.argv[3:]
-import torch
-torch.manual_seed(0)
-from byte_tokenizer import byte_tokenizer
-from tiny_model import tiny_model
-from kvfold.train.retrofit import Retrofit
-from kvfold.train.run_folder import RunFolder
-from kvfold.train.settings import RetrofitSettings
-settings = RetrofitSettings(
-    time="dms:4", compression=3.0, data=(sys.argv[1],), sequence_tokens=32, batch_sequences=4, learning_rate=1e-3,
-    ramp_steps=6, tail_steps=4, calibrate=False,
-)
-about = {"command": "", "version": "", "git_commit": None, "hardware": ""}
-Retrofit(
-    model=tiny_model(), tokenizer=byte_tokenizer(), source="tiny", name="tiny", settings=settings, about=about,
-    folder=RunFolder(out=Path(sys.argv[2])),
-).run()
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(retrofit, text, tmp_path):
-    root = Path(__file__).parents[2]
-    paths = [str(root), str(root / "tests" / "data"), str(root / "tests" / "eval")]
-    (tmp_path / "spread.py").write_text(SPREAD)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29741"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*launch, str(tmp_path / "spread.py"), text, str(tmp_path / "two"), *paths],
-        env=environment, capture_output=True, text=True, timeout=170,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    one = losses(retrofit("one", **DMS, sequences_at_once=1))
-    two = [point["loss"] for point in read_curve(tmp_path / "two" / "training" / "curve.jsonl")]
-    assert one[:4] == pytest.approx(two[:4], rel=2e-5)
-    assert one == pytest.approx(two, rel=2e-2)
