@@ -89,15 +89,18 @@ def _settings(recipe: str, given: dict[str, Any], assigned: list[str]) -> Any:
 
 def _run(recipe: str, out: Path, settings: Any, factor: float | None, device: str | None) -> dict[str, Any]:
     check_packages("accelerate")
-    _say_plan(recipe, settings)
-    from kvfold.train.run_folder import RunFolder
+    from kvfold.train.run_folder import RunFolder, leads
+
+    if leads():
+        _say_plan(recipe, settings)
 
     folder, name = RunFolder(out=out), recipe if factor is None else f"{recipe} --sweep-lr {factor:g}"
     if factor is not None:
         from kvfold.train.sweep import rates
 
         rates(settings.learning_rate, factor)
-    folder.check(name, settings)
+    if leads():  # the others would meet it half begun
+        folder.check(name, settings)
     done = folder.read("result")
     if done is not None and (out / "config.json").is_file():
         say(f"{out}: done already")
@@ -143,17 +146,15 @@ def _trainer_of(recipe: str, device: str | None, *, text: Path) -> Any:
 
 def _swept(name: str, settings: Any, factor: float, folder: Any, train_one: Any) -> list[dict[str, Any]]:
     """The runs of a sweep; the best one's files become the result."""
-    import os
-
     from kvfold.train.pretrain import begin
+    from kvfold.train.run_folder import leads
     from kvfold.train.sweep import copy_result, sweep
 
-    leads = os.environ.get("RANK", "0") == "0"
-    if leads:
+    if leads():
         with progress() as report:
             begin(folder, name, settings, folder.training, report=report)
-    rows, best = sweep(settings, factor, folder.out, train_one, say=say)
-    if not leads:
+    rows, best = sweep(settings, factor, folder.out, train_one, say=say if leads() else lambda line: None)
+    if not leads():
         return [{}]
     copy_result(best, folder.out)
     say(f"the best: {best}")

@@ -86,7 +86,7 @@ SHAPE_TINYLLAMA = {
 SHAPE_MINI = {
     "num_layers": 8, "hidden_size": 192, "intermediate_size": 512, "vocabulary": 4096, "tokens": 1_000_000,
     "sequence_tokens": 512, "batch_sequences": 8, "sequences_at_once": 4, "save_steps": 40, "validate_steps": 100,
-    "validation_tokens": 65_536, "learning_rate": 3e-3, "init_std": 0.0417,
+    "validation_tokens": 65_536, "learning_rate": 2e-3, "init_std": 0.0417,
 }  # fmt: skip
 """New weights as wide as the published, which are 1 / sqrt(3 x width) at 1B."""
 

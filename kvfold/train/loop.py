@@ -79,7 +79,7 @@ class StepTrainer(Trainer):
         if settings.checkpoint_activations:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if settings.shard:
-            shard(model)
+            shard(model.to(args.device))
         super().__init__(model=model, args=args, train_dataset=samples)
         if settings.shard:  # it is prepared: else Accelerate would replicate it
             self.accelerator.prepare_model = lambda given, **options: given

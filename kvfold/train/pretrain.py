@@ -3,7 +3,6 @@
 Every step that takes long leaves a note in the run's folder, so that the same call goes on wherever it was stopped.
 """
 
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from kvfold.train.pretrain_card import pretrain_card
 from kvfold.train.pretrain_settings import PretrainSettings
 from kvfold.train.pretrain_trainer import PretrainTrainer, perplexity
 from kvfold.train.results import write_model
-from kvfold.train.run_folder import RunFolder
+from kvfold.train.run_folder import RunFolder, leads
 from kvfold.train.scratch import new_model
 from kvfold.train.shards import check_processes, is_sharded, unsharded
 from kvfold.train.vocabulary import given_tokenizer, train_tokenizer
@@ -54,19 +53,14 @@ class Pretrain:
         """Train, or go on training, and write the result. Gives its facts, on the main process."""
         if self.settings.shard:
             check_processes()
-        if self._leads:
+        if leads():
             begin(self.folder, self.recipe, self.settings, self.text, report=self.report)
         tokenizer, train_NT, held_out_NT = read_text(self.text)
         model = new_model(self.settings, tokenizer).to(self.device)
         self._train(model, train_NT, held_out_NT)
         if is_sharded(model):
             model = unsharded(model)
-        return self._finished(model, tokenizer) if self._leads else {}
-
-    @property
-    def _leads(self) -> bool:
-        """Whether this is the process that writes, of one or of those that torchrun started."""
-        return os.environ.get("RANK", "0") == "0"
+        return self._finished(model, tokenizer) if leads() else {}
 
     def _train(self, model: torch.nn.Module, train_NT: Tensor, held_out_NT: Tensor) -> None:
         settings, checkpoint, done = self.settings, self.folder.checkpoint, self.folder.done_steps
@@ -76,7 +70,7 @@ class Pretrain:
         samples = TrainingOrder(
             train_NT, steps=settings.total_steps, batch=settings.batch_sequences, seed=settings.seed
         )
-        curve = Curve(self.folder.training, done_steps=done) if self._leads else None
+        curve = Curve(self.folder.training, done_steps=done) if leads() else None
 
         def on_step(point: dict[str, Any]) -> None:
             if point["step"] >= settings.total_steps:

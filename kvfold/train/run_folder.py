@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -88,6 +89,11 @@ class RunFolder:
         for path in self.training.glob("checkpoint-*"):
             shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(self.training / ".partial", ignore_errors=True)
+
+
+def leads() -> bool:
+    """Whether this is the process that writes, of one or of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _run(source: str, settings: Any) -> dict[str, Any]:

@@ -68,7 +68,8 @@ def unsharded(model: FoldForCausalLM) -> FoldForCausalLM:
     model.reshard()
     weights = gathered(dict(model.named_parameters()))
     device = next(iter(weights.values())).device
-    plain = FoldForCausalLM(model.config).to(device)
+    with torch.random.fork_rng(devices=[]):
+        plain = FoldForCausalLM(model.config).to(device)
     for name, weight in plain.named_parameters():
         put(weight, weights[name])
     return plain

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvfold.train.loop import DivergedError
 from kvfold.train.pretrain_settings import PretrainSettings
-from kvfold.train.run_folder import RunFolder
+from kvfold.train.run_folder import RunFolder, leads
 
 TrainOne = Callable[[PretrainSettings, RunFolder], dict[str, Any]]
 """Trains one model in its folder, or goes on; gives its facts on the leading process."""
@@ -65,7 +65,7 @@ def _outcome(settings: PretrainSettings, folder: RunFolder, train_one: TrainOne)
             return {**(folder.finished() or train_one(settings, folder) or _awaited(folder)), **about}
         except DivergedError as error:
             failed = {"told": str(error)}
-            if os.environ.get("RANK", "0") == "0":
+            if leads():
                 folder.write("diverged", failed)
     return {**failed, **about, "note": "diverged"}
 

@@ -15,6 +15,7 @@ from kvfold.train.losses import decision_counts, divergence, ratio_loss
 from kvfold.train.reached import reached
 from kvfold.train.schedules import share_for
 from kvfold.train.settings import RetrofitSettings
+from kvfold.train.shards import is_sharded, unsharded
 from kvfold.train.student import Student
 
 
@@ -25,10 +26,10 @@ class RetrofitTrainer(StepTrainer):
 
     def __init__(
         self, student: Student, samples: TrainingOrder, settings: RetrofitSettings, folder: Path, *, use_cpu: bool,
-        on_step: OnStep, on_unit: Callable[[int], None],
+        on_step: OnStep, on_unit: Callable[[int, nn.Module], None],
     ):  # fmt: skip
-        """As in `StepTrainer`; `on_unit` is told of each whole compression short of the target that the ramp has come to, on
-        the main process alone.
+        """As in `StepTrainer`; `on_unit` is told of each whole compression short of the target that the ramp has come to, and
+        given the model as it is then, on the main process alone.
         """
         self._student, self._stages, self._on_unit = student, settings.stages, on_unit
         super().__init__(student.model, samples, settings, folder, use_cpu=use_cpu, on_step=on_step)
@@ -102,8 +103,11 @@ class RetrofitTrainer(StepTrainer):
     def after_step(self, done: int) -> None:
         """The ramp's whole compressions are told."""
         unit = self._stages.unit_after(done) if self._settings.compresses else None
-        if unit is not None and self.is_world_process_zero():
-            self._on_unit(unit)
+        if unit is None:
+            return
+        model = unsharded(self._plain) if is_sharded(self._plain) else self._plain
+        if self.is_world_process_zero():
+            self._on_unit(unit, model)
 
 
 def _compression(parts: dict[str, Any]) -> dict[str, Any]:
