@@ -25,6 +25,7 @@ from kvfold.cli_model import (
     model_name,
     quiet_transformers,
 )
+from kvfold.cli_pretrain import add_train
 from kvfold.cli_train import add_retrofit
 from kvfold.console import check_out, clear_errors, command_line, hand_over, progress, say, show, show_json
 
@@ -37,6 +38,7 @@ bench = typer.Typer(help="Measure speed and memory beside transformers, in one r
 app.add_typer(bench, name="bench")
 add_eval(app)
 add_convert(app)
+add_train(app)
 add_retrofit(app)
 add_calibrate(app)
 add_bench_train(bench)

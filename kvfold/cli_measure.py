@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from kvfold.cli_model import Adapter, Bits, Device, Dtype, Json, Model, Out, Times, load_model, model_name
-from kvfold.console import check_out, clear_errors, hand_over, need_for_training, progress
+from kvfold.console import check_out, check_packages, clear_errors, hand_over, progress
 
 
 def add_bench_train(bench: typer.Typer) -> None:
@@ -33,7 +33,7 @@ def bench_training(
 ) -> None:
     """What one step of a retrofit costs, against the same loss with gates off; both sides in one run, of random tokens."""
     check_out(out)
-    need_for_training()
+    check_packages("accelerate", "peft")
     from kvfold.bench.train import METHODS, StepPoint, bench_train
     from kvfold.report.tables import step_table
 

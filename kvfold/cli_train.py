@@ -1,18 +1,11 @@
 """`kvfold retrofit`: parse, call, print. What it does lives in the room `train`."""
 
-import time as clock
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from kvfold.console import clear_errors, command_line, need_for_training, progress, say, show_json, waiting
-
-_SECONDS_BETWEEN_LINES = 60.0
-"""Where stderr is no terminal, a line as often as this says how far training is."""
+from kvfold.console import check_packages, clear_errors, command_line, progress, quieten, say, show_json, waiting
 
 Recipe = Annotated[str | None, typer.Option(help="Settings by name, or a .yaml file; other options override it.")]
 Time = Annotated[str | None, typer.Option(help="dmc[:W] | dms[:W]. Default: the recipe's; none: plain uptraining.")]
@@ -37,8 +30,6 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Any key of a recip
 Dtype = Annotated[str | None, typer.Option(help="float32 | bfloat16 | float16, of the weights. Default: float32.")]
 Device = Annotated[str | None, typer.Option(help="cpu | cuda. Default: cpu.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
-
-OnStep = Callable[[dict[str, Any]], None]
 
 
 def add_retrofit(app: typer.Typer) -> None:
@@ -133,13 +124,14 @@ def _run(source: str, out: Path, settings: Any, *, dtype: str | None, device: st
         say(f"{out}: done already")
         return done
     _say_plan(settings, folder.done_steps)
-    need_for_training()
+    check_packages("accelerate", "peft")
     from kvfold import __version__
     from kvfold.models.load import load, load_tokenizer
     from kvfold.report.results import cpu_name, git_commit
     from kvfold.train.retrofit import Retrofit, device_name
+    from kvfold.train.watch import watched_steps
 
-    _quiet()
+    quieten()
     with waiting(f"loading {source}"):
         model, tokenizer = load(source, dtype=dtype or "float32", device=device), load_tokenizer(source)
         teacher = None if settings.teacher is None else load(settings.teacher, dtype=dtype or "float32", device=device)
@@ -147,22 +139,11 @@ def _run(source: str, out: Path, settings: Any, *, dtype: str | None, device: st
         "command": command_line(), "version": __version__, "git_commit": git_commit(),
         "hardware": device_name(model.device, cpu_name()),
     }  # fmt: skip
-    with progress() as report, _steps(settings.stages.total, folder.done_steps) as on_step:
+    with progress() as report, watched_steps(settings.stages.total, folder.done_steps, say) as on_step:
         return Retrofit(
             model=model, tokenizer=tokenizer, source=source, name=_name(source), settings=settings, folder=folder,
             teacher=teacher, about=about, report=report, on_step=on_step,
         ).run()  # fmt: skip
-
-
-def _quiet() -> None:
-    """Other packages' log lines are for programmers."""
-    import logging
-
-    from transformers.utils import logging as theirs
-
-    theirs.set_verbosity_error()
-    theirs.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 def _name(source: str) -> str:
@@ -176,58 +157,6 @@ def _say_plan(settings: Any, done: int) -> None:
         told += f", compression {settings.compression:g} at {settings.sequence_tokens:,} tokens"
         told += f" ({settings.nominal:.2f} by the gates alone)"
     say(told + (f"; going on after step {done:,}" if done else ""))
-
-
-@contextmanager
-def _steps(total: int, done: int) -> Iterator[OnStep]:
-    """A bar with the time left, the loss and the compression; lines now and then where stderr is no terminal."""
-    console = Console(stderr=True)
-    if console.is_interactive:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("training"), BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn())
-        bar = Progress(*columns, TextColumn("left, {task.fields[told]}"), console=console)
-        task = bar.add_task("training", total=total, completed=done, told="", start=False)
-
-        def draw(point: dict[str, Any]) -> None:
-            if not bar.live.is_started:
-                bar.start()
-                bar.start_task(task)
-            bar.update(task, completed=point["step"], told=_told(point))
-            if point["step"] >= total:
-                bar.stop()
-
-        try:
-            yield draw
-        finally:
-            if bar.live.is_started:
-                bar.stop()
-    else:
-        yield _Lines(total, done).add
-
-
-class _Lines:
-    """A line once in a while."""
-
-    def __init__(self, total: int, done: int):
-        self._total, self._first, self._begun = total, done, clock.monotonic()
-        self._last = self._begun
-
-    def add(self, point: dict[str, Any]) -> None:
-        """A step is done."""
-        now = clock.monotonic()
-        if now - self._last < _SECONDS_BETWEEN_LINES:
-            return
-        self._last = now
-        left = (now - self._begun) / (point["step"] - self._first) * (self._total - point["step"])
-        say(f"step {point['step']:,} of {self._total:,}, {left / 60:.0f} min left; {_told(point)}")
-
-
-def _told(point: dict[str, Any]) -> str:
-    told = f"loss {point['loss']:.3f}"
-    if "compression" in point:
-        told += f", compression {point['compression']:.2f} of {point['target_compression']:.2f}"
-    return told
 
 
 def _show(facts: dict[str, Any]) -> None:

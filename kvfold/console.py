@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 a failure
 import functools
 import importlib.util
 import json
+import logging
 import shlex
 import sys
 import warnings
@@ -84,13 +85,6 @@ def check_out(out: Path | None) -> None:
         raise ValueError(f"{out}: no file can be written there: name a file in a folder, one that is there or not yet")
 
 
-def need_for_training() -> None:
-    """Refuse where what training takes is not installed."""
-    for package in ("accelerate", "peft"):
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"{package} is not installed: training needs it: run pip install 'kvfold[train]'")
-
-
 def hand_over(
     kind: str,
     result: Mapping[str, Any],
@@ -108,6 +102,22 @@ def hand_over(
         show_json({"kind": kind, **result})
     else:
         show(*(table(result) for table in tables))
+
+
+def check_packages(*names: str) -> None:
+    """Refuse to begin where one that training needs is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"{name} is not installed: training needs it: run pip install 'kvfold[train]'")
+
+
+def quieten() -> None:
+    """Other packages' log lines are for programmers."""
+    from transformers.utils import logging as theirs
+
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 def command_line() -> str:

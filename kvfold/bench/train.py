@@ -23,10 +23,11 @@ from kvfold.eval.progress import Report, silent
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.train.data import TrainingOrder
+from kvfold.train.loop import ignored_tokens
 from kvfold.train.schedules import always_kept
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import Student, make_student, trained_weights
-from kvfold.train.trainer import RetrofitTrainer, ignored_tokens
+from kvfold.train.trainer import RetrofitTrainer
 
 METHODS = ("dms:128", "dmc")
 _COMPRESSION = 4.0
@@ -165,7 +166,7 @@ def _trainer(student: Student, settings: RetrofitSettings, folder: Path) -> Retr
     )
 
 
-def _nobody(told: Any) -> None:
+def _nobody(*told: Any) -> None:
     """Nobody listens."""
 
 

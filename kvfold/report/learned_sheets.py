@@ -1,4 +1,4 @@
-"""The tables about learned methods: what heads keep of one text, how a retrofit went, and what its steps cost."""
+"""The tables about training: what heads keep of one text, how a retrofit went, what its steps cost, models from scratch."""
 
 from collections.abc import Mapping, Sequence
 
@@ -109,3 +109,35 @@ def step_sheet(rows: Sequence[Mapping]) -> Sheet:
         for row in rows
     )
     return Sheet(title="Cost of a retrofit's step", columns=STEP_COLUMNS, rows=cells)
+
+
+PRETRAINING_COLUMNS = (
+    Column(head="recipe", is_text=True),
+    Column(head="weights", note="Parameters of the model."),
+    Column(head="KV bytes a token", note="Keys and values of one token, all layers, at 16 bit."),
+    Column(head="tokens", note="Tokens trained on."),
+    Column(head="learning rate", note="At its highest."),
+    Column(head="seed", note="Of new weights and the order of sequences.", is_text=True),
+    Column(head="training loss", note="Of the last step, nats a token.", brief=False),
+    Column(head="held-out perplexity", note="On text that was not trained on; lower is better."),
+    Column(head="", note="The best of a sweep, and a rate at which the loss was no number any more.", is_text=True),
+)
+
+
+def pretraining_sheet(rows: Sequence[Mapping]) -> Sheet:
+    """Models from scratch, a line a run."""
+    cells = tuple(
+        (
+            words(row, "recipe") or "unnamed",
+            count(number(row, "parameters")),
+            count(number(row, "kv_bytes_per_token")),
+            count(number(row, "tokens")),
+            three(number(row, "learning_rate")),
+            words(row, "seed"),
+            three(number(row, "loss")),
+            three(number(row, "validation_perplexity")),
+            words(row, "note"),
+        )
+        for row in rows
+    )
+    return Sheet(title="Models from scratch", columns=PRETRAINING_COLUMNS, rows=cells)

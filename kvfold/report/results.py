@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-KINDS = ("quality", "tasks", "memory", "kept", "document", "curve", "decode", "step", "plan")
+KINDS = ("quality", "tasks", "memory", "kept", "document", "curve", "decode", "step", "plan", "pretraining")
 
 CURVE = Path("training") / "curve.jsonl"
 """Where a retrofit's folder has its steps, a line of JSON each."""

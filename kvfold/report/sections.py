@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from kvfold.report.groups import Group
 from kvfold.report.inside import curve_section, document_section
-from kvfold.report.learned_sheets import step_sheet
+from kvfold.report.learned_sheets import pretraining_sheet, step_sheet
 from kvfold.report.markup import Markup, join, tag
 from kvfold.report.numbers import count, percent
 from kvfold.report.pictures.decode import DECODE, STEP, speed_picture
@@ -231,6 +231,13 @@ def plan_section(group: Group, colours: Mapping[str, int]) -> Markup:
     return section(titled("The plan", group), tag("p", lead), table(plan_sheet(group.rows)), source_line(group))
 
 
+def pretraining_section(group: Group, colours: Mapping[str, int]) -> Markup:
+    """Models from scratch: a table."""
+    lead = "Models trained from scratch, each with its cache's bytes a token and its perplexity on held-out text."
+    sheet = pretraining_sheet(group.rows)
+    return section(titled("Trained from scratch", group), tag("p", lead), table(sheet), source_line(group))
+
+
 SECTIONS: Mapping[str, Callable[[Group, Mapping[str, int]], Markup]] = {
     "quality": quality_section,
     "tasks": tasks_section,
@@ -241,4 +248,5 @@ SECTIONS: Mapping[str, Callable[[Group, Mapping[str, int]], Markup]] = {
     "decode": decode_section,
     "step": step_section,
     "plan": plan_section,
+    "pretraining": pretraining_section,
 }

@@ -17,9 +17,10 @@ from kvfold.data.windows import opening_tokens
 from kvfold.train.noise import noise_key
 from kvfold.train.sources import training_texts
 
-_PIECE_SEQUENCES = 16
+PIECE_SEQUENCES = 16
 """Sequences that one piece of text fills, about."""
-_CHARACTERS_A_TOKEN = 4
+CHARACTERS_A_TOKEN = 4
+"""About."""
 _TEXTS_AT_ONCE = 64
 _SPARED_SHARE = 8
 """Where text is short, one block of so many is held out for calibration, and again for measuring."""
@@ -46,12 +47,12 @@ def draw_text(
     does not fill three sequences, one for each part.
     """
     wanted = -(-tokens // sequence_tokens)
-    piece = _PIECE_SEQUENCES * sequence_tokens * _CHARACTERS_A_TOKEN
+    piece = PIECE_SEQUENCES * sequence_tokens * CHARACTERS_A_TOKEN
     texts = training_texts(sources, seed=seed, piece_characters=piece)
     opening = opening_tokens(tokenizer)
     body = sequence_tokens - len(opening)
     blocks, seen = [], 0
-    for ids in _blocks(texts, tokenizer, body):
+    for ids in blocks_of(texts, tokenizer, body):
         seen += len(ids)
         if len(ids) == body:
             blocks.append([*opening, *ids])
@@ -68,7 +69,7 @@ def draw_text(
     return TrainingText(train=whole[2 * held :], calibration=whole[held : 2 * held], held_out=whole[:held])
 
 
-def _blocks(texts: Iterable[str], tokenizer: Any, size: int) -> Iterator[list[int]]:
+def blocks_of(texts: Iterable[str], tokenizer: Any, size: int) -> Iterator[list[int]]:
     """The ids of all texts cut into lists of `size`; the last may be shorter."""
     waiting: list[int] = []
     for part in _batched(texts):
@@ -103,8 +104,11 @@ class TrainingOrder(Dataset):
     def __init__(self, blocks_NT: Tensor, *, steps: int, batch: int, seed: int, ignored: Sequence[int] = ()):
         """`batch`: sequences of one optimizer step, over all processes. `ignored`: token ids whose positions don't count."""
         self._blocks_NT, self._steps, self._batch, self._seed = blocks_NT, steps, batch, seed
-        counted = ~torch.isin(blocks_NT[:, :-1], torch.tensor(list(ignored), dtype=blocks_NT.dtype))
-        self._counts_N = counted.sum(dim=1)
+        self.ignored = torch.tensor(list(ignored), dtype=torch.int64)
+        self._counts_N = None
+        if ignored:  # else nothing is looked at before its turn: the blocks may lie on the disk
+            counted = ~torch.isin(blocks_NT[:, :-1], self.ignored.to(blocks_NT.dtype))
+            self._counts_N = counted.sum(dim=1)
         self._orders: dict[int, list[int]] = {}
         self._members: tuple[int, list[int]] = (-1, [])
 
@@ -115,10 +119,15 @@ class TrainingOrder(Dataset):
         step, index = divmod(sample, self._batch)
         members = self._members_of(step)
         return {
-            "input_ids": self._blocks_NT[members[index]],
+            "input_ids": self._blocks_NT[members[index]].long(),
             "noise_key": torch.tensor(noise_key(self._seed, step, index)),
-            "step_tokens": self._counts_N[members].sum(),
+            "step_tokens": self._counted(members),
         }
+
+    def _counted(self, members: list[int]) -> Tensor:
+        if self._counts_N is None:
+            return torch.tensor(len(members) * (self._blocks_NT.shape[1] - 1))
+        return self._counts_N[members].sum()
 
     def _members_of(self, step: int) -> list[int]:
         """The blocks of a step's global batch; the last step asked for is remembered."""

@@ -28,7 +28,7 @@ def read_recipe(name: str, settings: type) -> dict[str, Any]:
     import yaml
 
     path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
+    if is_file_name(name):
         if not path.is_file():
             raise ValueError(f"{name}: there is no such file: correct the path")
         text = path.read_text(encoding="utf-8")
@@ -43,6 +43,11 @@ def read_recipe(name: str, settings: type) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"recipe {name}: it holds no keys: write e.g. 'time: dms:128'")
     return checked_values(values, settings, where=f"recipe {name}")
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a recipe is named by its file and not one that comes with kvfold."""
+    return Path(name).suffix in (".yaml", ".yml")
 
 
 def parse_assignments(texts: Sequence[str], settings: type) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""Writing what a retrofit leaves: an adapter's folder, or a whole model's. Files appear under their names when they are whole."""
+"""Writing what training leaves: an adapter's folder, or a whole model's. Files appear under their names when they are whole."""
 
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +31,27 @@ def write_trained(
     card: str | None = None,
 ) -> None:
     """The adapter or the whole model in `folder`, with the card where there is one; what else lies there stays."""
-    staged = folder / ".partial-result"
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    try:
+    with _staged(folder, card) as staged:
         if settings.trains == "full":
             _write_model(model, tokenizer, staged)
         else:
             _write_adapter(model, base, staged)
+
+
+def write_model(model: FoldForCausalLM, tokenizer: Any, folder: Path, *, card: str) -> None:
+    """A model's folder, with its card; what else lies there stays."""
+    with _staged(folder, card) as staged:
+        _write_model(model, tokenizer, staged)
+
+
+@contextmanager
+def _staged(folder: Path, card: str | None) -> Iterator[Path]:
+    """A folder to write in, whose files then take their places."""
+    staged = folder / ".partial-result"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        yield staged
         if card is not None:
             (staged / "README.md").write_text(card, encoding="utf-8")
         for file in sorted(staged.iterdir(), key=lambda path: (_LAST.get(path.name, 0), path.name)):

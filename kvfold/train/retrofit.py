@@ -4,10 +4,9 @@ Every step that takes long leaves a note in the run's folder, so that the same c
 """
 
 import json
-import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,11 +22,13 @@ from kvfold.train.calibrate import calibrate
 from kvfold.train.card import write_card
 from kvfold.train.curve import Curve, read_curve
 from kvfold.train.data import TrainingOrder, TrainingText, draw_text
+from kvfold.train.loop import ignored_tokens, load_trained
 from kvfold.train.results import write_trained
-from kvfold.train.run_folder import RunFolder
+from kvfold.train.run_folder import RunFolder, leads
 from kvfold.train.settings import RetrofitSettings
+from kvfold.train.shards import check_processes, is_sharded, unsharded
 from kvfold.train.student import Student, make_student, trained_weights
-from kvfold.train.trainer import RetrofitTrainer, ignored_tokens, load_trained
+from kvfold.train.trainer import RetrofitTrainer
 from kvfold.train.warm_start import warm_start
 
 MEASURED_WINDOWS = 8
@@ -59,10 +60,12 @@ class Retrofit:
 
     def run(self) -> dict[str, Any]:
         """Train, or go on training, and write the result. Gives the facts of the card, on the main process."""
+        if self.settings.shard:
+            check_processes()
         base = Base.of(self.model, self.name)
         text = self._text()
         facts: dict[str, Any] = {"base": self.name, **self.about}
-        if self._leads:
+        if leads():
             self.folder.begin(self.source, self.settings)
             facts["before"] = self._noted("before", lambda: self._measured(text))
         student = make_student(self.model, self.settings, teacher=self.teacher)
@@ -70,7 +73,8 @@ class Retrofit:
         if self.settings.warm_start:
             facts["warm_start"] = self._warm_started(text)
         self._train(student, text, base)
-        return self._finished(facts, text, base) if self._leads else facts
+        done = replace(self, model=unsharded(self.model)) if is_sharded(self.model) else self
+        return done._finished(facts, text, base) if leads() else facts
 
     def _finished(self, facts: dict[str, Any], text: TrainingText, base: Base) -> dict[str, Any]:
         """Gates set right, measured, written."""
@@ -87,11 +91,6 @@ class Retrofit:
         self.folder.write("done", facts)
         self.folder.clear()
         return facts
-
-    @property
-    def _leads(self) -> bool:
-        """Whether this is the process that writes, of one or of those that torchrun started."""
-        return os.environ.get("RANK", "0") == "0"
 
     def _text(self) -> TrainingText:
         settings, most = self.settings, self.model.config.max_position_embeddings
@@ -124,7 +123,7 @@ class Retrofit:
         if self.folder.checkpoint is not None:
             return self.folder.read("warm_start") or {}
         found = warm_start(self.model, text.train, self.settings, report=self.report)
-        if self._leads:
+        if leads():
             self.folder.write("warm_start", found)
         return found
 
@@ -139,14 +138,14 @@ class Retrofit:
             text.train, steps=settings.stages.total, batch=settings.batch_sequences, seed=settings.seed,
             ignored=ignored_tokens(self.model).tolist(),
         )  # fmt: skip
-        curve = Curve(self.folder.training, done_steps=done) if self._leads else None
+        curve = Curve(self.folder.training, done_steps=done) if leads() else None
 
         def on_step(point: dict[str, Any]) -> None:
             curve.add(point)
             self.on_step(point)
 
-        def on_unit(unit: int) -> None:
-            write_trained(self.model, self.tokenizer, settings, base, self.folder.out / "ramp" / f"{unit}x")
+        def on_unit(unit: int, model: FoldForCausalLM) -> None:
+            write_trained(model, self.tokenizer, settings, base, self.folder.out / "ramp" / f"{unit}x")
 
         trainer = RetrofitTrainer(
             student, samples, settings, self.folder.training, use_cpu=self.model.device.type == "cpu", on_step=on_step,

@@ -1,9 +1,10 @@
-"""The folder of a retrofit: what it was started with, its curve and its checkpoints, so that the same command goes on.
+"""The folder of a run: what it was started with, its curve and its checkpoints, so that the same command goes on.
 
 `OUT/training/` holds them; the result itself lies in `OUT`. No torch.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +13,6 @@ from typing import Any
 
 from kvfold.data.whole_file import write_whole_file
 from kvfold.train.checkpoints import newest_whole, step_of
-from kvfold.train.settings import RetrofitSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +31,10 @@ class RunFolder:
         """A line of JSON for each step."""
         return self.training / "curve.jsonl"
 
-    def check(self, source: str, settings: RetrofitSettings) -> None:
-        """Raise `ValueError` where a run with other settings lies there, or something else is in the way. Writes nothing."""
+    def check(self, source: str, settings: Any) -> None:
+        """`source`: the model that is trained on, or the recipe; `settings`: a dataclass of plain values. Writes nothing.
+        Raises `ValueError` where a run with other settings lies there, or something else is in the way.
+        """
         there = self.read("run")
         if there is not None:
             for name, old, new in _differences(there, _run(source, settings)):
@@ -45,7 +47,7 @@ class RunFolder:
         elif self.out.is_dir() and any(self.out.iterdir()):
             raise ValueError(f"{self.out}: the folder holds something else: name a new one, or empty it")
 
-    def begin(self, source: str, settings: RetrofitSettings) -> None:
+    def begin(self, source: str, settings: Any) -> None:
         """Begin a run, or go on with the one that lies there; see `check`."""
         self.check(source, settings)
         self.write("run", _run(source, settings))
@@ -68,9 +70,19 @@ class RunFolder:
         except (OSError, ValueError):
             return None
 
+    def finished(self) -> dict[str, Any] | None:
+        """The facts of a run whose model lies there, whole; else None."""
+        return self.read("done") if (self.out / "config.json").is_file() else None
+
     def write(self, name: str, note: Mapping[str, Any]) -> None:
         """Keep a note; it is there whole or not at all."""
         write_whole_file(self.training / f"{name}.json", json.dumps(note, indent=1) + "\n")
+
+    def give_up(self) -> None:
+        """Remove a run that was begun and has come to nothing, and its folder where that holds nothing else."""
+        shutil.rmtree(self.training, ignore_errors=True)
+        if self.out.is_dir() and not any(self.out.iterdir()):
+            self.out.rmdir()
 
     def clear(self) -> None:
         """The result is written: its checkpoints are of no more use."""
@@ -79,7 +91,12 @@ class RunFolder:
         shutil.rmtree(self.training / ".partial", ignore_errors=True)
 
 
-def _run(source: str, settings: RetrofitSettings) -> dict[str, Any]:
+def leads() -> bool:
+    """Whether this is the process that writes, of one or of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _run(source: str, settings: Any) -> dict[str, Any]:
     return {"source": source, "settings": json.loads(json.dumps(asdict(settings)))}
 
 

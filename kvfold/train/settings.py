@@ -7,7 +7,7 @@ from typing import Literal, Self
 from kvfold.specs.base import TimeSpec
 from kvfold.specs.dms import DMSSpec
 from kvfold.specs.registry import parse_time
-from kvfold.train.schedules import LearningRate, Stages, nominal_for, share_for
+from kvfold.train.schedules import LearningRate, Stages, learning_rate_factor, nominal_for, share_for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +70,8 @@ class RetrofitSettings:
     """Steps between checkpoints to go on from."""
     checkpoint_activations: bool = False
     """Keep only each layer's input for the way back: less memory, about a third more time."""
+    shard: bool = False
+    """Spread weights and optimizer over the processes of torchrun (FSDP2)."""
     warm_start: bool = False
     """Fit the gates to the attention that tokens receive, before training (DMS adapters that read `own`)."""
     calibrate: bool = True
@@ -109,6 +111,8 @@ class RetrofitSettings:
             )
         if self.control and self.trains == "adapter":
             raise ValueError("control of an adapter: a frozen model is its own control: leave one of the two out")
+        if self.shard and (self.trains == "lora" or (self.time is not None and self.spec.name == "dmc")):
+            raise ValueError("shard with lora or dmc: both write into whole weights: leave shard out")
         if self.warm_start and (self.gate_source, self.reads) != ("adapter", "own"):
             raise ValueError("warm_start: it fits DMS adapters that read their own decision: leave it out")
         if self.zero_out_steps and self.gate_source != "channel":
@@ -164,6 +168,18 @@ class RetrofitSettings:
         if self.warm_start:
             ramp, tail = 0, ramp + tail
         return Stages(compression=self.compression, zero_out_steps=zero_out, ramp_steps=ramp, tail_steps=tail)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.stages.total
+
+    def rate_factor(self, step: int) -> float:
+        """What the learning rate is multiplied by at `step` (from 0)."""
+        return learning_rate_factor(
+            step, kind=self.learning_rate_schedule, stages=self.stages, warmup_steps=self.warmup_steps,
+            final=self.final_learning_rate,
+        )  # fmt: skip
 
     @property
     def nominal(self) -> float | None:

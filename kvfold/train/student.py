@@ -26,13 +26,18 @@ class Student:
     """A model of its own; None = the student's own weights, with what is trained switched off."""
 
     @torch.no_grad()
-    def teacher_states(self, ids_BT: Tensor) -> Tensor:
-        """What the teacher has before its head, [B, T, C]."""
+    def teacher_states(self, ids_BT: Tensor, wrapped: nn.Module | None = None) -> Tensor:
+        """What the teacher has before its head, [B, T, C]. `wrapped`: what must be called in the student's place where its
+        weights are spread over processes.
+        """
         if self.teacher is not None:
             with self.teacher.gates_off():
                 return self.teacher.model(ids_BT, use_cache=False).last_hidden_state
         with self.model.gates_off(), lora_off(self.model):
-            return self.model.model(ids_BT, use_cache=False).last_hidden_state
+            if wrapped is None:
+                return self.model.model(ids_BT, use_cache=False).last_hidden_state
+            output = wrapped(input_ids=ids_BT, use_cache=False, logits_to_keep=1, output_hidden_states=True)
+            return output.hidden_states[-1]
 
     @property
     def head_of_teacher(self) -> FoldForCausalLM:

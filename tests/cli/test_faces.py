@@ -13,6 +13,7 @@ COMMANDS = {
     "plan": "MODEL --layers --heads --time --bits --memory --context --batch --json",
     "convert": "SOURCE OUT --layers --heads --init --calibration --tokens --pair-heads --for --time --bits --dtype "
     "--device --json",
+    "train": "RECIPE --out --data --valid --tokens --learning-rate --seed --sweep-lr --set --list --device --json",
     "retrofit": "SOURCE OUT --recipe --time --compression --adapter --lora --full --data --tokens --context --batch "
     "--learning-rate --kl --teacher --warm-start/--no-warm-start --calibrate/--no-calibrate --control --seed --set "
     "--dtype --device --json",
@@ -29,6 +30,7 @@ COMMANDS = {
 DEFAULTS = {
     "plan": {"context": "4k", "batch": 1},
     "convert": {"init": "mean", "tokens": "24k", "pair_heads": False, "target": "kvfold"},
+    "train": {"list_": False},
     "retrofit": {"adapter": False, "full": False, "control": False},
     "calibrate": {"context": "1024", "sequences": 16},
     "eval": {"windows": 32, "context": 1024, "batch": 32, "passkey": False, "passkey_tries": 4, "fresh": False},

@@ -225,9 +225,19 @@ def plan() -> dict:
     return {"kind": "plan", **HEADER, "command": "kvfold plan MADE-UP", "rows": rows}
 
 
+def pretraining() -> dict:
+    """Two runs of a sweep, one of which came to nothing."""
+    row = {"recipe": "made-up", "parameters": 4_544_448, "kv_bytes_per_token": 192, "tokens": 999_424, "seed": 0}
+    rows = [
+        {**row, "learning_rate": 0.003, "loss": 5.01, "validation_perplexity": 151.2, "note": "best"},
+        {**row, "learning_rate": 0.0045, "note": "diverged"},
+    ]
+    return {"kind": "pretraining", **HEADER, "command": "kvfold train MADE-UP", "rows": rows}
+
+
 def write_samples(folder: Path) -> Path:
     """Every kind, a file each."""
     folder.mkdir(parents=True, exist_ok=True)
-    for make in (quality, tasks, memory, kept, document, curve, decode, step, plan):
+    for make in (quality, tasks, memory, kept, document, curve, decode, step, plan, pretraining):
         (folder / f"{make.__name__}.json").write_text(json.dumps(make()), encoding="utf-8")
     return folder

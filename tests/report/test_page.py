@@ -12,7 +12,7 @@ from html_reading import Page
 from kvfold.report import numbers
 from kvfold.report.page import write_page
 
-KINDS = ("quality", "tasks", "memory", "kept", "document", "curve", "decode", "step", "plan")
+KINDS = ("quality", "tasks", "memory", "kept", "document", "curve", "decode", "step", "plan", "pretraining")
 HOSTILE = "</td></svg></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;$title ${x} javascript:"
 
 

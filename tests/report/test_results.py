@@ -78,10 +78,10 @@ def test_what_cannot_be_read_is_named_beside_what_can(tmp_path):
     (tmp_path / "bad.json").write_bytes(b"\xff\xfe")
     (tmp_path / "other.json").write_text('{"kind": "speed"}')
     found, problems = read_results(tmp_path)
-    assert len(found) == 9
+    assert len(found) == 10
     assert problems == [
         "bad.json: not readable as JSON",
-        'other.json: no "kind" among quality, tasks, memory, kept, document, curve, decode, step, plan',
+        'other.json: no "kind" among quality, tasks, memory, kept, document, curve, decode, step, plan, pretraining',
     ]
 
 

@@ -1,22 +1,18 @@
 """What a step minimises, and that it does not depend on how its samples are spread."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.data import default_collate
 
 from kvfold.specs.registry import parse_time
-from kvfold.train import trainer
+from kvfold.train import loop
 from kvfold.train.curve import read_curve
 from kvfold.train.data import TrainingOrder, draw_text
 from kvfold.train.noise import noise_key
 from kvfold.train.schedules import share_for
 from kvfold.train.student import make_student
+from kvfold.train.trainer import RetrofitTrainer
 from tiny_model import tiny_model
 
 DMS = {"time": "dms:4", "compression": 3.0}
@@ -120,7 +116,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(retrofit):
 
 @pytest.mark.parametrize("way", ["dms", "plain"])
 def test_a_loss_that_is_no_number_stops_with_its_step(retrofit, monkeypatch, way):
-    run, given = retrofit("out", **WAYS[way]), trainer.next_token_logits
+    run, given = retrofit("out", **WAYS[way]), loop.next_token_logits
     poisoned = {"on": False}
 
     def logits(model, hidden):
@@ -129,7 +125,7 @@ def test_a_loss_that_is_no_number_stops_with_its_step(retrofit, monkeypatch, way
     def on_step(point):
         poisoned["on"] = point["step"] == 5
 
-    monkeypatch.setattr(trainer, "next_token_logits", logits)
+    monkeypatch.setattr(loop, "next_token_logits", logits)
     with pytest.raises(
         RuntimeError, match=r"step 6: the loss is nan: the last good checkpoint is kept in .*: use a lower"
     ):
@@ -167,47 +163,6 @@ def test_tensorboard_has_the_curve(retrofit, tmp_path):
     assert events and b"layer_compression" in events[0].read_bytes()
 
 
-SPREAD = """
-import sys
-from pathlib import Path
-sys.path[:0] = sys.argv[3:]
-import torch
-torch.manual_seed(0)
-from byte_tokenizer import byte_tokenizer
-from tiny_model import tiny_model
-from kvfold.train.retrofit import Retrofit
-from kvfold.train.run_folder import RunFolder
-from kvfold.train.settings import RetrofitSettings
-settings = RetrofitSettings(
-    time="dms:4", compression=3.0, data=(sys.argv[1],), sequence_tokens=32, batch_sequences=4, learning_rate=1e-3,
-    ramp_steps=6, tail_steps=4, calibrate=False,
-)
-about = {"command": "", "version": "", "git_commit": None, "hardware": ""}
-Retrofit(
-    model=tiny_model(), tokenizer=byte_tokenizer(), source="tiny", name="tiny", settings=settings, about=about,
-    folder=RunFolder(out=Path(sys.argv[2])),
-).run()
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(retrofit, text, tmp_path):
-    root = Path(__file__).parents[2]
-    paths = [str(root), str(root / "tests" / "data"), str(root / "tests" / "eval")]
-    (tmp_path / "spread.py").write_text(SPREAD)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29741"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*launch, str(tmp_path / "spread.py"), text, str(tmp_path / "two"), *paths],
-        env=environment, capture_output=True, text=True, timeout=170,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    one = losses(retrofit("one", **DMS, sequences_at_once=1))
-    two = [point["loss"] for point in read_curve(tmp_path / "two" / "training" / "curve.jsonl")]
-    assert one[:4] == pytest.approx(two[:4], rel=2e-5)
-    assert one == pytest.approx(two, rel=2e-2)
-
-
 def test_a_step_taken_by_hand_is_a_step_of_a_run(retrofit, tmp_path):
     """What is timed is what runs."""
     given = {"ramp_steps": 0, "tail_steps": 1, "sequences_at_once": 4, "calibrate": False}
@@ -216,8 +171,8 @@ def test_a_step_taken_by_hand_is_a_step_of_a_run(retrofit, tmp_path):
     settings, model = run.settings, tiny_model()
     student = make_student(model, settings)
     blocks = draw_text(settings.data, run.tokenizer, tokens=128, sequence_tokens=32, seed=0).train
-    samples = TrainingOrder(blocks, steps=1, batch=4, seed=0, ignored=trainer.ignored_tokens(model).tolist())
-    by_hand = trainer.RetrofitTrainer(
+    samples = TrainingOrder(blocks, steps=1, batch=4, seed=0, ignored=loop.ignored_tokens(model).tolist())
+    by_hand = RetrofitTrainer(
         student, samples, settings, tmp_path, use_cpu=True, on_step=print, on_unit=print
     )  # fmt: skip
     by_hand.take_step(default_collate([samples[index] for index in range(4)]))

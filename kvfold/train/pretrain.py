@@ -1,0 +1,159 @@
+"""A model from scratch, from beginning to end: a tokenizer, packed text, a new model, training, and what is written of it.
+
+Every step that takes long leaves a note in the run's folder, so that the same call goes on wherever it was stopped.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from kvfold.eval.progress import Report, silent
+from kvfold.train.curve import Curve, read_curve
+from kvfold.train.data import TrainingOrder
+from kvfold.train.loop import OnStep, load_trained
+from kvfold.train.packing import drawn_texts, is_packed, pack, packed, sequences_of
+from kvfold.train.pretrain_card import pretrain_card
+from kvfold.train.pretrain_settings import PretrainSettings
+from kvfold.train.pretrain_trainer import PretrainTrainer, perplexity
+from kvfold.train.results import write_model
+from kvfold.train.run_folder import RunFolder, leads
+from kvfold.train.scratch import new_model
+from kvfold.train.shards import check_processes, is_sharded, unsharded
+from kvfold.train.vocabulary import given_tokenizer, train_tokenizer
+
+_WAIT_SECONDS = 0.2
+
+
+def _nobody(point: dict[str, Any]) -> None:
+    """Nobody listens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pretrain:
+    """What one training from scratch works with."""
+
+    recipe: str
+    """As it was given, to know the run again."""
+    settings: PretrainSettings
+    folder: RunFolder
+    text: Path
+    """The folder of tokenizer and packed text: several runs on one text share it."""
+    device: torch.device
+    about: dict[str, Any] = field(default_factory=dict)
+    """For the card: command, version, commit, hardware."""
+    report: Report = silent
+    on_step: OnStep = _nobody
+
+    def run(self) -> dict[str, Any]:
+        """Train, or go on training, and write the result. Gives its facts, on the main process."""
+        if self.settings.shard:
+            check_processes()
+        if leads():
+            begin(self.folder, self.recipe, self.settings, self.text, report=self.report)
+        tokenizer, train_NT, held_out_NT = read_text(self.text)
+        model = new_model(self.settings, tokenizer).to(self.device)
+        self._train(model, train_NT, held_out_NT)
+        if is_sharded(model):
+            model = unsharded(model)
+        return self._finished(model, tokenizer) if leads() else {}
+
+    def _train(self, model: torch.nn.Module, train_NT: Tensor, held_out_NT: Tensor) -> None:
+        settings, checkpoint, done = self.settings, self.folder.checkpoint, self.folder.done_steps
+        if done >= settings.total_steps:
+            load_trained(model, checkpoint)
+            return
+        samples = TrainingOrder(
+            train_NT, steps=settings.total_steps, batch=settings.batch_sequences, seed=settings.seed
+        )
+        curve = Curve(self.folder.training, done_steps=done) if leads() else None
+
+        def on_step(point: dict[str, Any]) -> None:
+            if point["step"] >= settings.total_steps:
+                losses = [round(one, 6) for one in trainer.validated.tolist()]
+                self.folder.write("validation", {"sequence_losses": losses})
+            curve.add(point)
+            self.on_step(point)
+
+        trainer = PretrainTrainer(
+            model,
+            samples,
+            held_out_NT,
+            settings,
+            self.folder.training,
+            use_cpu=self.device.type == "cpu",
+            on_step=on_step,
+        )
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            if curve is not None:
+                curve.close()
+
+    def _finished(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """Written, with its card."""
+        settings, points = self.settings, read_curve(self.folder.curve)
+        losses = self.folder.read("validation")["sequence_losses"]
+        loss = sum(losses) / len(losses)
+        facts = {
+            "recipe": self.recipe, **self.about, "parameters": sum(one.numel() for one in model.parameters()),
+            "kv_bytes_per_token": settings.kv_bytes_per_token, "tokens": points[-1]["tokens"],
+            "learning_rate": settings.learning_rate, "seed": settings.seed, "loss": points[-1]["loss"],
+            "validation_loss": loss, "validation_perplexity": perplexity(loss),
+            "validation_tokens": len(losses) * (settings.sequence_tokens - 1), "validation_sequence_losses": losses,
+            "seconds": sum(point["seconds"] for point in points),
+        }  # fmt: skip
+        write_model(model.eval(), tokenizer, self.folder.out, card=pretrain_card(settings, facts, self.folder.out))
+        self.folder.write("done", facts)
+        self.folder.clear()
+        return facts
+
+
+def begin(folder: RunFolder, recipe: str, settings: PretrainSettings, text: Path, *, report: Report) -> None:
+    """Begin a run or go on, with its text in `text`; where that can't be had the folder is left as it was found."""
+    folder.begin(recipe, settings)
+    try:
+        prepare_text(settings, text, report=report)
+    except ValueError:
+        folder.give_up()
+        raise
+
+
+def prepare_text(settings: PretrainSettings, folder: Path, *, report: Report) -> None:
+    """Tokenizer and packed text in `folder`, unless they lie there. Raises `ValueError` where the data is too short."""
+    if is_packed(folder / "train.bin"):
+        return
+    length, options = settings.sequence_tokens, {"vocabulary": settings.vocabulary, "report": report}
+    tokenizer = _tokenizer(settings, report)
+    train = sequences_of(drawn_texts(settings.data, length), tokenizer, length)
+    held = sequences_of(drawn_texts(settings.valid, length), tokenizer, length) if settings.valid else train
+    found = pack(held, folder / "valid.bin", most=max(1, settings.validation_tokens // length), **options)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    wanted = settings.total_steps * settings.batch_sequences
+    if not pack(train, folder / "train.bin", most=wanted, **options) or not found:
+        raise ValueError(
+            f"data too short: {found} sequences of {length:,} tokens are held out, and none is left: "
+            "give more text, shorter sequences, or fewer validation_tokens"
+        )
+
+
+def _tokenizer(settings: PretrainSettings, report: Report) -> PreTrainedTokenizerBase:
+    if settings.tokenizer is not None:
+        return given_tokenizer(settings.tokenizer, settings.vocabulary)
+    report("training the tokenizer", 0, 1)
+    texts = drawn_texts(settings.data, settings.sequence_tokens)
+    found = train_tokenizer(texts, settings.vocabulary)
+    report("training the tokenizer", 1, 1)
+    return found
+
+
+def read_text(folder: Path) -> tuple[PreTrainedTokenizerBase, Tensor, Tensor]:
+    """Tokenizer, sequences to train on, held-out sequences; waits until the leading process has written them."""
+    while not is_packed(folder / "train.bin"):
+        time.sleep(_WAIT_SECONDS)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+    return tokenizer, packed(folder / "train.bin"), packed(folder / "valid.bin")

@@ -1,0 +1,88 @@
+"""The search for a learning rate as the authors of CLA did it: raise it by a factor until held-out perplexity stops improving."""
+
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kvfold.train.loop import DivergedError
+from kvfold.train.pretrain_settings import PretrainSettings
+from kvfold.train.run_folder import RunFolder, leads
+
+TrainOne = Callable[[PretrainSettings, RunFolder], dict[str, Any]]
+"""Trains one model in its folder, or goes on; gives its facts on the leading process."""
+
+_WAIT_SECONDS = 0.2
+_LAST = "config.json"
+"""A folder is loaded by it, so it comes last."""
+
+
+def sweep(
+    settings: PretrainSettings, factor: float, out: Path, train_one: TrainOne, *, say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], Path]:
+    """The facts of each run, the lowest rate first, each with a `note`, and the folder of the best.
+
+    A run has its folder below `out`; what is done there is not done again. A rate at which the loss is no number is noted
+    and ends the search. Raises `RuntimeError` where the very first one is.
+
+    Source: arXiv 2405.12981, section 3.3.
+    Differs: none.
+    """
+    rows: list[dict[str, Any]] = []
+    best: dict[str, Any] | None = None
+    for rate in rates(settings.learning_rate, factor):
+        found = _outcome(settings.with_rate(rate), RunFolder(out=out / f"lr-{rate:g}"), train_one)
+        rows.append(found)
+        if found["note"]:
+            say(f"learning rate {rate:g}: {found['told']}")
+            break
+        say(f"learning rate {rate:g}: held-out perplexity {found['validation_perplexity']:.2f}")
+        if best is not None and not found["validation_perplexity"] < best["validation_perplexity"]:
+            break
+        best = found
+    if best is None:
+        raise RuntimeError(f"the sweep's first run came to nothing: {rows[0]['told']}: begin at a lower learning rate")
+    best["note"] = "best"
+    return rows, out / f"lr-{best['learning_rate']:g}"
+
+
+def rates(first: float, factor: float) -> Iterator[float]:
+    """`first`, then each `factor` times the one before, to six digits. Raises `ValueError` for a factor that raises nothing."""
+    if not factor > 1:
+        raise ValueError(f"--sweep-lr {factor:g}: each rate is so many times the one before: use more than 1, e.g. 1.5")
+    return (float(f"{first * factor**step:.6g}") for step in itertools.count())
+
+
+def _outcome(settings: PretrainSettings, folder: RunFolder, train_one: TrainOne) -> dict[str, Any]:
+    """The facts of one run: those that lie there, or new ones."""
+    about = {"learning_rate": settings.learning_rate, "seed": settings.seed, "note": ""}
+    failed = folder.read("diverged")
+    if failed is None:
+        try:
+            return {**(folder.finished() or train_one(settings, folder) or _awaited(folder)), **about}
+        except DivergedError as error:
+            failed = {"told": str(error)}
+            if leads():
+                folder.write("diverged", failed)
+    return {**failed, **about, "note": "diverged"}
+
+
+def _awaited(folder: RunFolder) -> dict[str, Any]:
+    """What the leading process is about to write."""
+    while (found := folder.finished()) is None:
+        time.sleep(_WAIT_SECONDS)
+    return found
+
+
+def copy_result(best: Path, out: Path) -> None:
+    """The best run's files beside the runs, as the sweep's own result."""
+    staged = out / ".partial-result"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    for file in sorted((path for path in best.iterdir() if path.is_file()), key=lambda path: path.name == _LAST):
+        shutil.copy2(file, staged / file.name)
+        os.replace(staged / file.name, out / file.name)
+    staged.rmdir()
