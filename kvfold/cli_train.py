@@ -27,6 +27,9 @@ Calibrate = Annotated[bool | None, typer.Option(help="Shift the gates so that he
 Control = Annotated[bool, typer.Option("--control", help="Train the same without compression, to compare with.")]
 Seed = Annotated[int | None, typer.Option(help="Of text, noise and new weights.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any key of a recipe, as key=value; several times.")]
+Snapshot = Annotated[
+    Path | None, typer.Option(help="Write what the begun run's newest checkpoint is to this folder, and train nothing.")
+]
 Dtype = Annotated[str | None, typer.Option(help="float32 | bfloat16 | float16, of the weights. Default: float32.")]
 Device = Annotated[str | None, typer.Option(help="cpu | cuda. Default: cpu.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
@@ -61,6 +64,7 @@ def retrofit(
     warm_start: WarmStart = None,
     calibrate: Calibrate = None,
     control: Control = False,
+    snapshot: Snapshot = None,
     seed: Seed = None,
     set_: Set = None,
     dtype: Dtype = None,
@@ -74,12 +78,12 @@ def retrofit(
         "teacher": teacher, "warm_start": warm_start, "calibrate": calibrate, "control": control or None, "seed": seed,
     }  # fmt: skip
     settings = _settings(recipe, {key: value for key, value in given.items() if value is not None}, set_ or [])
-    facts = _run(source, out, settings, dtype=dtype, device=device)
+    facts = _run(source, out, settings, snapshot, dtype=dtype, device=device)
     if as_json:
-        show_json({"kind": "retrofit", "out": str(out), **facts})
+        show_json({"kind": "retrofit", "out": str(snapshot or out), **facts})
     else:
         _show(facts)
-        typer.echo(out)
+        typer.echo(snapshot or out)
 
 
 def _trains(adapter: bool, lora: int | None, full: bool) -> dict[str, Any]:
@@ -113,7 +117,9 @@ def _settings(recipe: str | None, given: dict[str, Any], assigned: list[str]) ->
     return RetrofitSettings(**values)
 
 
-def _run(source: str, out: Path, settings: Any, *, dtype: str | None, device: str | None) -> dict[str, Any]:
+def _run(
+    source: str, out: Path, settings: Any, snapshot: Path | None, *, dtype: str | None, device: str | None
+) -> dict[str, Any]:
     from kvfold.train.results import is_written
     from kvfold.train.run_folder import RunFolder
 
@@ -124,6 +130,8 @@ def _run(source: str, out: Path, settings: Any, *, dtype: str | None, device: st
         say(f"{out}: done already")
         return done
     _say_plan(settings, folder.done_steps)
+    if snapshot is not None:
+        _check_snapshot(snapshot, folder)
     check_packages("accelerate", "peft")
     from kvfold import __version__
     from kvfold.models.load import load, load_tokenizer
@@ -142,8 +150,16 @@ def _run(source: str, out: Path, settings: Any, *, dtype: str | None, device: st
     with progress() as report, watched_steps(settings.stages.total, folder.done_steps, say) as on_step:
         return Retrofit(
             model=model, tokenizer=tokenizer, source=source, name=_name(source), settings=settings, folder=folder,
-            teacher=teacher, about=about, report=report, on_step=on_step,
+            teacher=teacher, about=about, snapshot=snapshot, report=report, on_step=on_step,
         ).run()  # fmt: skip
+
+
+def _check_snapshot(snapshot: Path, folder: Any) -> None:
+    from kvfold.models.checkpoint_files import check_folder
+
+    check_folder(snapshot)
+    if folder.checkpoint is None:
+        raise ValueError(f"{folder.out}: no checkpoint there yet: wait for the first, or look at save_steps")
 
 
 def _name(source: str) -> str:

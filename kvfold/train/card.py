@@ -26,7 +26,7 @@ def write_card(settings: RetrofitSettings, facts: Mapping[str, Any], out: Path) 
         *_method_rows(settings, facts),
         f"| trained weights | {facts['trained_parameters']:,} ({_trained(settings)}) |",
         f"| loss | {_loss(settings)} |",
-        f"| tokens | {facts['tokens']:,}, in sequences of {settings.sequence_tokens:,} |",
+        f"| tokens | {facts['tokens']:,}{_of_planned(facts)}, in sequences of {settings.sequence_tokens:,} |",
         f"| data | {', '.join(Path(name).name for name in settings.data)} |",
         f"| hardware | {facts['hardware']} |",
         f"| time | {facts['seconds'] / 60:.1f} minutes of training |",
@@ -62,6 +62,11 @@ def _method_rows(settings: RetrofitSettings, facts: Mapping[str, Any]) -> list[s
             f"{found['after']:.2f} after |"
         )
     return rows
+
+
+def _of_planned(facts: Mapping[str, Any]) -> str:
+    """What a snapshot says of the run that it was taken from."""
+    return f" of {facts['planned_tokens']:,} planned" if "planned_tokens" in facts else ""
 
 
 def _decides(settings: RetrofitSettings) -> str:

@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ class Retrofit:
     teacher: FoldForCausalLM | None = None
     about: dict[str, Any] = field(default_factory=dict)
     """For the card: command, version, commit, hardware."""
+    snapshot: Path | None = None
+    """A folder for the newest checkpoint as a result of its own; nothing is trained then."""
     report: Report = silent
     on_step: Callable[[dict[str, Any]], None] = _nobody
 
@@ -70,6 +73,8 @@ class Retrofit:
             facts["before"] = self._noted("before", lambda: self._measured(text))
         student = make_student(self.model, self.settings, teacher=self.teacher)
         facts["trained_parameters"] = sum(one.numel() for one in trained_weights(self.model).values())
+        if self.snapshot is not None:
+            return self._snapped(facts, text, base)
         if self.settings.warm_start:
             facts["warm_start"] = self._warm_started(text)
         self._train(student, text, base)
@@ -77,20 +82,42 @@ class Retrofit:
         return done._finished(facts, text, base) if leads() else facts
 
     def _finished(self, facts: dict[str, Any], text: TrainingText, base: Base) -> dict[str, Any]:
+        """The result written, and what was kept to go on with cleared away."""
+        facts = self._written(facts, text, base, self.folder.out, done_steps=self.settings.stages.total)
+        self.folder.write("done", facts)
+        self.folder.clear()
+        return facts
+
+    def _snapped(self, facts: dict[str, Any], text: TrainingText, base: Base) -> dict[str, Any]:
+        """The newest checkpoint as a result; the run can go on."""
+        done = self.folder.done_steps
+        self._load(self.folder.checkpoint)
+        facts["warm_start"] = self.folder.read("warm_start")
+        facts["planned_tokens"] = self.settings.stages.total * self.settings.step_tokens
+        return self._written(facts, text, base, self.snapshot, done_steps=done)
+
+    def _written(
+        self, facts: dict[str, Any], text: TrainingText, base: Base, out: Path, *, done_steps: int
+    ) -> dict[str, Any]:
         """Gates set right, measured, written."""
         settings = self.settings
         self.model.eval()
         if settings.compresses and settings.calibrate:
             facts["calibration"] = calibrate(self.model, text.calibration, settings, report=self.report)
-        points = read_curve(self.folder.curve)
+        points = [point for point in read_curve(self.folder.curve) if point["step"] <= done_steps]
         facts["tokens"] = points[-1]["tokens"]
         facts["seconds"] = sum(point["seconds"] for point in points)
         facts["after"] = self._measured(text)
-        card = write_card(settings, facts, self.folder.out)
-        write_trained(self.model, self.tokenizer, settings, base, self.folder.out, card=card)
-        self.folder.write("done", facts)
-        self.folder.clear()
+        write_trained(
+            self.model, self.tokenizer, settings, base, out, card=write_card(settings, facts, out)
+        )  # fmt: skip
         return facts
+
+    def _load(self, checkpoint: Path) -> None:
+        settings = self.settings
+        load_trained(self.model, checkpoint)
+        if settings.compresses and settings.trains == "full" and settings.spec.name == "dmc":
+            self.model.config.channel_freed = True
 
     def _text(self) -> TrainingText:
         settings, most = self.settings, self.model.config.max_position_embeddings
@@ -130,9 +157,7 @@ class Retrofit:
     def _train(self, student: Student, text: TrainingText, base: Base) -> None:
         settings, checkpoint, done = self.settings, self.folder.checkpoint, self.folder.done_steps
         if done >= settings.stages.total:
-            load_trained(student.model, checkpoint)
-            if settings.compresses and settings.trains == "full" and settings.spec.name == "dmc":
-                student.model.config.channel_freed = True
+            self._load(checkpoint)
             return
         samples = TrainingOrder(
             text.train, steps=settings.stages.total, batch=settings.batch_sequences, seed=settings.seed,

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class RunFolder:
         """
         there = self.read("run")
         if there is not None:
-            for name, old, new in _differences(there, _run(source, settings)):
+            for name, old, new in _differences(there, _run(source, settings), settings):
                 raise ValueError(
                     f"{self.out}: a run lies there with {name} {old!r}, not {new!r}: "
                     "give the same settings to go on, or another folder"
@@ -100,7 +100,11 @@ def _run(source: str, settings: Any) -> dict[str, Any]:
     return {"source": source, "settings": json.loads(json.dumps(asdict(settings)))}
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    before = {"source": there.get("source"), **(there.get("settings") or {})}
-    now = {"source": here["source"], **here["settings"]}
-    return [(name, before.get(name), value) for name, value in now.items() if before.get(name) != value]
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any], settings: Any) -> list[tuple[str, Any, Any]]:
+    """Names with their old and new values. A setting that the run was begun without, since it is newer, had its default."""
+    defaults = {one.name: one.default for one in fields(settings)}
+    before = {**defaults, **(there.get("settings") or {})}
+    found = [(name, before.get(name), value) for name, value in here["settings"].items() if before.get(name) != value]
+    # A setting may be called `source` as well.
+    sources = there.get("source"), here["source"]
+    return found if sources[0] == sources[1] else [("SOURCE", *sources), *found]

@@ -15,7 +15,7 @@ COMMANDS = {
     "--device --json",
     "train": "RECIPE --out --data --valid --tokens --learning-rate --seed --sweep-lr --set --list --device --json",
     "retrofit": "SOURCE OUT --recipe --time --compression --adapter --lora --full --data --tokens --context --batch "
-    "--learning-rate --kl --teacher --warm-start/--no-warm-start --calibrate/--no-calibrate --control --seed --set "
+    "--learning-rate --kl --teacher --warm-start/--no-warm-start --calibrate/--no-calibrate --control --snapshot --seed --set "
     "--dtype --device --json",
     "calibrate": "MODEL ADAPTER OUT --compression --data --context --sequences --dtype --device --json",
     "eval": "MODEL --text --time --windows --context --batch --chunk --passkey --passkey-tries --passkey-length --tasks "

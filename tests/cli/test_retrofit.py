@@ -70,6 +70,8 @@ def refused(kvfold, folder):
         (f"{DMS} --control", "a frozen model is its own control"),
         (f"{DMS} --teacher ./none", "there is no such file or folder"),
         (DMS.replace("tiny", "./none", 1), "there is no such file or folder"),
+        (f"{DMS} --snapshot shot", "out: no checkpoint there yet: wait for the first"),
+        (f"{DMS} --snapshot tiny", "tiny: the folder is not empty"),
         (DMS.replace("out", "tiny", 1), "the folder holds something else"),
         (DMS.replace("out", "text.txt", 1), "a file is in the way"),
     ],

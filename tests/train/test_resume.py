@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from kvfold.models.adapters import read_adapter
 from kvfold.train.checkpoints import drop_old, is_whole, newest_whole, seal, step_of
 from kvfold.train.curve import read_curve
 
@@ -71,11 +74,47 @@ def test_a_run_that_ended_before_its_result_was_written_trains_no_more(retrofit,
     assert not list((retrofit("out", **DMS).folder.training).glob("checkpoint-*"))
 
 
+@pytest.mark.parametrize("given", [DMS, LORA], ids=["dms", "lora"])
+def test_a_snapshot_is_the_newest_checkpoint_and_the_run_goes_on(retrofit, tmp_path, given):
+    whole = retrofit("whole", **given)
+    whole.run()
+    with pytest.raises(Stop):
+        retrofit("cut", on_step=stop_after(5), **given).run()
+    facts = replace(retrofit("cut", **given), snapshot=tmp_path / "shot").run()
+    assert facts["tokens"] == 4 * 128 and facts["planned_tokens"] == whole.settings.stages.total * 128
+    card = (tmp_path / "shot" / "README.md").read_text()
+    assert f"512 of {facts['planned_tokens']:,} planned" in card
+    saved = load_file(tmp_path / "cut" / "training" / "checkpoint-4" / "trained.safetensors")
+    _, shot = read_adapter(tmp_path / "shot")
+    same = {name.removesuffix(".default.weight"): weight for name, weight in saved.items()}
+    assert shot.keys() == same.keys()
+    assert all(torch.equal(shot[name], weight) for name, weight in same.items() if not name.endswith("bias"))
+    cut = retrofit("cut", **given)
+    cut.run()
+    assert figures(cut.folder) == figures(whole.folder)
+
+
+def test_a_setting_that_is_newer_than_a_run_had_its_default(retrofit):
+    with pytest.raises(Stop):
+        retrofit("out", on_step=stop_after(3), **DMS).run()
+    run = retrofit("out", **DMS)
+    noted = run.folder.read("run")
+    del noted["settings"]["shard"], noted["settings"]["compression"]
+    run.folder.write("run", noted)
+    with pytest.raises(ValueError, match=r"a run lies there with compression 4\.0, not 3\.0"):
+        run.folder.check(run.source, run.settings)
+    noted["settings"]["compression"] = 3.0
+    run.folder.write("run", noted)
+    run.folder.check(run.source, run.settings)
+
+
 def test_other_settings_are_refused(retrofit):
     with pytest.raises(Stop):
         retrofit("out", on_step=stop_after(3), **DMS).run()
     with pytest.raises(ValueError, match=r"a run lies there with compression 3\.0, not 2\.0: give the same settings"):
         retrofit("out", **(DMS | {"compression": 2.0})).run()
+    with pytest.raises(ValueError, match=r"a run lies there with SOURCE 'tiny', not 'other'"):
+        replace(retrofit("out", **DMS), source="other").run()
 
 
 def test_a_folder_with_something_else_is_refused(retrofit, tmp_path):
