@@ -3,6 +3,8 @@
 Slow: two models of half a gigabyte each, some minutes on one core.
 """
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -145,3 +147,49 @@ def test_greedy_tokens_under_a_budget_as_long_as_the_text(ours, batch, expected,
     assert torch.equal(continued(ours, past_key_values=cache, **batch), expected)
     assert torch.equal(cache.kept_tokens[0, :, 0], cache.seen_tokens)
     assert cache.allocated_bytes == kvfold.plan(ours).bytes(cache.seen_tokens.tolist())
+
+
+QUESTIONS = {
+    "capitals": (
+        "What is the capital of {}?",
+        {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Egypt": "Cairo"},
+    ),
+    "colours": (
+        "Which colour has {}?",
+        {"grass": "green", "snow": "white", "coal": "black", "a ripe banana": "yellow"},
+    ),
+    "sounds": (
+        "What does {} say?",
+        {"a cat": "meow", "a dog": "woof", "a cow": "moo, all day long", "a duck": "quack"},
+    ),
+}
+
+
+def test_tasks_score_as_lm_evals_own_model_and_otherwise_under_h2o(ours, theirs, source, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'kvfold[eval]'")
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from kvfold.eval.harness import FoldLM
+    from kvfold.eval.task_names import find_tasks
+
+    for name, (asked, answers) in QUESTIONS.items():
+        choices = list(answers.values())
+        lines = [
+            {"input": asked.format(what), "choices": choices, "gold": choices.index(right)}
+            for what, right in answers.items()
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tokenizer = kvfold.load_tokenizer(source)
+    mine = FoldLM(ours, tokenizer, batch_size=32, report=lambda *said: None)
+    hf = HFLM(theirs, backend="causal", tokenizer=tokenizer, batch_size=8)
+    for task in find_tasks([str(path) for path in sorted(tmp_path.glob("*.jsonl"))]):
+        scores = {}
+        for side, lm, method in (("hf", hf, None), ("full", mine, "full"), ("h2o", mine, "h2o:12%+13%")):
+            mine.layout = mine.layout.with_time(method or "full")
+            found = evaluate(lm=lm, task_dict=task.load(), log_samples=True)
+            likelihoods = [resp[0][0] for sample in found["samples"][task.name] for resp in sample["resps"]]
+            scores[side] = found["results"][task.name]["acc,none"], likelihoods
+        assert scores["full"][0] == scores["hf"][0]
+        assert scores["full"][1] == pytest.approx(scores["hf"][1], abs=1e-3)
+        assert max(abs(a - b) for a, b in zip(scores["full"][1], scores["h2o"][1], strict=True)) > 0.5

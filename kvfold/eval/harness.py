@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
@@ -52,6 +53,8 @@ class FoldLM(HFLM):
         """
         if isinstance(pretrained, str):
             tokenizer = load_tokenizer(tokenizer or pretrained)
+            # lm-eval's command says cuda:0 where nothing was said; like `hf`, without a GPU that means the CPU.
+            device = device if device != "cuda:0" or torch.cuda.is_available() else None
             pretrained = load(pretrained, time=time, bits=bits, adapter=adapter, dtype=dtype, device=device)
         if tokenizer.eos_token_id is None:
             raise ValueError(

@@ -12,6 +12,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kvfold.eval import lm_eval as lm_eval_door
 from kvfold.eval.answers import score_answers
 from kvfold.eval.harness import FoldLM
 from kvfold.eval.lm_eval import register
@@ -129,8 +130,19 @@ def test_lm_eval_knows_the_model_by_name(checkpoint):
     register()
     register()
     lm = get_model("kvfold").create_from_arg_string(
-        f"pretrained={checkpoint},time=h2o:12%+13%", {"batch_size": "auto", "max_batch_size": None, "device": None}
+        f"pretrained={checkpoint},time=h2o:12%+13%", {"batch_size": "auto", "max_batch_size": None, "device": "cuda:0"}
     )
     assert isinstance(lm, FoldLM)
     assert lm.layout.time_text() == "h2o:12%+13%" and lm.batch_size == 32
+    assert lm.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert lm.get_model_info()["method"] == "h2o:12%+13%"
+
+
+def test_the_command_ends_in_one_line_on_bad_input(monkeypatch, capsys):
+    def refuse():
+        raise ValueError("one\n two")
+
+    monkeypatch.setattr(lm_eval_door, "cli_evaluate", refuse)
+    with pytest.raises(SystemExit) as caught:
+        lm_eval_door.main()
+    assert caught.value.code == 2 and capsys.readouterr() == ("", "error: one two\n")
