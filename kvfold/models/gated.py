@@ -57,7 +57,7 @@ class GatedDecoder:
         owners = self.config.layout.owners
         found = {"decisions": {}, "gate_probs": {}}
         if call is not None:
-            found = {"decisions": call.decisions, "gate_probs": call.probabilities}
+            found = {"decisions": call.said.decisions, "gate_probs": call.said.probabilities}
         return {
             name: tuple(of[owner].transpose(1, 2) if owner in of else None for owner in owners)
             for name, of in found.items()

@@ -107,6 +107,18 @@ class GateProjection(nn.Linear):
             return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
+class GateRecord:
+    """What gates said. No dataclass on purpose: FSDP2 puts a copy in the place of any that holds tensors with gradients,
+    and what a layer took down there would be lost.
+    """
+
+    def __init__(self):
+        self.decisions: dict[int, Tensor] = {}
+        """Of each owner that has gates, [B, T, K]: hard, straight-through where soft."""
+        self.probabilities: dict[int, Tensor] = {}
+        """The same before they are made hard."""
+
+
 @dataclass(kw_only=True, slots=True)
 class GateCall:
     """How gates behave during one forward call, and what they said. Made anew for each call: modules hold nothing."""
@@ -125,10 +137,8 @@ class GateCall:
     """Take down what gates say."""
     noise_key: Tensor | None = None
     """int64 [B]; the noise is a function of a row's key and the layer. None = no noise."""
-    decisions: dict[int, Tensor] = field(default_factory=dict)
-    """Of each owner that has gates, [B, T, K]: hard, straight-through where soft."""
-    probabilities: dict[int, Tensor] = field(default_factory=dict)
-    """The same before they are made hard."""
+    said: GateRecord = field(default_factory=GateRecord)
+    """What the gates of the call have said so far."""
 
     @property
     def kept_share(self) -> float | None:
@@ -187,8 +197,8 @@ def decide(
     else:
         alpha, log_stay = hard_alpha(logit)
     if call.tells:
-        call.probabilities[layer] = alpha if call.training else (logit / config.tau).sigmoid()
-        call.decisions[layer] = (alpha.detach() > 0.5) + (alpha - alpha.detach())
+        call.said.probabilities[layer] = alpha if call.training else (logit / config.tau).sigmoid()
+        call.said.decisions[layer] = (alpha.detach() > 0.5) + (alpha - alpha.detach())
     weight = None
     if config.method == "dmc":
         grouped = q_BTHD[..., config.channel].float().unflatten(2, (k_BTKD.shape[2], -1))
