@@ -121,10 +121,11 @@ def _run(
     source: str, out: Path, settings: Any, snapshot: Path | None, *, dtype: str | None, device: str | None
 ) -> dict[str, Any]:
     from kvfold.train.results import is_written
-    from kvfold.train.run_folder import RunFolder
+    from kvfold.train.run_folder import RunFolder, leads
 
     folder = RunFolder(out=out)
-    folder.check(source, settings)
+    if leads():  # others of torchrun's would meet it half begun
+        folder.check(source, settings)
     done = folder.read("done")
     if done is not None and is_written(out, settings):
         say(f"{out}: done already")
