@@ -13,25 +13,25 @@ set -euo pipefail
 model=$1 out=$4 tokens=${5:-262144} device=${6:-cpu}
 IFS=, read -r -a train <<<"$2"
 IFS=, read -r -a valid <<<"$3"
-kvfold=${KVFOLD:-kvfold}
+
 data=() texts=()
 for file in "${train[@]}"; do data+=(--data "$file"); done
 for file in "${valid[@]}"; do texts+=(--text "$file"); done
 common=("${data[@]}" --tokens "$tokens" --device "$device")
 mkdir -p "$out"
 
-$kvfold retrofit "$model" "$out/dms-4x" --recipe smollm2-dms-cpu "${common[@]}"
-$kvfold retrofit "$model" "$out/dmc-4x" --recipe smollm2-dmc-lora-cpu --compression 4 "${common[@]}"
+kvfold retrofit "$model" "$out/dms-4x" --recipe smollm2-dms-cpu "${common[@]}"
+kvfold retrofit "$model" "$out/dmc-4x" --recipe smollm2-dmc-lora-cpu --compression 4 "${common[@]}"
 
-[ -d "$out/gqa" ] || $kvfold convert "$model" "$out/gqa" --heads 1 --device "$device"
+[ -d "$out/gqa" ] || kvfold convert "$model" "$out/gqa" --heads 1 --device "$device"
 lora=(--lora 64 --kl reverse --teacher "$model" --learning-rate 3e-4 --set learning_rate_schedule=cosine "${common[@]}")
-$kvfold retrofit "$out/gqa" "$out/gqa-3x" "${lora[@]}"
-$kvfold retrofit "$out/gqa" "$out/gqa-dms-4x" --time dms:128 --compression 1.3333 --warm-start "${lora[@]}"
+kvfold retrofit "$out/gqa" "$out/gqa-3x" "${lora[@]}"
+kvfold retrofit "$out/gqa" "$out/gqa-dms-4x" --time dms:128 --compression 1.3333 --warm-start "${lora[@]}"
 
 for method in dms dmc; do
   for compression in 2 3; do
     [ -d "$out/$method-${compression}x" ] ||
-      $kvfold calibrate "$model" "$out/$method-4x" "$out/$method-${compression}x" --compression $compression \
+      kvfold calibrate "$model" "$out/$method-4x" "$out/$method-${compression}x" --compression $compression \
         "${data[@]}" --device "$device"
   done
 done
@@ -43,4 +43,4 @@ times=()
 for kept in 512 341 256; do
   times+=(--time "window:$((kept - 4))+4" --time "h2o:$((kept / 2))+$((kept - kept / 2))" --time "tova:$kept")
 done
-$kvfold eval "$model" "${texts[@]}" "${times[@]}" "${rows[@]}" --passkey --device "$device" --out "$out/results/time-axis.json"
+kvfold eval "$model" "${texts[@]}" "${times[@]}" "${rows[@]}" --passkey --device "$device" --out "$out/results/time-axis.json"
