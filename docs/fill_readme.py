@@ -3,7 +3,8 @@
     python docs/fill_readme.py            rewrite what stands between `<!-- results: NAME -->` and `<!-- end -->`
     python docs/fill_readme.py --check    write nothing; exit 1 where the README says something else than the results
 
-`quality` and `passkey` come from results/quality.json, `decode` from results/decode.json. A block whose file is not there
+`quality` and `passkey` come from results/quality.json, `decode` from results/decode.json, `learned` and `learned_passkey` from
+results/dms.json. A block whose file is not there
 stays as it is; of what a file lacks the block says so.
 """
 
@@ -98,6 +99,8 @@ BLOCKS: Mapping[str, tuple[str, Callable[[Group], str]]] = {
     "quality": ("quality.json", quality),
     "passkey": ("quality.json", passkey),
     "decode": ("decode.json", decode),
+    "learned": ("dms.json", quality),
+    "learned_passkey": ("dms.json", passkey),
 }
 
 
