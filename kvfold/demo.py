@@ -33,9 +33,9 @@ SAMPLE = Path(__file__).with_name("sample") / "persuasion.txt"
 PROTOCOL = Protocol(windows=10, context_tokens=384, batch=10)
 """About 4k tokens a method: minutes on two cores, and enough for a picture, not for a verdict."""
 LEARNED = "dms:128"
-METHODS = (LEARNED, "window:164+4", "window:92+4", "h2o:84+84", "h2o:48+48", "tova:168", "tova:96")
+METHODS = (LEARNED, "window:171+4", "window:92+4", "h2o:87+88", "h2o:48+48", "tova:175", "tova:96")
 """The larger budgets are about what DMS keeps of windows that short: its delay of 128 tokens weighs more there."""
-HELD_METHODS = ("full", LEARNED, "window:164+4", "h2o:84+84", "tova:168")
+HELD_METHODS = ("full", LEARNED, "window:171+4", "h2o:87+88", "tova:175")
 POINT = Point(name="8 x 256", batch=8, prompt_tokens=256, new_tokens=24)
 
 
