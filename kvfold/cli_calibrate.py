@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kvfold.cli_model import Device, Dtype, Json, Model, load_model
+from kvfold.cli_model import SAMPLE, Device, Dtype, Json, Model, load_model
 from kvfold.console import clear_errors, progress, say, show_json, waiting
 from kvfold.sizes import parse_count
 
@@ -45,7 +45,7 @@ def calibrate(
     weights, tokenizer = load_model(model, None, None, str(adapter), dtype, device)
     with waiting("drawing text"):
         text = draw_text(
-            data or [str(Path(__file__).with_name("sample") / "persuasion.txt")], tokenizer, tokens=sequences * tokens,
+            data or [str(SAMPLE)], tokenizer, tokens=sequences * tokens,
             sequence_tokens=tokens, seed=0, spared=1,
         )  # fmt: skip
     with progress() as report:

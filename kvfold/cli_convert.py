@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvfold.cli_model import SAMPLE, Bits, Device, Json
 from kvfold.console import clear_errors, progress, say, show_json, waiting
 from kvfold.sizes import parse_count
 
@@ -26,10 +27,7 @@ Tokens = Annotated[str, typer.Option(help="Tokens of calibration text, e.g. 24k.
 Pair = Annotated[bool, typer.Option("--pair-heads", help="Merge the heads most alike, instead of neighbours.")]
 Target = Annotated[str, typer.Option("--for", help="kvfold | transformers, where only heads changed.")]
 Time = Annotated[str | None, typer.Option(help="What the new checkpoint keeps along time. Default: the source's.")]
-Bits = Annotated[str | None, typer.Option(help="model; fp8, int8 and int4 are planned.")]
 Dtype = Annotated[str | None, typer.Option(help="float32 | bfloat16 | float16. Default: the source's own.")]
-Device = Annotated[str | None, typer.Option(help="cpu | cuda. Default: cpu.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 
 
 def add_convert(app: typer.Typer) -> None:
@@ -74,7 +72,7 @@ def convert(
     ids = None
     if init == "fitted":
         with waiting("reading the calibration text"):
-            ids = _calibration(source, calibration or [_sample()], parse_count(tokens), before)
+            ids = _calibration(source, calibration or [SAMPLE], parse_count(tokens), before)
     elif calibration:
         raise ValueError(
             f"calibration text with init '{init}': only 'fitted' reads any: use --init fitted or leave it out"
@@ -90,10 +88,6 @@ def convert(
         for name, (old, new) in result["changed"].items():
             say(f"{name}: {old} -> {new}")
         typer.echo(out)
-
-
-def _sample() -> Path:
-    return Path(__file__).with_name("sample") / "persuasion.txt"
 
 
 def _calibration(source: str, files: list[Path], tokens: int, config: "FoldConfig") -> Any:

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvfold.cli_model import Adapter, Bits, Device, Dtype, Json, Model, Out, Times, load_model, model_name
+from kvfold.cli_model import SAMPLE, Adapter, Bits, Device, Dtype, Json, Model, Out, Times, load_model, model_name
 from kvfold.console import check_out, clear_errors, hand_over, progress
 
 if TYPE_CHECKING:
     from kvfold.eval.beside import Beside
-
-_SAMPLE = Path(__file__).with_name("sample") / "persuasion.txt"
 
 Text = Annotated[
     list[str] | None,
@@ -96,7 +94,7 @@ def evaluate(
         names, passkey, passkey_length, {"task-folder": task_folder, "task-length": task_length, "limit": limit}
     )
     asked = _Asked(
-        methods=tuple(dict.fromkeys(time or ())), texts=tuple(text or ([] if names else [_SAMPLE])), protocol=protocol,
+        methods=tuple(dict.fromkeys(time or ())), texts=tuple(text or ([] if names else [SAMPLE])), protocol=protocol,
         keys={"lengths": passkey_length or (context,), "tries": passkey_tries} if passkey else None, tasks=names,
         task_settings={"folder": task_folder, "lengths": task_length or (), "limit": limit, "rows": batch},
         beside=_beside(beside or [], model, dtype, device), cells=None if fresh else _cells(),

@@ -1,11 +1,10 @@
 """`kvfold inspect` and `kvfold bench train`: parse, call, print. What they do lives in the room `bench`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kvfold.cli_model import Adapter, Bits, Device, Dtype, Json, Model, Out, Times, load_model, model_name
+from kvfold.cli_model import SAMPLE, Adapter, Bits, Device, Dtype, Json, Model, Out, Times, load_model, model_name
 from kvfold.console import check_out, check_packages, clear_errors, hand_over, progress
 
 
@@ -82,7 +81,7 @@ def inspect(
 
     check_out(out)
     heads = [_head(one) for one in head or []]
-    file = read_text_file(text or Path(__file__).with_name("sample") / "persuasion.txt")
+    file = read_text_file(text or SAMPLE)
     weights, tokenizer = load_model(model, None, bits, adapter, dtype, device)
     check_heads(weights.config.layout, heads)
     ids, pieces = text_beginning(file, tokenizer, tokens=tokens)

@@ -19,6 +19,12 @@ Dtype = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu | cuda. Default: cpu.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 Out = Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")]
+Data = Annotated[list[str] | None, typer.Option(help="Text, .jsonl, .gz, .parquet, or a hub name; several times: all.")]
+Rate = Annotated[float | None, typer.Option(help="The learning rate at its highest.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Any key of a recipe, as key=value; several times.")]
+
+SAMPLE = Path(__file__).with_name("sample") / "persuasion.txt"
+"""The novel that comes with kvfold: what is read where no text is named."""
 
 
 def load_model(

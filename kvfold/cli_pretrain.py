@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kvfold.cli_model import Data, Device, Json, Rate, Set
 from kvfold.console import check_packages, clear_errors, command_line, progress, quieten, say, show, show_json
 
 Recipe = Annotated[
@@ -13,19 +14,14 @@ Recipe = Annotated[
 Out = Annotated[
     Path | None, typer.Option(help="The folder to write; one that was begun is gone on with. Default: the name.")
 ]
-Data = Annotated[list[str] | None, typer.Option(help="Text, .jsonl, .gz, .parquet, or a hub name; several times: all.")]
 Valid = Annotated[list[str] | None, typer.Option(help="Held-out text. Default: the first part of the data.")]
 Tokens = Annotated[str | None, typer.Option(help="Tokens to train on, e.g. 1M.")]
-Rate = Annotated[float | None, typer.Option(help="The learning rate at its highest.")]
 Seed = Annotated[int | None, typer.Option(help="Of new weights and the order of sequences.")]
 Sweep = Annotated[
     float | None,
     typer.Option(help="Raise the learning rate by this factor until held-out perplexity stops improving, e.g. 1.5."),
 ]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Any key of a recipe, as key=value; several times.")]
 List = Annotated[bool, typer.Option("--list", help="Show the recipes with their weights and KV bytes a token.")]
-Device = Annotated[str | None, typer.Option(help="cpu | cuda. Default: cpu.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 
 
 def add_train(app: typer.Typer) -> None:

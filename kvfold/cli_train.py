@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kvfold.cli_model import Data, Device, Json, Rate, Set, model_name
 from kvfold.console import check_packages, clear_errors, command_line, progress, quieten, say, show_json, waiting
 
 Recipe = Annotated[str | None, typer.Option(help="Settings by name, or a .yaml file; other options override it.")]
@@ -13,26 +14,21 @@ Compression = Annotated[float | None, typer.Option(help="Times smaller, at the e
 ByAdapter = Annotated[bool, typer.Option("--adapter", help="Train gates beside the frozen model (DMS).")]
 ByLora = Annotated[int | None, typer.Option("--lora", help="Train a low-rank addition of this rank.")]
 ByFull = Annotated[bool, typer.Option("--full", help="Train all weights.")]
-Data = Annotated[list[str] | None, typer.Option(help="Text, .jsonl, .gz, .parquet, or a hub name; several times: all.")]
 Tokens = Annotated[
     str | None, typer.Option(help="Tokens to train on, e.g. 250k; the recipe's stages are scaled to it.")
 ]
 Context = Annotated[str | None, typer.Option(help="Tokens of a sequence, e.g. 1k.")]
 Batch = Annotated[int | None, typer.Option(help="Sequences of a step, over all processes.")]
-Rate = Annotated[float | None, typer.Option(help="The learning rate at its highest.")]
 Kl = Annotated[str | None, typer.Option(help="reverse | forward | none. Default: reverse for dms, none for dmc.")]
 Teacher = Annotated[str | None, typer.Option(help="A model to distil from. Default: the source itself.")]
 WarmStart = Annotated[bool | None, typer.Option(help="First fit the gates to the attention that tokens receive.")]
 Calibrate = Annotated[bool | None, typer.Option(help="Shift the gates so that held-out text is compressed as asked.")]
 Control = Annotated[bool, typer.Option("--control", help="Train the same without compression, to compare with.")]
 Seed = Annotated[int | None, typer.Option(help="Of text, noise and new weights.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Any key of a recipe, as key=value; several times.")]
 Snapshot = Annotated[
     Path | None, typer.Option(help="Write what the begun run's newest checkpoint is to this folder, and train nothing.")
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32 | bfloat16 | float16, of the weights. Default: float32.")]
-Device = Annotated[str | None, typer.Option(help="cpu | cuda. Default: cpu.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 
 
 def add_retrofit(app: typer.Typer) -> None:
@@ -150,7 +146,7 @@ def _run(
     }  # fmt: skip
     with progress() as report, watched_steps(settings.stages.total, folder.done_steps, say) as on_step:
         return Retrofit(
-            model=model, tokenizer=tokenizer, source=source, name=_name(source), settings=settings, folder=folder,
+            model=model, tokenizer=tokenizer, source=source, name=model_name(source), settings=settings, folder=folder,
             teacher=teacher, about=about, snapshot=snapshot, report=report, on_step=on_step,
         ).run()  # fmt: skip
 
@@ -161,10 +157,6 @@ def _check_snapshot(snapshot: Path, folder: Any) -> None:
     check_folder(snapshot)
     if folder.checkpoint is None:
         raise ValueError(f"{folder.out}: no checkpoint there yet: wait for the first, or look at save_steps")
-
-
-def _name(source: str) -> str:
-    return Path(source).resolve().name.removesuffix(".gguf") if Path(source).exists() else source
 
 
 def _say_plan(settings: Any, done: int) -> None:
