@@ -41,6 +41,19 @@ def test_plain_uptraining_of_all_weights(kvfold, folder):
     assert kvfold("eval out --text text.txt --context 64 --windows 1").code == 0
 
 
+def test_heads_then_time_from_the_original(kvfold):
+    """The road of studies/time-axis.sh: fewer heads, then DMS on top as a LoRA, warm-started, distilled from the original."""
+    assert kvfold("convert tiny gqa --heads 1").code == 0
+    how = "--lora 2 --time dms:8 --compression 2 --warm-start --kl reverse --teacher tiny"
+    done = kvfold(f"{TINY.replace('tiny', 'gqa', 1)} {how} --json")
+    assert done.code == 0, done.err
+    facts = json.loads(done.out)
+    assert facts["warm_start"]["tokens"] > 0 and facts["after"]["compression"] > 1.5
+    read = kvfold("eval tiny --time full --beside gqa,out --text text.txt --context 64 --windows 4 --json")
+    both = json.loads(read.out)["rows"][1]
+    assert both["compression"] > 1.3 and both["allocated_bytes"] < 0.5 * both["full_bytes"]
+
+
 @pytest.fixture
 def refused(kvfold, folder):
     def run(line):
