@@ -34,9 +34,11 @@ def bench_training(
     check_out(out)
     check_packages("accelerate", "peft")
     from kvfold.bench.train import METHODS, StepPoint, bench_train
+    from kvfold.ops.denormals import flush_denormals
     from kvfold.report.tables import step_table
 
     point = StepPoint(sequence_tokens=sequence, batch_sequences=batch, trains=train)
+    flush_denormals()
     methods = time or (METHODS if train != "adapter" else METHODS[:1])
     weights, _ = load_model(model, None, None, None, dtype or "float32", device)
     with progress() as report:

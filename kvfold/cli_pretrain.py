@@ -85,6 +85,7 @@ def _settings(recipe: str, given: dict[str, Any], assigned: list[str]) -> Any:
 
 def _run(recipe: str, out: Path, settings: Any, factor: float | None, device: str | None) -> dict[str, Any]:
     check_packages("accelerate")
+    from kvfold.ops.denormals import flush_denormals
     from kvfold.train.run_folder import RunFolder, leads
 
     if leads():
@@ -102,6 +103,7 @@ def _run(recipe: str, out: Path, settings: Any, factor: float | None, device: st
         say(f"{out}: done already")
         return done
     quieten()
+    flush_denormals()
     train_one = _trainer_of(recipe, device, text=folder.training)
     rows = [train_one(settings, folder)] if factor is None else _swept(name, settings, factor, folder, train_one)
     if not rows[0]:  # another process writes

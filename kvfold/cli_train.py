@@ -132,11 +132,13 @@ def _run(
     check_packages("accelerate", "peft")
     from kvfold import __version__
     from kvfold.models.load import load, load_tokenizer
+    from kvfold.ops.denormals import flush_denormals
     from kvfold.report.results import cpu_name, git_commit
     from kvfold.train.retrofit import Retrofit, device_name
     from kvfold.train.watch import watched_steps
 
     quieten()
+    flush_denormals()
     with waiting(f"loading {source}"):
         model, tokenizer = load(source, dtype=dtype or "float32", device=device), load_tokenizer(source)
         teacher = None if settings.teacher is None else load(settings.teacher, dtype=dtype or "float32", device=device)

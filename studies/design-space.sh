@@ -6,7 +6,7 @@
 # TRAIN and VALID: text files, separated by commas. JOBS models are trained at a time (2), a thread each. A model takes a
 # quarter of an hour on one core; all of them about three and a half hours on two. Every run goes on where it stopped, and one that
 # is done is left alone, so this script can be stopped and started at any time.
-# Figures: OUT/*/results/pretraining.json; `kvfold report` makes a page of them.
+# Figures: OUT/results/*.json, a file a run, of which `kvfold report` makes the page OUT/design-space.html.
 set -euo pipefail
 
 out=$3 jobs=${4:-2} device=${5:-cpu}
@@ -51,3 +51,9 @@ for recipe in "${others[@]}"; do
   case $recipe in *cla*) like=mini-h128-mqa-cla2 ;; *) like=mini-h128-mqa ;; esac
   echo "$recipe $(best_rate "$like") 0"
 done | train_all
+
+mkdir -p "$out/results"
+for run in "$out"/*/results/pretraining.json; do
+  cp "$run" "$out/results/$(basename "$(dirname "$(dirname "$run")")").json"
+done
+kvfold report "$out/results" --out "$out/design-space.html"

@@ -6,6 +6,7 @@ and the same loss: it is what `kvfold retrofit --control` trains.
 """
 
 import copy
+import math
 import statistics
 import tempfile
 import time
@@ -22,16 +23,18 @@ from kvfold.eval.folding import method_about
 from kvfold.eval.progress import Report, silent
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
+from kvfold.models.gates import GateConfig
+from kvfold.train.calibrate import shift_gates
 from kvfold.train.data import TrainingOrder
 from kvfold.train.loop import ignored_tokens
-from kvfold.train.schedules import always_kept
+from kvfold.train.schedules import always_kept, share_for
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import Student, make_student, trained_weights
 from kvfold.train.trainer import RetrofitTrainer
 
 METHODS = ("dms:128", "dmc")
 _COMPRESSION = 4.0
-"""Asked for where the sequence allows it; what a step costs does not hang on it."""
+"""Asked for where the sequence allows it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +117,7 @@ def make_sides(model: FoldForCausalLM, settings: RetrofitSettings) -> tuple[Stud
     """
     teacher = copy.deepcopy(model) if settings.trains == "full" and settings.distils != "none" else None
     gated = make_student(_sharing(model), settings, teacher=teacher)
+    _fire(gated.model, settings)
     plain = _sharing(model)
     plain.config.layout, plain.config.gates = plain.config.layout.base(), None
     if settings.trains != "adapter":
@@ -122,6 +126,14 @@ def make_sides(model: FoldForCausalLM, settings: RetrofitSettings) -> tuple[Stud
     # Nothing of it learns; its gradients go as far as those of the lowest gate do.
     plain.enable_input_require_grads()
     return gated, Student(model=plain, teacher=None)
+
+
+def _fire(model: FoldForCausalLM, settings: RetrofitSettings) -> None:
+    """New gates shifted so that, by their noise, they fire as often as trained ones: a key that is let go may cost a CPU more
+    than one that stays (`flush_denormals`).
+    """
+    share = share_for(settings.compression, settings.sequence_tokens, settings.spec)
+    shift_gates(model, GateConfig.from_json(model.config.gates).offset + math.log(share / (1 - share)))
 
 
 def control_of(settings: RetrofitSettings) -> RetrofitSettings:

@@ -1,6 +1,7 @@
-"""Which result files make one picture: quality files that differ only in texts or methods are read as one.
+"""Which result files make one picture: quality files that differ only in texts or methods are read as one, and so are models
+from scratch that saw as many tokens.
 
-Files belong together when model (with its fingerprint, if it has one), protocol, device and dtype agree; a row measured
+Quality files belong together when model (with its fingerprint, if it has one), protocol, device and dtype agree; a row measured
 twice counts as the newer file has it. Every other kind stands alone, a picture a file.
 """
 
@@ -8,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from kvfold.report.results import KINDS, Result, rows_of, words
+from kvfold.report.results import KINDS, Result, number, rows_of, words
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +46,8 @@ def group_results(results: Iterable[Result]) -> list[Group]:
     """Sections in the order of the kinds, within a kind the newest first."""
     found: dict[object, list[Result]] = {}
     for index, result in enumerate(results):
-        found.setdefault(_protocol(result.data) if result.kind == "quality" else index, []).append(result)
+        key = {"quality": _protocol, "pretraining": _training}.get(result.kind, lambda data, index=index: index)
+        found.setdefault(key(result.data), []).append(result)
     many = len({words(members[-1].data, "model", "name") for members in found.values()}) > 1
     groups = [_group(members, many) for members in found.values()]
     groups.sort(key=lambda group: group.sources[-1].created, reverse=True)
@@ -56,6 +58,12 @@ def _protocol(data: Mapping) -> str:
     environment = [words(data, "environment", key) for key in ("device", "dtype")]
     model = [words(data, "model", key) for key in ("name", "fingerprint")]
     return json.dumps([model, data.get("protocol"), environment], sort_keys=True)
+
+
+def _training(data: Mapping) -> str:
+    """Tokens trained on and held out: as many, and a design space can be seen as a whole."""
+    first = next(iter(rows_of(data)), {})
+    return json.dumps(["from scratch", *(number(first, key) for key in ("tokens", "validation_tokens"))])
 
 
 def _group(members: list[Result], is_one_of_many: bool) -> Group:

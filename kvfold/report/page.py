@@ -22,6 +22,8 @@ LEAD = (
     "with the text, and memory runs out before time does. Folding means keeping less of it. This page shows what was "
     "measured: the memory that each way of folding frees, and what it costs."
 )
+MOST_FACTS = 4
+"""Lines of one fact at the head of the page."""
 
 
 def write_page(results: Path, out: Path) -> Path:
@@ -47,7 +49,9 @@ def write_page(results: Path, out: Path) -> Path:
 
 def _title(groups: Sequence[Group]) -> tuple[str, str, str]:
     """The page's title in three pieces, a model's name in the middle where there is one model."""
-    models = sorted({group.model for group in groups if group.model})
+    models = sorted(
+        {name for group in groups for source in group.sources if (name := words(source.data, "model", "name"))}
+    )
     if len(models) == 1:
         return "The cache of ", models[0], ", folded"
     return (f"The caches of {len(models)} models, folded" if models else "A cache, folded"), "", ""
@@ -76,9 +80,10 @@ def _facts(groups: Sequence[Group]) -> Markup:
 
 
 def _distinct(lines: Iterable[str]) -> list[str]:
-    """Every line once; one that says no more than the beginning of another is left out."""
+    """Every line once, of many the first few; one that says no more than the beginning of another is left out."""
     known = sorted(set(filter(None, lines)))
-    return [line for line in known if not any(other != line and other.startswith(line) for other in known)]
+    said = [line for line in known if not any(other != line and other.startswith(line) for other in known)]
+    return said if len(said) <= MOST_FACTS else [*said[: MOST_FACTS - 1], f"and {len(said) - MOST_FACTS + 1} more"]
 
 
 def _model(data: Mapping) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from kvfold.report.groups import Group
 from kvfold.report.inside import curve_section, document_section
-from kvfold.report.learned_sheets import pretraining_sheet, step_sheet
+from kvfold.report.learned_sheets import step_sheet
 from kvfold.report.markup import Markup, join, tag
 from kvfold.report.numbers import count, percent
 from kvfold.report.pictures.decode import DECODE, STEP, speed_picture
@@ -13,6 +13,7 @@ from kvfold.report.pictures.memory import memory_picture
 from kvfold.report.pictures.passkey import lengths_of, passkey_pictures, unfolded_share, worth_showing
 from kvfold.report.pictures.quality import axes_of, quality_pictures
 from kvfold.report.pieces import NOTHING, behind, drawn, figure, protocol_text, section, source_line, table, titled
+from kvfold.report.scratch import pretraining_section
 from kvfold.report.series import Line, quality_lines, texts_of
 from kvfold.report.sheets import (
     decode_sheet,
@@ -229,13 +230,6 @@ def plan_section(group: Group, colours: Mapping[str, int]) -> Markup:
     """Planned bytes: a table, no picture."""
     lead = "Worked out from the shape of the model alone, before anything runs."
     return section(titled("The plan", group), tag("p", lead), table(plan_sheet(group.rows)), source_line(group))
-
-
-def pretraining_section(group: Group, colours: Mapping[str, int]) -> Markup:
-    """Models from scratch: a table."""
-    lead = "Models trained from scratch, each with its cache's bytes a token and its perplexity on held-out text."
-    sheet = pretraining_sheet(group.rows)
-    return section(titled("Trained from scratch", group), tag("p", lead), table(sheet), source_line(group))
 
 
 SECTIONS: Mapping[str, Callable[[Group, Mapping[str, int]], Markup]] = {

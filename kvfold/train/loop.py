@@ -161,8 +161,10 @@ class StepTrainer(Trainer):
             )
         return means
 
-    def take_step(self, inputs: dict[str, Tensor]) -> None:
-        """One optimizer step on one batch, outside of `train`: for those who measure what a step costs. Nothing is written."""
+    def take_step(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """One optimizer step on one batch, outside of `train`: for those who measure what a step costs. Nothing is written.
+        Gives the parts of its loss.
+        """
         if self.optimizer is None:
             self.create_optimizer()
             self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
@@ -171,7 +173,7 @@ class StepTrainer(Trainer):
         self.accelerator.clip_grad_norm_(self.model.parameters(), self._settings.clip)
         self.optimizer.step()
         self.model.zero_grad()
-        self.take_parts()
+        return self.take_parts()
 
     def before_step(self, step: int) -> None:
         """Called before optimizer step `step` (from 0)."""

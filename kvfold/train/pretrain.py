@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from kvfold.eval.progress import Report, silent
 from kvfold.train.curve import Curve, read_curve
 from kvfold.train.data import TrainingOrder
+from kvfold.train.design_space import recipes
 from kvfold.train.loop import OnStep, load_trained
 from kvfold.train.packing import drawn_texts, is_packed, pack, packed, sequences_of
 from kvfold.train.pretrain_card import pretrain_card
@@ -27,6 +28,8 @@ from kvfold.train.shards import check_processes, is_sharded, unsharded
 from kvfold.train.vocabulary import given_tokenizer, train_tokenizer
 
 _WAIT_SECONDS = 0.2
+_CURVE_POINTS = 60
+"""Of a result's curve: each the mean of neighbouring steps."""
 
 
 def _nobody(point: dict[str, Any]) -> None:
@@ -100,17 +103,37 @@ class Pretrain:
         losses = self.folder.read("validation")["sequence_losses"]
         loss = sum(losses) / len(losses)
         facts = {
-            "recipe": self.recipe, **self.about, "parameters": sum(one.numel() for one in model.parameters()),
-            "kv_bytes_per_token": settings.kv_bytes_per_token, "tokens": points[-1]["tokens"],
+            "recipe": self.recipe, **self.about, **_shape(self.recipe, settings),
+            "parameters": sum(one.numel() for one in model.parameters()), "tokens": points[-1]["tokens"],
             "learning_rate": settings.learning_rate, "seed": settings.seed, "loss": points[-1]["loss"],
             "validation_loss": loss, "validation_perplexity": perplexity(loss),
             "validation_tokens": len(losses) * (settings.sequence_tokens - 1), "validation_sequence_losses": losses,
-            "seconds": sum(point["seconds"] for point in points),
+            "seconds": sum(point["seconds"] for point in points), "curve": _thinned(points),
         }  # fmt: skip
         write_model(model.eval(), tokenizer, self.folder.out, card=pretrain_card(settings, facts, self.folder.out))
         self.folder.write("done", facts)
         self.folder.clear()
         return facts
+
+
+def _shape(recipe: str, settings: PretrainSettings) -> dict[str, Any]:
+    """What tells one model of a design space from another, and what was published of the one that this is made after."""
+    known = recipes().get(recipe)
+    return {
+        **{name: getattr(settings, name) for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "layers")},
+        "owners": len(settings.layout.owners), "kv_bytes_per_token": settings.kv_bytes_per_token,
+        "paper_perplexity": None if known is None else known.paper_perplexity,
+    }  # fmt: skip
+
+
+def _thinned(points: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Tokens and loss of so many stretches of a curve at most."""
+    size = -(-len(points) // _CURVE_POINTS)
+    parts = [points[start : start + size] for start in range(0, len(points), size)]
+    return {
+        "tokens": [part[-1]["tokens"] for part in parts],
+        "loss": [round(sum(point["loss"] for point in part) / len(part), 4) for part in parts],
+    }
 
 
 def begin(folder: RunFolder, recipe: str, settings: PretrainSettings, text: Path, *, report: Report) -> None:

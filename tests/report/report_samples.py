@@ -235,6 +235,24 @@ def pretraining() -> dict:
     return {"kind": "pretraining", **HEADER, "command": "kvfold train MADE-UP", "rows": rows}
 
 
+def design_space() -> list[dict]:
+    """Four small models a file each, the first at two rates and at its better one with two seeds."""
+    shared = {"tokens": 999_424, "validation_tokens": 65_408, "num_layers": 8, "num_heads": 16, "parameters": 4_544_448}
+    runs = (
+        ("made-up-mqa", "full", 8, 384, 0.002, 0, 120.0), ("made-up-mqa", "full", 8, 384, 0.002, 1, 122.0),
+        ("made-up-mqa", "full", 8, 384, 0.004, 0, 131.0), ("made-up-mqa-cla2", "cla2", 4, 192, 0.002, 0, 123.5),
+        ("made-up-small", "full", 8, 192, 0.002, 0, 127.0), ("made-up-mha", "full", 8, 6144, 0.002, 0, 119.0),
+    )  # fmt: skip
+    curve = {"tokens": [333_824, 667_648, 999_424], "loss": [6.5, 5.6, 5.1]}
+    rows = [
+        {**shared, "recipe": recipe, "layers": layers, "owners": owners, "kv_bytes_per_token": bytes_, "curve": curve,
+         "learning_rate": rate, "seed": seed, "validation_perplexity": found, "paper_perplexity": 13.54}
+        for recipe, layers, owners, bytes_, rate, seed, found in runs
+    ]  # fmt: skip
+    model = {"name": "made-up", "parameters": 4_544_448}
+    return [{"kind": "pretraining", **HEADER, "model": model, "rows": [row]} for row in rows]
+
+
 def write_samples(folder: Path) -> Path:
     """Every kind, a file each."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,17 @@ from dataclasses import dataclass
 
 from kvfold.report.markup import Markup, tag
 from kvfold.report.numbers import count, three, tick, times
-from kvfold.report.pictures.drawing import Frame, end_labels, picture, polyline, ticks, write
+from kvfold.report.pictures.drawing import (
+    LETTER,
+    MOST_NAME,
+    Frame,
+    end_labels,
+    picture,
+    polyline,
+    short,
+    ticks,
+    write,
+)
 from kvfold.report.results import number
 
 MOST_POINTS = 240
@@ -53,7 +63,9 @@ LOSS = {
 COMPRESSION = {"compression": ("reached", False), "target_compression": ("asked for", True)}
 
 
-def lines_picture(lines: Sequence[Series], y_title: str, width: float, *, from_zero: float | None = 0.0) -> Markup:
+def lines_picture(
+    lines: Sequence[Series], y_title: str, width: float, *, from_zero: float | None = 0.0, x_title: str = "step"
+) -> Markup:
     """One SVG; every line its colour and its name at its end. `from_zero`: where the vertical axis begins."""
     last = max(line.points[-1][0] for line in lines)
     first = min(line.points[0][0] for line in lines)
@@ -62,22 +74,24 @@ def lines_picture(lines: Sequence[Series], y_title: str, width: float, *, from_z
     high = max(values)
     high += _room(low, high) * 0.04
     height = 240 if width < 500 else 300
+    names = [short(line.name, width * MOST_NAME) for line in lines]
+    room = max(110, max(map(len, names)) * LETTER + 24)
     frame = Frame(
-        left=52, right=width - 110, top=28, bottom=height - 44, x_range=(first, first + _room(first, last)),
+        left=52, right=width - room, top=28, bottom=height - 44, x_range=(first, first + _room(first, last)),
         y_range=(low, high),
     )  # fmt: skip
     x_ticks = [(value, count(value)) for value in ticks(first, last, 3 if width < 500 else 6)]
-    parts = frame.axes(x_ticks, [(value, tick(value)) for value in ticks(low, high, 4)], "step", y_title)
+    parts = frame.axes(x_ticks, [(value, tick(value)) for value in ticks(low, high, 4)], x_title, y_title)
     ends = []
-    for index, line in enumerate(lines):
+    for index, (line, name) in enumerate(zip(lines, names, strict=True)):
         # A line that was asked for is neutral, as the unfolded model is elsewhere.
         colour = 0 if line.dashed else 1 + index % 7
         places = [(frame.x(step), frame.y(value)) for step, value in line.points]
         parts.append(polyline(places, f"line{' dashed' if line.dashed else ''} c{colour}"))
-        parts += _hovers(line, places)
-        ends.append((*places[-1], line.name, colour))
+        parts += _hovers(line, places, x_title)
+        ends.append((*places[-1], name, colour))
     parts += end_labels(ends, frame.top, frame.bottom - 2)
-    return picture(width, height, f"{y_title} over the steps of training. The table below has the numbers.", *parts)
+    return picture(width, height, f"{y_title} over training. The table below has the numbers.", *parts)
 
 
 def _room(low: float, high: float) -> float:
@@ -85,11 +99,18 @@ def _room(low: float, high: float) -> float:
     return max(high - low, abs(high) * 1e-6, 1e-6)
 
 
-def _hovers(line: Series, places: Sequence[tuple[float, float]]) -> list[Markup]:
+def _hovers(line: Series, places: Sequence[tuple[float, float]], x_title: str) -> list[Markup]:
     every = max(1, len(places) // 12)
     pairs = list(zip(line.points, places, strict=True))[::every]
     return [
-        tag("circle", tag("title", f"step {count(step)}: {line.name} {three(value)}"), class_="spot", cx=x, cy=y, r=9)
+        tag(
+            "circle",
+            tag("title", f"{x_title} {count(step)}: {line.name} {three(value)}"),
+            class_="spot",
+            cx=x,
+            cy=y,
+            r=9,
+        )
         for (step, value), (x, y) in pairs
     ]
 

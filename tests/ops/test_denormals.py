@@ -1,0 +1,37 @@
+"""Numbers that a CPU would take long over count as zero, in all threads."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+PROGRAM = """
+import torch
+from kvfold.ops.denormals import flush_denormals
+
+torch.set_num_threads({threads})
+{before}
+print(flush_denormals(), (torch.full((1 << 20,), 1e-30) * 1e-10).count_nonzero().item())
+"""
+WORK = "torch.full((1 << 20,), 1e-30) * 1e-10"
+
+
+def told(threads: int, before: str = "") -> list[str]:
+    program = PROGRAM.format(threads=threads, before=before)
+    return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
+
+
+@pytest.mark.skipif(torch.get_num_threads() < 2, reason="one core")
+def test_threads_that_come_later_flush_too():
+    assert told(2) == ["True", "0"]
+
+
+@pytest.mark.skipif(torch.get_num_threads() < 2, reason="one core")
+def test_threads_that_were_there_before_do_not_and_it_says_so():
+    said, left = told(2, WORK)
+    assert said == "False" and 0 < int(left) < 1 << 20
+
+
+def test_one_thread_flushes_at_any_time():
+    assert told(1, WORK) == ["True", "0"]
