@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,6 +47,9 @@ Besides = Annotated[
     list[str] | None,
     typer.Option(help="A row beside: an adapter of this model, another MODEL of its vocabulary, or MODEL,ADAPTER."),
 ]
+Peers = Annotated[
+    str, typer.Option(help="transformers: its own model, scored by lm-eval's hf, beside ours in tasks; or none.")
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")]
 
 
@@ -72,6 +76,7 @@ def evaluate(
     task_length: TaskLengths = None,
     limit: Limit = None,
     beside: Besides = None,
+    peers: Peers = "none",
     fresh: Fresh = False,
     out: Out = None,
     bits: Bits = None,
@@ -90,14 +95,18 @@ def evaluate(
     names = [name.strip() for some in tasks or [] for name in some.split(",") if name.strip()]
     if tasks and not names:
         raise ValueError(f"--tasks '{','.join(tasks)}': it names no task: write some, with commas between them")
-    _check_asked(
-        names, passkey, passkey_length, {"task-folder": task_folder, "task-length": task_length, "limit": limit}
-    )
+    if peers not in ("transformers", "none"):
+        raise ValueError(
+            f"--peers '{peers}': tasks are scored beside transformers or alone: write transformers or none"
+        )
+    peer = model if peers == "transformers" else None
+    of_tasks = {"task-folder": task_folder, "task-length": task_length, "limit": limit, "peers": peer}
+    _check_asked(names, passkey, passkey_length, of_tasks)
     asked = _Asked(
         methods=tuple(dict.fromkeys(time or ())), texts=tuple(text or ([] if names else [SAMPLE])), protocol=protocol,
         keys={"lengths": passkey_length or (context,), "tries": passkey_tries} if passkey else None, tasks=names,
         task_settings={"folder": task_folder, "lengths": task_length or (), "limit": limit, "rows": batch},
-        beside=_beside(beside or [], model, dtype, device), cells=None if fresh else _cells(),
+        peer=peer, beside=_beside(beside or [], model, dtype, device), cells=None if fresh else _cells(),
     )  # fmt: skip
     weights, tokenizer = load_model(model, None, bits, adapter, dtype, device)
     kind, result, tables = _measure(weights, tokenizer, model_name(model), asked)
@@ -114,6 +123,8 @@ class _Asked:
     keys: Mapping[str, Any] | None
     tasks: Sequence[str]
     task_settings: Mapping[str, Any]
+    peer: str | None
+    """What transformers is to load and lm-eval's hf to score."""
     beside: Sequence["Beside"]
     cells: Path | None
 
@@ -138,6 +149,7 @@ def _measure(
     model: Any, tokenizer: Any, name: str, asked: _Asked
 ) -> tuple[str, dict[str, Any], list[Callable]]:  # fmt: skip
     """The kind of the result, the result, and the tables that show it. Everything is checked before anything is measured."""
+    from kvfold.bench.peers import load_theirs
     from kvfold.eval.cells import model_about, model_key
     from kvfold.eval.passkey import check_lengths, measure_passkey, measure_passkey_beside
     from kvfold.eval.perplexity import measure_quality
@@ -164,7 +176,10 @@ def _measure(
             tables.append(passkey_table)
         if asked.tasks:
             settings |= asked.task_settings
-            found = measure_tasks(model, tokenizer, asked.tasks, methods, name=name, **settings)
+            theirs = (
+                None if asked.peer is None else partial(load_theirs, asked.peer, dtype=model.dtype, device=model.device)
+            )
+            found = measure_tasks(model, tokenizer, asked.tasks, methods, name=name, peer=theirs, **settings)
             found += measure_tasks_beside(asked.beside, model, tokenizer, asked.tasks, **settings)
             result["tasks" if asked.texts else "rows"] = found
             tables.append(tasks_table)

@@ -9,21 +9,25 @@ import io
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 
 from kvfold.eval.beside import Beside, about_beside, opened
 from kvfold.eval.cells import Cells, layout_key, model_key
 from kvfold.eval.folding import method_about, method_layouts, with_unfolded
+from kvfold.eval.peer import PEER, Peer, largest_difference, likelihoods
 from kvfold.eval.progress import Report
 from kvfold.eval.rows import paired_difference
 from kvfold.models.decoder import FoldForCausalLM
 
 if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+
     from kvfold.eval.harness import FoldLM
     from kvfold.eval.task_names import NamedTask
 
@@ -44,12 +48,14 @@ def measure_tasks(
     rows: int = 32,
     cells: str | Path | None = None,
     report: Report | None = None,
+    peer: Callable[[], PreTrainedModel] | None = None,
 ) -> list[dict[str, Any]]:
     """One row for each task and method, the unfolded model first.
 
     `tasks`: names of lm-eval's tasks, also of those in `folder`, and files of questions (`data/choices.py`). `limit`:
     questions of a task, its first. `lengths`: tokens of the prompts of synthetic tasks, each a row. `rows`: requests read
-    side by side. All names and methods are checked before the first is measured. Raises `ValueError` for what is wrong
+    side by side. `peer` loads the same checkpoint as transformers' own class: it is scored by lm-eval's own `hf`, in the last
+    row of each task. All names and methods are checked before the first is measured. Raises `ValueError` for what is wrong
     with them, and `RuntimeError` where a task's data can't be had.
     """
     _need_lm_eval()
@@ -63,11 +69,12 @@ def measure_tasks(
         tokenizer.save_pretrained(place)
         named = find_tasks(tasks, folder=folder, lengths=lengths, tokenizer=place)
         lm = FoldLM(model, tokenizer, batch_size=rows, report=report)
+        other = None if peer is None else Peer(load=peer, tokenizer=tokenizer, rows=rows)
         for task in named:
             loaded = None
-            of_task = []
+            of_task, asked = [], {"model": key, "limit": limit, "task": task.identity}
             for layout in layouts:
-                cell_key = {"model": key, "layout": layout_key(layout), "limit": limit, "task": task.identity}
+                cell_key = asked | {"layout": layout_key(layout)}
                 about = " ".join(filter(None, [task.name, str(task.length_tokens or ""), layout.time_text()]))
                 cell = kept.read(about, cell_key)
                 if cell is None:
@@ -76,6 +83,13 @@ def measure_tasks(
                     cell = _measured(lm, task, loaded, limit)
                     kept.write(about, cell_key, cell)
                 of_task.append((method_about(layout), cell))
+            if other is not None:
+                cell = kept.read(PEER, asked | {"peer": other.identity})
+                if cell is None:
+                    report and report(f"{task.name}, {other.identity}", 0, 1)
+                    cell = _scored(other.lm, task, loaded or _loaded(task), limit)
+                    kept.write(PEER, asked | {"peer": other.identity}, cell)
+                of_task.append(({"method": PEER, "title": other.identity}, cell))
             found += _rows(task, of_task)
     return found
 
@@ -127,6 +141,20 @@ def _loaded(task: "NamedTask") -> dict[str, Any]:
 
 def _measured(lm: "FoldLM", task: "NamedTask", loaded: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
     """What is kept of one task under the method that `lm` has now."""
+    lm.take_kept()
+    found = _scored(lm, task, loaded, limit)
+    kept = lm.take_kept()
+    share = sum(share for share, _ in kept) / len(kept)
+    return found | {
+        "compression": 1 / share,
+        "kept_tokens": sum(share * seen for share, seen in kept) / len(kept),
+        "seen_tokens": sum(seen for _, seen in kept) / len(kept),
+        "requests": len(kept),
+    }
+
+
+def _scored(lm: "HFLM", task: "NamedTask", loaded: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
+    """Scores of one task by any model of lm-eval's, and the log probabilities that they rest on."""
     from lm_eval.evaluator import evaluate
 
     for one in loaded["tasks"].values():
@@ -135,20 +163,13 @@ def _measured(lm: "FoldLM", task: "NamedTask", loaded: Mapping[str, Any], limit:
             one.set_config(key="num_fewshot", value=0)
         one.set_fewshot_seed(seed=_SEED)
     torch.manual_seed(_SEED)
-    lm.take_kept()
     begun = time.perf_counter()
     with _unseen():
         results = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=True)
-    seconds = time.perf_counter() - begun
-    kept = lm.take_kept()
-    share = sum(share for share, _ in kept) / len(kept)
     return {
         "scores": _scores(task, results),
-        "compression": 1 / share,
-        "kept_tokens": sum(share * seen for share, seen in kept) / len(kept),
-        "seen_tokens": sum(seen for _, seen in kept) / len(kept),
-        "requests": len(kept),
-        "seconds": seconds,
+        "likelihoods": likelihoods(results["samples"]),
+        "seconds": time.perf_counter() - begun,
     }
 
 
@@ -191,12 +212,14 @@ def _rows(task: "NamedTask", measured: Sequence[tuple[Mapping[str, Any], Mapping
             each, theirs = score["each"], unfolded[score["task"], score["metric"]]["each"]
             mean, error = paired_difference(each, theirs) if each and theirs else (None, None)
             figures = {key: value for key, value in score.items() if key != "each"}
+            apart = largest_difference(cell.get("likelihoods"), measured[0][1].get("likelihoods"))
             rows.append({
                 **about,
                 **figures,
                 "length_tokens": task.length_tokens,
                 "difference": {"mean": mean, "standard_error": error},
-                **{key: value for key, value in cell.items() if key != "scores"},
+                "largest_likelihood_difference": apart,
+                **{key: value for key, value in cell.items() if key not in ("scores", "likelihoods")},
             })  # fmt: skip
     return rows
 

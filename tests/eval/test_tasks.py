@@ -15,6 +15,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
 from kvfold.eval import task_names, tasks
+from kvfold.eval.peer import largest_difference, likelihoods
 from kvfold.eval.task_names import find_tasks, worded
 from kvfold.eval.tasks import measure_tasks
 
@@ -185,3 +186,27 @@ def test_lm_eval_may_be_missing(long_model, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"lm-eval is not installed: tasks need it: run pip install 'kvfold\[eval\]'"):
         measure_tasks(long_model, byte_tokenizer(), ["sciq"], [], name="tiny")
+
+
+def test_the_peer_stands_in_the_last_row_and_gives_the_same_likelihoods(long_model, questions, tmp_path):
+    loads = []
+    settings = {"name": "tiny", "cells": tmp_path / "cells", "peer": lambda: loads.append(1) or long_model}
+    full, folded, theirs = measure_tasks(long_model, byte_tokenizer(), [questions], ["h2o:5+4"], **settings)
+    assert theirs["method"] == "hf" and theirs["title"].endswith("by lm-eval's hf") and "compression" not in theirs
+    assert theirs["value"] == full["value"] and theirs["difference"] == {"mean": 0, "standard_error": 0}
+    assert theirs["largest_likelihood_difference"] < 1e-4 and full["largest_likelihood_difference"] == 0
+    assert folded["largest_likelihood_difference"] > 1e-2
+    assert measure_tasks(long_model, byte_tokenizer(), [questions], ["h2o:5+4"], **settings) == [full, folded, theirs]
+    assert loads == [1]
+
+
+def test_likelihoods_that_answer_other_requests_are_not_compared():
+    assert largest_difference([1.0, 2.0], [1.0, 2.5]) == 0.5
+    assert largest_difference([1.0], [1.0, 2.5]) is None is largest_difference(None, [1.0])
+
+
+def test_written_answers_have_no_likelihoods():
+    pairs = {"resps": [[(-1.5, True)], [(-2.5, False)]]}
+    assert likelihoods({"a": [pairs], "b": [pairs]}) == [-1.5, -2.5, -1.5, -2.5]
+    assert likelihoods({"a": [{"resps": [["written"]]}]}) is None
+    assert likelihoods({"a": [{"resps": [[-3.0]]}]}) is None
