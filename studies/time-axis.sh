@@ -43,4 +43,5 @@ times=()
 for kept in 512 341 256; do
   times+=(--time "window:$((kept - 4))+4" --time "h2o:$((kept / 2))+$((kept - kept / 2))" --time "tova:$kept")
 done
-kvfold eval "$model" "${texts[@]}" "${times[@]}" "${rows[@]}" --passkey --device "$device" --out "$out/results/time-axis.json"
+lengths=(--passkey --passkey-length 512 --passkey-length 1024 --passkey-length 2048)
+kvfold eval "$model" "${texts[@]}" "${times[@]}" "${rows[@]}" "${lengths[@]}" --device "$device" --out "$out/results/time-axis.json"

@@ -1,4 +1,4 @@
-"""Numbers too small for their exponent, which a CPU takes up to a hundred times as long over as others."""
+"""Numbers too small for their exponent, which a CPU takes up to twenty times as long over as others."""
 
 import torch
 
