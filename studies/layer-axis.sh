@@ -25,7 +25,8 @@ done
 kvfold eval "$model" "${texts[@]}" --time full --beside "$out/cla2-drop" --beside "$out/cla2-mean" \
   --beside "$out/cla2-fitted" --passkey --device "$device" --out "$out/results/cla2-start.json"
 
-full=(--full --kl forward --teacher "$model" --learning-rate 2e-4 --set learning_rate_schedule=cosine --set warmup_steps=5
+# What MODEL says of each sequence is worked out once.
+full=(--full --kl forward --teacher "$model" --set teacher_states="$out/teacher" --set sequences_at_once=4 --learning-rate 2e-4 --set learning_rate_schedule=cosine --set warmup_steps=5
   "${data[@]}" --device "$device")
 rows=()
 for init in drop mean fitted; do

@@ -17,7 +17,8 @@ IFS=, read -r -a valid <<<"$3"
 data=() texts=()
 for file in "${train[@]}"; do data+=(--data "$file"); done
 for file in "${valid[@]}"; do texts+=(--text "$file"); done
-common=("${data[@]}" --tokens "$tokens" --device "$device")
+# What MODEL says of each sequence is worked out once.
+common=("${data[@]}" --tokens "$tokens" --device "$device" --set teacher_states="$out/teacher" --set sequences_at_once=4)
 mkdir -p "$out"
 
 kvfold retrofit "$model" "$out/dms-4x" --recipe smollm2-dms-cpu "${common[@]}"

@@ -32,6 +32,9 @@ class RetrofitSettings:
     """Distillation, or `none` = the next token's loss; None = reverse under DMS or with a teacher, else none."""
     teacher: str | None = None
     """A model to distil from, of the same vocabulary; None = the source itself."""
+    teacher_states: str | None = None
+    """A folder for what the teacher says of each sequence, so that another run on the same text need not ask again; None =
+    nothing is kept."""
     data: tuple[str, ...] = ()
     """Text files, parquet files, or hub names."""
     tokens: int | None = None
@@ -113,6 +116,9 @@ class RetrofitSettings:
             raise ValueError("control of an adapter: a frozen model is its own control: leave one of the two out")
         if self.shard and (self.trains == "lora" or (self.time is not None and self.spec.name == "dmc")):
             raise ValueError("shard with lora or dmc: both write into whole weights: leave shard out")
+        if self.teacher_states is not None and (self.shard or self.distils == "none"):
+            why = "spread weights are asked together" if self.shard else "nothing is distilled"
+            raise ValueError(f"teacher_states {self.teacher_states}: {why}: leave it out")
         if self.warm_start and (self.gate_source, self.reads) != ("adapter", "own"):
             raise ValueError("warm_start: it fits DMS adapters that read their own decision: leave it out")
         if self.zero_out_steps and self.gate_source != "channel":

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.gates import GateConfig
 from kvfold.train.settings import RetrofitSettings
+from kvfold.train.teacher import TeacherStates
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATE_MODULES = ("fold_norm", "fold_proj")
@@ -24,12 +26,19 @@ class Student:
     model: FoldForCausalLM
     teacher: FoldForCausalLM | None
     """A model of its own; None = the student's own weights, with what is trained switched off."""
+    kept: TeacherStates | None = None
+    """What the teacher has said before, in this run or another."""
 
     @torch.no_grad()
     def teacher_states(self, ids_BT: Tensor, wrapped: nn.Module | None = None) -> Tensor:
         """What the teacher has before its head, [B, T, C]. `wrapped`: what must be called in the student's place where its
         weights are spread over processes.
         """
+        if self.kept is not None:
+            return self.kept.of(ids_BT, self._asked)
+        return self._asked(ids_BT, wrapped)
+
+    def _asked(self, ids_BT: Tensor, wrapped: nn.Module | None = None) -> Tensor:
         if self.teacher is not None:
             with self.teacher.gates_off():
                 return self.teacher.model(ids_BT, use_cache=False).last_hidden_state
@@ -52,6 +61,9 @@ def make_student(
 
     Distilling all weights takes a frozen copy of the original as the teacher, unless another was given.
     """
+    kept = None
+    if settings.teacher_states is not None:
+        kept = TeacherStates(Path(settings.teacher_states), teacher or model)
     if settings.distils == "none":
         teacher = None
     elif teacher is None and settings.trains == "full":
@@ -68,7 +80,7 @@ def make_student(
     for name, weight in model.named_parameters():
         if name.split(".")[-2] in GATE_MODULES:
             weight.requires_grad_(True)
-    return Student(model=model, teacher=teacher)
+    return Student(model=model, teacher=teacher, kept=kept)
 
 
 def gate_config_of(settings: RetrofitSettings) -> GateConfig:
