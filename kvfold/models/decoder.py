@@ -23,6 +23,7 @@ from kvfold.models.gated import FoldCausalLMOutput, FoldOutput, GatedDecoder, Ga
 from kvfold.models.gates import GateCall, GateProjection
 from kvfold.models.generation import FoldGeneration
 from kvfold.models.rope import Rope
+from kvfold.models.sharing import SharingDecoder, SharingModel
 from kvfold.ops.linear import SkinnyLinear
 from kvfold.ops.rotation import Rotation
 from kvfold.planner import PAGE_SLOTS
@@ -62,7 +63,7 @@ class FoldPreTrainedModel(PreTrainedModel):
         )
 
 
-class FoldModel(FoldPreTrainedModel, GatedDecoder):
+class FoldModel(FoldPreTrainedModel, GatedDecoder, SharingDecoder):
     """The decoder without its head."""
 
     def __init__(self, config: FoldConfig):
@@ -119,7 +120,7 @@ class FoldModel(FoldPreTrainedModel, GatedDecoder):
         """All layers over one piece of a call."""
         gates, options = self.gate_call(noise_key, tells), self.attention_options
         if cache is None:
-            view = DenseView(self.config.layout, real_BT=real, **options)
+            view = DenseView(self.dense_layout, real_BT=real, **options)
             hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
         else:
             # Pages are written in place, so no gradient could pass through them.
@@ -191,6 +192,8 @@ class FoldModel(FoldPreTrainedModel, GatedDecoder):
 
     def _cache_of(self, given: FoldCache | None, use_cache: bool | None, rows: int) -> FoldCache | None:
         """The cache of this call: the one given, a fresh one where one is to come back, or None for the training view."""
+        if self._sharing is not None:
+            return self.refuse_cache(given)
         if given is None:
             self._warn_of_steps()
             wanted = self.config.use_cache if use_cache is None else use_cache
@@ -220,7 +223,7 @@ class FoldModel(FoldPreTrainedModel, GatedDecoder):
             warnings.warn(f"{' and '.join(steps)} drops tokens between calls: {rule}", stacklevel=3)
 
 
-class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GatedModel, GenerationMixin):
+class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GatedModel, SharingModel, GenerationMixin):
     """The decoder with its language model head."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}

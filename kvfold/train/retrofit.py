@@ -28,7 +28,7 @@ from kvfold.train.results import write_trained
 from kvfold.train.run_folder import RunFolder, leads
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.shards import check_processes, is_sharded, unsharded
-from kvfold.train.student import Student, make_student, trained_weights
+from kvfold.train.student import Student, make_student, trained_weights, widest_layout
 from kvfold.train.trainer import RetrofitTrainer
 from kvfold.train.warm_start import warm_start
 
@@ -65,6 +65,7 @@ class Retrofit:
         """Train, or go on training, and write the result. Gives the facts of the card, on the main process."""
         if self.settings.shard:
             check_processes()
+        widest_layout(self.model, self.settings)  # refused before anything takes long
         base = Base.of(self.model, self.name)
         text = self._text()
         facts: dict[str, Any] = {"base": self.name, **self.about}

@@ -35,6 +35,8 @@ class RetrofitSettings:
     teacher_states: str | None = None
     """A folder for what the teacher says of each sequence, so that another run on the same text need not ask again; None =
     nothing is kept."""
+    drawn_layers: str | None = None
+    """Layers that may share, as a `--layers` text: in each step each of its readers draws whether it does; None = none."""
     data: tuple[str, ...] = ()
     """Text files, parquet files, or hub names."""
     tokens: int | None = None
@@ -116,6 +118,9 @@ class RetrofitSettings:
             raise ValueError("control of an adapter: a frozen model is its own control: leave one of the two out")
         if self.shard and (self.trains == "lora" or (self.time is not None and self.spec.name == "dmc")):
             raise ValueError("shard with lora or dmc: both write into whole weights: leave shard out")
+        if self.drawn_layers is not None and (self.time is not None or self.shard):
+            other = "shard" if self.shard else f"time '{self.time}'"
+            raise ValueError(f"drawn_layers {self.drawn_layers} with {other}: train one of the two after the other")
         if self.teacher_states is not None and (self.shard or self.distils == "none"):
             why = "spread weights are asked together" if self.shard else "nothing is distilled"
             raise ValueError(f"teacher_states {self.teacher_states}: {why}: leave it out")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.gates import GateConfig
 from kvfold.train.settings import RetrofitSettings
@@ -28,6 +29,8 @@ class Student:
     """A model of its own; None = the student's own weights, with what is trained switched off."""
     kept: TeacherStates | None = None
     """What the teacher has said before, in this run or another."""
+    widest: KVLayout | None = None
+    """Where layers draw whether they share: all that may."""
 
     @torch.no_grad()
     def teacher_states(self, ids_BT: Tensor, wrapped: nn.Module | None = None) -> Tensor:
@@ -80,7 +83,14 @@ def make_student(
     for name, weight in model.named_parameters():
         if name.split(".")[-2] in GATE_MODULES:
             weight.requires_grad_(True)
-    return Student(model=model, teacher=teacher, kept=kept)
+    return Student(model=model, teacher=teacher, kept=kept, widest=widest_layout(model, settings))
+
+
+def widest_layout(model: FoldForCausalLM, settings: RetrofitSettings) -> KVLayout | None:
+    """The layout of `drawn_layers`. Raises `ValueError` for one that does not fit the model's layers."""
+    if settings.drawn_layers is None:
+        return None
+    return KVLayout.parse(settings.drawn_layers, model.config.layout)
 
 
 def gate_config_of(settings: RetrofitSettings) -> GateConfig:

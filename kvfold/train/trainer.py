@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from kvfold.eval.scoring import next_token_logits
+from kvfold.layout import KVLayout
 from kvfold.train.data import TrainingOrder
+from kvfold.train.draws import drawn_layout
 from kvfold.train.loop import OnStep, StepTrainer
 from kvfold.train.losses import decision_counts, divergence, ratio_loss
 from kvfold.train.reached import reached
@@ -45,9 +47,11 @@ class RetrofitTrainer(StepTrainer):
         with self.accelerator.autocast():
             wrapped = model if self._settings.shard else None
             teacher = None if self._settings.distils == "none" else self._student.teacher_states(ids, wrapped)
-            with ExitStack() as zeroing:
+            with ExitStack() as inside:
                 if factor is not None:
-                    zeroing.enter_context(self._student.model.zero_out(factor))
+                    inside.enter_context(self._student.model.zero_out(factor))
+                if self._student.widest is not None:
+                    inside.enter_context(self._student.model.sharing(self._drawn(step)))
                 outputs = self.forward_states(model, ids, **options)
             total = self.summed_loss(outputs, ids) if teacher is None else self._distilled(outputs, teacher, ids)
         main = loss = self.share_of_step(total, inputs)
@@ -68,6 +72,11 @@ class RetrofitTrainer(StepTrainer):
             return divergence(logits_NV, theirs, self._settings.distils)
 
         return self.summed_over_positions(outputs, ids_BT, loss_of_logits)
+
+    def _drawn(self, step: int) -> KVLayout:
+        """Who reads whom in a step."""
+        base = self._student.model.config.layout
+        return drawn_layout(base, self._student.widest, seed=self._settings.seed, step=step)
 
     def _target_share(self, step: int) -> float:
         """alpha* of a step."""
