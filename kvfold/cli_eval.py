@@ -95,11 +95,7 @@ def evaluate(
     names = [name.strip() for some in tasks or [] for name in some.split(",") if name.strip()]
     if tasks and not names:
         raise ValueError(f"--tasks '{','.join(tasks)}': it names no task: write some, with commas between them")
-    if peers not in ("transformers", "none"):
-        raise ValueError(
-            f"--peers '{peers}': tasks are scored beside transformers or alone: write transformers or none"
-        )
-    peer = model if peers == "transformers" else None
+    peer = _peer(peers, model)
     of_tasks = {"task-folder": task_folder, "task-length": task_length, "limit": limit, "peers": peer}
     _check_asked(names, passkey, passkey_length, of_tasks)
     asked = _Asked(
@@ -111,6 +107,13 @@ def evaluate(
     weights, tokenizer = load_model(model, None, bits, adapter, dtype, device)
     kind, result, tables = _measure(weights, tokenizer, model_name(model), asked)
     hand_over(kind, result, tables, out=out, as_json=as_json)
+
+
+def _peer(name: str, model: str) -> str | None:
+    """What the other side of a comparison loads."""
+    if name not in ("transformers", "none"):
+        raise ValueError(f"--peers '{name}': tasks are scored beside transformers or alone: write transformers or none")
+    return model if name == "transformers" else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from kvfold.eval.folding import method_about, method_layouts, with_unfolded
 from kvfold.eval.peer import PEER, Peer, largest_difference, likelihoods
 from kvfold.eval.progress import Report
 from kvfold.eval.rows import paired_difference
+from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 
 if TYPE_CHECKING:
@@ -71,26 +73,33 @@ def measure_tasks(
         lm = FoldLM(model, tokenizer, batch_size=rows, report=report)
         other = None if peer is None else Peer(load=peer, tokenizer=tokenizer, rows=rows)
         for task in named:
-            loaded = None
-            of_task, asked = [], {"model": key, "limit": limit, "task": task.identity}
-            for layout in layouts:
-                cell_key = asked | {"layout": layout_key(layout)}
-                about = " ".join(filter(None, [task.name, str(task.length_tokens or ""), layout.time_text()]))
-                cell = kept.read(about, cell_key)
-                if cell is None:
-                    loaded = loaded or _loaded(task)
-                    lm.layout, lm.about = layout, about
-                    cell = _measured(lm, task, loaded, limit)
-                    kept.write(about, cell_key, cell)
-                of_task.append((method_about(layout), cell))
-            if other is not None:
-                cell = kept.read(PEER, asked | {"peer": other.identity})
-                if cell is None:
-                    report and report(f"{task.name}, {other.identity}", 0, 1)
-                    cell = _scored(other.lm, task, loaded or _loaded(task), limit)
-                    kept.write(PEER, asked | {"peer": other.identity}, cell)
-                of_task.append(({"method": PEER, "title": other.identity}, cell))
-            found += _rows(task, of_task)
+            asked = {"model": key, "limit": limit, "task": task.identity}
+            found += _rows(task, _of_task(task, layouts, lm, other, kept, asked))
+    return found
+
+
+def _of_task(
+    task: "NamedTask", layouts: Sequence[KVLayout], lm: "FoldLM", other: Peer | None, kept: Cells, asked: dict[str, Any]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """What rows say of their method, and the cell of one task under it; measured unless it is there."""
+    limit, found = asked["limit"], []
+    loaded = cache(lambda: _loaded(task))
+    for layout in layouts:
+        about = " ".join(filter(None, [task.name, str(task.length_tokens or ""), layout.time_text()]))
+        cell_key = asked | {"layout": layout_key(layout)}
+        cell = kept.read(about, cell_key)
+        if cell is None:
+            lm.layout, lm.about = layout, about
+            cell = _measured(lm, task, loaded(), limit)
+            kept.write(about, cell_key, cell)
+        found.append((method_about(layout), cell))
+    if other is not None:
+        about, cell_key = f"{task.name} {PEER}", asked | {"peer": other.identity}
+        cell = kept.read(about, cell_key)
+        if cell is None:
+            cell = _scored(other.lm, task, loaded(), limit)
+            kept.write(about, cell_key, cell)
+        found.append(({"method": PEER, "title": other.identity}, cell))
     return found
 
 
