@@ -13,6 +13,7 @@ from kvfold.report.pictures.drawing import (
     picture,
     polyline,
     short,
+    spots,
     ticks,
     write,
 )
@@ -88,7 +89,7 @@ def lines_picture(
         colour = 0 if line.dashed else 1 + index % 7
         places = [(frame.x(step), frame.y(value)) for step, value in line.points]
         parts.append(polyline(places, f"line{' dashed' if line.dashed else ''} c{colour}"))
-        parts += _hovers(line, places, x_title)
+        parts += spots([f"{x_title} {count(step)}: {line.name} {three(value)}" for step, value in line.points], places)
         ends.append((*places[-1], name, colour))
     parts += end_labels(ends, frame.top, frame.bottom - 2)
     return picture(width, height, f"{y_title} over training. The table below has the numbers.", *parts)
@@ -97,22 +98,6 @@ def lines_picture(
 def _room(low: float, high: float) -> float:
     """From low to high; never so little that a picture could not tell them apart."""
     return max(high - low, abs(high) * 1e-6, 1e-6)
-
-
-def _hovers(line: Series, places: Sequence[tuple[float, float]], x_title: str) -> list[Markup]:
-    every = max(1, len(places) // 12)
-    pairs = list(zip(line.points, places, strict=True))[::every]
-    return [
-        tag(
-            "circle",
-            tag("title", f"{x_title} {count(step)}: {line.name} {three(value)}"),
-            class_="spot",
-            cx=x,
-            cy=y,
-            r=9,
-        )
-        for (step, value), (x, y) in pairs
-    ]
 
 
 def layers_of(rows: Sequence[Mapping], most: int) -> list[tuple[float, list[float | None]]]:

@@ -90,6 +90,15 @@ def mark(index: int, x: float, y: float, hover: str, hollow: bool = False) -> Ma
     return tag("path", tag("title", hover), class_=f"{kind} c{index}", d=shapes[index % len(shapes)])
 
 
+def spots(hovers: Sequence[str], places: Sequence[tuple[float, float]]) -> list[Markup]:
+    """About a dozen invisible spots along a line that say what it is there; a text for each place."""
+    step = max(1, len(places) // 12)
+    return [
+        tag("circle", tag("title", hover), class_="spot", cx=x, cy=y, r=9)
+        for hover, (x, y) in list(zip(hovers, places, strict=True))[::step]
+    ]
+
+
 def polyline(points: Sequence[tuple[float, float]], class_: str) -> Markup:
     """Straight strokes from point to point."""
     return tag("path", class_=class_, d="M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points))

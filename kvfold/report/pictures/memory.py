@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from kvfold.report.markup import Markup, tag
+from kvfold.report.markup import Markup
 from kvfold.report.numbers import count, size, size_unit, tick
-from kvfold.report.pictures.drawing import LETTER, MOST_NAME, Frame, end_labels, picture, polyline, short, ticks
+from kvfold.report.pictures.drawing import LETTER, MOST_NAME, Frame, end_labels, picture, polyline, short, spots, ticks
 from kvfold.report.results import number
 from kvfold.report.series import family_of, label_of
 
@@ -45,23 +45,8 @@ def memory_picture(rows: Sequence[Mapping], colours: Mapping[str, int], width: f
         colour = colours.get(family_of(row), 0)
         places = [(frame.x(tokens), frame.y(held)) for tokens, held in points]
         parts.append(polyline(places, f"line{' dashed' if '%' in label_of(row) else ''} c{colour}"))
-        parts.extend(_hovers(row, points, places))
+        said = [f"{label_of(row)}: {size(held)} after {count(tokens)} tokens" for tokens, held in points]
+        parts.extend(spots(said, places))
         ends.append((*places[-1], name, colour))
     parts.extend(end_labels(ends, frame.top, frame.bottom - 2))
     return picture(width, height, "Bytes held by the cache over tokens seen. The table below has the numbers.", *parts)
-
-
-def _hovers(row: Mapping, points: list[tuple[float, float]], places: list[tuple[float, float]]) -> list[Markup]:
-    """About a dozen invisible spots along a line that say what it is there."""
-    step = max(1, len(points) // 12)
-    return [
-        tag(
-            "circle",
-            tag("title", f"{label_of(row)}: {size(held)} after {count(tokens)} tokens"),
-            class_="spot",
-            cx=x,
-            cy=y,
-            r=9,
-        )
-        for (tokens, held), (x, y) in list(zip(points, places, strict=True))[::step]
-    ]
