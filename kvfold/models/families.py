@@ -11,6 +11,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from kvfold.exchange import read_sharing
 from kvfold.models.config import FULL_ATTENTION, SLIDING_ATTENTION, FoldConfig
 from kvfold.models.official_dms import official_gates
 
@@ -99,7 +100,8 @@ def family_named(model_type: str | None) -> Family:
 
 
 def fold_config(theirs: PreTrainedConfig) -> FoldConfig:
-    """The FoldConfig, with the plain layout, of a transformers config. Raises `ValueError` for what the decoder can't do.
+    """The FoldConfig of a transformers config: the plain layout, or who reads whom where the config says so in a grammar of
+    exchange.py. Raises `ValueError` for what the decoder can't do.
 
     Differs: dropout, which some configs ask for in training, is left out.
     """
@@ -118,6 +120,7 @@ def fold_config(theirs: PreTrainedConfig) -> FoldConfig:
         **values,
         **family.fixed,
     )
+    config.layout = read_sharing(theirs.to_dict(), config.layout)
     retrofitted = official_gates(theirs)
     if retrofitted is not None:
         gates, time = retrofitted

@@ -125,8 +125,10 @@ def _read_foreign(
         weights |= official_weights(found.name, found.options, sorted(report["unexpected_keys"]))
     # The tensors live on in `weights` alone, so that fused ones are freed as they are cut apart.
     del model
-    lacking, _ = ours.load_state_dict(fold_weights(config, weights), strict=False, assign=True)
-    report["missing_keys"] = [*report["missing_keys"], *(name for name in lacking if name != "lm_head.weight")]
+    lacking, unread = ours.load_state_dict(fold_weights(config, weights), strict=False, assign=True)
+    # The family's own class, which knows nothing of sharing, gave readers keys and values: they are not ours to miss.
+    missing = set(report["missing_keys"]) - set(unread)
+    report["missing_keys"] = [*missing, *(name for name in lacking if name != "lm_head.weight")]
     ours.tie_weights()
     return ours, report
 

@@ -8,6 +8,7 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
 from kvfold.layout import KVLayout
 from kvfold.models.config import FoldConfig
+from kvfold.models.convert import Conversion, convert
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.families import FAMILIES, fold_config
 from kvfold.models.load import load
@@ -35,6 +36,50 @@ def test_a_familys_folder_loads_and_saves_as_ours(model_type, pair, ids, tmp_pat
     bare = AutoModel.from_pretrained(tmp_path / "ours")
     with torch.no_grad():
         assert torch.equal(bare(ids).last_hidden_state, ours.model(ids).last_hidden_state)
+
+
+SHARED = {
+    "the last layers read": ({"num_kv_shared_layers": 2}, "trailing:2"),
+    "one owner a layer": ({"kv_source_layers": [0, 0, 2, 2]}, "cla2"),
+    "dolomite's": ({"sharing_pattern": [0, 1, 1, 1]}, "0_1_1_1"),
+    "Hunyuan's": ({"use_cla": True, "cla_share_factor": 2}, "cla2"),
+}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("grammar", SHARED)
+@pytest.mark.parametrize("held", [True, False], ids=["readers' weights there", "left out"])
+def test_a_familys_folder_that_shares_layers_is_read_as_it_says(model_type, grammar, held, pair, ids, tmp_path):
+    """As converting the unshared model to that layout does; a reader's own keys and values don't count, there or not."""
+    if model_type == "phi3" and not held:
+        pytest.skip("a fused projection is there whole or not at all")
+    keys, layers = SHARED[grammar]
+    layer_types = {"layer_types": ["full_attention"] * 4} if model_type == "gemma3_text" else {}
+    theirs = pair(model_type, **layer_types)[1]
+    theirs.save_pretrained(tmp_path / "plain")
+    expected = convert(tmp_path / "plain", tmp_path / "expected", Conversion(layers=layers, init="drop"))
+    for name, value in keys.items():
+        setattr(theirs.config, name, value)
+    weights = theirs.state_dict()
+    for layer in [] if held else range(4):
+        if expected.config.layout.owner_of(layer) != layer:
+            for part in ("k_proj", "v_proj", "k_norm"):
+                weights.pop(f"model.layers.{layer}.self_attn.{part}.weight", None)
+    theirs.save_pretrained(tmp_path / "shared", state_dict=weights)
+    ours = load(tmp_path / "shared")
+    assert ours.config.layout == expected.config.layout
+    assert ours.state_dict().keys() == expected.state_dict().keys()
+    assert torch.equal(logits(ours, ids), logits(expected, ids))
+
+
+def test_an_owner_without_keys_is_missed_all_the_same(pair, tmp_path):
+    theirs = pair("llama")[1]
+    theirs.config.num_kv_shared_layers = 2
+    weights = theirs.state_dict()
+    del weights["model.layers.1.self_attn.k_proj.weight"]
+    theirs.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match=r"lacks 1 weights, the first is model\.layers\.1\.self_attn\.k_proj"):
+        load(tmp_path)
 
 
 def test_tied_embeddings_are_one_tensor(pair, tmp_path):
