@@ -44,7 +44,7 @@ class GateConfig:
     channel: int = -1
     """The freed channel."""
     scale: float = 1.0
-    """Factor of the channel or of the adapter's output."""
+    """Factor of the channels or of the adapter's output: the larger, the faster a gate learns beside other weights."""
     offset: float = 5.0
     """Subtracted from the scaled value, so that an untrained gate stays shut; calibration moves it."""
     tau: float = 0.1
@@ -202,7 +202,7 @@ def decide(
     weight = None
     if config.method == "dmc":
         grouped = q_BTHD[..., config.channel].float().unflatten(2, (k_BTKD.shape[2], -1))
-        weight = (grouped.mean(dim=3) + IMPORTANCE_OFFSET).sigmoid() + IMPORTANCE_FLOOR
+        weight = (grouped.mean(dim=3) * config.scale + IMPORTANCE_OFFSET).sigmoid() + IMPORTANCE_FLOOR
     return Gates(alpha_BTK=alpha, log_stay_BTK=log_stay, weight_BTK=weight, from_next=config.reads == "next", **keep)
 
 

@@ -26,6 +26,9 @@ class RetrofitSettings:
     """Where decisions come from; None = an adapter for DMS, a freed channel for DMC."""
     reads: Literal["own", "next"] = "own"
     """Whose decision governs a token under DMS: its own, or the next token's (the published form)."""
+    gate_scale: float | None = None
+    """Factor of what a gate reads, and so of how fast it learns beside the other weights; None = 100 under DMS, 1 under DMC,
+    as published."""
     per: Literal["head", "layer"] = "head"
     """A decision for each KV head, or one for all heads of a layer."""
     kl: Literal["reverse", "forward", "none"] | None = None
@@ -100,6 +103,8 @@ class RetrofitSettings:
                 f"sequences_at_once {self.sequences_at_once}: steps of {self.batch_sequences} are cut in equal parts: "
                 "use a divisor of it"
             )
+        if self.gate_scale is not None and not 0 < self.gate_scale < math.inf:
+            raise ValueError(f"gate_scale {self.gate_scale:g}: it is a number above 0: use e.g. 100")
         self._check_method()
         if self.gated and not self.control:
             share_for(self.compression, self.sequence_tokens, self.spec)

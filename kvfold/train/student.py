@@ -17,7 +17,8 @@ from kvfold.train.teacher import TeacherStates
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATE_MODULES = ("fold_norm", "fold_proj")
-DMS_SCALE = 100.0
+_SCALES = {"dmc": 1.0, "dms": 100.0}
+"""Of gates, where the settings give none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,10 +96,12 @@ def widest_layout(model: FoldForCausalLM, settings: RetrofitSettings) -> KVLayou
 
 def gate_config_of(settings: RetrofitSettings) -> GateConfig:
     """The gates that the settings describe. An adapter has a bias, which warm start and calibration set."""
-    if settings.spec.name == "dmc":
-        return GateConfig(method="dmc", per=settings.per, base_masked=settings.trains == "lora")
+    name = settings.spec.name
+    scale = _SCALES[name] if settings.gate_scale is None else settings.gate_scale
+    if name == "dmc":
+        return GateConfig(method="dmc", per=settings.per, scale=scale, base_masked=settings.trains == "lora")
     return GateConfig(
-        method="dms", source=settings.gate_source, reads=settings.reads, per=settings.per, scale=DMS_SCALE,
+        method="dms", source=settings.gate_source, reads=settings.reads, per=settings.per, scale=scale,
         bias=settings.gate_source == "adapter",
     )  # fmt: skip
 

@@ -90,7 +90,7 @@ def owner_sets(layer, model, normed, hidden, q) -> tuple[list, list[list[list[tu
             sets.append(dms_sets(k[:, h], v[:, h], logit[:, h], spec.delay, gates["reads"] == "next"))
             continue
         mean = sum(q[:, h * group + g, gates["channel"]] for g in range(group)) / group
-        weight = torch.sigmoid(mean + 5.0) + 2.0**-7
+        weight = torch.sigmoid(mean * gates["scale"] + 5.0) + 2.0**-7
         sets.append(dmc_sets(k[:, h], v[:, h], logit[:, h], weight, spec.window, gates["channel"]))
     return [logit[:, h] for h in range(heads)], sets
 
