@@ -75,6 +75,8 @@ def retrofit(
     }  # fmt: skip
     settings = _settings(recipe, {key: value for key, value in given.items() if value is not None}, set_ or [])
     facts = _run(source, out, settings, snapshot, dtype=dtype, device=device)
+    if "after" not in facts:
+        return  # one of torchrun's other processes: the leading one measures, writes and tells
     if as_json:
         show_json({"kind": "retrofit", "out": str(snapshot or out), **facts})
     else:

@@ -30,7 +30,7 @@ def write_card(settings: RetrofitSettings, facts: Mapping[str, Any], out: Path) 
         f"| data | {', '.join(Path(name).name for name in settings.data)} |",
         f"| hardware | {facts['hardware']} |",
         f"| time | {facts['seconds'] / 60:.1f} minutes of training |",
-        *_measured_rows(facts),
+        *_measured_rows(settings, facts),
         f"| control | {_control(settings)} |",
         f"| kvfold | {facts['version']}, commit {facts['git_commit'] or 'not known'} |",
         "",
@@ -51,6 +51,12 @@ def _method_rows(settings: RetrofitSettings, facts: Mapping[str, Any]) -> list[s
         f"| decisions | from {'an adapter' if settings.gate_source == 'adapter' else 'a freed channel'}, "
         f"{_decides(settings)}, one for each {'KV head' if settings.per == 'head' else 'layer'} |",
     ]
+    if facts.get("freed"):
+        found = facts["freed"]
+        rows.append(
+            f"| freed channel | {found['channel']}, the one missed least: KL {found['kl']:.3f} without it, "
+            f"{found['kl_of_last']:.3f} without the last |"
+        )
     if facts.get("warm_start"):
         rows.append(
             f"| warm start | gates fitted to {facts['warm_start']['tokens']:,} tokens without back-propagation |"
@@ -88,10 +94,12 @@ def _loss(settings: RetrofitSettings) -> str:
     )
 
 
-def _measured_rows(facts: Mapping[str, Any]) -> list[str]:
+def _measured_rows(settings: RetrofitSettings, facts: Mapping[str, Any]) -> list[str]:
     before, after = facts["before"], facts["after"]
+    # With a teacher of its own, what is trained was converted first.
+    start = "the original" if settings.teacher is None else f"{facts['base']} before training"
     rows = [
-        f"| held-out perplexity of the original | {before['perplexity']:.2f} |",
+        f"| held-out perplexity of {start} | {before['perplexity']:.2f} |",
         f"| held-out perplexity of the result | {after['perplexity']:.2f} "
         f"({100 * (after['perplexity'] / before['perplexity'] - 1):+.1f} %), on {after['tokens']:,} tokens in windows of "
         f"{after['context_tokens']:,} |",

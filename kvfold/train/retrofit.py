@@ -23,12 +23,13 @@ from kvfold.train.calibrate import calibrate
 from kvfold.train.card import write_card
 from kvfold.train.curve import Curve, read_curve
 from kvfold.train.data import TrainingOrder, TrainingText, draw_text
+from kvfold.train.free_channel import least_missed_channel
 from kvfold.train.loop import ignored_tokens, load_trained
 from kvfold.train.results import write_trained
 from kvfold.train.run_folder import RunFolder, leads
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.shards import check_processes, is_sharded, unsharded
-from kvfold.train.student import Student, make_student, trained_weights, widest_layout
+from kvfold.train.student import Student, check_method, make_student, trained_weights, widest_layout
 from kvfold.train.trainer import RetrofitTrainer
 from kvfold.train.warm_start import warm_start
 
@@ -66,17 +67,23 @@ class Retrofit:
         if self.settings.shard:
             check_processes()
         widest_layout(self.model, self.settings)  # refused before anything takes long
+        check_method(self.model, self.settings)
         base = Base.of(self.model, self.name)
         text = self._text()
         facts: dict[str, Any] = {"base": self.name, **self.about}
         if leads():
             self.folder.begin(self.source, self.settings)
             facts["before"] = self._noted("before", lambda: self._measured(text))
+        if self.settings.find_channel and self.settings.compresses:
+            facts["freed"] = self._noted("channel", lambda: self._found_channel(text))
+            self = replace(
+                self, settings=self.settings.with_values(channel=facts["freed"]["channel"], find_channel=False)
+            )
         student = make_student(self.model, self.settings, teacher=self.teacher)
         facts["trained_parameters"] = sum(one.numel() for one in trained_weights(self.model).values())
         if self.snapshot is not None:
             return self._snapped(facts, text, base)
-        if self.settings.warm_start:
+        if self.settings.warm_start and self.settings.compresses:
             facts["warm_start"] = self._warm_started(text)
         self._train(student, text, base)
         done = replace(self, model=unsharded(self.model)) if is_sharded(self.model) else self
@@ -143,8 +150,12 @@ class Retrofit:
         found = self.folder.read(name)
         if found is None:
             found = make()
-            self.folder.write(name, found)
+            if leads():
+                self.folder.write(name, found)
         return found
+
+    def _found_channel(self, text: TrainingText) -> dict[str, Any]:
+        return least_missed_channel(self.model, text.calibration, self.settings, report=self.report)
 
     def _warm_started(self, text: TrainingText) -> dict[str, Any]:
         """Fitted once; a run that goes on has the gates of its checkpoint."""

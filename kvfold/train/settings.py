@@ -26,6 +26,10 @@ class RetrofitSettings:
     """Where decisions come from; None = an adapter for DMS, a freed channel for DMC."""
     reads: Literal["own", "next"] = "own"
     """Whose decision governs a token under DMS: its own, or the next token's (the published form)."""
+    channel: int | None = None
+    """The channel of q and k that is freed for decisions; None = the last, as published."""
+    find_channel: bool = False
+    """Free the channel that the model misses least, found by a forward pass for each."""
     gate_scale: float | None = None
     """Factor of what a gate reads, and so of how fast it learns beside the other weights; None = 100 under DMS, 1 under DMC,
     as published."""
@@ -131,8 +135,18 @@ class RetrofitSettings:
             raise ValueError(f"teacher_states {self.teacher_states}: {why}: leave it out")
         if self.warm_start and (self.gate_source, self.reads) != ("adapter", "own"):
             raise ValueError("warm_start: it fits DMS adapters that read their own decision: leave it out")
-        if self.zero_out_steps and self.gate_source != "channel":
-            raise ValueError(f"zero_out_steps {self.zero_out_steps}: an adapter frees no channel: leave them out")
+        if self.trains == "adapter" and self.source == "channel":
+            raise ValueError(
+                "source 'channel' with an adapter: its decisions are its own: use lora or full, or leave it out"
+            )
+        if self.source == "adapter" and self.gated and self.spec.name == "dmc":
+            raise ValueError("source 'adapter' with dmc: DMC reads a freed channel: leave it out")
+        if self.gate_source != "channel":
+            for name in ("zero_out_steps", "channel", "find_channel"):
+                if getattr(self, name) not in (0, None):  # False is 0
+                    raise ValueError(f"{name} {getattr(self, name)}: an adapter frees no channel: leave it out")
+        if self.channel is not None and self.find_channel:
+            raise ValueError(f"channel {self.channel} and find_channel: give one of the two")
 
     @property
     def spec(self) -> TimeSpec:
@@ -179,10 +193,10 @@ class RetrofitSettings:
             total, planned = self.tokens // self.step_tokens, max(1, zero_out + ramp + tail)
             zero_out, tail = round(total * zero_out / planned), round(total * tail / planned)
             ramp = total - zero_out - tail
-        if not self.compresses:
-            return Stages(compression=1.0, ramp_steps=zero_out + ramp, tail_steps=tail)
         if self.warm_start:
             ramp, tail = 0, ramp + tail
+        if not self.compresses:
+            return Stages(compression=1.0, ramp_steps=zero_out + ramp, tail_steps=tail)
         return Stages(compression=self.compression, zero_out_steps=zero_out, ramp_steps=ramp, tail_steps=tail)
 
     @property

@@ -94,14 +94,31 @@ def widest_layout(model: FoldForCausalLM, settings: RetrofitSettings) -> KVLayou
     return KVLayout.parse(settings.drawn_layers, model.config.layout)
 
 
+def check_method(model: FoldForCausalLM, settings: RetrofitSettings) -> None:
+    """Raises `ValueError` where the method of the settings has nothing to do in this model."""
+    if not settings.gated:
+        return
+    layout, dim = model.config.layout.with_time(settings.time), model.config.head_dim
+    if not any(layout.time_of(owner) == settings.spec for owner in layout.owners):
+        raise ValueError(
+            f"time '{settings.time}': every layer of this model has a sliding window of its own and keeps no more: "
+            "choose a model with full attention"
+        )
+    if settings.channel is not None and not -dim <= settings.channel < dim:
+        raise ValueError(f"channel {settings.channel}: heads have {dim} channels: use 0 to {dim - 1}")
+
+
 def gate_config_of(settings: RetrofitSettings) -> GateConfig:
     """The gates that the settings describe. An adapter has a bias, which warm start and calibration set."""
     name = settings.spec.name
     scale = _SCALES[name] if settings.gate_scale is None else settings.gate_scale
+    channel = -1 if settings.channel is None else settings.channel
     if name == "dmc":
-        return GateConfig(method="dmc", per=settings.per, scale=scale, base_masked=settings.trains == "lora")
+        return GateConfig(
+            method="dmc", per=settings.per, channel=channel, scale=scale, base_masked=settings.trains == "lora"
+        )
     return GateConfig(
-        method="dms", source=settings.gate_source, reads=settings.reads, per=settings.per, scale=scale,
+        method="dms", source=settings.gate_source, reads=settings.reads, per=settings.per, channel=channel, scale=scale,
         bias=settings.gate_source == "adapter",
     )  # fmt: skip
 
