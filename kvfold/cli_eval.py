@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvfold.cli_model import SAMPLE, Adapter, Bits, Device, Dtype, Json, Model, Out, Times, load_model, model_name
-from kvfold.console import check_out, clear_errors, hand_over, progress
+from kvfold.console import check_out, clear_errors, hand_over, progress, say
 
 if TYPE_CHECKING:
     from kvfold.eval.beside import Beside
@@ -95,7 +95,7 @@ def evaluate(
     names = [name.strip() for some in tasks or [] for name in some.split(",") if name.strip()]
     if tasks and not names:
         raise ValueError(f"--tasks '{','.join(tasks)}': it names no task: write some, with commas between them")
-    peer = _peer(peers, model)
+    peer = _peer(peers, model, adapter)
     of_tasks = {"task-folder": task_folder, "task-length": task_length, "limit": limit, "peers": peer}
     _check_asked(names, passkey, passkey_length, of_tasks)
     asked = _Asked(
@@ -105,15 +105,32 @@ def evaluate(
         peer=peer, beside=_beside(beside or [], model, dtype, device), cells=None if fresh else _cells(),
     )  # fmt: skip
     weights, tokenizer = load_model(model, None, bits, adapter, dtype, device)
+    _note_changed_base(adapter)
     kind, result, tables = _measure(weights, tokenizer, model_name(model), asked)
     hand_over(kind, result, tables, out=out, as_json=as_json)
 
 
-def _peer(name: str, model: str) -> str | None:
+def _peer(name: str, model: str, adapter: str | None) -> str | None:
     """What the other side of a comparison loads."""
+    if name == "transformers" and adapter is not None:
+        raise ValueError(
+            f"--peers with --adapter {adapter}: transformers would score the base alone: give it with --beside"
+        )
     if name not in ("transformers", "none"):
         raise ValueError(f"--peers '{name}': tasks are scored beside transformers or alone: write transformers or none")
     return model if name == "transformers" else None
+
+
+def _note_changed_base(adapter: str | None) -> None:
+    if adapter is None:
+        return
+    from kvfold.models.adapters import read_adapter
+
+    if read_adapter(adapter)[0].lora is not None:
+        say(
+            f"note: {adapter} changes the model's weights, and rows are compared with the changed ones unfolded: --beside "
+            f"{adapter} compares with the base"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -110,6 +110,10 @@ def _settings(recipe: str | None, given: dict[str, Any], assigned: list[str]) ->
     values |= checked_values(given, RetrofitSettings, where="retrofit") | parse_assignments(assigned, RetrofitSettings)
     if "trains" not in values:
         raise ValueError("nothing says what learns: give --adapter, --lora R, --full or a recipe")
+    if "compression" in values and values.get("time") is None:
+        raise ValueError(
+            "a compression without a method: plain uptraining compresses nothing: give --time dms or dmc too"
+        )
     if not values.get("data"):
         raise ValueError("no data to train on: give --data FILES")
     return RetrofitSettings(**values)
@@ -126,6 +130,8 @@ def _run(
         folder.check(source, settings)
     done = folder.read("done")
     if done is not None and is_written(out, settings):
+        if snapshot is not None:
+            raise ValueError(f"{out}: the run is finished and this is its result: a snapshot is of one on its way")
         say(f"{out}: done already")
         return done
     _say_plan(settings, folder.done_steps)

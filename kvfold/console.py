@@ -17,6 +17,7 @@ from typing import Any
 
 import typer
 from rich.console import Console, RenderableType
+from safetensors import SafetensorError
 
 UNBOUNDED_COLUMNS = 160
 """Width of what goes to a file or another program."""
@@ -40,7 +41,7 @@ def clear_errors(command: Callable) -> Callable:
         except BrokenPipeError:
             # Whoever reads our output has seen enough: typer ends without a word.
             raise
-        except (RuntimeError, OSError, MemoryError) as error:
+        except (RuntimeError, OSError, MemoryError, SafetensorError) as error:
             say(f"failed: {_one_line(error) or type(error).__name__}")
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:

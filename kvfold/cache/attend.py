@@ -62,7 +62,7 @@ class StepView:
                 k, v, slots = step.merge(index, gates, k_BTKD[:, 0], v_BTKD[:, 0])
                 k = rotate(rotation, k.unsqueeze(1), None if gates is None else gates.k_keep_KD)[:, 0]
         elif owner == layer:
-            k, v = rotate(rotation, k_BTKD)[:, 0], v_BTKD[:, 0]
+            k, v = rotate(rotation, k_BTKD, None if gates is None else gates.k_keep_KD)[:, 0], v_BTKD[:, 0]
         if isinstance(step, PlacedStep):
             slots = of_owners[index]
             if isinstance(step, FlaggedStep) and owner == layer:

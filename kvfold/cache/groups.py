@@ -64,7 +64,7 @@ class Group:
         self._take(gates, k_BTKD, v_BTKD, rotation)
 
     def _take(self, gates: Gates | None, k_BTKD: Tensor, v_BTKD: Tensor, rotation: Rotation | None) -> None:
-        self._lay_out(rotate(rotation, k_BTKD), v_BTKD)
+        self._lay_out(rotate(rotation, k_BTKD, None if gates is None else gates.k_keep_KD), v_BTKD)
         self.mask = self._mask()
 
     def _lay_out(self, k_BTKD: Tensor, v_BTKD: Tensor) -> None:

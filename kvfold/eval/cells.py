@@ -6,7 +6,7 @@ A cell that was measured is never measured again; a torn or foreign file counts 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ class Cells:
     def __init__(self, folder: str | Path | None):
         self._folder = None if folder is None else Path(folder)
 
-    def read(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The measurement under this name and key, or None."""
+    def read(self, name: str, key: Mapping[str, Any], of: str | None = None) -> dict[str, Any] | None:
+        """The measurement under this name and key, or None. `of`: a digest of what was read, where the key does not tell;
+        a cell that was made of something else counts as none.
+        """
         if self._folder is None:
             return None
         try:
@@ -36,12 +38,14 @@ class Cells:
         except (OSError, ValueError):
             return None
         same = isinstance(data, dict) and data.get("format") == _FORMAT and data.get("key") == _plain(key)
+        same = same and data.get("of", of) == of
         return data.get("cell") if same else None
 
-    def write(self, name: str, key: Mapping[str, Any], cell: Mapping[str, Any]) -> None:
+    def write(self, name: str, key: Mapping[str, Any], cell: Mapping[str, Any], of: str | None = None) -> None:
         """Keep a measurement; the file is there whole or not at all."""
         if self._folder is not None:
-            text = json.dumps({"format": _FORMAT, "key": key, "cell": cell}, indent=1)
+            made_of = {} if of is None else {"of": of}
+            text = json.dumps({"format": _FORMAT, "key": key, **made_of, "cell": cell}, indent=1)
             write_whole_file(self._path(name, key), text + "\n")
 
     def _path(self, name: str, key: Mapping[str, Any]) -> Path:
@@ -69,6 +73,11 @@ def model_about(model: nn.Module, key: Mapping[str, Any]) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
     }
+
+
+def ids_key(*ids: Iterable[int]) -> str:
+    """A digest of token ids: the same text under another tokenizer is another measurement."""
+    return hashlib.sha256(json.dumps([list(map(int, some)) for some in ids]).encode()).hexdigest()
 
 
 def layout_key(layout: KVLayout) -> str:

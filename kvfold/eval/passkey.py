@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvfold.data.windows import opening_tokens
 from kvfold.eval.beside import Beside, method_beside, opened
-from kvfold.eval.cells import Cells, layout_key, model_key
+from kvfold.eval.cells import Cells, ids_key, layout_key, model_key
 from kvfold.eval.folding import calls, folded_cache, method_layouts, with_unfolded
 from kvfold.eval.progress import Report, silent
 from kvfold.eval.reading import padded
@@ -72,14 +72,17 @@ def measure_passkey(
         "prompt": [_OPENING, *_FILLER, _NEEDLE, _QUESTION],
     }
     kept, rows = Cells(cells), []
+    prompts = {length: _asked(tokenizer, length, depths, tries, seed) for length in lengths}
     for layout in layouts:
         method = layout.time_text()
         for length in lengths:
             about, cell_key = f"passkey {length}, {method}", {**key, "length": length, "layout": layout_key(layout)}
-            cell = kept.read(about, cell_key)
+            asked = prompts[length]
+            ids = ids_key(*(prompt for _, prompt in asked))
+            cell = kept.read(about, cell_key, of=ids)
             if cell is None:
-                cell = {"found": _found(model, tokenizer, layout, length, depths, tries, seed, about, report)}
-                kept.write(about, cell_key, cell)
+                cell = {"found": _found(model, tokenizer, layout, asked, tries, about, report)}
+                kept.write(about, cell_key, cell, of=ids)
             pairs = zip(depths, cell["found"], strict=True)
             rows += [
                 {"method": method, "length_tokens": length, "depth": depth, "found": found, "tries": tries}
@@ -134,18 +137,24 @@ def passkey_prompt(tokenizer: Any, key: str, length: int, depth: float) -> list[
     return tokens(fewest)
 
 
-def _found(
-    model: FoldForCausalLM, tokenizer: Any, layout: KVLayout, length: int, depths: Sequence[float], tries: int, seed: int,
-    what: str, report: Report,
-) -> list[int]:  # fmt: skip
-    """Keys found at each depth."""
+def _asked(tokenizer: Any, length: int, depths: Sequence[float], tries: int, seed: int) -> list[tuple[str, list[int]]]:
+    """Keys and prompts, depth by depth; each length has the same under every method."""
     draw = random.Random(f"{seed} {length}")
     keys = [[str(draw.randrange(10_000, 100_000)) for _ in range(tries)] for _ in depths]
     flat = [(key, depth) for depth, some in zip(depths, keys, strict=True) for key in some]
-    prompts = [passkey_prompt(tokenizer, key, length, depth) for key, depth in flat]
-    new_tokens = max(len(tokenizer(f" {key}", add_special_tokens=False).input_ids) for key, _ in flat) + _SPARE_TOKENS
+    return [(key, passkey_prompt(tokenizer, key, length, depth)) for key, depth in flat]
+
+
+def _found(
+    model: FoldForCausalLM, tokenizer: Any, layout: KVLayout, asked: Sequence[tuple[str, list[int]]], tries: int,
+    what: str, report: Report,
+) -> list[int]:  # fmt: skip
+    """Keys found at each depth."""
+    keys = [key for key, _ in asked]
+    new_tokens = max(len(tokenizer(f" {key}", add_special_tokens=False).input_ids) for key in keys) + _SPARE_TOKENS
+    prompts = [prompt for _, prompt in asked]
     answers = continuations(model, layout, prompts, new_tokens, what=what, report=report)
-    right = [_says(tokenizer.decode(answer), key) for answer, (key, _) in zip(answers, flat, strict=True)]
+    right = [_says(tokenizer.decode(answer), key) for answer, key in zip(answers, keys, strict=True)]
     return [sum(right[first : first + tries]) for first in range(0, len(right), tries)]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvfold.data.texts import read_text_file
 from kvfold.data.windows import TextWindows, text_windows
 from kvfold.eval.beside import Beside, about_beside, check_labels, opened
-from kvfold.eval.cells import Cells, layout_key, model_about, model_key
+from kvfold.eval.cells import Cells, ids_key, layout_key, model_about, model_key
 from kvfold.eval.folding import method_about, method_layouts, with_unfolded
 from kvfold.eval.progress import Report, silent
 from kvfold.eval.protocol import Protocol
@@ -79,6 +79,9 @@ def _rows_beside(other: Beside, measured: "_Measured", references: Sequence["_Re
     rows = []
     with opened(other, measured.model) as model:
         key = model_key(model, other.label) | {"beside": measured.key["fingerprint"]}
+        first = measured.model.config.layout.base()
+        if len(first.owners) < first.num_layers:  # layouts of other sharing may have the same weights
+            key["beside_layout"] = layout_key(first)
         theirs = _Measured(
             model=model,
             protocol=measured.protocol,
@@ -146,11 +149,12 @@ class _Measured:
     def _cell_of(self, reference: _Reference, layout: KVLayout) -> dict[str, Any]:
         windows = reference.windows
         name, key = f"{windows.name} {self.label} {layout.time_text()}", self._key_of(windows, layout)
-        found = self.cells.read(name, key)
+        ids = ids_key(*windows.ids_WT.tolist())
+        found = self.cells.read(name, key, of=ids)
         if found is None:
             unfolded = self.model is reference.model and layout == reference.layout
             found = reference.read(scores=True) if unfolded else self.read(reference, layout)
-            self.cells.write(name, key, found)
+            self.cells.write(name, key, found, of=ids)
         return found
 
     def read(

@@ -4,6 +4,7 @@ convert_heads.py, convert_layers.py and fitted.py do to the weights.
 Letters: W windows of calibration text, T tokens of a window.
 """
 
+import shutil
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from kvfold.layout import KVLayout
 from kvfold.models.checkpoint_files import check_folder, write_model
 from kvfold.models.config import FoldConfig
-from kvfold.models.convert_heads import merge_heads
+from kvfold.models.convert_heads import like_heads_together, merge_heads, reorder_heads
 from kvfold.models.convert_layers import average_groups, drop_readers
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.export import export_model, family_config
@@ -84,13 +85,17 @@ def convert(
         raise unknown_name("dtype", stored, DTYPES)
     fitted = wanted.init == "fitted"
     model = load(source, dtype="float32" if fitted else stored, device=device)
+    folder = out.with_name(f".{out.name}.fitting")
+    if fitted and wanted.pair_heads and wanted.heads is not None:
+        # Fitting holds a head against the original's in the same place.
+        pair_heads(model, wanted.heads)
     converted = converted_model(model, config, wanted)
     if fitted:
-        folder = out.with_name(f".{out.name}.fitting")
         fit(model, converted, calibration_WT, options=options, folder=folder, report=report)
     del model
     converted = converted.to(getattr(torch, stored))
     write_model(export_model(converted) if wanted.target == "transformers" else converted, out, found)
+    shutil.rmtree(folder, ignore_errors=True)
     return converted
 
 
@@ -111,6 +116,16 @@ def new_config(config: FoldConfig, wanted: Conversion) -> FoldConfig:
     heads = {layer.num_kv_heads for layer in new.layers}
     found.num_key_value_heads = heads.pop() if len(heads) == 1 else config.num_key_value_heads
     return found
+
+
+def pair_heads(model: FoldForCausalLM, num_kv_heads: int) -> None:
+    """Put like KV heads side by side, in place, for merging them into so many; the model computes what it computed."""
+    weights = dict(model.state_dict())
+    for owner in model.config.layout.owners:
+        order = like_heads_together(model.config, weights, owner, num_kv_heads)
+        reorder_heads(model.config, weights, owner, order)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
 
 
 def converted_model(model: FoldForCausalLM, config: FoldConfig, wanted: Conversion) -> FoldForCausalLM:

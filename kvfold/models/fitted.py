@@ -74,7 +74,7 @@ def fit(
     report: Report | None = None,
 ) -> None:
     """Refit `converted` in place. `ids_WT`: calibration windows. `folder`: where finished layers wait for a second start,
-    removed at the end. Raises `ValueError` for an original that shares layers already.
+    for the caller to remove once the result is written. Raises `ValueError` for an original that shares layers already.
     """
     options, layout = options or Fit(), converted.config.layout
     if len(original.config.layout.owners) < layout.num_layers:
@@ -98,7 +98,6 @@ def fit(
         streams.close(index)
     if report is not None:
         report("fitting layer by layer", layout.num_layers, layout.num_layers)
-    state.remove()
 
 
 def _do_layer(streams: Streams, index: int, options: Fit, *, fitting: bool) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,11 +40,6 @@ class FitState:
         tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
         save_file(tensors, partial, metadata={"fingerprint": self._fingerprint})
         os.replace(partial, self._path(layer))
-
-    def remove(self) -> None:
-        """The fit is written elsewhere."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, layer: int) -> Path:
         return self._folder / f"layer-{layer:04d}.safetensors"

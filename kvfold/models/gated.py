@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from kvfold.models.blocks import FoldAttention
-from kvfold.models.gates import GateCall, GateConfig, gate_configs
+from kvfold.models.gates import GateCall, GateConfig, freed_configs, gate_configs
 
 
 @dataclass
@@ -45,11 +45,12 @@ class GatedDecoder:
         config = self.config
         given = None if config.gates is None else GateConfig.from_json(config.gates)
         configs = gate_configs(given, config.layout)
-        if not any(configs):
+        freed = freed_configs(given, config.layout, channel_freed=config.channel_freed)
+        if not any(configs) and not freed:
             return None
         return GateCall(
-            configs=configs, training=self.training, off=self._off, factor=self._factor,
-            channel_freed=config.channel_freed, noise_key=noise_key, tells=tells,
+            configs=configs, training=self.training, off=self._off, factor=self._factor, freed=freed,
+            noise_key=noise_key, tells=tells,
         )  # fmt: skip
 
     def said(self, call: GateCall | None) -> dict[str, tuple[Tensor | None, ...]]:
@@ -117,13 +118,17 @@ class GatedModel:
 
     @torch.no_grad()
     def free_channel(self) -> None:
-        """Write DMC's zero-out into the weights: the rows of q and k, biases too, that make the freed channel become 0.
+        """Write DMC's zero-out into the weights: the rows of q and k, biases too, that make the freed channel become 0, in all
+        layers that DMC rules.
 
         Source: arXiv 2403.09636, section 3.3 (the end of the first stage).
         Differs: bias entries go with their rows; the official code knows none.
         """
-        channel = GateConfig.from_json(self.config.gates).channel
-        for layer in self.model.layers:
+        gates = GateConfig.from_json(self.config.gates)
+        channel, freed = gates.channel, freed_configs(gates, self.config.layout, channel_freed=True)
+        for layer, ruled in zip(self.model.layers, freed, strict=True):
+            if ruled is None:
+                continue
             for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
                 if projection is None:
                     continue

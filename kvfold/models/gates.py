@@ -131,8 +131,9 @@ class GateCall:
     """Decide nothing."""
     factor: float | None = None
     """Of the freed channel in DMC's zero-out stage; None = 0 where gates decide."""
-    channel_freed: bool = False
-    """The channel carries nothing but decisions: it stays zeroed where gates are off."""
+    freed: tuple[GateConfig | None, ...] = ()
+    """The gates of each layer whose channel carries nothing but decisions: it stays zeroed where gates are off or another
+    method rules. Empty where no channel does."""
     tells: bool = True
     """Take down what gates say."""
     noise_key: Tensor | None = None
@@ -145,7 +146,7 @@ class GateCall:
         """Factor of a freed channel in this call; None where it is left alone."""
         if self.factor is not None:
             return self.factor
-        return 0.0 if not self.off or self.channel_freed else None
+        return 0.0 if not self.off or self.freed else None
 
     def masks_base(self, layer: int) -> bool:
         """Whether what the base weights write into the freed channel is masked out in this layer."""
@@ -171,6 +172,16 @@ def gate_config(given: GateConfig | None, spec: TimeSpec) -> GateConfig | None:
     return given if given is not None and given.method == spec.name else GateConfig.official(spec.name)
 
 
+def freed_configs(given: GateConfig | None, layout: KVLayout, *, channel_freed: bool) -> tuple[GateConfig | None, ...]:
+    """The gates of each layer whose channel DMC has freed: all but those with a sliding window of their own, which it does not
+    rule; empty where no channel is.
+    """
+    if not channel_freed or given is None or given.method != "dmc":
+        return ()
+    owners = (layout.owner_of(layer) for layer in range(layout.num_layers))
+    return tuple(given if layout.layers[owner].window is None else None for owner in owners)
+
+
 def gate_configs(given: GateConfig | None, layout: KVLayout) -> tuple[GateConfig | None, ...]:
     """`gate_config` of every layer's owner."""
     return tuple(gate_config(given, layout.time_of(layout.owner_of(layer))) for layer in range(layout.num_layers))
@@ -182,11 +193,13 @@ def decide(
     """The gates of one layer; None where its method has none. q and k as they stand before rotary positions, k None in a
     reader; `adapted_BTK` is the adapter's output.
     """
-    config = call.configs[layer]
+    config, off = call.configs[layer], call.off
+    if config is None and call.freed:
+        config, off = call.freed[layer], True
     if config is None:
         return None
     keep = _kept_channels(config, call, q_BTHD, k_BTKD)
-    if call.off or k_BTKD is None:
+    if off or k_BTKD is None:
         return Gates(**keep)
     logit = _logit(config, q_BTHD, k_BTKD, adapted_BTK)
     if call.training:

@@ -51,6 +51,8 @@ def draw_text(
     texts = training_texts(sources, seed=seed, piece_characters=piece)
     opening = opening_tokens(tokenizer)
     body = sequence_tokens - len(opening)
+    if body < 1:
+        raise ValueError(f"sequences of {sequence_tokens} tokens: the opening token takes that many: use longer ones")
     blocks, seen = [], 0
     for ids in blocks_of(texts, tokenizer, body):
         seen += len(ids)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvfold.eval.progress import Report, silent
-from kvfold.models.adapters import ABOUT, WEIGHTS, read_adapter
+from kvfold.models.adapters import ABOUT, WEIGHTS, adapter_folder, read_adapter
 from kvfold.models.checkpoint_files import whole_folder
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.gates import GateConfig
@@ -58,7 +58,7 @@ def _write(about: dict[str, Any], weights: dict[str, Tensor], out: Path, card: s
 
 
 def _card(out: Path, folder: Path, settings: RetrofitSettings, facts: dict[str, Any]) -> str:
-    old = folder / "README.md"
+    old = adapter_folder(folder) / "README.md"
     lines = [
         f"# {out.name}",
         "",

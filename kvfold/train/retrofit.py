@@ -21,6 +21,7 @@ from kvfold.models.adapters import Base
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.train.calibrate import calibrate
 from kvfold.train.card import write_card
+from kvfold.train.checkpoints import step_of
 from kvfold.train.curve import Curve, read_curve
 from kvfold.train.data import TrainingOrder, TrainingText, draw_text
 from kvfold.train.free_channel import least_missed_channel
@@ -125,6 +126,8 @@ class Retrofit:
         settings = self.settings
         load_trained(self.model, checkpoint)
         if settings.compresses and settings.trains == "full" and settings.spec.name == "dmc":
+            if step_of(checkpoint) <= settings.stages.zero_out_steps:  # the rows go before the step after
+                self.model.free_channel()
             self.model.config.channel_freed = True
 
     def _text(self) -> TrainingText:

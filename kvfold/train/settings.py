@@ -95,6 +95,10 @@ class RetrofitSettings:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: it is 1 or more: ask for more")
+        if self.sequence_tokens < 2:
+            raise ValueError(
+                f"sequence_tokens {self.sequence_tokens}: nothing is predicted in so short a text: use e.g. 1024"
+            )
         if self.tokens is not None and self.tokens < self.step_tokens:
             raise ValueError(
                 f"tokens {self.tokens:,}: one step takes {self.batch_sequences} sequences of {self.sequence_tokens:,}, "

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kvfold.eval.cells import model_key
+from kvfold.eval.cells import layout_key, model_key
 from kvfold.models.decoder import FoldForCausalLM
 
 _STATES = "states"
@@ -19,14 +19,15 @@ _STATES = "states"
 class TeacherStates:
     """States before the head, a file for each sequence: tokens x width x bytes of the dtype.
 
-    A sequence is known by its tokens and a teacher by its weights, so runs of any order, method and batch share a folder. What
-    was computed beside other sequences differs in rounding.
+    A sequence is known by its tokens, a teacher by its weights and layout: runs of any order, method and batch share a folder.
+    What was computed beside other sequences differs in rounding.
     """
 
     def __init__(self, folder: Path, teacher: FoldForCausalLM):
         """`teacher`: as it is before anything is trained or added."""
         key = model_key(teacher, "")
-        about = "-".join([key["fingerprint"][:16], key["device"], key["dtype"].removeprefix("torch.")])
+        layout = layout_key(teacher.config.layout)[:8]
+        about = "-".join([key["fingerprint"][:16], layout, key["device"], key["dtype"].removeprefix("torch.")])
         self._folder = folder / about
         self._folder.mkdir(parents=True, exist_ok=True)
 

@@ -35,6 +35,8 @@ class RetrofitTrainer(StepTrainer):
         """
         self._student, self._stages, self._on_unit = student, settings.stages, on_unit
         super().__init__(student.model, samples, settings, folder, use_cpu=use_cpu, on_step=on_step)
+        if student.teacher is not None:  # each process has a device of its own
+            student.teacher.to(self.args.device)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from byte_tokenizer import byte_tokenizer
 from kvfold.eval import perplexity
 from kvfold.eval.cells import Cells, model_key
 from kvfold.eval.perplexity import measure_quality
@@ -36,6 +37,14 @@ def test_finished_cells_are_not_measured_again(model, tokenizer, text, tmp_path,
     assert read == ["full", "window:6+2", "tova:8"]
     assert measure(model, tokenizer, text, tmp_path / "cells") == first
     assert len(read) == 3
+
+
+def test_a_mended_tokenizer_is_another_measurement(model, tokenizer, text, tmp_path, read):
+    """Same weights, same file, other tokens: nothing in the key tells."""
+    measure(model, tokenizer, text, tmp_path / "cells")
+    read.clear()
+    measure(model, byte_tokenizer(adds_bos=True), text, tmp_path / "cells")
+    assert read == ["full", "window:6+2", "tova:8"]
 
 
 def test_a_new_method_needs_the_unfolded_states_and_nothing_else(model, tokenizer, text, tmp_path, read):

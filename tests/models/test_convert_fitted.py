@@ -48,6 +48,20 @@ def test_a_model_that_is_as_it_was_stays_so(pair):
     torch.testing.assert_close(logits(fitted(ours), OTHERS), logits(ours, OTHERS), atol=1e-3, rtol=1e-3)
 
 
+def test_like_heads_that_lie_apart_are_merged_and_fitted_exactly(pair, tmp_path):
+    """Heads 0 and 2 are the same, and 1 and 3: paired, nothing is lost, with fitting or without."""
+    ours, _ = pair("llama", num_key_value_heads=4)
+    with torch.no_grad():
+        for layer in ours.model.layers:
+            for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                rows = projection.weight.unflatten(0, (4, -1))
+                rows[2:] = rows[:2].clone()
+    ours.save_pretrained(tmp_path / "source")
+    wanted = Conversion(heads=2, pair_heads=True, init="fitted")
+    found = convert(tmp_path / "source", tmp_path / "out", wanted, calibration_WT=MANY)
+    assert error(found, ours) < 1e-6
+
+
 @pytest.mark.parametrize("biased", [False, True])
 def test_heads_that_differ_by_what_attention_cannot_see_are_shared_exactly(pair, biased):
     """Layer 0 adds nothing to the stream; layer 1's keys are layer 0's times a complex number a frequency, its values are
@@ -132,6 +146,7 @@ def test_an_interrupted_fit_goes_on_where_it_was(pair, tmp_path):
     again = convert(
         tmp_path / "source", tmp_path / "out", wanted, calibration_WT=MANY, report=lambda *at: done.append(at)
     )
+    assert not folder.exists()
     whole = convert(tmp_path / "source", tmp_path / "whole", wanted, calibration_WT=MANY)
     assert done[-1][1:] == (4, 4)
     assert all(torch.equal(weight, whole.state_dict()[name]) for name, weight in again.state_dict().items())
@@ -168,3 +183,15 @@ def test_the_ridge_is_as_strong_as_held_out_text_asks(noise, most, least):
         x = torch.randn(count, 20, generator=drawn)
         sums.add(x, x @ truth + noise * torch.randn(count, 5, generator=drawn))
     assert least <= seen.best_strength(held) <= most
+
+
+def test_a_fit_that_could_not_be_written_is_not_lost(pair, tmp_path, monkeypatch):
+    pair("llama")[1].save_pretrained(tmp_path / "source")
+
+    def full(*_) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("kvfold.models.convert.write_model", full)
+    with pytest.raises(OSError, match="no space"):
+        convert(tmp_path / "source", tmp_path / "out", Conversion(layers="cla2", init="fitted"), calibration_WT=MANY)
+    assert len(list((tmp_path / ".out.fitting").iterdir())) == 4

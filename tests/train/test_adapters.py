@@ -49,6 +49,59 @@ def test_an_adapter_on_its_base_is_the_trained_model(retrofit, way):
     assert not any("lora" in name for name, _ in fresh.named_parameters())
 
 
+MIXED = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize("trains", ["lora", "full"])
+def test_layers_with_a_window_of_their_own_keep_their_channel(retrofit, trains):
+    """DMC rules the others alone, and frees its channel there alone: what is loaded is what was trained."""
+    run = retrofit(
+        "out", model=tiny_model(**MIXED), time="dmc:3", compression=1.5, trains=trains, rank=2, zero_out_steps=2,
+        learning_rate=1e-2,
+    )  # fmt: skip
+    run.run()
+    if trains == "full":
+        loaded = load(run.folder.out)
+    else:
+        loaded = tiny_model(**MIXED)
+        apply_adapter(loaded, run.folder.out)
+    torch.testing.assert_close(logits(loaded), logits(run.model), atol=2e-4, rtol=1e-4)
+    rows = [
+        layer.self_attn.q_proj.weight.detach().unflatten(0, (-1, 8))[:, -1].abs().sum()
+        for layer in run.model.model.layers
+    ]
+    assert rows[0] > 0 and (trains == "lora" or rows[1] > 0)  # the gate's own weights are in the second
+
+
+def through_the_cache(model, time: str, cuts: list[int]) -> torch.Tensor:
+    model.config.layout = model.config.layout.with_time(time)
+    cache, parts = model.new_cache(rows=2), []
+    with torch.inference_mode():
+        for ids in IDS.split(cuts, dim=1):
+            parts.append(model(ids, past_key_values=cache).logits)
+    return torch.cat(parts, dim=1)
+
+
+def test_a_freed_channel_stays_zeroed_under_any_method(retrofit):
+    """Unfolded, a model that DMC has trained is itself with its gates off: what the channel says is for gates alone."""
+    run = retrofit("out", **WAYS["lora"])
+    run.run()
+    model = tiny_model()
+    apply_adapter(model, run.folder.out)
+    with model.gates_off():
+        expected = logits(model)
+    model.config.layout = model.config.layout.with_time("full")
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    for time, cuts in (
+        ("full", [48]),
+        ("full", [20, 1, 1, 26]),
+        ("window:100+4", [30, 1, 17]),
+        ("h2o:50+50", [30, 1, 17]),
+    ):
+        found = through_the_cache(model, time, cuts)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_an_adapter_on_shared_layers(retrofit):
     """Owners have gates, readers follow."""
     layout = KVLayout.parse("cla2", KVLayout.plain(2, 2, 8))

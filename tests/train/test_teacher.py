@@ -92,3 +92,12 @@ def test_another_teacher_has_files_of_its_own(tmp_path):
 def test_where_nothing_can_be_kept_it_is_refused(settings, given, says):
     with pytest.raises(ValueError, match=f"teacher_states somewhere: .*{says}"):
         settings(teacher_states="somewhere", **given)
+
+
+def test_teachers_of_the_same_weights_and_another_layout_are_told_apart(tmp_path, asked):
+    plain, narrow = tiny_model(), tiny_model()
+    narrow.config.layout = narrow.config.layout.with_time("window:6+2")
+    ids = torch.randint(5, 90, (2, 20), generator=torch.Generator().manual_seed(0))
+    folders = [Student(model=one, teacher=None, kept=TeacherStates(tmp_path, one)) for one in (plain, narrow)]
+    first, second = (student.teacher_states(ids) for student in folders)
+    assert len(asked) == 2 and not torch.equal(first, second)
