@@ -58,6 +58,9 @@ def plan(
     ] = None,
     heads: Annotated[int | None, typer.Option(help="KV heads of a layer.")] = None,
     time: Annotated[str | None, typer.Option(help=f"{METHODS} (the most they may hold).")] = None,
+    compression: Annotated[
+        float | None, typer.Option(help="What the gates of dmc or dms reach, delay included. Default: they never fire.")
+    ] = None,
     bits: Annotated[
         str | None, typer.Option(help="model | fp8 | int8 | int4; keys and values apart: int8,int4.")
     ] = None,
@@ -76,7 +79,7 @@ def plan(
     tokens = parse_count(context)
     rows = plan_rows(
         model, context_tokens=tokens, rows=batch, memory_bytes=None if memory is None else parse_size(memory),
-        time=time, bits=bits, layers=layers, heads=heads,
+        time=time, bits=bits, layers=layers, heads=heads, compression=compression,
     )  # fmt: skip
     shown = [
         {
@@ -87,7 +90,11 @@ def plan(
         for row in rows
     ]  # fmt: skip
     result = {"model": {"name": model}, "context_tokens": tokens, "batch": batch, "rows": shown}
+    if compression is not None:
+        result["learned_compression"] = compression
     heading = f"{model}: {batch:,} row{'s' * (batch > 1)} of {tokens:,} tokens" + (f" in {memory}" if memory else "")
+    if compression is None and any(spec.trained for row in rows for spec in row.layout.time):
+        heading += "; where gates decide, the most it may hold: --compression says what they reach"
     hand_over("plan", result, [lambda _: heading, plan_table], out=None, as_json=as_json)
 
 

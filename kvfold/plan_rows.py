@@ -18,7 +18,7 @@ class PlanRow:
     bytes_per_token: int
     """K and V of one more token while nothing is dropped."""
     context_bytes: int
-    """All rows at the context asked for; for DMC and DMS the most it may be."""
+    """All rows at the context asked for; for DMC and DMS the most it may be, or what their compression makes it."""
     max_rows: int | None
     """Rows of that context that fit the memory; None where no memory was given."""
     max_context_tokens: int | None
@@ -38,8 +38,11 @@ def plan_rows(
     layers: str | None = None,
     heads: int | None = None,
     page_slots: int = PAGE_SLOTS,
+    compression: float | None = None,
 ) -> tuple[PlanRow, ...]:
-    """Plan `rows` rows of `context_tokens` tokens, without folding, along each axis given, and along all of them."""
+    """Plan `rows` rows of `context_tokens` tokens, without folding, along each axis given, and along all of them.
+    `compression`: what a learned method reaches; None = the most it may hold.
+    """
     if rows < 1 or context_tokens < 1:
         raise ValueError(
             f"{rows} rows of {context_tokens} tokens: a plan is for 1 or more of each: write positive numbers"
@@ -49,7 +52,12 @@ def plan_rows(
     folds = {"as it is": {}} | {f"{axis} {value}": {axis: value} for axis, value in axes.items()}
     if len(axes) > 1:
         folds["together"] = axes
-    plans = {name: plan(source, page_slots=page_slots, **fold) for name, fold in folds.items()}
+    if compression is not None and time is None:
+        raise ValueError(f"compression {compression:g} without time: only dmc and dms learn one: add one of them")
+    plans = {
+        name: plan(source, page_slots=page_slots, compression=compression if "time" in fold else None, **fold)
+        for name, fold in folds.items()
+    }
     lengths = [context_tokens] * rows
     whole_bytes = plans["as it is"].bytes(lengths)
     return tuple(

@@ -1,16 +1,19 @@
 """How many bytes a layout needs, and the inverses: how many rows, how much context fit.
 
 The byte arithmetic is the store's own: it imports these terms, so that planned bytes equal allocated bytes. Where a
-method's need depends on its gates (DMC, DMS) the plan is the upper bound. No torch here, and no tensors are moved.
+method's need depends on its gates (DMC, DMS) the plan is the upper bound, or what gates of a given compression keep where
+all heads keep alike. No torch here, and no tensors are moved.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from kvfold.layout import KVLayout
 from kvfold.raw_config import base_layout, config_layout, model_tokens, read_config, value_bytes
+from kvfold.specs.base import TimeSpec
 from kvfold.specs.bits import Storage, storage_bytes
 
 PAGE_SLOTS = 16
@@ -59,10 +62,16 @@ def page_bytes(one: PageClass, slots: int, *, model_bytes: int, slot_state_bytes
     return slots * (payload + POSITION_BYTES + slot_state_bytes) + PAGE_OVERHEAD_BYTES
 
 
-def layout_bytes(layout: KVLayout, seen_tokens: Sequence[int], model_bytes: int, page_slots: int = PAGE_SLOTS) -> int:
+def layout_bytes(
+    layout: KVLayout,
+    seen_tokens: Sequence[int],
+    model_bytes: int,
+    page_slots: int = PAGE_SLOTS,
+    compression: float | None = None,
+) -> int:
     """Bytes that rows of these lengths (real tokens seen) hold after a step.
 
-    `model_bytes` = one number in the model's dtype.
+    `model_bytes` = one number in the model's dtype. `compression`: of learned methods; None = the most they may hold.
     """
     states = page_classes(layout)
     lanes = Counter()
@@ -74,9 +83,14 @@ def layout_bytes(layout: KVLayout, seen_tokens: Sequence[int], model_bytes: int,
         page = page_bytes(one, page_slots, model_bytes=model_bytes, slot_state_bytes=states[one])
         lane = LENGTH_BYTES + spec.lane_state_bytes(one.head_dim)
         total += num_lanes * sum(
-            num_rows * (lane + page * -(-spec.max_kept(seen) // page_slots)) for seen, num_rows in rows.items()
+            num_rows * (lane + page * -(-_kept(spec, seen, compression) // page_slots))
+            for seen, num_rows in rows.items()
         )
     return total
+
+
+def _kept(spec: TimeSpec, seen: int, compression: float | None) -> int:
+    return spec.max_kept(seen) if compression is None else spec.expected_kept(seen, compression)
 
 
 def token_bytes(layout: KVLayout, model_bytes: int) -> int:
@@ -104,6 +118,8 @@ class Plan:
     """Context that the model was made for; None where its config doesn't say."""
     page_slots: int = PAGE_SLOTS
     """Entries in a page."""
+    learned_compression: float | None = None
+    """What gates were trained to: tokens seen over tokens kept, delay included; None = planned for gates that never fire."""
 
     @property
     def bytes_per_token(self) -> int:
@@ -111,8 +127,10 @@ class Plan:
         return token_bytes(self.layout, self.model_bytes)
 
     def bytes(self, seen_tokens: Sequence[int]) -> int:
-        """What the store allocates for rows of these lengths after a step; for DMC and DMS the most it may."""
-        return layout_bytes(self.layout, seen_tokens, self.model_bytes, self.page_slots)
+        """What the store allocates for rows of these lengths after a step. For DMC and DMS the most it may, or with
+        `learned_compression` what it does where all heads keep alike: heads that differ leave more pages half filled.
+        """
+        return layout_bytes(self.layout, seen_tokens, self.model_bytes, self.page_slots, self.learned_compression)
 
     def max_rows(self, memory_bytes: int, context_tokens: int) -> int:
         """The most rows of `context_tokens` tokens that fit in `memory_bytes`."""
@@ -155,11 +173,15 @@ def plan(
     layers: str | None = None,
     heads: int | None = None,
     page_slots: int = PAGE_SLOTS,
+    compression: float | None = None,
 ) -> Plan:
     """The plan of a model: a config dict or object, a folder or config.json, a bundled or hub name, a loaded model.
 
-    `heads` and `layers` change who stores, then `time` and `bits` say for the remaining owners what and how.
+    `heads` and `layers` change who stores, then `time` and `bits` say for the remaining owners what and how. `compression`:
+    what the gates of DMC or DMS reach, tokens seen over tokens kept; None = they never fire.
     """
+    if compression is not None and not 1 <= compression < inf:
+        raise ValueError(f"compression {compression:g}: it is times smaller, 1 or more: write e.g. 4")
     if page_slots < 1:
         raise ValueError(f"page_slots {page_slots}: a page has 1 slot or more: write e.g. {PAGE_SLOTS}")
     name, config = read_config(source)
@@ -172,6 +194,11 @@ def plan(
         layout = layout.with_time(time)
     if bits is not None:
         layout = layout.with_bits(bits)
+    if compression is not None and not any(spec.trained for spec in layout.time):
+        raise ValueError(
+            f"compression {compression:g} with time '{layout.time_text()}': only what dmc and dms keep is learned: "
+            "add one of them, or leave it out"
+        )
     return Plan(
         source=name,
         layout=layout,
@@ -179,6 +206,7 @@ def plan(
         model_bytes=value_bytes(config),
         model_tokens=model_tokens(config),
         page_slots=page_slots,
+        learned_compression=compression,
     )
 
 

@@ -5,6 +5,7 @@ What a method does to tensors lives in `kvfold.policies`. No torch here: the pla
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from math import ceil
 from typing import ClassVar, Literal, Self
 
 
@@ -37,6 +38,12 @@ class TimeSpec(ABC):
     @abstractmethod
     def max_kept(self, seen: int) -> int:
         """Entries that one head holds after a step, `seen` real tokens having been seen."""
+
+    def expected_kept(self, seen: int, compression: float) -> int:
+        """Entries that one head holds where gates were trained to `compression`, tokens seen over tokens kept; of a method that
+        needs no training `max_kept`.
+        """
+        return max(1, ceil(seen / compression)) if self.trained and seen else self.max_kept(seen)
 
     @property
     def slot_state_bytes(self) -> int:

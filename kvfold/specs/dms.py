@@ -41,6 +41,10 @@ class DMSSpec(TimeSpec):
         """An upper bound, reached by a gate that never flags."""
         return seen
 
+    def expected_kept(self, seen: int, compression: float) -> int:
+        """See `TimeSpec.expected_kept`; the newest `delay` + 1 tokens are there in any case."""
+        return max(min(seen, self.delay + 1), TimeSpec.expected_kept(self, seen, compression))
+
     def lane_state_bytes(self, head_dim: int) -> int:
         """A ring of the window's delay + 1 tokens, one int32 each: the slot, its sign the flag."""
         return 4 * (self.delay + 1)

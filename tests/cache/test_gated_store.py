@@ -9,7 +9,7 @@ from kvfold.cache.hf import FoldCache
 from kvfold.cache.pages import CacheFull
 from kvfold.layout import KVLayout
 from kvfold.ops.gating import STAY_NEVER, Gates
-from kvfold.planner import LENGTH_BYTES, ROW_BYTES, layout_bytes, page_bytes, page_class
+from kvfold.planner import LENGTH_BYTES, ROW_BYTES, layout_bytes, page_bytes, page_class, plan
 
 HEADS, DIM, SLOTS = 2, 8, 4
 
@@ -68,6 +68,31 @@ def test_a_pool_for_one_plain_row_holds_several_compressed_ones(time, kept, rows
         for start in range(0, tokens, 8):
             feed(one, every_fourth_stays(1, tokens)[:, start : start + 8], seed=seed)
         assert one.kept_tokens.max() <= kept and one.seen_tokens.tolist() == [tokens]
+
+
+@pytest.mark.parametrize("time", ["dmc:12", "dms:128"])
+def test_a_pool_for_one_plain_row_of_4k_tokens_holds_the_compressed_rows_that_the_planner_says(time):
+    tokens, slots = 4096, 16
+    config = {
+        "model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": HEADS, "num_key_value_heads": HEADS,
+        "hidden_size": HEADS * DIM, "head_dim": DIM, "max_position_embeddings": 2 * tokens, "dtype": "float32",
+    }  # fmt: skip
+    memory = plan(config).bytes([tokens])
+    folded = plan(config, time=time, compression=4)
+    rows = folded.max_rows(memory, tokens)
+    assert rows == 3  # four, less their rings
+    cache = FoldCache(layout(time), dtype=torch.float32, rows=rows, memory_bytes=memory, page_slots=slots, poison=True)
+    step, stays = 32, torch.arange(tokens) % 4 == 0
+    if time == "dms:128":
+        # Of the newest 129 all are there, so fewer of the others may stay.
+        wanted = tokens // 4 - 129
+        stays = torch.arange(tokens) * wanted // (tokens - 129) != (torch.arange(tokens) - 1) * wanted // (tokens - 129)
+    for start in range(0, tokens, step):
+        feed(cache, ~stays[start : start + step].expand(rows, step), seed=start)
+    assert (cache.seen_tokens == tokens).all()
+    reached = tokens / cache.kept_tokens.float().mean()
+    assert abs(reached / 4 - 1) < 0.01
+    assert abs(cache.allocated_bytes / folded.bytes([tokens] * rows) - 1) < 0.02
 
 
 @pytest.mark.parametrize("time", ["dmc:3", "dms:4"])
