@@ -157,7 +157,7 @@ class StepTrainer(Trainer):
         if not math.isfinite(means["loss"]):
             raise DivergedError(
                 f"step {self.state.global_step}: the loss is {means['loss']}: the last good checkpoint is kept in "
-                f"{self._folder}: use a lower learning rate, or look at the data"
+                f"{self._folder}: begin in another folder with a lower learning rate, or look at the data"
             )
         return means
 
@@ -197,7 +197,7 @@ class StepTrainer(Trainer):
             if not torch.isfinite(weight).all():
                 raise DivergedError(
                     f"step {self.state.global_step}: {name} is no longer finite: the last good checkpoint is kept in "
-                    f"{self._folder}: use a lower learning rate"
+                    f"{self._folder}: begin in another folder with a lower learning rate"
                 )
         self._save_into = self._folder / ".partial"
         try:

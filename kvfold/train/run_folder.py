@@ -14,6 +14,9 @@ from typing import Any
 from kvfold.data.whole_file import write_whole_file
 from kvfold.train.checkpoints import newest_whole, step_of
 
+MAY_DIFFER = ("sequences_at_once", "save_steps", "checkpoint_activations", "teacher_states")
+"""Settings that a run may go on with another value of: they bear on time, memory and rounding alone."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFolder:
@@ -104,7 +107,11 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any], settings: An
     """Names with their old and new values. A setting that the run was begun without, since it is newer, had its default."""
     defaults = {one.name: one.default for one in fields(settings)}
     before = {**defaults, **(there.get("settings") or {})}
-    found = [(name, before.get(name), value) for name, value in here["settings"].items() if before.get(name) != value]
+    found = [
+        (name, before.get(name), value)
+        for name, value in here["settings"].items()
+        if before.get(name) != value and name not in MAY_DIFFER
+    ]
     # A setting may be called `source` as well.
     sources = there.get("source"), here["source"]
     return found if sources[0] == sources[1] else [("SOURCE", *sources), *found]

@@ -120,6 +120,20 @@ def test_other_settings_are_refused(retrofit):
         replace(retrofit("out", **DMS), source="other").run()
 
 
+def test_what_bears_on_time_and_memory_alone_may_change(retrofit, tmp_path):
+    """The curve goes on as if nothing had happened, but for rounding."""
+    expected, found = [], []
+    retrofit("whole", on_step=expected.append, **DMS).run()
+    with pytest.raises(Stop):
+        retrofit("out", on_step=stop_after(3), **DMS).run()
+    changed = {"sequences_at_once": 2, "save_steps": 5, "checkpoint_activations": True}
+    changed["teacher_states"] = str(tmp_path / "states")
+    retrofit("out", on_step=found.append, **(DMS | changed)).run()
+    assert [point["step"] for point in found] == list(range(found[0]["step"], 11))
+    for one, other in zip(expected[-len(found) :], found, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
 def test_a_folder_with_something_else_is_refused(retrofit, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "novel.txt").write_text("a")
