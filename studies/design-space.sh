@@ -4,7 +4,7 @@
 #   studies/design-space.sh TRAIN VALID OUT [JOBS] [DEVICE]
 #
 # TRAIN and VALID: text files, separated by commas. JOBS models are trained at a time (2), a thread each. A model takes a
-# quarter of an hour on one core; all of them about three and a half hours on two. Every run goes on where it stopped, and one that
+# quarter of an hour on one core; all of them about five hours on two. Every run goes on where it stopped, and one that
 # is done is left alone, so this script can be stopped and started at any time.
 # Figures: OUT/results/*.json, a file a run, of which `kvfold report` makes the page OUT/design-space.html.
 set -euo pipefail
@@ -32,15 +32,19 @@ train_all() {
   xargs -P "$jobs" -L 1 bash -c '
     out=$1 device=$2 recipe=${@: -3:1} rate=${@: -2:1} seed=${@: -1}
     data=("${@:3:$#-5}")
+    # One that diverges is told of, and the others go on.
     kvfold train "$recipe" --learning-rate "$rate" --seed "$seed" "${data[@]}" --device "$device" \
-      --out "$out/$recipe-lr$rate-seed$seed" >/dev/null' train "$out" "$device" "${data[@]}"
+      --out "$out/$recipe-lr$rate-seed$seed" >/dev/null || echo "$recipe at $rate, seed $seed: came to nothing" >&2
+  ' train "$out" "$device" "${data[@]}"
 }
 
 # The learning rate at which a recipe's first seed did best.
 best_rate() {
   for rate in "${rates[@]}"; do
-    python -c 'import json, sys; print(json.load(open(sys.argv[1]))["rows"][0]["validation_perplexity"], sys.argv[2])' \
-      "$out/$1-lr$rate-seed0/results/pretraining.json" "$rate"
+    found=$out/$1-lr$rate-seed0/results/pretraining.json
+    [ ! -f "$found" ] ||
+      python -c 'import json, sys; print(json.load(open(sys.argv[1]))["rows"][0]["validation_perplexity"], sys.argv[2])' \
+        "$found" "$rate"
   done | sort -g | head -1 | cut -d" " -f2
 }
 

@@ -8,26 +8,35 @@
 # The trained rows all see TOKENS tokens (262144 unless told otherwise) of the same text in the same order and are distilled from
 # MODEL; a frozen base with an adapter, and weights distilled from themselves, are their own control. What was trained at 4x is
 # shown at 2x and 3x with its gates shifted (`kvfold calibrate`), which trains nothing.
+# Merged heads start from the published mean, at two learning rates, and from heads that were fitted.
 set -euo pipefail
 
 model=$1 out=$4 tokens=${5:-262144} device=${6:-cpu}
 IFS=, read -r -a train <<<"$2"
 IFS=, read -r -a valid <<<"$3"
 
-data=() texts=()
-for file in "${train[@]}"; do data+=(--data "$file"); done
+data=() texts=() calibration=()
+for file in "${train[@]}"; do data+=(--data "$file") calibration+=(--calibration "$file"); done
 for file in "${valid[@]}"; do texts+=(--text "$file"); done
 # What MODEL says of each sequence is worked out once.
-common=("${data[@]}" --tokens "$tokens" --device "$device" --set teacher_states="$out/teacher" --set sequences_at_once=4)
+common=("${data[@]}" --tokens "$tokens" --device "$device" --set teacher_states="$out/teacher" --set sequences_at_once=2)
 mkdir -p "$out"
 
 kvfold retrofit "$model" "$out/dms-4x" --recipe smollm2-dms-cpu "${common[@]}"
+kvfold retrofit "$model" "$out/dms-4x-cold" --recipe smollm2-dms-cpu --no-warm-start --set ramp_steps=48 --set tail_steps=16 \
+  "${common[@]}"
 kvfold retrofit "$model" "$out/dmc-4x" --recipe smollm2-dmc-lora-cpu --compression 4 "${common[@]}"
 
 [ -d "$out/gqa" ] || kvfold convert "$model" "$out/gqa" --heads 1 --device "$device"
-lora=(--lora 64 --kl reverse --teacher "$model" --learning-rate 3e-4 --set learning_rate_schedule=cosine "${common[@]}")
-kvfold retrofit "$out/gqa" "$out/gqa-3x" "${lora[@]}"
-kvfold retrofit "$out/gqa" "$out/gqa-dms-4x" --time dms:128 --compression 1.3333 --warm-start "${lora[@]}"
+[ -d "$out/gqa-fitted" ] ||
+  kvfold convert "$model" "$out/gqa-fitted" --heads 1 --init fitted "${calibration[@]}" --tokens 24k --device "$device"
+lora=(--lora 64 --kl reverse --teacher "$model" --set learning_rate_schedule=cosine "${common[@]}")
+for rate in 3e-4 2e-3; do
+  kvfold retrofit "$out/gqa" "$out/gqa-3x-lr$rate" "${lora[@]}" --learning-rate $rate
+done
+kvfold retrofit "$out/gqa-fitted" "$out/gqa-fitted-3x" "${lora[@]}" --learning-rate 1e-3
+kvfold retrofit "$out/gqa-fitted" "$out/gqa-fitted-dms-4x" --time dms:128 --compression 1.3333 --warm-start "${lora[@]}" \
+  --learning-rate 1e-3
 
 for method in dms dmc; do
   for compression in 2 3; do
@@ -38,8 +47,9 @@ for method in dms dmc; do
 done
 
 rows=()
-for name in dms-2x dms-3x dms-4x dmc-2x dmc-3x dmc-4x; do rows+=(--beside "$out/$name"); done
-for name in gqa-3x gqa-dms-4x; do rows+=(--beside "$out/gqa,$out/$name"); done
+for name in dms-2x dms-3x dms-4x dms-4x-cold dmc-2x dmc-3x dmc-4x; do rows+=(--beside "$out/$name"); done
+for name in gqa-3x-lr3e-4 gqa-3x-lr2e-3; do rows+=(--beside "$out/gqa,$out/$name"); done
+for name in gqa-fitted-3x gqa-fitted-dms-4x; do rows+=(--beside "$out/gqa-fitted,$out/$name"); done
 times=()
 for kept in 512 341 256; do
   times+=(--time "window:$((kept - 4))+4" --time "h2o:$((kept / 2))+$((kept - kept / 2))" --time "tova:$kept")
