@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from kvfold.report.design import Model, design_sheet, models_of
+from kvfold.report.design_pairs import pairs_sheet
 from kvfold.report.groups import Group
 from kvfold.report.learned_sheets import pretraining_sheet
 from kvfold.report.markup import Markup, join, tag
@@ -19,13 +20,14 @@ def pretraining_section(group: Group, colours: Mapping[str, int]) -> Markup:
     runs, models = pretraining_sheet(group.rows), models_of(group.rows)
     if len(models) < 2:
         return section(titled("Trained from scratch", group), tag("p", lead), table(runs), source_line(group))
-    sheet = design_sheet(models)
+    sheet, beside = design_sheet(models), pairs_sheet(models)
     return section(
         f"Trained from scratch: {len(models)} models",
         tag("p", f"{lead} {_size(models)}"),
         *_pictures(models),
         table(sheet),
         notes(sheet),
+        *((tag("h3", beside.title), table(beside), notes(beside)) if beside else ()),
         behind(runs),
         source_line(group),
     )

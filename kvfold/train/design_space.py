@@ -68,6 +68,8 @@ DESIGN_SPACE = (
 
 TUNED_1B = {"h128-mqa": 1.5e-3, "h128-mqa-cla2": 2.25e-3, "h64-mqa": 2.25e-3}
 """Learning rates at which the authors' search ended, at 1B."""
+TUNED_PERPLEXITIES = {"h128-mqa": 12.39, "h128-mqa-cla2": 12.43, "h64-mqa": 12.74}
+"""Published perplexities there."""
 ROWS_3B = {"h128-mqa": 6.75e-4, "h128-mqa-cla2": 2.25e-3, "h64-mqa": 1e-3, "h64-mqa-cla2": 3e-4, "h32-mqa": 3e-4}
 """The 3B models and their learning rates: of the first three where the search ended, of the other two where one starts."""
 _BYTES_3B = {"h128-mqa": 16384, "h128-mqa-cla2": 8192, "h64-mqa": 8192, "h64-mqa-cla2": 4096, "h32-mqa": 4096}
@@ -105,6 +107,8 @@ class Recipe:
     """Published bytes of keys and values a token, where this very model was published."""
     paper_perplexity: float | None = None
     """Published perplexity of the model that this is, or is the miniature of."""
+    paper_tuned_perplexity: float | None = None
+    """The same at the learning rate at which the authors' search ended."""
 
 
 def recipes() -> dict[str, Recipe]:
@@ -158,7 +162,10 @@ def _recipe(
         "num_heads": row.num_heads, "num_kv_heads": row.num_kv_heads, "head_dim": row.head_dim, "layers": row.layers,
     }  # fmt: skip
     settings = PretrainSettings(**{**shape, **of_row, **changes})
-    return Recipe(name=name, settings=settings, paper_kv_bytes=bytes_, paper_perplexity=perplexity)
+    tuned = TUNED_PERPLEXITIES.get(row.name) if perplexity is not None else None
+    return Recipe(
+        name=name, settings=settings, paper_kv_bytes=bytes_, paper_perplexity=perplexity, paper_tuned_perplexity=tuned
+    )  # fmt: skip
 
 
 def _miniature(row: Row) -> Row | None:

@@ -123,6 +123,7 @@ def _shape(recipe: str, settings: PretrainSettings) -> dict[str, Any]:
         **{name: getattr(settings, name) for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "layers")},
         "owners": len(settings.layout.owners), "kv_bytes_per_token": settings.kv_bytes_per_token,
         "paper_perplexity": None if known is None else known.paper_perplexity,
+        "paper_tuned_perplexity": None if known is None else known.paper_tuned_perplexity,
     }  # fmt: skip
 
 

@@ -237,18 +237,23 @@ def pretraining() -> dict:
 
 def design_space() -> list[dict]:
     """Four small models a file each, the first at two rates and at its better one with two seeds."""
-    shared = {"tokens": 999_424, "validation_tokens": 65_408, "num_layers": 8, "num_heads": 16, "parameters": 4_544_448}
+    shared = {"tokens": 999_424, "validation_tokens": 65_408, "num_layers": 8, "parameters": 4_544_448}
+    published = {"made-up-mqa": (13.54, 12.39), "made-up-mqa-cla2": (13.60, 12.43), "made-up-small": (13.81, 12.74)}
     runs = (
-        ("made-up-mqa", "full", 8, 384, 0.002, 0, 120.0), ("made-up-mqa", "full", 8, 384, 0.002, 1, 122.0),
-        ("made-up-mqa", "full", 8, 384, 0.004, 0, 131.0), ("made-up-mqa-cla2", "cla2", 4, 192, 0.002, 0, 123.5),
-        ("made-up-small", "full", 8, 192, 0.002, 0, 127.0), ("made-up-mha", "full", 8, 6144, 0.002, 0, 119.0),
+        ("made-up-mqa", "full", 8, 384, 12, 0.002, 0, 120.0), ("made-up-mqa", "full", 8, 384, 12, 0.002, 1, 122.0),
+        ("made-up-mqa", "full", 8, 384, 12, 0.004, 0, 131.0), ("made-up-mqa-cla2", "cla2", 4, 192, 12, 0.002, 0, 123.5),
+        ("made-up-small", "full", 8, 192, 6, 0.002, 0, 127.0), ("made-up-mha", "full", 8, 6144, 12, 0.002, 0, 119.0),
     )  # fmt: skip
     curve = {"tokens": [333_824, 667_648, 999_424], "loss": [6.5, 5.6, 5.1]}
-    rows = [
-        {**shared, "recipe": recipe, "layers": layers, "owners": owners, "kv_bytes_per_token": bytes_, "curve": curve,
-         "learning_rate": rate, "seed": seed, "validation_perplexity": found, "paper_perplexity": 13.54}
-        for recipe, layers, owners, bytes_, rate, seed, found in runs
-    ]  # fmt: skip
+    rows = []
+    for recipe, layers, owners, bytes_, dim, rate, seed, found in runs:
+        paper, tuned = published.get(recipe, (13.15, None))
+        rows.append({
+            **shared, "recipe": recipe, "layers": layers, "owners": owners, "kv_bytes_per_token": bytes_, "curve": curve,
+            "learning_rate": rate, "seed": seed, "validation_perplexity": found, "paper_perplexity": paper,
+            "paper_tuned_perplexity": tuned, "head_dim": dim, "num_heads": 192 // dim,
+            "num_kv_heads": 16 if recipe == "made-up-mha" else 1,
+        })  # fmt: skip
     model = {"name": "made-up", "parameters": 4_544_448}
     return [{"kind": "pretraining", **HEADER, "model": model, "rows": [row]} for row in rows]
 

@@ -8,6 +8,7 @@ import pytest
 import report_samples as samples
 from html_reading import Page
 from kvfold.report.design import Model, frontier, models_of
+from kvfold.report.design_pairs import Pair, pairs_of, pairs_sheet
 from kvfold.report.page import write_page
 
 JUNK = (None, "x; y", [], {}, [[]], -1, 0, 1e-300, 1e29, math.nan)
@@ -33,6 +34,29 @@ def test_a_model_stands_at_its_best_rate_with_all_its_seeds(page):
     assert (mqa["held-out perplexity"], mqa["learning rate"]) == ("121.00 (120.00 to 122.00)", "0.00200")
     assert (mqa["rates"], mqa["seeds"], mqa["layers with KV"], mqa["published"]) == ("2", "2", "8 of 8", "13.54")
     assert found["made-up-mqa-cla2"]["held-out perplexity"] == "123.50"
+
+
+def test_shared_layers_stand_beside_what_they_have_to_beat(page):
+    """The same shape without sharing, and equal bytes; seeds are paired."""
+    head, *lines = page.table("layers shared", "difference")
+    found = [dict(zip(head, line, strict=True)) for line in lines]
+    assert [(one["layers shared"], one["beside"], one["its bytes"]) for one in found] == [
+        ("made-up-mqa-cla2", "made-up-mqa", "2.00×"), ("made-up-mqa-cla2", "made-up-small", "1.00×")
+    ]  # fmt: skip
+    assert [(one["difference"], one["seeds"]) for one in found] == [("+3.50", "1"), ("-3.50", "1")]
+    assert [(one["published"], one["published, tuned"]) for one in found] == [("+0.06", "+0.04"), ("-0.21", "-0.31")]
+
+
+def test_a_difference_has_the_spread_of_its_seeds():
+    def model(perplexities: list[float], **row) -> Model:
+        runs = [{"seed": seed, "validation_perplexity": one, **row} for seed, one in enumerate(perplexities)]
+        return Model(recipe="r", kv_bytes=8.0, runs=tuple(runs), rates=1)
+
+    pair = Pair(shared=model([5.0, 7.0, 6.0], layers="cla2"), other=model([6.0, 7.5]))
+    assert pair.differences == [-1.0, -0.5]
+    assert [(one.shared, one.other) for one in pairs_of([pair.shared, pair.other])] == [(pair.shared, pair.other)]
+    sheet = pairs_sheet([pair.shared, pair.other])
+    assert sheet.rows[0][3:5] == ("-0.75 (-1.00 to -0.50)", "2")
 
 
 def test_files_of_one_size_are_one_section_with_every_run_behind_it(page):
