@@ -81,6 +81,8 @@ def convert(
         run(
             source, out, wanted, config=before, calibration_WT=ids, dtype=dtype, device=device, report=report,
         )  # fmt: skip
+    if layers is not None and init != "fitted" and len(after.layout.owners) < len(before.layout.owners):
+        say(f"note: '{init}' leaves little of the model until it is trained on: --init fitted keeps far more")
     result = _summary(before, after, out)
     if as_json:
         show_json({"kind": "convert", **result})

@@ -150,6 +150,7 @@ def _run(
     with waiting(f"loading {source}"):
         model, tokenizer = load(source, dtype=dtype or "float32", device=device), load_tokenizer(source)
         teacher = None if settings.teacher is None else load(settings.teacher, dtype=dtype or "float32", device=device)
+    _note_idle_gpu(model.device)
     about = {
         "command": command_line(), "version": __version__, "git_commit": git_commit(),
         "hardware": device_name(model.device, cpu_name()),
@@ -159,6 +160,13 @@ def _run(
             model=model, tokenizer=tokenizer, source=source, name=model_name(source), settings=settings, folder=folder,
             teacher=teacher, about=about, snapshot=snapshot, report=report, on_step=on_step,
         ).run()  # fmt: skip
+
+
+def _note_idle_gpu(device: Any) -> None:
+    import torch
+
+    if device.type == "cpu" and torch.cuda.is_available():
+        say("note: training on the CPU, though there is a GPU: --device cuda takes it")
 
 
 def _check_snapshot(snapshot: Path, folder: Any) -> None:

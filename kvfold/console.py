@@ -62,10 +62,10 @@ def waiting(what: str) -> Any:
 
 
 def progress() -> Any:
-    """Bars on stderr for whatever takes a while, where stderr is a terminal; to be used in a `with`."""
-    from kvfold.eval.progress import progress_bars, silent
+    """Bars on stderr for whatever takes a while, or where it is no terminal a line a minute; to be used in a `with`."""
+    from kvfold.eval.progress import progress_bars, progress_lines
 
-    return progress_bars() if Console(stderr=True).is_interactive else nullcontext(silent)
+    return progress_bars() if Console(stderr=True).is_interactive else nullcontext(progress_lines(say))
 
 
 def show(*parts: RenderableType) -> None:

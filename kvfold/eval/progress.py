@@ -12,6 +12,8 @@ Report = Callable[[str, int, int], None]
 
 PATIENCE_SECONDS = 2.0
 """Work that is over sooner shows no bar."""
+SECONDS_BETWEEN_LINES = 60.0
+"""Where no bar can be drawn, a line as often as this says how far the work is."""
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -49,3 +51,22 @@ def progress_bars() -> Iterator[Report]:
         # Stopping what never began would print an empty line.
         if bars.live.is_started:
             bars.stop()
+
+
+def progress_lines(say: Callable[[str], None]) -> Report:
+    """A `Report` for where no bar can be drawn: a line once a minute. `say` prints one."""
+    begun: dict[str, tuple[float, int]] = {}
+    last = time.monotonic()
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        start, first = begun.setdefault(what, (now, done))
+        if done >= total:
+            begun.pop(what)
+        elif now - last >= SECONDS_BETWEEN_LINES and done > first:
+            last = now
+            left = (now - start) / (done - first) * (total - done)
+            say(f"{what}: {100 * done / total:.0f} %, {left / 60:.0f} min left")
+
+    return report

@@ -36,7 +36,8 @@ def pretraining_section(group: Group, colours: Mapping[str, int]) -> Markup:
 def _size(models: Sequence[Model]) -> str:
     weights = [number(one.row, "parameters") for one in models if number(one.row, "parameters")]
     tokens = number(models[0].row, "tokens")
-    size = f" of {amount(min(weights))} to {amount(max(weights))} weights" if weights else ""
+    least, most = (amount(one(weights)) if weights else "" for one in (min, max))
+    size = (f" of {least} weights" if least == most else f" of {least} to {most} weights") if weights else ""
     seen = f" that saw {amount(tokens)} tokens" if tokens else ""
     return f"These are models{size}{seen}: what holds for them may not hold for larger ones." if size or seen else ""
 

@@ -23,8 +23,8 @@ _SEQUENCES, _TOKENS = 2, 256
 def least_missed_channel(
     model: FoldForCausalLM, blocks_NT: Tensor, settings: RetrofitSettings, *, report: Report = silent
 ) -> dict[str, Any]:
-    """Zero each channel as the method would, and compare with the model as it is: the `channel` with the lowest KL, its `kl`
-    and that of the last channel, `kl_of_last`, nats a token.
+    """Zero each channel as the method would, and compare with the model as it is: the `channel` with the lowest KL, its `kl`,
+    that of the last channel, `kl_of_last`, and `kl_of_each`, nats a token.
 
     Source: none; arXiv 2403.09636 and its code take a fixed channel.
     """
@@ -46,7 +46,7 @@ def least_missed_channel(
         config.layout, config.gates = was
         model.train(model_trains)
     best = min(range(dim), key=missed.__getitem__)
-    return {"channel": best, "kl": missed[best], "kl_of_last": missed[-1]}
+    return {"channel": best, "kl": missed[best], "kl_of_last": missed[-1], "kl_of_each": missed}
 
 
 def _log_probabilities(model: FoldForCausalLM, ids_NT: Tensor) -> Tensor:

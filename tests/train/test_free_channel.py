@@ -32,7 +32,7 @@ def test_the_channel_that_says_nothing_is_found(method):
     ids = torch.randint(5, 90, (3, 40), generator=torch.Generator().manual_seed(0))
     found = least_missed_channel(model, ids, settings)
     assert found["channel"] % (model.config.head_dim // 2) == UNUSED % (model.config.head_dim // 2)
-    assert found["kl"] < 1e-6 < found["kl_of_last"]
+    assert found["kl"] < 1e-6 < found["kl_of_last"] == found["kl_of_each"][-1] and len(found["kl_of_each"]) == 8
     assert model.config.layout == layout and model.config.gates is None
     assert all(torch.equal(one, weights[name]) for name, one in model.state_dict().items())
 
