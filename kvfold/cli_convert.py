@@ -81,8 +81,7 @@ def convert(
         run(
             source, out, wanted, config=before, calibration_WT=ids, dtype=dtype, device=device, report=report,
         )  # fmt: skip
-    if layers is not None and init != "fitted" and len(after.layout.owners) < len(before.layout.owners):
-        say(f"note: '{init}' leaves little of the model until it is trained on: --init fitted keeps far more")
+    _note_rough_start(init, before, after)
     result = _summary(before, after, out)
     if as_json:
         show_json({"kind": "convert", **result})
@@ -90,6 +89,11 @@ def convert(
         for name, (old, new) in result["changed"].items():
             say(f"{name}: {old} -> {new}")
         typer.echo(out)
+
+
+def _note_rough_start(init: str, before: "FoldConfig", after: "FoldConfig") -> None:
+    if init != "fitted" and len(after.layout.owners) < len(before.layout.owners):
+        say(f"note: '{init}' leaves little of the model until it is trained on: --init fitted keeps far more")
 
 
 def _calibration(source: str, files: list[Path], tokens: int, config: "FoldConfig") -> Any:
