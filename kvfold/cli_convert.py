@@ -81,19 +81,13 @@ def convert(
         run(
             source, out, wanted, config=before, calibration_WT=ids, dtype=dtype, device=device, report=report,
         )  # fmt: skip
-    _note_rough_start(init, before, after)
-    result = _summary(before, after, out)
+    result = _summary(before, after, out, init)
     if as_json:
         show_json({"kind": "convert", **result})
     else:
         for name, (old, new) in result["changed"].items():
             say(f"{name}: {old} -> {new}")
         typer.echo(out)
-
-
-def _note_rough_start(init: str, before: "FoldConfig", after: "FoldConfig") -> None:
-    if init != "fitted" and len(after.layout.owners) < len(before.layout.owners):
-        say(f"note: '{init}' leaves little of the model until it is trained on: --init fitted keeps far more")
 
 
 def _calibration(source: str, files: list[Path], tokens: int, config: "FoldConfig") -> Any:
@@ -104,11 +98,13 @@ def _calibration(source: str, files: list[Path], tokens: int, config: "FoldConfi
     return calibration_windows(load_tokenizer(source), files, tokens=tokens, context_tokens=context)
 
 
-def _summary(before: "FoldConfig", after: "FoldConfig", out: Path) -> dict[str, Any]:
-    """What changed, old and new."""
+def _summary(before: "FoldConfig", after: "FoldConfig", out: Path, init: str) -> dict[str, Any]:
+    """What changed, old and new; with a note where little of the model is left."""
     from kvfold.planner import plan
 
     old, new = before.layout, after.layout
+    if init != "fitted" and len(new.owners) < len(old.owners):
+        say(f"note: '{init}' leaves little of the model until it is trained on: --init fitted keeps far more")
     lines = {
         "layers": (old.layers_text(), new.layers_text()),
         "owners": (len(old.owners), len(new.owners)),

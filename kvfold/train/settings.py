@@ -33,6 +33,9 @@ class RetrofitSettings:
     gate_scale: float | None = None
     """Factor of what a gate reads, and so of how fast it learns beside the other weights; None = 100 under DMS, 1 under DMC,
     as published."""
+    ratio_weight: float = 1.0
+    """Factor of the loss that asks for the compression; 1 as published. Its gradient is the same however far the compression
+    lags behind, so what the rest of the loss would rather keep may hold it up for long."""
     per: Literal["head", "layer"] = "head"
     """A decision for each KV head, or one for all heads of a layer."""
     kl: Literal["reverse", "forward", "none"] | None = None
@@ -111,8 +114,10 @@ class RetrofitSettings:
                 f"sequences_at_once {self.sequences_at_once}: steps of {self.batch_sequences} are cut in equal parts: "
                 "use a divisor of it"
             )
-        if self.gate_scale is not None and not 0 < self.gate_scale < math.inf:
-            raise ValueError(f"gate_scale {self.gate_scale:g}: it is a number above 0: use e.g. 100")
+        for name in ("gate_scale", "ratio_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} {value:g}: it is a number above 0: use e.g. {_EXAMPLES[name]}")
         self._check_method()
         if self.gated and not self.control:
             share_for(self.compression, self.sequence_tokens, self.spec)
@@ -225,4 +230,5 @@ class RetrofitSettings:
         return replace(self, **values)
 
 
+_EXAMPLES = {"gate_scale": 100, "ratio_weight": 1}
 _COUNTS = ("rank", "sequence_tokens", "batch_sequences", "sequences_at_once", "save_steps")

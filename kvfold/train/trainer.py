@@ -59,7 +59,7 @@ class RetrofitTrainer(StepTrainer):
         main = loss = self.share_of_step(total, inputs)
         told = {}
         if gated:
-            loss = main + ratio_loss(outputs.decisions, self._target_share(step))
+            loss = main + self._settings.ratio_weight * ratio_loss(outputs.decisions, self._target_share(step))
             told = self._decided(outputs.decisions)
         self.add_parts(loss=loss, main=main, **told)
         return (loss, outputs) if return_outputs else loss

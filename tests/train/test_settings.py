@@ -89,6 +89,7 @@ def test_the_loss_that_goes_with_a_method(given, loss):
         ({"time": "dmc", "trains": "lora", "source": "adapter"}, "DMC reads a freed channel"),
         ({"time": "dmc", "trains": "lora", "find_channel": True, "channel": 3}, "give one of the two"),
         ({"gate_scale": 0.0}, "gate_scale 0: it is a number above 0"),
+        ({"ratio_weight": -1.0}, "ratio_weight -1: it is a number above 0"),
         ({"ramp_steps": 0, "tail_steps": 0}, "give it more tokens"),
         ({"time": "dns:4"}, "did you mean 'dms'?"),
     ],

@@ -45,10 +45,12 @@ def test_accumulation_changes_nothing(retrofit, way):
     assert found[0] == pytest.approx(found[1], rel=2e-2)
 
 
-def test_the_first_step_is_what_the_papers_say(retrofit, text):
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_the_first_step_is_what_the_papers_say(retrofit, text, weight):
     """Reverse KL to the model without gates, and the ratio loss on decisions with the step's noise."""
     points = []
-    run = retrofit("out", on_step=points.append, ramp_steps=2, tail_steps=1, sequences_at_once=1, **DMS)
+    given = {"ramp_steps": 2, "tail_steps": 1, "sequences_at_once": 1, "ratio_weight": weight}
+    run = retrofit("out", on_step=points.append, **given, **DMS)
     settings = run.settings
     run.run()
     blocks = draw_text([text], run.tokenizer, tokens=3 * 128, sequence_tokens=32, seed=0).train
@@ -68,7 +70,7 @@ def test_the_first_step_is_what_the_papers_say(retrofit, text):
     first = points[0]
     assert first["target_compression"] == 2.0
     assert first["distillation"] == pytest.approx(kl.item(), rel=1e-4, abs=1e-6)
-    assert first["loss"] == pytest.approx((kl + ratio).item(), rel=1e-4)
+    assert first["loss"] == pytest.approx((kl + weight * ratio).item(), rel=1e-4)
     assert first["ratio_share"] == pytest.approx(fired.mean().item(), rel=1e-5)
 
 
@@ -127,7 +129,8 @@ def test_a_loss_that_is_no_number_stops_with_its_step(retrofit, monkeypatch, way
 
     monkeypatch.setattr(loop, "next_token_logits", logits)
     with pytest.raises(
-        RuntimeError, match=r"step 6: the loss is nan: the last good checkpoint is kept in .*: use a lower"
+        RuntimeError,
+        match=r"step 6: the loss is nan: the last good checkpoint is kept in .*: begin in another",
     ):
         retrofit("out", on_step=on_step, **WAYS[way]).run()
     assert run.folder.done_steps == 4
