@@ -29,7 +29,7 @@ kvfold eval "$model" "${texts[@]}" --time full --beside "$out/cla2-drop" --besid
   --beside "$out/cla2-fitted" --passkey --device "$device" --out "$out/results/cla2-start.json"
 
 common=("${data[@]}" --device "$device" --full --learning-rate 2e-4 --set learning_rate_schedule=cosine --set warmup_steps=5
-  --set sequences_at_once=2)
+  --set sequences_at_once=2 --set save_steps=10)
 # What MODEL says of each sequence is worked out once.
 distilled=(--kl forward --teacher "$model" --set teacher_states="$out/teacher")
 rows=()

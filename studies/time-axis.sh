@@ -19,7 +19,7 @@ data=() texts=() calibration=()
 for file in "${train[@]}"; do data+=(--data "$file") calibration+=(--calibration "$file"); done
 for file in "${valid[@]}"; do texts+=(--text "$file"); done
 # What MODEL says of each sequence is worked out once.
-common=("${data[@]}" --tokens "$tokens" --device "$device" --set teacher_states="$out/teacher" --set sequences_at_once=2)
+common=("${data[@]}" --tokens "$tokens" --device "$device" --set teacher_states="$out/teacher" --set sequences_at_once=2 --set save_steps=10)
 mkdir -p "$out"
 
 kvfold retrofit "$model" "$out/dms-4x" --recipe smollm2-dms-cpu "${common[@]}"

@@ -84,14 +84,12 @@ class FoldAttention(nn.Module):
         return self.o_proj(view.attend(self.layer, q, k, v, rotation, gates).flatten(2))
 
     def _projected(self, projection: nn.Module, x: Tensor, masked: int | None) -> Tensor:
-        """The projection, less what its base weights (those below a LoRA) write into channel `masked` of each head."""
+        """The projection; channel `masked` of each head is what a low-rank addition says alone, without the base weights."""
         out = projection(x)
         if masked is None:
             return out
-        base, heads = getattr(projection, "base_layer", projection), out.shape[-1] // self.head_dim
-        rows = torch.arange(heads, device=x.device) * self.head_dim + masked % self.head_dim
-        share = F.linear(x, base.weight[rows], None if base.bias is None else base.bias[rows])
-        return out.index_add(-1, rows, share, alpha=-1)
+        rows = torch.arange(out.shape[-1] // self.head_dim, device=x.device) * self.head_dim + masked % self.head_dim
+        return out.index_copy(-1, rows, _low_rank(projection, x, rows).to(out.dtype))
 
     def _heads(self, x: Tensor, norm: FoldRMSNorm | None) -> Tensor:
         """[B, T, heads * D] -> [B, T, heads, D], normed over all heads or over each."""
@@ -99,6 +97,20 @@ class FoldAttention(nn.Module):
             x = norm(x)
         x = x.view(*x.shape[:2], -1, self.head_dim)
         return x if norm is None or self.norm_whole else norm(x)
+
+
+def _low_rank(projection: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of what peft's additions to a projection give, [..., rows]; 0 where it has none.
+
+    In fp32, and not as the difference of two large numbers: a gate multiplies it, and decides by a threshold.
+    """
+    found = x.new_zeros((*x.shape[:-1], rows.numel()), dtype=torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        for name in getattr(projection, "active_adapters", ()):
+            down, up = projection.lora_A[name].weight, projection.lora_B[name].weight
+            inner = F.linear(x.float(), down.float())
+            found = found + F.linear(inner, up[rows].float()) * projection.scaling[name]
+    return found
 
 
 class FoldMLP(nn.Module):
