@@ -104,9 +104,9 @@ def test_finished_lengths_are_not_asked_again(long_model, tokenizer, monkeypatch
     first = measure_passkey(long_model, tokenizer, ["tova:4"], lengths=[LENGTH], **settings)
     asked = []
     answering(monkeypatch, {}, tokenizer)
-    monkeypatch.setattr(passkey, "_found", lambda *args: asked.append(args[3]) or [0])
+    monkeypatch.setattr(passkey, "_found", lambda *args: asked.append(args[5]) or [0])
     again = measure_passkey(long_model, tokenizer, ["tova:4"], lengths=[LENGTH, LENGTH + 50], **settings)
-    assert asked == [LENGTH + 50] * 2
+    assert asked == [f"passkey {LENGTH + 50}, {method}" for method in ("full", "tova:4")]
     assert [row for row in again if row["length_tokens"] == LENGTH] == first
 
 
