@@ -67,6 +67,6 @@ def progress_lines(say: Callable[[str], None]) -> Report:
         elif now - last >= SECONDS_BETWEEN_LINES and done > first:
             last = now
             left = (now - start) / (done - first) * (total - done)
-            say(f"{what}: {100 * done / total:.0f} %, {left / 60:.0f} min left")
+            say(f"{what}: {100 * done / total:.0f} %, {max(1, round(left / 60))} min left")
 
     return report

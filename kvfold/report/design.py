@@ -56,14 +56,15 @@ def models_of(rows: Iterable[Mapping]) -> list[Model]:
 
 def _model(recipe: str, rates: Mapping[float | None, list[Mapping]]) -> Model:
     """The rate is chosen by the run that did best: other rates may have fewer seeds."""
-    ordered = [sorted(runs, key=_perplexity) for runs in rates.values()]
-    best = min(ordered, key=lambda runs: _perplexity(runs[0]))
+    ordered = [sorted(runs, key=perplexity_of) for runs in rates.values()]
+    best = min(ordered, key=lambda runs: perplexity_of(runs[0]))
     return Model(
         recipe=recipe, kv_bytes=number(best[0], "kv_bytes_per_token"), runs=tuple(best), rates=len(rates)
     )  # fmt: skip
 
 
-def _perplexity(row: Mapping) -> float:
+def perplexity_of(row: Mapping) -> float:
+    """Of a run, on held-out text."""
     return number(row, "validation_perplexity")
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kvfold.report.design import Model
+from kvfold.report.design import Model, perplexity_of
 from kvfold.report.numbers import MISSING, count
 from kvfold.report.results import number
 from kvfold.report.sheets import Column, Sheet
@@ -24,7 +24,7 @@ class Pair:
         where sharing wins.
         """
         ours, theirs = (
-            {number(run, "seed"): _perplexity(run) for run in one.runs} for one in (self.shared, self.other)
+            {number(run, "seed"): perplexity_of(run) for run in one.runs} for one in (self.shared, self.other)
         )
         return sorted(ours[seed] - theirs[seed] for seed in ours if seed is not None and seed in theirs)
 
@@ -47,10 +47,6 @@ def pairs_of(models: Sequence[Model]) -> list[Pair]:
 
 def _shape(row: Mapping) -> tuple:
     return tuple(number(row, key) for key in _SHAPE)
-
-
-def _perplexity(row: Mapping) -> float:
-    return number(row, "validation_perplexity")
 
 
 COLUMNS = (
@@ -90,4 +86,5 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _signed(value: float | None) -> str:
-    return "none" if value is None else f"{value:+.2f}"
+    """Two decimals, as perplexities have beside it."""
+    return "none" if value is None else f"{value:+.2f}".replace("-", "−")

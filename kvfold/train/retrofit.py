@@ -77,9 +77,12 @@ class Retrofit:
             facts["before"] = self._noted("before", lambda: self._measured(text))
         if self.settings.find_channel and self.settings.compresses:
             facts["freed"] = self._noted("channel", lambda: self._found_channel(text))
-            self = replace(
-                self, settings=self.settings.with_values(channel=facts["freed"]["channel"], find_channel=False)
-            )
+            found = self.settings.with_values(channel=facts["freed"]["channel"], find_channel=False)
+            return replace(self, settings=found)._trained(facts, text, base)
+        return self._trained(facts, text, base)
+
+    def _trained(self, facts: dict[str, Any], text: TrainingText, base: Base) -> dict[str, Any]:
+        """The student made and trained, or its newest checkpoint looked at."""
         student = make_student(self.model, self.settings, teacher=self.teacher)
         facts["trained_parameters"] = sum(one.numel() for one in trained_weights(self.model).values())
         if self.snapshot is not None:

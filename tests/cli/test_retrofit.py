@@ -1,6 +1,11 @@
 """`kvfold retrofit`: a result, a card, a run that goes on, and one line for whatever is wrong."""
 
 import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -105,3 +110,17 @@ def test_an_adapter_for_another_base(kvfold, folder):
     about.write_text(about.read_text().replace('"layers": 2', '"layers": 3'))
     done = kvfold("generate tiny Hello --adapter out")
     assert done.code == 2 and "it is for tiny (3 layers" in done.err and done.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_result_and_end_well(folder):
+    """The other process has nothing to measure or to show, and does not bring the leading one down."""
+    program = Path(sys.executable).parent / "kvfold"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    done = subprocess.run(
+        [*launch, str(program), *shlex.split(f"{DMS} --device cpu --json")], cwd=folder, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["after"]["compression"] > 1 and (folder / "out" / "adapter.json").is_file()
