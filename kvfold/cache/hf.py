@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvfold.cache.attend import CallView, StepView
 from kvfold.cache.store import Store
+from kvfold.cache.usage import Usage, usage_of
 from kvfold.cache.views import KVView
 from kvfold.layout import KVLayout
 from kvfold.planner import PAGE_SLOTS
@@ -117,6 +118,11 @@ class FoldCache(Cache):
     def allocated_bytes(self) -> int:
         """Bytes that the rows hold: pages, tables, lengths, state."""
         return self.store.allocated_bytes
+
+    @property
+    def usage(self) -> Usage:
+        """What `allocated_bytes` are used for: entries, the rounding to pages, rings, books."""
+        return usage_of(self.store)
 
     @property
     def pool_bytes(self) -> int:

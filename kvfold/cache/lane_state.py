@@ -20,9 +20,18 @@ class LaneRing:
         """
         flags = policy.gate == "flag"
         shape = (policy.reach,) if flags else (policy.reach, 2 * head_dim + 1)
+        self.flags = flags
         self.ring = torch.zeros(
             (owners, 0, heads, *shape), dtype=torch.int32 if flags else torch.float32, device=device
         )
+
+    def flagged(self) -> tuple[Tensor, Tensor]:
+        """Entries that are flagged and still there: lane, slot of the lane; flat."""
+        if not self.flags:
+            return torch.zeros((2, 0), dtype=torch.int64, device=self.ring.device).unbind()
+        ring = self.ring.flatten(0, 2)
+        lane, column = (ring < 0).nonzero(as_tuple=True)
+        return lane, ~ring[lane, column].long()
 
     def bytes_for(self, rows: int) -> int:
         """Bytes with room for so many rows."""

@@ -58,6 +58,12 @@ class PagePool:
         return sum(array.nbytes for array in arrays if array is not None)
 
     @property
+    def slot_bytes(self) -> int:
+        """Bytes of one entry with its position and score."""
+        arrays = (self.k, self.v, self.position, self.score)
+        return sum(array.itemsize * array.stride(0) // self.slots for array in arrays if array is not None)
+
+    @property
     def held_pages(self) -> int:
         """Pages that some lane holds; one that several share counts once."""
         return self.book.capacity - self.book.free

@@ -7,7 +7,7 @@ Letters: W windows, B rows, T tokens of a window, C model width.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +255,7 @@ def _cell(
         "compression_mean_over_time": over_time,
         "allocated_bytes": readings[0].allocated_bytes,
         "full_bytes": readings[0].full_bytes,
+        "bytes_by_use": asdict(readings[0].usage),
         "tokens_per_second": windows.ids_WT.numel() / sum(reading.seconds for reading in readings),
         "seconds": seconds,
     }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvfold.cache.hf import FoldCache
+from kvfold.cache.usage import Usage
 from kvfold.eval.folding import calls, folded_cache
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
@@ -29,6 +30,8 @@ class Reading:
     """Held by all rows at the end."""
     full_bytes: int
     """The same tokens with nothing folded along time and bits."""
+    usage: Usage
+    """What the allocated bytes are used for."""
     kept_share: tuple[float, ...]
     """Of the tokens seen, those kept, weighted by bytes: after each call, mean over rows."""
     seen_tokens: tuple[int, ...]
@@ -71,11 +74,8 @@ def read_rows(
             on_states(hidden, start)
             seen.append(start + call.shape[1])
             shares.append(kept_shares(cache, weights).mean())
-        allocated_bytes, full_bytes = cache.allocated_bytes, cache.full_bytes
-    return Reading(
-        allocated_bytes=allocated_bytes, full_bytes=full_bytes, kept_share=tuple(torch.stack(shares).tolist()),
-        seen_tokens=tuple(seen), seconds=seconds,
-    )  # fmt: skip
+        held = {"allocated_bytes": cache.allocated_bytes, "full_bytes": cache.full_bytes, "usage": cache.usage}
+    return Reading(**held, kept_share=tuple(torch.stack(shares).tolist()), seen_tokens=tuple(seen), seconds=seconds)
 
 
 def kept_shares(cache: FoldCache, weights_O: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ def quality_row(
         "top1_agreement": _mean(cell["top1_agreement"]),
         "kept_tokens": windows.context_tokens / cell["compression"],
         **{name: cell[name] for name in _AS_MEASURED},
+        # Cells of earlier versions lack it.
+        **{name: cell[name] for name in ("bytes_by_use",) if name in cell},
     }
 
 

@@ -54,6 +54,8 @@ QUALITY_COLUMNS = (
     Column(
         head="bytes held", note="What the cache has allocated at the end, for all windows that were read side by side."
     ),
+    Column(head="rounding", note="Of them, places of pages that no token fills: pages are held whole.", brief=False),
+    Column(head="ring", note="Of them, what a learned method keeps of the newest tokens beside pages.", brief=False),
     Column(head="full cache", note="Bytes of the same tokens with nothing dropped.", brief=False),
     Column(head="tokens/s", note="Tokens read per second while measuring quality; not a decode speed."),
     Column(head="scored", note="Tokens scored.", brief=False),
@@ -86,6 +88,7 @@ def _quality_cells(row: Mapping) -> tuple[str, ...]:
         times(number(row, "compression")),
         times(number(row, "compression_mean_over_time")),
         size(number(row, "allocated_bytes")),
+        *(size(number(row, "bytes_by_use", use)) for use in ("rounding", "rings")),
         size(number(row, "full_bytes")),
         three(number(row, "tokens_per_second")),
         count(number(row, "tokens")),

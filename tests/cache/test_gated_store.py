@@ -9,7 +9,7 @@ from kvfold.cache.hf import FoldCache
 from kvfold.cache.pages import CacheFull
 from kvfold.layout import KVLayout
 from kvfold.ops.gating import STAY_NEVER, Gates
-from kvfold.planner import LENGTH_BYTES, ROW_BYTES, layout_bytes, page_bytes, page_class, plan
+from kvfold.planner import LENGTH_BYTES, PAGE_OVERHEAD_BYTES, ROW_BYTES, layout_bytes, page_bytes, page_class, plan
 
 HEADS, DIM, SLOTS = 2, 8, 4
 
@@ -130,6 +130,13 @@ def test_allocated_bytes_are_pages_of_what_is_kept_and_the_rings(time):
         < layout_bytes(cache.layout, [51, 51], 4, SLOTS)
         == cache.store.bytes_under(cache.layout, cache.rows)
     )
+    usage, entry = cache.usage, (page - PAGE_OVERHEAD_BYTES) // SLOTS
+    assert usage.entries + usage.waiting == entry * int(cache.kept_tokens.sum())
+    # Of the tokens 46 to 50, in the window of the newest one, 48 and 50 stay.
+    assert usage.waiting == (0 if time.startswith("dmc") else 3 * entry * lanes)
+    assert usage.rounding == entry * (SLOTS * pages - int(cache.kept_tokens.sum())) > 0
+    assert usage.rings == lanes * spec.lane_state_bytes(DIM)
+    assert usage.total == cache.allocated_bytes
     cache.free()
     assert cache.allocated_bytes == 0
 
@@ -159,12 +166,15 @@ def test_gates_that_are_off_keep_everything():
         assert (cache.kept_tokens == 20).all()
 
 
-def test_axes_multiply():
-    """Half the layers, half the heads, a quarter of the tokens: a sixteenth of the pages."""
+@pytest.mark.parametrize("time", ["dmc:3", "dms:4"])
+def test_axes_multiply(time):
+    """Half the layers, half the heads, a quarter of the tokens: a sixteenth of the entries, and of the pages but for those
+    that DMS's window fills in each lane.
+    """
     tokens = 8 * SLOTS
     plain = KVLayout.plain(4, 4, DIM)
-    folded = KVLayout.parse("cla2", plain).with_heads(2).with_time("dmc:3")
-    pages = []
+    folded = KVLayout.parse("cla2", plain).with_heads(2).with_time(time)
+    pages, entries = [], []
     for one in (plain, folded):
         cache = FoldCache(one, dtype=torch.float32, rows=1, page_slots=SLOTS, poison=True)
         heads = one.layers[0].num_kv_heads
@@ -177,4 +187,7 @@ def test_axes_multiply():
                 said = told if one is folded and own else None
                 view.attend(layer, q, k if own else None, v if own else None, None, said)
         pages.append(sum(pool.held_pages for pool in cache.store._pools))
-    assert pages[0] == 16 * pages[1]
+        entries.append(cache.usage.entries)
+    waiting = cache.usage.waiting // (SLOTS * cache.store.banks[0].pool.slot_bytes)
+    assert entries[0] == 16 * entries[1] and pages[0] == 16 * (pages[1] - waiting)
+    assert waiting == (0 if time.startswith("dmc") else 4)

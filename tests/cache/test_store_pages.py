@@ -5,6 +5,7 @@ bytes are allocated bytes, and what the tensors really take is counted.
 import copy
 import gc
 import weakref
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfold.cache.pages import CacheFull, PageBook
+from kvfold.cache.usage import usage_of
 from kvfold.layout import KVLayout
 from kvfold.planner import layout_bytes
 from store_driver import (
@@ -94,7 +96,8 @@ def test_rows_that_come_and_go(life, page_slots):
             feed(face_of(cache, chosen), draw(layout, 1 + number % 11, rows=len(chosen), seed=number))
         check_books(store)
         assert sorted(alive + store._free_rows) == list(range(len(store._seen))), "a row is lost or stands twice"
-        assert store.allocated_bytes == planned(store) - shared_page_bytes(store)
+        assert store.allocated_bytes == planned(store) - shared_page_bytes(store) == usage_of(store).total
+        assert min(astuple(usage_of(store))) >= 0
         assert max(store.allocated_bytes, tensor_bytes(store)) <= store.pool_bytes
     store.free_rows(alive)
     check_books(store)

@@ -97,6 +97,7 @@ def test_compression_at_the_end_and_over_time(model, tokenizer, text):
     assert row["kept_tokens"] == pytest.approx(8)
     assert row["compression_mean_over_time"] == pytest.approx(sum(t / min(t, 8) for t in range(1, 41)) / 40)
     assert row["allocated_bytes"] < row["full_bytes"]
+    assert sum(row["bytes_by_use"].values()) == row["allocated_bytes"] and row["bytes_by_use"]["rings"] == 0
 
 
 def test_compression_is_weighted_by_bytes_where_owners_differ(model, tokenizer, text):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from kvfold.cache.usage import Usage
 from kvfold.eval.folding import calls, method_about
 from kvfold.eval.reading import Reading, read_rows
 from kvfold.layout import KVLayout
@@ -33,6 +34,9 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(model):
     assert not torch.is_inference_mode_enabled()
 
 
+NOTHING = Usage(entries=0, waiting=0, rounding=0, rings=0, books=0)
+
+
 def test_calls_are_large_until_a_steps_method_may_drop():
     assert list(calls(PLAIN.with_time("window:2+1"), 20, 8)) == [(0, 8), (8, 16), (16, 20)]
     assert list(calls(PLAIN.with_time("tova:9"), 12, 8)) == [(0, 8), (8, 9), (9, 10), (10, 11), (11, 12)]
@@ -41,7 +45,7 @@ def test_calls_are_large_until_a_steps_method_may_drop():
 
 
 def test_compression_over_time_takes_what_is_kept_between_calls_as_growing_evenly():
-    each = {"allocated_bytes": 0, "full_bytes": 0, "seconds": 0.0}
+    each = {"allocated_bytes": 0, "full_bytes": 0, "usage": NOTHING, "seconds": 0.0}
     every = Reading(kept_share=(1.0, 1.0, 2 / 3, 0.5), seen_tokens=(1, 2, 3, 4), **each)
     assert every.compression == 2
     assert every.compression_over_time == pytest.approx((1 + 1 + 1.5 + 2) / 4)

@@ -64,6 +64,7 @@ def _quality_row(method: str, title: str, text: str, at: int) -> dict:
         "kl": change / 170, "top1_agreement": 1 - change / 130, "kept_tokens": round(1024 * share),
         "compression": 1024 / round(1024 * share), "compression_mean_over_time": 1 + (1 / share - 1) * 0.55,
         "allocated_bytes": round(FULL_BYTES * share), "full_bytes": FULL_BYTES,
+        "bytes_by_use": {"rounding": 54_321 + at, "rings": 9_876},
         "tokens_per_second": 301.7 + 40 * at, "seconds": 108.53,
     }  # fmt: skip
 
