@@ -30,7 +30,7 @@ from kvfold.cli_train import add_retrofit
 from kvfold.console import check_out, clear_errors, command_line, hand_over, progress, say, show, show_json
 
 app = typer.Typer(
-    help="Fold the KV cache of a language model: plan it, measure it, generate with it.",
+    help="Make the KV cache of a language model small: plan it, train for it, measure it, generate with it.",
     epilog="Begin with `kvfold plan llama-3.1-8b --time h2o:512+512`, which needs no weights, or with `kvfold demo`.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
 )  # fmt: skip

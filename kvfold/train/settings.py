@@ -95,9 +95,7 @@ class RetrofitSettings:
     """Train the same without compression, to compare with."""
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: it is 1 or more: ask for more")
+        self._check_numbers()
         if self.sequence_tokens < 2:
             raise ValueError(
                 f"sequence_tokens {self.sequence_tokens}: nothing is predicted in so short a text: use e.g. 1024"
@@ -107,20 +105,31 @@ class RetrofitSettings:
                 f"tokens {self.tokens:,}: one step takes {self.batch_sequences} sequences of {self.sequence_tokens:,}, "
                 f"{self.step_tokens:,} in all: give it more tokens or smaller steps"
             )
-        if not self.learning_rate > 0 or not math.isfinite(self.learning_rate):
-            raise ValueError(f"learning_rate {self.learning_rate:g}: it is a number above 0: use e.g. 3e-5")
         if self.batch_sequences % self.sequences_at_once:
             raise ValueError(
                 f"sequences_at_once {self.sequences_at_once}: steps of {self.batch_sequences} are cut in equal parts: "
                 "use a divisor of it"
             )
-        for name in ("gate_scale", "ratio_weight"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} {value:g}: it is a number above 0: use e.g. {_EXAMPLES[name]}")
         self._check_method()
         if self.gated and not self.control:
             share_for(self.compression, self.sequence_tokens, self.spec)
+
+    def _check_numbers(self) -> None:
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: it is 1 or more: ask for more")
+        for name in ("zero_out_steps", "ramp_steps", "tail_steps", "warmup_steps", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name):g}: it is 0 or more: use e.g. 0")
+        for name, example in _ABOVE_ZERO.items():
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} {value:g}: it is a number above 0: use e.g. {example}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name):g}: it is from 0 to below 1: use e.g. 0.9")
+        if not 0 <= self.final_learning_rate <= 1:
+            raise ValueError(f"final_learning_rate {self.final_learning_rate:g}: it is a share, 0 to 1: use e.g. 0.1")
 
     def _check_method(self) -> None:
         if not self.compression >= 1:
@@ -230,5 +239,5 @@ class RetrofitSettings:
         return replace(self, **values)
 
 
-_EXAMPLES = {"gate_scale": 100, "ratio_weight": 1}
+_ABOVE_ZERO = {"learning_rate": "3e-5", "gate_scale": "100", "ratio_weight": "1", "clip": "1"}
 _COUNTS = ("rank", "sequence_tokens", "batch_sequences", "sequences_at_once", "save_steps")
