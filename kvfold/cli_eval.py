@@ -217,12 +217,13 @@ def _beside(texts: list[str], source: str, dtype: str | None, device: str | None
         if not is_adapter(last):
             load_config(text)
             return Beside(label=model_name(text), open=lambda: load(text, dtype=dtype, device=device))
-        read_adapter(last)
+        about, _ = read_adapter(last)
         if comma:
             load_config(base)
         return Beside(
-            label=model_name(last), open=lambda: load(base or source, adapter=last, dtype=dtype, device=device)
-        )
+            label=model_name(last), open=lambda: load(base or source, adapter=last, dtype=dtype, device=device),
+            trained_tokens=about.trained_tokens,
+        )  # fmt: skip
 
     others = [one(text) for text in texts]
     check_labels(others)

@@ -21,6 +21,8 @@ class Beside:
     """What its rows are called."""
     open: Callable[[], FoldForCausalLM]
     """Loads it."""
+    trained_tokens: int | None = None
+    """Tokens it was trained on to become what it is; None = not known."""
 
 
 def check_labels(beside: Sequence[Beside]) -> None:
@@ -57,4 +59,5 @@ def about_beside(other: Beside, layout: KVLayout) -> dict[str, object]:
         "title": about["title"] if folds else other.label,
         "trained": True,
         "model": other.label,
+        "trained_tokens": other.trained_tokens,
     }

@@ -59,6 +59,8 @@ class AdapterAbout:
     """`GateConfig` as plain values."""
     lora: dict[str, Any] | None = None
     """`scale` of the low-rank additions; None where there are none."""
+    trained_tokens: int | None = None
+    """Tokens it was trained on; None = not noted."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

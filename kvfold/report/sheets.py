@@ -41,7 +41,12 @@ class Sheet:
 QUALITY_COLUMNS = (
     Column(head="method", is_text=True),
     Column(head="text", is_text=True),
-    Column(head="trained", note="Whether the model was trained for the method.", brief=False, is_text=True),
+    Column(
+        head="trained",
+        note="Whether the model was trained for the method; on how much text, where known.",
+        brief=False,
+        is_text=True,
+    ),
     Column(head="perplexity", note="How surprised the model is by the next token; lower is better."),
     Column(head="change", note="Perplexity against the unfolded model on the same windows, ± one standard error."),
     Column(head="loss difference", note="The same as a difference of the loss, nats a token.", brief=False),
@@ -69,7 +74,6 @@ def quality_sheet(rows: Sequence[Mapping]) -> Sheet:
 
 
 def _quality_cells(row: Mapping) -> tuple[str, ...]:
-    trained = row.get("trained")
     change, loss = (
         [number(row, key, part) for part in ("mean", "standard_error")]
         for key in ("perplexity_change_percent", "loss_difference")
@@ -77,7 +81,7 @@ def _quality_cells(row: Mapping) -> tuple[str, ...]:
     return (
         label_of(row),
         words(row, "text") or "unnamed",
-        ("yes" if trained else "no") if isinstance(trained, bool) else MISSING,
+        _trained(row),
         three(number(row, "perplexity")),
         difference(*change, "%"),
         difference(*loss),
@@ -94,6 +98,13 @@ def _quality_cells(row: Mapping) -> tuple[str, ...]:
         count(number(row, "tokens")),
         three(number(row, "seconds")),
     )
+
+
+def _trained(row: Mapping) -> str:
+    if (tokens := number(row, "trained_tokens")) is not None:
+        return f"{count(tokens)} tokens"
+    trained = row.get("trained")
+    return ("yes" if trained else "no") if isinstance(trained, bool) else MISSING
 
 
 def passkey_sheet(rows: Sequence[Mapping], labels: Mapping[str, str]) -> Sheet:

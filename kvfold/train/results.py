@@ -29,13 +29,16 @@ def write_trained(
     folder: Path,
     *,
     card: str | None = None,
+    tokens: int | None = None,
 ) -> None:
-    """The adapter or the whole model in `folder`, with the card where there is one; what else lies there stays."""
+    """The adapter or the whole model in `folder`, with the card where there is one; what else lies there stays. `tokens`:
+    trained on, where that is known.
+    """
     with _staged(folder, card) as staged:
         if settings.trains == "full":
             _write_model(model, tokenizer, staged)
         else:
-            _write_adapter(model, base, staged)
+            _write_adapter(model, base, staged, tokens)
 
 
 def write_model(model: FoldForCausalLM, tokenizer: Any, folder: Path, *, card: str) -> None:
@@ -71,7 +74,7 @@ def _write_model(model: FoldForCausalLM | GenerationMixin, tokenizer: Any, folde
         tokenizer.save_pretrained(folder)
 
 
-def _write_adapter(model: FoldForCausalLM, base: Base, folder: Path) -> None:
+def _write_adapter(model: FoldForCausalLM, base: Base, folder: Path, tokens: int | None) -> None:
     weights = {
         name: weight for name, weight in model.named_parameters() if name.split(".")[-2] in GATE_MODULES
     }  # fmt: skip
@@ -87,7 +90,7 @@ def _write_adapter(model: FoldForCausalLM, base: Base, folder: Path) -> None:
     learned = config.gates is not None
     about = AdapterAbout(
         base=base, time=config.layout.time_text() if learned else None, gates=config.gates,
-        lora={"scale": scales.pop()} if scales else None,
+        lora={"scale": scales.pop()} if scales else None, trained_tokens=tokens,
     )  # fmt: skip
     saved = {
         name: weight.detach().to(device="cpu", dtype=torch.float32).contiguous() for name, weight in weights.items()

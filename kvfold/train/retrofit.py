@@ -121,7 +121,7 @@ class Retrofit:
         facts["seconds"] = sum(point["seconds"] for point in points)
         facts["after"] = self._measured(text)
         write_trained(
-            self.model, self.tokenizer, settings, base, out, card=write_card(settings, facts, out)
+            self.model, self.tokenizer, settings, base, out, card=write_card(settings, facts, out), tokens=facts["tokens"]
         )  # fmt: skip
         return facts
 

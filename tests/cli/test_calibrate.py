@@ -19,6 +19,7 @@ def test_the_cache_holds_what_was_asked_for(kvfold, folder, train):
         "eval tiny --time full --beside first --beside second --text text.txt --context 64 --windows 6 --json"
     )
     first, second = (row["compression"] for row in json.loads(read.out)["rows"][1:])
+    assert {row["trained_tokens"] for row in json.loads(read.out)["rows"][1:]} == {256}
     assert second == pytest.approx(3, rel=0.15) and first < 2.7
     card = (folder / "second" / "README.md").read_text()
     assert card.startswith("# second\n") and "# first" in card and "3 was asked for" in card

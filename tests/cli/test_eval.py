@@ -104,6 +104,8 @@ def test_trained_and_converted_models_beside_the_first(kvfold, folder):
     assert done.code == 0, done.err
     rows = {row["method"]: row for row in json.loads(done.out)["rows"]}
     assert list(rows) == ["full", "dms:8 of dms", "full of mqa", "full of tuned"]
+    tokens = {method: row.get("trained_tokens") for method, row in rows.items()}
+    assert tokens == {"full": None, "dms:8 of dms": 256, "full of mqa": None, "full of tuned": 256}
     assert rows["full of tuned"]["allocated_bytes"] == rows["full of mqa"]["allocated_bytes"]
     assert 0 < rows["full of mqa"]["kl"] != rows["full of tuned"]["kl"]
     body = [line for line in kvfold(f"eval tiny {SHORT} --beside dms --beside mqa").out.splitlines() if line[0] == "│"]

@@ -11,6 +11,7 @@ import report_samples as samples
 from html_reading import Page
 from kvfold.report import numbers
 from kvfold.report.page import write_page
+from kvfold.report.sheets import QUALITY_COLUMNS, quality_sheet
 
 KINDS = ("quality", "tasks", "memory", "kept", "document", "curve", "decode", "step", "plan", "pretraining")
 HOSTILE = "</td></svg></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;$title ${x} javascript:"
@@ -250,6 +251,12 @@ def test_what_was_not_measured_reads_so(tmp_path):
     cells = dict(zip(*page.table("method", "KL"), strict=True))
     assert cells["perplexity"] == "12.0"
     assert {cells[head] for head in ("KL", "change", "bytes held", "trained", "kept")} == {"not measured"}
+
+
+def test_a_row_says_what_it_was_trained_on():
+    assert [QUALITY_COLUMNS[2].head, *(quality_sheet([row]).rows[0][2] for row in (
+        {"trained": True, "trained_tokens": 262_144}, {"trained": True, "trained_tokens": None}, {"trained": False}, {},
+    ))] == ["trained", "262,144 tokens", "yes", "no", "not measured"]  # fmt: skip
 
 
 def test_the_report_needs_neither_torch_nor_matplotlib():
