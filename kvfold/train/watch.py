@@ -1,5 +1,6 @@
 """How far training is: a bar with the time left on a terminal, a line once in a while elsewhere. No torch."""
 
+import math
 import time as clock
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,17 +46,20 @@ class _Lines:
     """A line once in a while."""
 
     def __init__(self, total: int, done: int, say: Callable[[str], None]):
-        self._total, self._first, self._begun, self._say = total, done, clock.monotonic(), say
-        self._last = self._begun
+        self._total, self._first, self._say = total, done, say
+        self._last, self._begun = clock.monotonic(), None
 
     def add(self, point: dict[str, Any]) -> None:
         """A step is done."""
         now = clock.monotonic()
+        if self._begun is None:
+            # What came before the first step, such as fitted gates, says nothing of the pace.
+            self._begun = now - point["seconds"]
         if now - self._last < _SECONDS_BETWEEN_LINES and "validation_perplexity" not in point:
             return
         self._last = now
         left = (now - self._begun) / (point["step"] - self._first) * (self._total - point["step"])
-        self._say(f"step {point['step']:,} of {self._total:,}, {left / 60:.0f} min left; {_told(point)}")
+        self._say(f"step {point['step']:,} of {self._total:,}, {math.ceil(left / 60)} min left; {_told(point)}")
 
 
 def _told(point: dict[str, Any]) -> str:
