@@ -48,7 +48,8 @@ done
 
 rows=()
 for name in dms-2x dms-3x dms-4x dms-4x-cold dmc-2x dmc-3x dmc-4x; do rows+=(--beside "$out/$name"); done
-for name in gqa-3x-lr3e-4 gqa-3x-lr2e-3; do rows+=(--beside "$out/gqa,$out/$name"); done
+# Of the two rates the one that did better, by its card.
+rows+=(--beside "$out/gqa,$out/gqa-3x-lr2e-3")
 for name in gqa-fitted-3x gqa-fitted-dms-4x; do rows+=(--beside "$out/gqa-fitted,$out/$name"); done
 times=()
 for kept in 512 341 256; do
