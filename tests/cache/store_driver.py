@@ -16,6 +16,10 @@ SCALE = 0.6
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 TIMES = ["full", "window:6+2", "h2o:4+4", "tova:8"]
 """One setting of each method, small enough to drop a lot."""
+PATTERNS = [
+    "cla2", "cla3", "cla4", "cla2-keep-ends", "cla2-dense-front", "cla2-dense-back", "yoco", "trailing:3", "0_1_0_1_4_4_0"
+]  # fmt: skip
+"""Ways to share the K and V of seven layers."""
 
 
 def shared(owners, kv_heads=2, head_dim=8, windows=None) -> KVLayout:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import store_driver
 from kvfold.layout import KVLayout
 from kvfold.ops import native
 from kvfold.ops.rotation import Rotation
@@ -99,6 +100,12 @@ def test_one_long_call_drops_many_at_once(time):
 @pytest.mark.parametrize("owners", [[0, 0, 2, 2], [0, 1, 1, 1], [0, 0, 0, 3]], ids=str)
 def test_shared_layers(time, owners):
     agree(shared(owners).with_time(time), 18, [7, 3, 1], rows=2, pads=[0, 5])
+
+
+@pytest.mark.parametrize("time", store_driver.TIMES)
+@pytest.mark.parametrize("pattern", store_driver.PATTERNS)
+def test_every_pattern(pattern, time):
+    agree(KVLayout.parse(pattern, KVLayout.plain(7, 2, 8)).with_time(time), 14, [7, 3, 1], rows=2, pads=[0, 3])
 
 
 @pytest.mark.parametrize("page_slots", [1, 3, 16])
