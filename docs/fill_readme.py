@@ -1,11 +1,11 @@
-"""Fills the README's tables from results/*.json, and draws its picture; no figure there is typed by hand.
+"""Fills the tables of the README and of docs/results.md from results/*.json, and draws the README's picture; no figure there
+is typed by hand.
 
     python docs/fill_readme.py            rewrite what stands between `<!-- results: NAME -->` and `<!-- end -->`
-    python docs/fill_readme.py --check    write nothing; exit 1 where the README says something else than the results
+    python docs/fill_readme.py --check    write nothing; exit 1 where a page says something else than the results
 
-`quality` and `passkey` come from results/quality.json, `decode` from results/decode.json, `learned` and `learned_passkey` from
-results/dms.json. A block whose file is not there
-stays as it is; of what a file lacks the block says so.
+Which file a block comes from stands in BLOCKS. A block whose file is not there stays as it is; of what a file lacks the block
+says so.
 """
 
 import re
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from kvfold.report.groups import Group, group_results
-from kvfold.report.numbers import amount, count, middle, percent, three
+from kvfold.report.numbers import amount, count, middle, percent, three, times
 from kvfold.report.pictures.decode import point_name
 from kvfold.report.pictures.passkey import found_keys, lengths_of, unfolded_share, worth_showing
 from kvfold.report.pictures.png import save_quality_png
@@ -26,10 +26,11 @@ from kvfold.report.tables import method_labels
 
 NOTHING = "Not measured."
 ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/results.md")
 BLOCK = re.compile(r"(?P<open><!-- results: (?P<name>\w+) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 SHOWN = ("text", "method", "perplexity", "change", "KL", "same top-1", "kept", "compression")
 """Columns of the quality table that the README shows, by the report's names for them."""
-WORDS = ("text", "method", "point", "left padding")
+WORDS = ("text", "method", "trained on", "point", "left padding")
 """Columns set to the left."""
 
 
@@ -48,6 +49,53 @@ def quality(group: Group) -> str:
         "Held: allocated by the cache for all windows that are read side by side."
     )
     return "\n\n".join([table([*SHOWN, "held, MB"], lines), said, source(group, protocol_text(group))])
+
+
+def side_by_side(group: Group) -> str:
+    """A line a method with all its texts and passkeys: the unfolded model, then who holds most."""
+    if not group.rows:
+        return NOTHING
+    texts, lengths = texts_of(group.rows), lengths_of(group.passkey)
+    sheet = quality_sheet(group.rows)
+    heads = [column.head for column in sheet.columns]
+    cells = {
+        (words(row, "method"), words(row, "text")): dict(zip(heads, line, strict=True))
+        for row, line in zip(group.rows, sheet.rows, strict=True)
+    }
+    whole = number(by_bytes(group.rows)[0], "allocated_bytes")
+    lines = []
+    for method, row in by_method(group.rows).items():
+        held = number(row, "allocated_bytes")
+        keys = [key for key in group.passkey if words(key, "method") == method]
+        lines.append([
+            cells[method, words(row, "text")]["method"], trained_on(row), times(whole / held if whole and held else None),
+            *(cells[method, text][head] if (method, text) in cells else "–" for text in texts for head in ("change", "KL")),
+            *(share([key for key in keys if number(key, "length_tokens") == length]) for length in lengths),
+        ])  # fmt: skip
+    columns = [f"{text}: {head}" for text in texts for head in ("change", "KL")]
+    columns += [f"keys, {count(length)}" for length in lengths]
+    said = (
+        "Smaller: bytes that the cache has allocated, the unfolded model's over the method's, on the first text. Change: of the "
+        "perplexity against the unfolded model on the same windows, ± one standard error. KL: of the next token's distribution "
+        "from the unfolded model's, nats. Keys: numbers found that were hidden in filler text of so many tokens."
+    )
+    return "\n\n".join(
+        [table(["method", "trained on", "smaller", *columns], lines), said, source(group, protocol_text(group))]
+    )
+
+
+def by_method(rows: Iterable[Mapping]) -> dict[str, Mapping]:
+    """The row of each method on its first text, by the bytes that it holds."""
+    first: dict[str, Mapping] = {}
+    for row in rows:
+        first.setdefault(words(row, "method"), row)
+    return {words(row, "method"): row for row in by_bytes(first.values())}
+
+
+def trained_on(row: Mapping) -> str:
+    """`262,144 tokens`, or a dash where nothing was trained."""
+    tokens = number(row, "trained_tokens")
+    return "–" if tokens is None else f"{count(tokens)} tokens"
 
 
 def passkey(group: Group) -> str:
@@ -96,6 +144,7 @@ def decode(group: Group) -> str:
 
 
 BLOCKS: Mapping[str, tuple[str, Callable[[Group], str]]] = {
+    "time_axis": ("time-axis.json", side_by_side),
     "quality": ("quality.json", quality),
     "passkey": ("quality.json", passkey),
     "decode": ("decode.json", decode),
@@ -159,7 +208,7 @@ def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def filled(text: str, results: Path) -> str:
-    """The README's text with every block made again whose result is there."""
+    """A page's text with every block made again whose result is there."""
 
     def fill(block: re.Match) -> str:
         if block["name"] not in BLOCKS:
@@ -177,13 +226,17 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> str | None:
     """What is wrong, in one line, or None."""
     if arguments not in ([], ["--check"]):
         return "usage: python docs/fill_readme.py [--check]"
-    readme, results = root / "README.md", root / "results"
+    results = root / "results"
     try:
-        text = readme.read_text(encoding="utf-8")
-        new = filled(text, results)
+        for page in filter(Path.is_file, (root / name for name in PAGES)):
+            text = page.read_text(encoding="utf-8")
+            new = filled(text, results)
+            if arguments and new != text:
+                return f"{page.relative_to(root)} is not what results/ says: run `make readme`"
+            if not arguments:
+                write_whole(page, new)
         if arguments:
-            return None if new == text else "README.md is not what results/ says: run `make readme`"
-        write_whole(readme, new)
+            return None
         if (results / "quality.json").is_file():
             save_quality_png(results / "quality.json", root / "docs" / "quality.png")
     except (ValueError, OSError) as error:

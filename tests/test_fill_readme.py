@@ -1,4 +1,4 @@
-"""The README's tables say what the result files say."""
+"""The tables of the README and of docs/results.md say what the result files say."""
 
 import importlib.util
 import json
@@ -50,8 +50,9 @@ def test_the_readme_is_what_the_results_say(fill_readme):
     assert fill_readme.main(["--check"]) is None
 
 
-def test_the_readme_has_every_block_once(fill_readme):
-    found = re.findall(r"<!-- results: (\w+) -->", (ROOT / "README.md").read_text())
+def test_every_block_stands_on_one_page(fill_readme):
+    pages = [(ROOT / page).read_text() for page in fill_readme.PAGES]
+    found = [name for page in pages for name in re.findall(r"<!-- results: (\w+) -->", page)]
     assert sorted(found) == sorted(fill_readme.BLOCKS)
 
 
@@ -76,6 +77,34 @@ def test_the_caption_says_what_where_and_how(fill_readme, root):
         "Made-up CPU @ 2.0 GHz, 2 cores, 2 threads, float32; kvfold 0.1.0, torch 2.13.0, transformers 5.17.0, "
         "commit 0123456789. Measured with `kvfold eval MADE-UP --time full --windows 8`."
     )
+
+
+def test_methods_side_by_side_the_largest_first(fill_readme, root):
+    result = samples.quality()
+    result["rows"] = [
+        row | ({"trained_tokens": 262_144} if row["method"] == "tova:256" else {}) for row in result["rows"]
+    ]
+    result["rows"] = [row for row in result["rows"] if (row["method"], row["text"]) != ("tova:256", "austen")]
+    (root / "results" / "time-axis.json").write_text(json.dumps(result))
+    page = "<!-- results: time_axis -->\n<!-- end -->"
+    heads, *rows = cells_of(fill_readme.filled(page, root / "results"), "time_axis")
+    each = [f"{text}: {head}" for text in samples.TEXTS for head in ("change", "KL")]
+    assert heads == [
+        "method",
+        "trained on",
+        "smaller",
+        *each,
+        *(f"keys, {length}" for length in ("512", "1,024", "2,048")),
+    ]
+    assert rows[0][:6] == ["Full attention", "–", "1.00×", "0 %", "0", "0 %"] and rows[0][-3] == "12 of 12"
+    assert [row[0] for row in rows].count("TOVA 256") == 1 and len(rows) == len(samples.METHODS)
+    smaller = [float(row[2].rstrip("×")) for row in rows]
+    assert smaller == sorted(smaller) and smaller[-1] > 3
+    one = next(row for row in result["rows"] if row["method"] == "tova:256")
+    tova = next(row for row in rows if row[0] == "TOVA 256")
+    assert tova[1] == "262,144 tokens" and tova[4] == f"{one['kl']:.3g}" and tova[7:9] == ["–", "–"]
+    mine = [row for row in result["passkey"] if row["method"] == "tova:256" and row["length_tokens"] == 1024]
+    assert tova[-2] == f"{sum(row['found'] for row in mine)} of 12"
 
 
 def test_passkeys_by_length_and_depth(fill_readme, root):
@@ -124,6 +153,9 @@ def test_rewriting_and_checking(fill_readme, root):
     changed["rows"][0]["ratio"]["median"] = 2.0
     (root / "results" / "decode.json").write_text(json.dumps(changed))
     assert fill_readme.main(["--check"], root) == stale
+    assert fill_readme.main([], root) is None
+    (root / "docs" / "results.md").write_text(EMPTY)
+    assert fill_readme.main(["--check"], root) == stale.replace("README.md", "docs/results.md")
 
 
 def test_what_was_not_measured_stays_as_it_is(fill_readme, root):
@@ -138,5 +170,5 @@ def test_what_is_wrong_is_said_in_one_line(fill_readme, root):
     (root / "results" / "decode.json").write_text("{")
     assert "no readable results" in fill_readme.main([], root)
     (root / "README.md").write_text("<!-- results: speed -->\n<!-- end -->")
-    assert "write one of quality, passkey, decode" in fill_readme.main([], root)
+    assert "write one of time_axis, quality, passkey, decode" in fill_readme.main([], root)
     assert (root / "README.md").read_text() == "<!-- results: speed -->\n<!-- end -->"
