@@ -25,7 +25,9 @@ mkdir -p "$out"
 kvfold retrofit "$model" "$out/dms-4x" --recipe smollm2-dms-cpu "${common[@]}"
 kvfold retrofit "$model" "$out/dms-4x-cold" --recipe smollm2-dms-cpu --no-warm-start --set ramp_steps=48 --set tail_steps=16 \
   "${common[@]}"
-kvfold retrofit "$model" "$out/dmc-4x" --recipe smollm2-dmc-lora-cpu --compression 4 "${common[@]}"
+# A low-rank addition learns more from four times the steps than from batches of four: as many tokens, less KL.
+small=(--set batch_sequences=1 --set sequences_at_once=1)
+kvfold retrofit "$model" "$out/dmc-4x" --recipe smollm2-dmc-lora-cpu --compression 4 "${common[@]}" "${small[@]}"
 
 [ -d "$out/gqa" ] || kvfold convert "$model" "$out/gqa" --heads 1 --device "$device"
 [ -d "$out/gqa-fitted" ] ||
@@ -34,9 +36,9 @@ lora=(--lora 64 --kl reverse --teacher "$model" --set learning_rate_schedule=cos
 for rate in 3e-4 2e-3; do
   kvfold retrofit "$out/gqa" "$out/gqa-3x-lr$rate" "${lora[@]}" --learning-rate $rate
 done
-kvfold retrofit "$out/gqa-fitted" "$out/gqa-fitted-3x" "${lora[@]}" --learning-rate 1e-3
+kvfold retrofit "$out/gqa-fitted" "$out/gqa-fitted-3x" "${lora[@]}" "${small[@]}" --learning-rate 1e-3
 kvfold retrofit "$out/gqa-fitted" "$out/gqa-fitted-dms-4x" --time dms:128 --compression 1.3333 --warm-start "${lora[@]}" \
-  --learning-rate 1e-3
+  "${small[@]}" --learning-rate 1e-3
 
 for method in dms dmc; do
   for compression in 2 3; do

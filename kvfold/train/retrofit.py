@@ -214,7 +214,8 @@ class Retrofit:
                 self.model, self.tokenizer, [path], [method], name=self.name, protocol=protocol, report=self.report
             )
         row = next(row for row in result["rows"] if row["method"] == method)
-        names = ("perplexity", "tokens", "compression", "kl")
+        # The divergence is from the same weights unfolded: from the original only where these are frozen.
+        names = ("perplexity", "tokens", "compression", *(("kl",) if settings.trains == "adapter" else ()))
         return {**{name: row[name] for name in names}, "context_tokens": settings.sequence_tokens}
 
 
