@@ -30,7 +30,7 @@ PAGES = ("README.md", "docs/results.md")
 BLOCK = re.compile(r"(?P<open><!-- results: (?P<name>\w+) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 SHOWN = ("text", "method", "perplexity", "change", "KL", "same top-1", "kept", "compression")
 """Columns of the quality table that the README shows, by the report's names for them."""
-WORDS = ("text", "method", "trained on", "point", "left padding")
+WORDS = ("text", "method", "trained", "point", "left padding")
 """Columns set to the left."""
 
 
@@ -68,7 +68,7 @@ def side_by_side(group: Group) -> str:
         held = number(row, "allocated_bytes")
         keys = [key for key in group.passkey if words(key, "method") == method]
         lines.append([
-            cells[method, words(row, "text")]["method"], trained_on(row), times(whole / held if whole and held else None),
+            *(cells[method, words(row, "text")][head] for head in ("method", "trained")), times(whole / held if whole and held else None),
             *(cells[method, text][head] if (method, text) in cells else "–" for text in texts for head in ("change", "KL")),
             *(share([key for key in keys if number(key, "length_tokens") == length]) for length in lengths),
         ])  # fmt: skip
@@ -80,7 +80,7 @@ def side_by_side(group: Group) -> str:
         "from the unfolded model's, nats. Keys: numbers found that were hidden in filler text of so many tokens."
     )
     return "\n\n".join(
-        [table(["method", "trained on", "smaller", *columns], lines), said, source(group, protocol_text(group))]
+        [table(["method", "trained", "smaller", *columns], lines), said, source(group, protocol_text(group))]
     )
 
 
@@ -90,12 +90,6 @@ def by_method(rows: Iterable[Mapping]) -> dict[str, Mapping]:
     for row in rows:
         first.setdefault(words(row, "method"), row)
     return {words(row, "method"): row for row in by_bytes(first.values())}
-
-
-def trained_on(row: Mapping) -> str:
-    """`262,144 tokens`, or a dash where nothing was trained."""
-    tokens = number(row, "trained_tokens")
-    return "–" if tokens is None else f"{count(tokens)} tokens"
 
 
 def passkey(group: Group) -> str:
