@@ -68,7 +68,8 @@ def side_by_side(group: Group) -> str:
         held = number(row, "allocated_bytes")
         keys = [key for key in group.passkey if words(key, "method") == method]
         lines.append([
-            *(cells[method, words(row, "text")][head] for head in ("method", "trained")), times(whole / held if whole and held else None),
+            *(cells[method, words(row, "text")][head] for head in ("method", "trained")),
+            times(whole / held if whole and held else None),
             *(cells[method, text][head] if (method, text) in cells else "–" for text in texts for head in ("change", "KL")),
             *(share([key for key in keys if number(key, "length_tokens") == length]) for length in lengths),
         ])  # fmt: skip

@@ -91,12 +91,12 @@ def test_methods_side_by_side_the_largest_first(fill_readme, root):
     each = [f"{text}: {head}" for text in samples.TEXTS for head in ("change", "KL")]
     assert heads == [
         "method",
-        "trained on",
+        "trained",
         "smaller",
         *each,
         *(f"keys, {length}" for length in ("512", "1,024", "2,048")),
     ]
-    assert rows[0][:6] == ["Full attention", "–", "1.00×", "0 %", "0", "0 %"] and rows[0][-3] == "12 of 12"
+    assert rows[0][:6] == ["Full attention", "no", "1.00×", "0 %", "0", "0 %"] and rows[0][-3] == "12 of 12"
     assert [row[0] for row in rows].count("TOVA 256") == 1 and len(rows) == len(samples.METHODS)
     smaller = [float(row[2].rstrip("×")) for row in rows]
     assert smaller == sorted(smaller) and smaller[-1] > 3
