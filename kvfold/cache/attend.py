@@ -17,7 +17,7 @@ from kvfold.cache.store import Store
 from kvfold.ops.attention import dense_attention, weighed_attention
 from kvfold.ops.gating import Gates
 from kvfold.ops.paged import DecodeLanes, decode_attention
-from kvfold.ops.rotation import Rotation, rotate
+from kvfold.ops.rotation import Rotation, rotate, rotate_queries
 
 _GROUPS = {None: Group, "flag": FlaggedGroup, "merge": MergedGroup}
 _STEPS = {None: PlacedStep, "flag": FlaggedStep, "merge": MergedStep}
@@ -81,7 +81,7 @@ class StepView:
             slots_BK=slots, live_B=self._live_B, oldest_B=oldest, received_BKE=received,
             received_old=received is not None and step.wants_old,
         )  # fmt: skip
-        q_BHD = rotate(rotation, q_BTHD, None if gates is None else gates.q_keep_HD)[:, 0]
+        q_BHD = rotate_queries(rotation, q_BTHD, None if gates is None else gates.q_keep_HD)[:, 0]
         return decode_attention(lanes, q_BHD, k, v, scale=self._scale, softcap=self._softcap).unsqueeze(1)
 
     def close(self) -> None:
@@ -118,7 +118,7 @@ class CallView:
         if owner == layer:
             self._groups[owner] = _GROUPS[bank.policy.gate](bank, index, self._call, k_BTKD, v_BTKD, rotation, gates)
         group = self._groups[owner]
-        q = rotate(rotation, q_BTHD, None if gates is None else gates.q_keep_HD)
+        q = rotate_queries(rotation, q_BTHD, None if gates is None else gates.q_keep_HD)
         common = {"scale": self._scale, "softcap": self._softcap, "mask": group.mask}
         if bank.policy.weights is None:
             out = dense_attention(q, group.k_BEKD, group.v_BEKD, **common)

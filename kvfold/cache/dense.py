@@ -13,7 +13,7 @@ from kvfold.ops.attention import dense_attention
 from kvfold.ops.gating import Gates, first_real, from_next, real_first, reordered
 from kvfold.ops.key_bias import key_bias_attention
 from kvfold.ops.pooling import pooled
-from kvfold.ops.rotation import Rotation, rotate
+from kvfold.ops.rotation import Rotation, rotate, rotate_queries
 from kvfold.specs.dms import DMSSpec
 from kvfold.specs.window import WindowSpec
 
@@ -51,7 +51,7 @@ class DenseView:
                 self._shared[owner] = shared
         else:
             shared = self._shared[owner]
-        q = rotate(rotation, q_BTHD, None if gates is None else gates.q_keep_HD)
+        q = rotate_queries(rotation, q_BTHD, None if gates is None else gates.q_keep_HD)
         common = {"scale": self._scale, "softcap": self._softcap}
         if shared.bias_BTK is None:
             return dense_attention(q, shared.k_BTKD, shared.v_BTKD, mask=self._mask(owner, q_BTHD), **common)

@@ -4,6 +4,8 @@ a layer hands q, k, v to a KV view and knows no cache.
 Letters: B rows, T tokens of this call, H query heads, K kv heads, D head dim, C model width.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +37,18 @@ class FoldRMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class UnitRMSNorm(nn.Module):
+    """RMS norm over the last dim, without a gain."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as `x`."""
+        return F.rms_norm(x, x.shape[-1:], None, self.eps)
+
+
 class FoldAttention(nn.Module):
     """q (and in an owner k and v) of the call's tokens, the view's answer, and the output projection."""
 
@@ -43,15 +57,16 @@ class FoldAttention(nn.Module):
         self.layer, self.head_dim, self.norm_whole = layer, config.head_dim, config.qk_norm == "full"
         q_width = config.num_attention_heads * config.head_dim
         kv_width = config.layout.layers[layer].num_kv_heads * config.head_dim
-        owner, normed = config.layout.is_owner(layer), config.qk_norm != "none"
+        owner = config.layout.is_owner(layer)
         self.q_proj = SkinnyLinear(config.hidden_size, q_width, bias=config.qkv_bias)
         self.k_proj = SkinnyLinear(config.hidden_size, kv_width, bias=config.qkv_bias) if owner else None
         self.v_proj = SkinnyLinear(config.hidden_size, kv_width, bias=config.qkv_bias) if owner else None
         self.o_proj = SkinnyLinear(q_width, config.hidden_size, bias=config.o_bias)
-        self.q_norm = FoldRMSNorm(q_width if self.norm_whole else config.head_dim, config) if normed else None
-        self.k_norm = (
-            FoldRMSNorm(kv_width if self.norm_whole else config.head_dim, config) if normed and owner else None
-        )
+        self.q_norm, self.k_norm = _head_norm(config, q_width), _head_norm(config, kv_width) if owner else None
+        self.query_layernorm = self.key_layernorm = None
+        if config.qk_norm == "turned":
+            self.query_layernorm = FoldRMSNorm(config.head_dim, config)
+            self.key_layernorm = FoldRMSNorm(config.head_dim, config)
         self.kv_norm = FoldRMSNorm(config.hidden_size, config) if config.kv_norm and owner else None
         self.fold_norm = self.fold_proj = None
         if owner and config.gates is not None:
@@ -81,7 +96,19 @@ class FoldAttention(nn.Module):
             if self.fold_proj is not None and not call.off:
                 adapted = self.fold_proj(self.fold_norm(hidden_BTC))
             gates = decide(call, self.layer, q, k, adapted)
-        return self.o_proj(view.attend(self.layer, q, k, v, rotation, gates).flatten(2))
+        return self.o_proj(view.attend(self.layer, q, k, v, self._with_gain(rotation), gates).flatten(2))
+
+    def _with_gain(self, rotation: Rotation | None) -> Rotation | None:
+        """For norms behind the turn, q and k come here without their gains: a turn keeps a head's size, so that this much of a
+        norm may stand before it. Since q . (w * k) = (q * w) . k, both gains go to the turned query, and layers with gains
+        of their own can read one cache.
+
+        Source: arXiv 2411.02265 (Hunyuan-Large) norms turned keys in every layer of a group, with that layer's gain.
+        Differs: the norm is taken once, before the keys are stored.
+        """
+        if rotation is None or self.query_layernorm is None:
+            return rotation
+        return replace(rotation, query_gain_D=self.query_layernorm.weight * self.key_layernorm.weight)
 
     def _projected(self, projection: nn.Module, x: Tensor, masked: int | None) -> Tensor:
         """The projection; channel `masked` of each head is what a low-rank addition says alone, without the base weights."""
@@ -91,12 +118,21 @@ class FoldAttention(nn.Module):
         rows = torch.arange(out.shape[-1] // self.head_dim, device=x.device) * self.head_dim + masked % self.head_dim
         return out.index_copy(-1, rows, _low_rank(projection, x, rows).to(out.dtype))
 
-    def _heads(self, x: Tensor, norm: FoldRMSNorm | None) -> Tensor:
+    def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         """[B, T, heads * D] -> [B, T, heads, D], normed over all heads or over each."""
         if norm is not None and self.norm_whole:
             x = norm(x)
         x = x.view(*x.shape[:2], -1, self.head_dim)
         return x if norm is None or self.norm_whole else norm(x)
+
+
+def _head_norm(config: FoldConfig, width: int) -> nn.Module | None:
+    """What norms the heads of q or k, `width` channels in all, before they are turned."""
+    if config.qk_norm == "none":
+        return None
+    if config.qk_norm == "turned":
+        return UnitRMSNorm(config.rms_norm_eps)
+    return FoldRMSNorm(width if config.qk_norm == "full" else config.head_dim, config)
 
 
 def _low_rank(projection: nn.Module, x: Tensor, rows: Tensor) -> Tensor:

@@ -47,7 +47,9 @@ class FoldConfig(PreTrainedConfig):
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: str = "none"
-    """RMS norm of q and k before rotary positions: `none`, `head` (each head alone), `full` (all heads together)."""
+    """RMS norm of q and k: `none`; before rotary positions `head` (each head alone) or `full` (all heads together); behind them
+    `turned` (each head alone; every layer, readers too, has a gain of its own for the keys it reads).
+    """
     norm_placement: str = "pre"
     """Where a block is normed: `pre` its input, `post` its output, `sandwich` both."""
     norm_offset: bool = False

@@ -44,6 +44,8 @@ class Family:
     """Whether rotary positions may turn a part of each head only."""
     rope_flags: str | None = None
     """Their attribute that holds a false value for each layer without rotary positions."""
+    alpha_rope: bool = False
+    """Whether `alpha` of dynamic rotary positions is a factor of their base, whatever the length."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Their attribute, if it is set at all -> what can't be done with it."""
 
@@ -81,6 +83,7 @@ FAMILIES: dict[str, Family] = {
             "logit_scale": ("logits_scaling", -1),
         }
     ),
+    "hunyuan_v1_dense": Family(fixed={"qk_norm": "turned"}, taken=_BIASED, alpha_rope=True),
     "llama": Family(taken=_BIASED),
     "mistral": Family(windowed="always"),
     "olmo2": Family(fixed={"norm_placement": "post", "qk_norm": "full"}, taken=_BIASED),
@@ -115,7 +118,7 @@ def fold_config(theirs: PreTrainedConfig) -> FoldConfig:
         values["nope_layers"] = [layer for layer, turned in enumerate(getattr(theirs, family.rope_flags)) if not turned]
     config = FoldConfig(
         family=theirs.model_type,
-        rope_parameters=deepcopy(theirs.rope_parameters),
+        rope_parameters=_rope_parameters(family, theirs),
         **_windows(family, theirs),
         **values,
         **family.fixed,
@@ -126,6 +129,18 @@ def fold_config(theirs: PreTrainedConfig) -> FoldConfig:
         gates, time = retrofitted
         config.gates, config.layout = gates.to_json(), config.layout.with_time(time)
     return config
+
+
+def _rope_parameters(family: Family, theirs: PreTrainedConfig) -> dict[str, Any]:
+    """Theirs, with an `alpha` worked into the base.
+
+    Differs: transformers forgets it beyond `max_position_embeddings` and scales the plain base.
+    """
+    parameters = deepcopy(theirs.rope_parameters)
+    if not family.alpha_rope or parameters.get("rope_type") != "dynamic" or not parameters.get("alpha"):
+        return parameters
+    base = parameters["rope_theta"] * parameters["alpha"] ** (theirs.head_dim / (theirs.head_dim - 2))
+    return {"rope_type": "default", "rope_theta": base}
 
 
 def _windows(family: Family, theirs: PreTrainedConfig) -> dict[str, Any]:
@@ -161,6 +176,10 @@ def _refuse(family: Family, theirs: PreTrainedConfig) -> None:
         if kind not in ("default", *ROPE_INIT_FUNCTIONS):
             raise ValueError(
                 f"{name} with rope_type '{kind}': transformers knows {', '.join(ROPE_INIT_FUNCTIONS)}: choose another"
+            )
+        if kind in ("yarn", "longrope") and family.fixed.get("qk_norm") == "turned":
+            raise ValueError(
+                f"{name} with rope_type '{kind}': it scales heads before a norm that stands behind it: choose another checkpoint"
             )
         if part != 1.0 and not family.partial_rotary:
             raise ValueError(

@@ -3,7 +3,7 @@
 Letters: B rows, T tokens of this call, H heads, D head dim, R rotated dims (R <= D; the rest passes unchanged).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ class Rotation:
 
     cos_BTR: Tensor
     sin_BTR: Tensor
+    query_gain_D: Tensor | None = None
+    """What each channel of a turned query is multiplied by: a norm's gain that stands behind the turn."""
     _cos_BT1R: Tensor = field(init=False, repr=False, compare=False)
     _sin_BT1R: Tensor = field(init=False, repr=False, compare=False)
 
@@ -31,7 +33,7 @@ class Rotation:
         """That of some of the tokens."""
         if (start, end) == (0, self.cos_BTR.shape[1]):
             return self
-        return Rotation(cos_BTR=self.cos_BTR[:, start:end], sin_BTR=self.sin_BTR[:, start:end])
+        return replace(self, cos_BTR=self.cos_BTR[:, start:end], sin_BTR=self.sin_BTR[:, start:end])
 
     def apply(self, x_BTHD: Tensor) -> Tensor:
         """Rotate the first R dims of every head; the first half pairs with the second, as Llama checkpoints expect."""
@@ -54,3 +56,9 @@ def rotate(rotation: Rotation | None, x_BTHD: Tensor, keep_HD: Tensor | None = N
         return x_BTHD if rotation is None else rotation.apply(x_BTHD)
     kept = x_BTHD * keep_HD
     return kept if rotation is None else rotation.apply(kept) * keep_HD
+
+
+def rotate_queries(rotation: Rotation | None, q_BTHD: Tensor, keep_HD: Tensor | None = None) -> Tensor:
+    """`rotate` for queries, with the gain that they alone have."""
+    turned = rotate(rotation, q_BTHD, keep_HD)
+    return turned if rotation is None or rotation.query_gain_D is None else turned * rotation.query_gain_D

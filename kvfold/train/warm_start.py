@@ -19,7 +19,7 @@ from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.gates import GateConfig
 from kvfold.ops.gating import Gates
-from kvfold.ops.rotation import Rotation, rotate
+from kvfold.ops.rotation import Rotation, rotate, rotate_queries
 from kvfold.specs.dms import DMSSpec
 from kvfold.train.calibrate import calibrate
 from kvfold.train.settings import RetrofitSettings
@@ -112,7 +112,11 @@ class _WatchedView:
             if k_BTKD is not None:
                 self._keys[owner] = rotate(rotation, k_BTKD)
             found = largest_attention(
-                rotate(rotation, q_BTHD), self._keys[owner], delay=spec.delay, scale=self._scale, softcap=self._softcap
+                rotate_queries(rotation, q_BTHD),
+                self._keys[owner],
+                delay=spec.delay,
+                scale=self._scale,
+                softcap=self._softcap,
             )
             self.largest[owner] = torch.maximum(self.largest[owner], found) if owner in self.largest else found
             if self._layout.last_reader(owner) == layer:

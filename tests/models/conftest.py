@@ -26,12 +26,14 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+NEEDED = {"hunyuan_v1_dense": {"head_dim": 16}}
+"""What a family's config does not work out for itself."""
 
 
 def build_theirs(model_type: str, **settings) -> PreTrainedModel:
     """A transformers model whose every weight is random, norms and biases included; eager attention, which knows softcaps."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[model_type](**(TINY | settings))
+    config = CONFIG_MAPPING[model_type](**(TINY | NEEDED.get(model_type, {}) | settings))
     theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
         for weight in theirs.parameters():

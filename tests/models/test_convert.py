@@ -24,6 +24,7 @@ FAMILIES = {
     "granite": {"residual_multiplier": 0.22, "logits_scaling": 6.0, "attention_multiplier": 0.02},
     "smollm3": {"no_rope_layer_interval": 2},
     "mistral": {"sliding_window": 6},
+    "hunyuan_v1_dense": {"head_dim": 16},
 }
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
 PATTERNS = [

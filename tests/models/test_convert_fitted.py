@@ -8,7 +8,19 @@ from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.fitted import Fit, fit
 from kvfold.models.least_squares import LeastSquares
 
-FAMILIES = ["llama", "qwen2", "qwen3", "olmo2", "phi3", "gemma2", "gemma3_text", "granite", "smollm3", "mistral"]
+FAMILIES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "olmo2",
+    "phi3",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "smollm3",
+    "mistral",
+    "hunyuan_v1_dense",
+]
 SETTINGS = {
     "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 5.0},
     "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 32},

@@ -63,6 +63,14 @@ CASES = {
             "logits_scaling": 6.0,
         },
     ),
+    "hunyuan": ("hunyuan_v1_dense", {"head_dim": 16, "attention_bias": True}),
+    "hunyuan, a larger base": (
+        "hunyuan_v1_dense",
+        {
+            "head_dim": 32,
+            "rope_parameters": {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 1e4},
+        },
+    ),
     "olmo2": ("olmo2", {}),
     "phi3": ("phi3", {}),
     "phi3, window": ("phi3", {"sliding_window": 6}),

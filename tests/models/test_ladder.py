@@ -19,6 +19,7 @@ FAMILIES = {
     "mistral": {"sliding_window": 6},
     "qwen2": {},
     "qwen3": {"head_dim": 32},
+    "hunyuan_v1_dense": {},
 }
 FAMILIES = {family: {"num_hidden_layers": 2} | settings for family, settings in FAMILIES.items()}
 ROOMY = ["full", "h2o:16+16", "h2o:100%+1", "tova:32", "tova:100%", "window:32+0", "window:20+4"]

@@ -20,16 +20,17 @@ GATES = {
     "dms:3": GateConfig(method="dms", source="adapter", scale=40.0, offset=1.0, reads="next"),
 }
 TIMES = ["full", "window:3+1", "h2o:8+8", "tova:16", *GATES]
+NORMS = [{}, {"kv_norm": True}, {"qk_norm": "turned"}]
 LAYERS, HEADS = 7, 4
 
 
-def build(pattern: str, time: str, kv_heads: int, kv_norm: bool) -> FoldForCausalLM:
+def build(pattern: str, time: str, kv_heads: int, **norms) -> FoldForCausalLM:
     torch.manual_seed(3)
     layout = KVLayout.parse(pattern, KVLayout.plain(LAYERS, kv_heads, 8))
     model = FoldForCausalLM(
         FoldConfig(
             vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-            head_dim=8, num_key_value_heads=kv_heads, layout=layout, kv_norm=kv_norm,
+            head_dim=8, num_key_value_heads=kv_heads, layout=layout, **norms,
         )
     )  # fmt: skip
     if time in GATES:
@@ -43,12 +44,12 @@ def build(pattern: str, time: str, kv_heads: int, kv_norm: bool) -> FoldForCausa
 
 
 @pytest.mark.filterwarnings("ignore:.*drops tokens between calls")
-@pytest.mark.parametrize("kv_norm", [False, True], ids=["norm shared", "norm of its own"])
+@pytest.mark.parametrize("norms", NORMS, ids=lambda norms: ", ".join(norms) or "norm shared")
 @pytest.mark.parametrize("time", TIMES)
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_cached_decoding_is_the_uncached_forward(pattern, time, kv_norm):
+def test_cached_decoding_is_the_uncached_forward(pattern, time, norms):
     for kv_heads in (1, 2, 4):
-        model = build(pattern, time, kv_heads, kv_norm)
+        model = build(pattern, time, kv_heads, **norms)
         with torch.enable_grad():  # the training form, with hard decisions
             whole = model(TEXTS, attention_mask=MASK, use_cache=False).logits.detach()
         cache, logits, start = poisoned(model, len(TEXTS)), [], 0
@@ -65,7 +66,7 @@ def test_cached_decoding_is_the_uncached_forward(pattern, time, kv_norm):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_readers_have_no_k_and_v(pattern):
-    model = build(pattern, "full", 2, True)
+    model = build(pattern, "full", 2, kv_norm=True)
     layout = model.config.layout
     assert not all(map(layout.is_owner, range(LAYERS)))
     for number, layer in enumerate(model.model.layers):

@@ -28,6 +28,7 @@ FAMILIES = {
     "phi3": {"sliding_window": 64, "pad_token_id": 0},
     "gpt_oss": {},
     "smollm3": {},
+    "hunyuan_v1_dense": {"head_dim": 16},
 }
 
 
