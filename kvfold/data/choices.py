@@ -51,7 +51,7 @@ def read_question_file(path: str | Path) -> QuestionFile:
     """The questions of a file. Raises `ValueError`, in one line, for a file that is missing, torn, empty or of another shape."""
     path = Path(path)
     data = file_bytes(path)
-    questions = tuple(_question(path, number, record) for number, record in json_lines(path, data, _RULE))
+    questions = tuple(_question(path, number, record) for number, record in json_lines(path, data.split(b"\n"), _RULE))
     if not questions:
         raise ValueError(f"{path}: there is no question in it: {_RULE}")
     return QuestionFile(

@@ -9,7 +9,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,18 @@ def read_text_file(path: str | Path) -> TextFile:
     """The documents of a text file. Raises `ValueError`, in one line, for a file that is missing, torn, empty or not UTF-8."""
     path = Path(path)
     data = file_bytes(path)
-    endings = [ending for ending in path.suffixes[-2:] if ending != ".gz"]
-    documents = _documents_of_lines(path, data) if endings and endings[-1] in _LINES else [_decoded(path, data)]
+    documents = _documents_of_lines(path, data) if holds_lines(path) else [_decoded(path, data)]
     documents = tuple(document for document in documents if document.strip())
     if not documents:
         raise ValueError(f"{path}: there is no text in it: give a file with text")
     name = path.name.removesuffix(".gz")
     return TextFile(name=Path(name).stem, documents=documents, digest=hashlib.sha256(data).hexdigest())
+
+
+def holds_lines(path: Path) -> bool:
+    """Whether a file of this name holds a JSON object a line."""
+    endings = [ending for ending in path.suffixes[-2:] if ending != ".gz"]
+    return bool(endings) and endings[-1] in _LINES
 
 
 def file_bytes(path: Path) -> bytes:
@@ -69,13 +74,13 @@ def _decoded(path: Path, data: bytes, start: int = 0) -> str:
         raise ValueError(f"{path}: byte {at} (0x{byte:02x}) is not UTF-8: save the file as UTF-8") from error
 
 
-def json_lines(path: Path, data: bytes, rule: str) -> Iterator[tuple[int, Any]]:
-    """The JSON values of a file's bytes with the numbers of their lines; blank lines are left out.
+def json_lines(path: Path, lines: Iterable[bytes], rule: str) -> Iterator[tuple[int, Any]]:
+    """The JSON values of a file's lines with their numbers; blank lines are left out.
 
     `rule`: what each line is, for the `ValueError` that a line which is no JSON raises.
     """
     start = 0
-    for number, raw in enumerate(data.split(b"\n"), start=1):
+    for number, raw in enumerate(lines, start=1):
         line = _decoded(path, raw, start)
         start += len(raw) + 1
         if line.strip():
@@ -85,15 +90,16 @@ def json_lines(path: Path, data: bytes, rule: str) -> Iterator[tuple[int, Any]]:
                 raise ValueError(f"{path} line {number}: not JSON: {rule}") from error
 
 
-_TEXT_RULE = "each line is one object with its text under 'text'"
+TEXT_RULE = "each line is one object with its text under 'text'"
 
 
 def _documents_of_lines(path: Path, data: bytes) -> list[str]:
-    return [_text_of(path, number, record) for number, record in json_lines(path, data, _TEXT_RULE)]
+    return [text_of(path, number, record) for number, record in json_lines(path, data.split(b"\n"), TEXT_RULE)]
 
 
-def _text_of(path: Path, number: int, record: Any) -> str:
+def text_of(path: Path, number: int, record: Any) -> str:
+    """The text of one line's object. Raises `ValueError` where it has none."""
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise ValueError(f"{path} line {number}: no text under 'text': {_TEXT_RULE}")
+        raise ValueError(f"{path} line {number}: no text under 'text': {TEXT_RULE}")
     return text

@@ -1,5 +1,6 @@
 import gzip
 import json
+import tracemalloc
 
 import pytest
 import torch
@@ -73,6 +74,50 @@ def test_parquet(tmp_path, monkeypatch):
     for name, said in (("bad", "no column 'text' among body"), ("torn", "it can't be read"), ("none", "no such file")):
         with pytest.raises(ValueError, match=said):
             list(training_texts([str(tmp_path / f"{name}.parquet")], seed=0, piece_characters=100))
+
+
+def pieces(sources, **settings):
+    return list(training_texts(sources, **({"seed": 0, "piece_characters": 200, "buffer_characters": 2000} | settings)))
+
+
+def test_text_that_memory_has_no_room_for_is_all_there_and_mixed(texts):
+    small, large = pieces(texts), pieces(texts, buffer_characters=10**9)
+    assert sorted("\n".join(small).split("\n")) == sorted("\n".join(large).split("\n"))
+    assert small != large and small == pieces(texts) != pieces(texts, seed=1)
+    for quarter in range(4):
+        part = small[quarter * len(small) // 4 : (quarter + 1) * len(small) // 4]
+        assert {"document" in piece for piece in part} == {True, False}
+
+
+def test_no_more_text_is_read_than_is_asked_for(tmp_path):
+    """Memory stays small, and an end that is torn is not come to."""
+    line = json.dumps({"text": "word " * 200}).encode() + b"\n"
+    whole = gzip.compress(line * 20_000, compresslevel=1)
+    (tmp_path / "long.jsonl.gz").write_bytes(whole[:-50])
+    texts = training_texts([str(tmp_path / "long.jsonl.gz")], seed=0, piece_characters=500, buffer_characters=10_000)
+    tracemalloc.start()
+    assert sum(len(next(texts)) for _ in range(1000)) > 200_000
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
+    with pytest.raises(ValueError, match="it can't be read"):
+        list(texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("a.jsonl", b'{"text": "one"}\nnone\n', "line 2: not JSON"),
+        ("a.jsonl", b'{"body": "one"}\n', "line 1: no text under 'text'"),
+        ("a.txt", b"one \xff", "not UTF-8"),
+        ("a.jsonl", b'{"text": "\xff"}', "is not UTF-8"),
+        ("a.txt", b" \n", "there is no text in it"),
+        ("a.txt.gz", gzip.compress(b"one " * 99)[:-9], "can't be read"),
+    ],
+)
+def test_a_file_that_cannot_be_read(name, data, said, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=said):
+        pieces([str(tmp_path / name)])
 
 
 def test_a_missing_file(texts):
