@@ -162,6 +162,14 @@ def report(
     typer.echo(write_page(results, out))
 
 
+def _padded(text: str) -> tuple[bool, ...]:
+    """Whether rows are padded, for each measurement of a point."""
+    known = {"both": (False, True), "none": (False,), "left": (True,)}
+    if text not in known:
+        raise ValueError(f"padding '{text}': rows are padded at the left or not: write {', '.join(known)}")
+    return known[text]
+
+
 @bench.command(
     "decode", epilog="Example: `kvfold bench decode my-model --batch 8 --prompt 256 --time full --time h2o:64+64`"
 )
@@ -174,6 +182,10 @@ def bench_decoding(
     ] = None,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt, with `--batch`.")] = 32,
     new: Annotated[int, typer.Option(help="Tokens generated, with `--batch`.")] = 64,
+    text: Annotated[
+        Path | None, typer.Option(help="A file that the prompts are taken from. Default: random tokens.")
+    ] = None,
+    padding: Annotated[str, typer.Option(help="both | none | left")] = "both",
     peers: Annotated[str, typer.Option(help="transformers | none")] = "transformers",
     repeats: Annotated[int, typer.Option(help="Rounds; both sides take turns.")] = 5,
     out: Out = None,
@@ -184,8 +196,9 @@ def bench_decoding(
     as_json: Json = False,
 ) -> None:
     """Tokens/s, step time, bytes and peak memory of `generate`, with and without left padding, both sides in one run."""
-    from kvfold.bench.decode import POINTS, Point, bench_decode
+    from kvfold.bench.decode import POINTS, Point, bench_decode, text_prompts
     from kvfold.bench.peers import load_theirs
+    from kvfold.data.texts import read_text_file
     from kvfold.report.tables import decode_table
 
     check_out(out)
@@ -193,23 +206,19 @@ def bench_decoding(
         raise ValueError(
             f"peers '{peers}': kvfold is measured beside transformers or alone: write 'transformers' or 'none'"
         )
+    padded, said = _padded(padding), None if text is None else read_text_file(text)
     points = (
         POINTS
         if batch is None
         else (Point(name=f"{batch} x ({prompt} + {new})", batch=batch, prompt_tokens=prompt, new_tokens=new),)
     )
-    ours, _ = load_model(model, None, bits, adapter, dtype, device)
+    ours, tokenizer = load_model(model, None, bits, adapter, dtype, device)
     theirs = None if peers == "none" else load_theirs(model, dtype=ours.dtype, device=ours.device)
     with progress() as report:
         result = bench_decode(
-            ours,
-            theirs,
-            name=model_name(model),
-            methods=time or ["full"],
-            points=points,
-            repeats=repeats,
-            report=report,
-        )
+            ours, theirs, name=model_name(model), methods=time or ["full"], points=points, padded=padded, repeats=repeats,
+            prompts=None if said is None else text_prompts(said, tokenizer), report=report,
+        )  # fmt: skip
     hand_over("decode", result, [decode_table], out=out, as_json=as_json)
 
 

@@ -6,8 +6,9 @@ round. Time is that of decoding alone: from the first new token, with which the 
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,8 +18,11 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from kvfold.bench.peak import PeakMemory
+from kvfold.data.texts import TextFile
+from kvfold.data.windows import text_windows
 from kvfold.eval.folding import folded, method_about, method_layouts
 from kvfold.eval.progress import Report, silent
+from kvfold.eval.reading import entry_bytes, kept_shares
 from kvfold.layout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 
@@ -53,6 +57,25 @@ POINTS = (
 )
 
 
+def text_prompts(text: TextFile, tokenizer: Any) -> Callable[[Point], Tensor]:
+    """Prompts for `bench_decode` out of a text: as many stretches as a point has rows, evenly spaced. Raises `ValueError`
+    where the text is too short.
+    """
+
+    def prompt(point: Point) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of fewer windows than asked for: here that is an error
+            found = text_windows(text, tokenizer, windows=point.batch, context_tokens=point.prompt_tokens).ids_WT
+        if len(found) < point.batch:
+            raise ValueError(
+                f"{text.name}: the text has {len(found)} prompts of {point.prompt_tokens:,} tokens, not {point.batch}: give a "
+                "longer text or ask for fewer"
+            )
+        return found
+
+    return prompt
+
+
 def bench_decode(
     ours: FoldForCausalLM,
     theirs: PreTrainedModel | None,
@@ -63,11 +86,13 @@ def bench_decode(
     padded: Sequence[bool] = (False, True),
     repeats: int = 5,
     seed: int = 0,
+    prompts: Callable[[Point], Tensor] | None = None,
     report: Report = silent,
 ) -> dict[str, Any]:
     """A result of kind `decode`: a row for each point, with and without left padding, and method.
 
     `theirs`: transformers' model of the same checkpoint, or None to measure ours alone. `methods` are `--time` texts.
+    `prompts`: the ids [B, T] of a point's prompt; None = random ids, at which learned gates decide otherwise than at text.
     Greedy; every row generates all its tokens.
     """
     if repeats < 1:
@@ -82,7 +107,8 @@ def bench_decode(
     rows = []
     for point in points:
         for pads in padded:
-            prompt = _prompt(point, pads=pads, vocab_size=ours.config.vocab_size, seed=seed, device=ours.device)
+            ids = _random_ids(point, ours.config.vocab_size, seed) if prompts is None else prompts(point)
+            prompt = _prompt(point, ids.to(ours.device), pads=pads)
             rows += _measure_point(ours, theirs, layouts, point, pads, prompt, repeats, report)
     return {
         "model": {"name": name, "parameters": ours.num_parameters()},
@@ -108,6 +134,8 @@ class _Run:
     """The most memory taken on top of what was held before."""
     new_ids: Tensor
     """What was generated [B, new tokens]."""
+    compression: float = 1.0
+    """Tokens seen / tokens kept at the end."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -147,10 +175,15 @@ def _measure_point(
             runs[side].append(run)
     report(what, total, total)
     peer = None if theirs is None else runs.pop(0)
-    return [_row(point, pads, layout, mine, peer) for layout, mine in zip(layouts, runs, strict=True)]
+    first = runs[0] if len(runs) > 1 else None
+    return [_row(point, pads, layout, mine, peer, first) for layout, mine in zip(layouts, runs, strict=True)]
 
 
-def _row(point: Point, pads: bool, layout: KVLayout, ours: list[_Run], theirs: list[_Run] | None) -> dict[str, Any]:
+def _row(
+    point: Point, pads: bool, layout: KVLayout, ours: list[_Run], theirs: list[_Run] | None,
+    first: list[_Run] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """`first`: the runs of the first of several methods."""
     row = {
         "point": point.name,
         "batch": point.batch,
@@ -158,16 +191,24 @@ def _row(point: Point, pads: bool, layout: KVLayout, ours: list[_Run], theirs: l
         "new_tokens": point.new_tokens,
         "padded": pads,
         **method_about(layout),
+        "compression": ours[-1].compression,
         "ours": _figures(ours),
     }
+    if first is not None:
+        row["over_first"] = _ratios(ours, first)
     if theirs is None:
         return row
     pairs = list(zip(ours, theirs, strict=True))
     return row | {
         "theirs": _figures(theirs),
-        "ratio": _spread([mine.tokens_per_second / other.tokens_per_second for mine, other in pairs]),
+        "ratio": _ratios(ours, theirs),
         "equal_tokens": _mean([(mine.new_ids == other.new_ids).float().mean().item() for mine, other in pairs]),
     }
+
+
+def _ratios(ours: list[_Run], others: list[_Run]) -> dict[str, float]:
+    """Of speeds, round by round."""
+    return _spread([one.tokens_per_second / other.tokens_per_second for one, other in zip(ours, others, strict=True)])
 
 
 def _figures(runs: list[_Run]) -> dict[str, Any]:
@@ -188,18 +229,18 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _prompt(
-    point: Point, *, pads: bool, vocab_size: int, seed: int, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """Random ids [B, T] and, with padding, a mask that leaves out up to a quarter of the columns on the left."""
+def _random_ids(point: Point, vocab_size: int, seed: int) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
-    shape = (point.batch, point.prompt_tokens)
-    ids = torch.randint(0, vocab_size, shape, generator=draw).to(device)
+    return torch.randint(0, vocab_size, (point.batch, point.prompt_tokens), generator=draw)
+
+
+def _prompt(point: Point, ids: Tensor, *, pads: bool) -> tuple[Tensor, Tensor | None]:
+    """The ids [B, T] and, with padding, a mask that leaves out up to a quarter of the columns on the left."""
     if not pads:
         return ids, None
     missing = 1 + torch.arange(point.batch) * 7 % max(1, point.prompt_tokens // 4)
     real = torch.arange(point.prompt_tokens) >= missing[:, None]
-    return ids, real.long().to(device)
+    return ids, real.long().to(ids.device)
 
 
 def _run_theirs(model: PreTrainedModel, prompt: tuple[Tensor, Tensor | None], new_tokens: int) -> _Run:
@@ -217,8 +258,9 @@ def _run_ours(model: FoldForCausalLM, layout: KVLayout, prompt: tuple[Tensor, Te
     with folded(model, layout):
         cache = model.new_cache(rows=prompt[0].shape[0])
         run = _run(model, cache, lambda: cache.allocated_bytes, prompt, new_tokens)
+        kept = kept_shares(cache, entry_bytes(layout, model.dtype.itemsize, model.device)).mean().item()
         cache.free()
-    return run
+    return replace(run, compression=1 / kept)
 
 
 def _run(

@@ -228,8 +228,16 @@ DECODE_COLUMNS = (
 )
 
 
+_BESIDE_COLUMNS = (
+    Column(head="over the first", note="This row over the first of its point, both kvfold's and from one run."),
+    Column(head="compression", note="Tokens seen, over tokens kept at the end."),
+)
+"""What rows have besides that were measured beside each other."""
+
+
 def decode_sheet(rows: Sequence[Mapping]) -> Sheet:
     """Speed, step time and memory of both sides at each point."""
+    beside = any("over_first" in row for row in rows)
     cells = tuple(
         (
             point_name(row),
@@ -239,10 +247,12 @@ def decode_sheet(rows: Sequence[Mapping]) -> Sheet:
             *(spread_cell(row, side, "step_ms") for side in ("ours", "theirs")),
             *(size(number(row, side, "allocated_bytes")) for side in ("ours", "theirs")),
             *(size(number(row, side, "peak_bytes")) for side in ("ours", "theirs")),
+            *((spread_cell(row, "over_first", unit="×"), times(number(row, "compression"))) if beside else ()),
         )
         for row in rows
     )
-    return Sheet(title="Decode speed", columns=DECODE_COLUMNS, rows=cells)
+    columns = DECODE_COLUMNS + _BESIDE_COLUMNS if beside else DECODE_COLUMNS
+    return Sheet(title="Decode speed", columns=columns, rows=cells)
 
 
 def spread_cell(row: Mapping, *keys: str, unit: str = "") -> str:

@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from byte_tokenizer import byte_tokenizer
 from kvfold.bench import decode
-from kvfold.bench.decode import POINTS, Point, bench_decode
+from kvfold.bench.decode import POINTS, Point, bench_decode, text_prompts
 from kvfold.bench.peers import load_theirs
+from kvfold.data.texts import TextFile
 from kvfold.models.load import load
 
 POINT = Point(name="3 x (12 + 6)", batch=3, prompt_tokens=12, new_tokens=6)
@@ -14,7 +18,7 @@ POINT = Point(name="3 x (12 + 6)", batch=3, prompt_tokens=12, new_tokens=6)
 def folder(tmp_path_factory):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, eos_token_id=3,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
@@ -102,8 +106,29 @@ def test_without_a_peer_ours_stands_alone(ours):
     assert "ratio" not in rows[0]
 
 
+def test_methods_beside_each_other_at_text(ours):
+    text = TextFile(name="text", documents=("what is it worth? " * 12,), digest="")
+    prompts = text_prompts(text, byte_tokenizer())
+    assert prompts(POINT).shape == (3, 12)
+    rows = bench_decode(
+        ours,
+        None,
+        name="tiny",
+        methods=["full", "window:3+1"],
+        points=[POINT],
+        padded=[False],
+        prompts=prompts,
+        repeats=3,
+    )["rows"]
+    assert rows[0]["over_first"] == {"median": 1, "min": 1, "max": 1}
+    assert 0 < rows[1]["over_first"]["min"] <= rows[1]["over_first"]["max"]
+    assert [row["compression"] for row in rows] == pytest.approx([1, 17 / 4])
+    with pytest.raises(ValueError, match="text: the text has 18 prompts of 12 tokens, not 19"):
+        prompts(replace(POINT, batch=19))
+
+
 def test_padding_is_on_the_left_and_ragged():
-    ids, mask = decode._prompt(POINT, pads=True, vocab_size=97, seed=0, device=torch.device("cpu"))
+    ids, mask = decode._prompt(POINT, decode._random_ids(POINT, 97, seed=0), pads=True)
     assert ids.shape == mask.shape == (3, 12)
     pads = (mask == 0).sum(dim=1)
     assert bool((pads >= 1).all())
