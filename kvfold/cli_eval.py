@@ -88,6 +88,7 @@ def evaluate(
     """Perplexity of text read through the cache, passkeys and tasks, under any methods, beside the unfolded model.
     Goes on where it stopped.
     """
+    from kvfold.eval.cells import Cells
     from kvfold.eval.protocol import Protocol
 
     check_out(out)
@@ -102,7 +103,7 @@ def evaluate(
         methods=tuple(dict.fromkeys(time or ())), texts=tuple(text or ([] if names else [SAMPLE])), protocol=protocol,
         keys={"lengths": passkey_length or (context,), "tries": passkey_tries} if passkey else None, tasks=names,
         task_settings={"folder": task_folder, "lengths": task_length or (), "limit": limit, "rows": batch},
-        peer=peer, beside=_beside(beside or [], model, dtype, device), cells=None if fresh else _cells(),
+        peer=peer, beside=_beside(beside or [], model, dtype, device), cells=Cells(_cells(), fresh=fresh),
     )  # fmt: skip
     weights, tokenizer = load_model(model, None, bits, adapter, dtype, device)
     _note_changed_base(adapter)
@@ -146,7 +147,8 @@ class _Asked:
     peer: str | None
     """What transformers is to load and lm-eval's hf to score."""
     beside: Sequence["Beside"]
-    cells: Path | None
+    cells: Any
+    """`eval.cells.Cells`."""
 
 
 def _check_asked(

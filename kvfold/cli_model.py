@@ -1,11 +1,11 @@
 """What commands that read a model share: its options, how it is loaded, and what it is called in results."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from kvfold.console import waiting
+from kvfold.console import say, waiting
 
 METHODS = "full | window:W+S | h2o:R+Y | tova:N, in tokens or percent; trained: dmc[:W] | dms[:W]"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file or a hub name.")]
@@ -48,3 +48,11 @@ def quiet_transformers() -> None:
 def model_name(source: str) -> str:
     """What a model is called in results: the last part of its path or hub name."""
     return Path(source).resolve().name.removesuffix(".gguf") if Path(source).exists() else source
+
+
+def note_idle_gpu(device: Any) -> None:
+    """Tell who trains on a CPU beside a GPU."""
+    import torch
+
+    if device.type == "cpu" and torch.cuda.is_available():
+        say("note: training on the CPU, though there is a GPU: --device cuda takes it")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvfold.cli_model import Data, Device, Json, Rate, Set
+from kvfold.cli_model import Data, Device, Json, Rate, Set, note_idle_gpu
 from kvfold.console import check_packages, clear_errors, command_line, progress, quieten, say, show, show_json
 
 Recipe = Annotated[
@@ -125,6 +125,7 @@ def _trainer_of(recipe: str, device: str | None, *, text: Path) -> Any:
     from kvfold.train.watch import watched_steps
 
     where = torch.device(device or "cpu")
+    note_idle_gpu(where)
     about = {
         "command": command_line(), "version": __version__, "git_commit": git_commit(),
         "hardware": device_name(where, cpu_name()),

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvfold.cli_model import Data, Device, Json, Rate, Set, model_name
+from kvfold.cli_model import Data, Device, Json, Rate, Set, model_name, note_idle_gpu
 from kvfold.console import check_packages, clear_errors, command_line, progress, quieten, say, show_json, waiting
 
 Recipe = Annotated[str | None, typer.Option(help="Settings by name, or a .yaml file; other options override it.")]
@@ -150,7 +150,7 @@ def _run(
     with waiting(f"loading {source}"):
         model, tokenizer = load(source, dtype=dtype or "float32", device=device), load_tokenizer(source)
         teacher = None if settings.teacher is None else load(settings.teacher, dtype=dtype or "float32", device=device)
-    _note_idle_gpu(model.device)
+    note_idle_gpu(model.device)
     about = {
         "command": command_line(), "version": __version__, "git_commit": git_commit(),
         "hardware": device_name(model.device, cpu_name()),
@@ -160,13 +160,6 @@ def _run(
             model=model, tokenizer=tokenizer, source=source, name=model_name(source), settings=settings, folder=folder,
             teacher=teacher, about=about, snapshot=snapshot, report=report, on_step=on_step,
         ).run()  # fmt: skip
-
-
-def _note_idle_gpu(device: Any) -> None:
-    import torch
-
-    if device.type == "cpu" and torch.cuda.is_available():
-        say("note: training on the CPU, though there is a GPU: --device cuda takes it")
 
 
 def _check_snapshot(snapshot: Path, folder: Any) -> None:

@@ -24,14 +24,17 @@ _VOLATILE = ("transformers_version", "_name_or_path", "layout", "base_layout")
 class Cells:
     """Finished measurements in a folder; without a folder nothing is kept."""
 
-    def __init__(self, folder: str | Path | None):
-        self._folder = None if folder is None else Path(folder)
+    def __init__(self, folder: "str | Path | Cells | None", *, fresh: bool = False):
+        """`fresh`: what lies there is measured again, and replaced."""
+        if isinstance(folder, Cells):
+            folder, fresh = folder._folder, folder._fresh
+        self._folder, self._fresh = None if folder is None else Path(folder), fresh
 
     def read(self, name: str, key: Mapping[str, Any], of: str | None = None) -> dict[str, Any] | None:
         """The measurement under this name and key, or None. `of`: a digest of what was read, where the key does not tell;
         a cell that was made of something else counts as none.
         """
-        if self._folder is None:
+        if self._folder is None or self._fresh:
             return None
         try:
             data = json.loads(self._path(name, key).read_text(encoding="utf-8"))

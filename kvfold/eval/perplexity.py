@@ -40,7 +40,7 @@ def measure_quality(
     name: str,
     beside: Sequence[Beside] = (),
     protocol: Protocol | None = None,
-    cells: str | Path | None = None,
+    cells: str | Path | Cells | None = None,
     report: Report = silent,
 ) -> dict[str, Any]:
     """A result of kind `quality`: one row for each text and method, the unfolded model first.

@@ -48,7 +48,7 @@ def measure_tasks(
     limit: int | None = None,
     lengths: Sequence[int] = (),
     rows: int = 32,
-    cells: str | Path | None = None,
+    cells: str | Path | Cells | None = None,
     report: Report | None = None,
     peer: Callable[[], PreTrainedModel] | None = None,
 ) -> list[dict[str, Any]]:

@@ -20,9 +20,8 @@ from kvfold.models.convert_layers import average_groups, drop_readers
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.export import export_model, family_config
 from kvfold.models.fitted import Fit, Report, fit
-from kvfold.models.load import load, load_config
+from kvfold.models.load import check_runnable, load, load_config
 from kvfold.models.source import find_source
-from kvfold.policies.registry import policy_of
 from kvfold.specs.names import unknown_name
 
 INITS = ("mean", "drop", "fitted")
@@ -109,8 +108,7 @@ def new_config(config: FoldConfig, wanted: Conversion) -> FoldConfig:
         _refuse_lost_specs(old, new)
     new = new if wanted.time is None else new.with_time(wanted.time)
     new = new if wanted.bits is None else new.with_bits(wanted.bits)
-    for spec in new.time:
-        policy_of(spec)
+    check_runnable(new)
     found = deepcopy(config)
     found.layout, found.base_layout = new, config.base_layout
     heads = {layer.num_kv_heads for layer in new.layers}

@@ -155,13 +155,18 @@ def _check_report(found: Source, report: dict, *, strict: bool) -> None:
 def _folded(layout: KVLayout, time: str | None, bits: str | None) -> KVLayout:
     layout = layout if time is None else layout.with_time(time)
     layout = layout if bits is None else layout.with_bits(bits)
+    check_runnable(layout)
+    return layout
+
+
+def check_runnable(layout: KVLayout) -> None:
+    """Raise `ValueError` for a method or a storage that no cache can do yet."""
     for spec in layout.time:
         policy_of(spec)
     if layout.bits != layout.base().bits:
         raise ValueError(
             f"bits '{layout.bits_text()}': storage other than 'model' is planned, not there yet: leave it out"
         )
-    return layout
 
 
 def _wanted_device(device: str | torch.device | None) -> torch.device:

@@ -14,13 +14,16 @@ _SHARE = 0.5
 
 def drawn_layout(base: KVLayout, widest: KVLayout, *, seed: int, step: int) -> KVLayout:
     """A layout between `base` and `widest`, in which most layers share, the same on every process: each layer that has
-    another owner in `widest` goes there or stays where `base` has it.
+    another owner in `widest` stays where `base` has it, or reads what the layer before it in its group of `widest` reads. So
+    every layout can come up whose owners include those of `widest` and whose readers read the nearest owner before them.
     """
     draw = random.Random(f"{seed} {step}")
     owners: list[int] = []
+    newest: dict[int, int] = {}
     for layer in range(base.num_layers):
-        own, other = base.owner_of(layer), widest.owner_of(layer)
-        goes = draw.random() < _SHARE
+        own, group = base.owner_of(layer), widest.owner_of(layer)
+        goes = draw.random() < _SHARE and group in newest
         # The owner that it had may have become a reader itself.
-        owners.append(other if goes else layer if own == layer else owners[own])
+        owners.append(newest[group] if goes else layer if own == layer else owners[own])
+        newest[group] = owners[-1]
     return base.with_owners(owners)

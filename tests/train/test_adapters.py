@@ -162,9 +162,23 @@ def test_another_base_is_refused(adapter):
     other = tiny_model()
     with torch.no_grad():
         for weight in other.parameters():
-            weight.add_(0.01 * torch.randn_like(weight))
+            weight.add_(0.3 * weight.std() * torch.randn_like(weight))
     with pytest.raises(ValueError, match="the same shape but other weights: load it on its base"):
         apply_adapter(other, adapter)
+
+
+def test_a_rounded_base_is_warned_of(adapter):
+    """As 4-bit weights are: blocks of 32 with 16 values each."""
+    model = tiny_model()
+    with torch.no_grad():
+        for weight in model.parameters():
+            blocks = weight.view(-1, 32) if weight.numel() % 32 == 0 else weight.view(1, -1)
+            low, high = blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
+            step = (high - low).clamp(min=1e-9) / 15
+            blocks.copy_(((blocks - low) / step).round() * step + low)
+    with pytest.warns(UserWarning, match="close to that but not the same"):
+        apply_adapter(model, adapter)
+    assert model.config.layout.time_text() == "dms:4"
 
 
 def test_what_is_no_whole_adapter_is_refused(adapter, tmp_path):
