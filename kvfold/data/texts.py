@@ -54,15 +54,20 @@ def holds_lines(path: Path) -> bool:
 
 def file_bytes(path: Path) -> bytes:
     """A file's bytes, unpacked where its name ends in `.gz`. Raises `ValueError`, in one line, where it can't be read."""
-    if not path.exists():
-        raise ValueError(f"{path}: there is no such file: correct the path")
-    if path.is_dir():
-        raise ValueError(f"{path}: this is a folder: give a text file")
+    check_there(path)
     try:
         data = path.read_bytes()
         return gzip.decompress(data) if path.suffix == ".gz" else data
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: it can't be read ({' '.join(str(error).split())}): fetch it again") from error
+
+
+def check_there(path: Path) -> None:
+    """Raise `ValueError` where there is no file."""
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file: correct the path")
+    if path.is_dir():
+        raise ValueError(f"{path}: this is a folder: give a text file")
 
 
 def _decoded(path: Path, data: bytes, start: int = 0) -> str:

@@ -142,7 +142,7 @@ def begin(folder: RunFolder, recipe: str, settings: PretrainSettings, text: Path
     folder.begin(recipe, settings)
     try:
         prepare_text(settings, text, report=report)
-    except ValueError:
+    except Exception:  # an interrupt leaves it: the same call goes on
         folder.give_up()
         raise
 

@@ -4,11 +4,12 @@ Local text is cut into pieces and shuffled by a seed over all files, so that a r
 of everything: all of it at once where memory has room, else as it is read. How pieces become tokens stands in data.py.
 """
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from kvfold.data.streams import stream_texts
+from kvfold.data.streams import TextStream
 
 _TEXT_ENDINGS = (".txt", ".md", ".json", ".jsonl", ".gz")
 _BUFFER_CHARACTERS = 2**28
@@ -26,13 +27,15 @@ def training_texts(
     than `buffer_characters` in all are never in memory whole. Raises `ValueError`, in one line, for whatever can't be read.
     """
     local = [source for source in sources if _is_local(source)]
+    files = [_File(source, piece_characters) for source in local]
     pieces, held = [], 0
-    for piece in (piece for source in local for piece in _file_pieces(source, piece_characters)):
+    for piece in itertools.chain.from_iterable(files):
         pieces.append(piece)
         held += len(piece)
         if held > buffer_characters:
             pieces.clear()
-            yield from _shuffled_on_the_way(local, random.Random(seed), piece_characters, buffer_characters)
+            files = [_File(source, piece_characters) for source in local]
+            yield from _shuffled_on_the_way(files, random.Random(seed), buffer_characters)
             break
     else:
         random.Random(seed).shuffle(pieces)
@@ -43,20 +46,40 @@ def training_texts(
                 yield from _pieces(text, piece_characters)
 
 
-def _shuffled_on_the_way(sources: Sequence[str], drawn: random.Random, piece: int, most: int) -> Iterator[str]:
-    """Read all files side by side, each as fast as its size asks, and draw from the last `most` characters read."""
-    size = {source: max(1, Path(source).stat().st_size) for source in sources}
-    read, running = dict.fromkeys(size, 0), {source: _file_pieces(source, piece) for source in size}
+class _File:
+    """One file's pieces, each at most about `most` characters."""
+
+    def __init__(self, source: str, most: int):
+        self._source, self._most, self._stream = source, most, TextStream(Path(source), most)
+
+    @property
+    def share(self) -> float:
+        """Of the file, what was read."""
+        return self._stream.share
+
+    def __iter__(self) -> Iterator[str]:
+        found = False
+        for text in self._stream:
+            found = True
+            yield from _pieces(text, self._most)
+        if not found:
+            raise ValueError(f"{self._source}: there is no text in it: give a file with text")
+
+
+def _shuffled_on_the_way(files: Sequence[_File], drawn: random.Random, most: int) -> Iterator[str]:
+    """Read all files side by side, each share by share, and draw from the last `most` characters read. A file that was read
+    to its end gives the rest at once: what is small is read in one go, and mixed with the beginning of what is not.
+    """
+    running = [(file, iter(file)) for file in files]
     pieces: list[str] = []
     held = 0
     while running:
-        source = min(running, key=lambda one: read[one] / size[one])
-        text = next(running[source], None)
+        file, left = max(running, key=lambda one: (one[0].share >= 1, -one[0].share))
+        text = next(left, None)
         if text is None:
-            del running[source]
+            running.remove((file, left))
             continue
         pieces.append(text)
-        read[source] += len(text)
         held += len(text)
         while held > most:
             place = drawn.randrange(len(pieces))
@@ -72,15 +95,6 @@ def _is_local(source: str) -> bool:
     return path.exists() or path.suffix in (*_TEXT_ENDINGS, ".parquet") or source.startswith((".", "/", "~"))
 
 
-def _file_pieces(source: str, most: int) -> Iterator[str]:
-    found = False
-    for text in stream_texts(Path(source), most):
-        found = True
-        yield from _pieces(text, most)
-    if not found:
-        raise ValueError(f"{source}: there is no text in it: give a file with text")
-
-
 def _hub_texts(source: str, seed: int) -> Iterator[str]:
     """The `text` of a data set's rows, streamed."""
     import datasets
@@ -93,7 +107,16 @@ def _hub_texts(source: str, seed: int) -> Iterator[str]:
         raise ValueError(
             f"data '{source}': neither a file nor a data set that can be had ({told}): correct it"
         ) from error
-    for row in rows.shuffle(seed=seed, buffer_size=_HUB_BUFFER):
+    rows = iter(rows.shuffle(seed=seed, buffer_size=_HUB_BUFFER))
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # as above, and whatever a network does
+            raise ValueError(
+                f"data '{source}': reading it came to an end ({' '.join(str(error).split())}): try again"
+            ) from error
+        if row is None:
+            return
         if not isinstance(row.get("text"), str):
             raise ValueError(f"data '{source}': its rows have no text under 'text': use another data set")
         if row["text"].strip():

@@ -1,5 +1,6 @@
 import gzip
 import json
+import random
 import tracemalloc
 
 import pytest
@@ -80,13 +81,29 @@ def pieces(sources, **settings):
     return list(training_texts(sources, **({"seed": 0, "piece_characters": 200, "buffer_characters": 2000} | settings)))
 
 
-def test_text_that_memory_has_no_room_for_is_all_there_and_mixed(texts):
+def test_text_that_memory_has_no_room_for_is_all_there(texts):
     small, large = pieces(texts), pieces(texts, buffer_characters=10**9)
     assert sorted("\n".join(small).split("\n")) == sorted("\n".join(large).split("\n"))
     assert small != large and small == pieces(texts) != pieces(texts, seed=1)
-    for quarter in range(4):
-        part = small[quarter * len(small) // 4 : (quarter + 1) * len(small) // 4]
-        assert {"document" in piece for piece in part} == {True, False}
+
+
+def test_files_are_mixed_by_their_share_of_the_text_however_they_are_packed(tmp_path):
+    """Two files of as much text, one packed to half its size; a small one is among the first."""
+    drawn = random.Random(0)
+    words = [f"{n} {drawn.randbytes(200).hex()}" for n in range(6000)]
+    lines = "".join(json.dumps({"text": f"packed {one}"}) + "\n" for one in words).encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "b.txt").write_text("".join(f"plain {one}\n" for one in words))
+    (tmp_path / "c.txt").write_text("small\n" * 40)
+    names = [str(tmp_path / name) for name in ("a.jsonl.gz", "b.txt", "c.txt")]
+    found = pieces(names, piece_characters=500, buffer_characters=300_000)
+    tenth = len(found) // 10
+    for part in range(10):
+        here = found[part * tenth : (part + 1) * tenth]
+        assert 0.25 < sum("packed" in one for one in here) / tenth < 0.75
+    assert any("small" in one for one in found[: 2 * tenth])
+    twice = pieces([str(tmp_path / "c.txt")] * 2, buffer_characters=100)
+    assert sum(one.count("small") for one in twice) == 80
 
 
 def test_no_more_text_is_read_than_is_asked_for(tmp_path):
@@ -121,6 +138,8 @@ def test_a_file_that_cannot_be_read(name, data, said, tmp_path):
 
 
 def test_a_missing_file(texts):
+    with pytest.raises(ValueError, match=r"nowhere\.txt: there is no such file"):
+        pieces([*texts, "nowhere.txt"], buffer_characters=10)
     with pytest.raises(ValueError, match=r"nowhere\.txt: there is no such file"):
         draw([*texts, "nowhere.txt"])
 
