@@ -78,8 +78,10 @@ def side_by_side(group: Group) -> str:
     said = (
         "Smaller: bytes that the cache has allocated, the unfolded model's over the method's, on the first text. Change: of the "
         "perplexity against the unfolded model on the same windows, ± one standard error. KL: of the next token's distribution "
-        "from the unfolded model's, nats. Keys: numbers found that were hidden in filler text of so many tokens."
+        "from the unfolded model's, nats."
     )
+    if lengths:
+        said += " Keys: numbers found that were hidden in filler text of so many tokens."
     return "\n\n".join(
         [table(["method", "trained", "smaller", *columns], lines), said, source(group, protocol_text(group))]
     )

@@ -217,14 +217,18 @@ def _beside(texts: list[str], source: str, dtype: str | None, device: str | None
     def one(text: str) -> Beside:
         base, comma, last = text.rpartition(",")
         if not is_adapter(last):
-            load_config(text)
-            return Beside(label=model_name(text), open=lambda: load(text, dtype=dtype, device=device))
-        about, _ = read_adapter(last)
-        if comma:
-            load_config(base)
+            tokens = load_config(text).trained_tokens
+            return Beside(
+                label=model_name(text), open=lambda: load(text, dtype=dtype, device=device), trained_tokens=tokens
+            )
+        tokens = read_adapter(last)[0].trained_tokens
+        if comma and tokens is not None:
+            tokens += load_config(base).trained_tokens or 0
+        elif comma:
+            load_config(base)  # whether it is there at all
         return Beside(
             label=model_name(last), open=lambda: load(base or source, adapter=last, dtype=dtype, device=device),
-            trained_tokens=about.trained_tokens,
+            trained_tokens=tokens,
         )  # fmt: skip
 
     others = [one(text) for text in texts]

@@ -146,6 +146,7 @@ def _trainer_of(recipe: str, device: str | None, *, text: Path) -> Any:
 def _swept(name: str, settings: Any, factor: float, folder: Any, train_one: Any) -> list[dict[str, Any]]:
     """The runs of a sweep; the best one's files become the result."""
     from kvfold.train.pretrain import begin
+    from kvfold.train.pretrain_card import pretrain_card
     from kvfold.train.run_folder import leads
     from kvfold.train.sweep import copy_result, sweep
 
@@ -155,7 +156,9 @@ def _swept(name: str, settings: Any, factor: float, folder: Any, train_one: Any)
     rows, best = sweep(settings, factor, folder.out, train_one, say=say if leads() else lambda line: None)
     if not leads():
         return [{}]
-    copy_result(best, folder.out)
+    facts = next(row for row in rows if row["note"] == "best")
+    card = pretrain_card(settings.with_rate(facts["learning_rate"]), facts, folder.out)
+    copy_result(best, folder.out, card=card)
     say(f"the best: {best}")
     return rows
 

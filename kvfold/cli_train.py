@@ -127,7 +127,7 @@ def _run(
 
     folder = RunFolder(out=out)
     if leads():  # others of torchrun's would meet it half begun
-        folder.check(source, settings)
+        folder.check(source, settings, dtype or "float32")
     done = folder.read("done")
     if done is not None and is_written(out, settings):
         if snapshot is not None:

@@ -5,7 +5,8 @@
 #
 # TRAIN and VALID: text files, separated by commas. JOBS models are trained at a time (2), a thread each. A model takes a
 # quarter of an hour on one core; all of them about five hours on two. Every run goes on where it stopped, and one that
-# is done is left alone, so this script can be stopped and started at any time.
+# is done is left alone, so this script can be stopped and started at any time. Five rates are tried for each model that
+# decides, and higher ones as long as the highest is the best.
 # Figures: OUT/results/*.json, a file a run, of which `kvfold report` makes the page OUT/design-space.html.
 set -euo pipefail
 
@@ -19,7 +20,7 @@ export OMP_NUM_THREADS=1
 mkdir -p "$out"
 
 headline=(mini-h128-mqa mini-h128-mqa-cla2 mini-h64-mqa)
-rates=(1e-3 1.5e-3 2.25e-3 3.375e-3 5.0625e-3)
+rates=(0.001 0.0015 0.00225 0.003375 0.0050625)
 others=(
   mini-h128-mha mini-h128-gqa4 mini-h128-gqa2 mini-h512-mqa-cla2 mini-h256-mqa-cla2 mini-h64-mqa-cla2 mini-h256-gqa4-cla2
   mini-h128-gqa4-cla2 mini-h128-gqa2-cla2 mini-h128-mqa-cla3 mini-h128-mqa-cla4 mini-h128-mqa-cla2-keep-ends
@@ -29,31 +30,48 @@ others=(
 
 # Lines of "recipe rate seed", `jobs` at a time.
 train_all() {
-  xargs -P "$jobs" -L 1 bash -c '
+  xargs -r -P "$jobs" -L 1 bash -c '
     out=$1 device=$2 recipe=${@: -3:1} rate=${@: -2:1} seed=${@: -1}
-    data=("${@:3:$#-5}")
-    # One that diverges is told of, and the others go on.
-    kvfold train "$recipe" --learning-rate "$rate" --seed "$seed" "${data[@]}" --device "$device" \
-      --out "$out/$recipe-lr$rate-seed$seed" >/dev/null || echo "$recipe at $rate, seed $seed: came to nothing" >&2
+    data=("${@:3:$#-5}") run=$out/$recipe-lr$rate-seed$seed
+    [ ! -f "$run.diverged" ] || exit 0
+    kvfold train "$recipe" --learning-rate "$rate" --seed "$seed" "${data[@]}" --device "$device" --out "$run" \
+      >/dev/null 2>"$run.log" && exit 0
+    # One that diverges is noted, and the others go on; whatever else goes wrong ends it all.
+    grep -q "lower learning rate" "$run.log" || { tail -3 "$run.log" >&2; exit 255; }
+    touch "$run.diverged"
   ' train "$out" "$device" "${data[@]}"
 }
 
-# The learning rate at which a recipe's first seed did best.
-best_rate() {
-  for rate in "${rates[@]}"; do
-    found=$out/$1-lr$rate-seed0/results/pretraining.json
-    [ ! -f "$found" ] ||
-      python -c 'import json, sys; print(json.load(open(sys.argv[1]))["rows"][0]["validation_perplexity"], sys.argv[2])' \
-        "$found" "$rate"
-  done | sort -g | head -1 | cut -d" " -f2
+# Of the learning rates at which a recipe was tried with the first seed: the best, or with `highest` the highest.
+rate_of() {
+  python - "$out" "$1" "$2" <<'PYTHON'
+import json, pathlib, sys
+out, which, recipe = sys.argv[1:]
+tried = {}
+for run in pathlib.Path(out).glob(f"{recipe}-lr*-seed0*"):
+    rate = float(run.name.removeprefix(f"{recipe}-lr").removesuffix(".log").removesuffix(".diverged").removesuffix("-seed0"))
+    result = run / "results" / "pretraining.json"
+    if result.is_file():
+        tried[rate] = json.loads(result.read_text())["rows"][0]["validation_perplexity"]
+    else:
+        tried.setdefault(rate, float("inf"))
+print(f"{max(tried) if which == 'highest' else min(tried, key=tried.get):g}")
+PYTHON
 }
 
 for recipe in "${headline[@]}"; do for rate in "${rates[@]}"; do echo "$recipe $rate 0"; done; done | train_all
-for recipe in "${headline[@]}"; do for seed in 1 2; do echo "$recipe $(best_rate "$recipe") $seed"; done; done | train_all
+for _ in 1 2 3; do
+  for recipe in "${headline[@]}"; do
+    highest=$(rate_of highest "$recipe")
+    [ "$(rate_of best "$recipe")" != "$highest" ] ||
+      python -c 'import sys; print(sys.argv[1], f"{1.5 * float(sys.argv[2]):g}", 0)' "$recipe" "$highest"
+  done | train_all
+done
+for recipe in "${headline[@]}"; do for seed in 1 2; do echo "$recipe $(rate_of best "$recipe") $seed"; done; done | train_all
 # A row takes the best rate of its family: with shared layers, or without.
 for recipe in "${others[@]}"; do
   case $recipe in *cla*) like=mini-h128-mqa-cla2 ;; *) like=mini-h128-mqa ;; esac
-  echo "$recipe $(best_rate "$like") 0"
+  echo "$recipe $(rate_of best "$like") 0"
 done | train_all
 
 mkdir -p "$out/results"

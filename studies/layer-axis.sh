@@ -6,9 +6,9 @@
 # MODEL: SmolLM2-135M or a model like it. TRAIN: text files to fit and train on, separated by commas. VALID: texts to measure
 # on, TASKS: tasks or files of questions, likewise. The three inits are uptrained on TOKENS tokens each (262144 unless told
 # otherwise), distilled from MODEL and by the next token's loss alone; `fitted` on a quarter of it and on BEST_TOKENS (1048576)
-# as well; all weights. What `fitted` was fitted on counts among its tokens. Every command goes on where it stopped.
+# as well; all weights, at one learning rate (`mean` at another besides). What `fitted` was fitted on counts among its tokens. Every command goes on where it stopped.
 # MODEL distilled from itself does not change: it is its own control. Trained by the next token's loss it does: `control-lm`.
-# Beside them, at the same bytes: DMS on the unconverted MODEL and a window.
+# Beside them, at the same bytes: DMS on the unconverted MODEL, windows, and H2O.
 set -euo pipefail
 
 model=$1 out=$4 tokens=${5:-262144} best=${6:-1048576} tasks=${7:-} device=${8:-cpu}
@@ -43,8 +43,10 @@ for init in fitted mean drop; do
   uptrain "cla2-$init-lm" "$out/cla2-$init" $seen --kl none
 done
 uptrain control-lm "$model" "$tokens" --kl none
-uptrain cla2-fitted-distilled-quarter "$out/cla2-fitted" $((tokens / 4)) "${distilled[@]}"
-uptrain cla2-fitted-distilled-best "$out/cla2-fitted" "$best" "${distilled[@]}"
+# What begins so far away may ask for another rate.
+uptrain cla2-mean-distilled-faster "$out/cla2-mean" "$tokens" "${distilled[@]}" --learning-rate 1e-3
+uptrain cla2-fitted-distilled-quarter "$out/cla2-fitted" $((tokens / 4 - fitting)) "${distilled[@]}"
+uptrain cla2-fitted-distilled-best "$out/cla2-fitted" $((best - fitting)) "${distilled[@]}"
 
 # Layers x time: a DMS adapter on the uptrained model, and each of the two alone.
 dms=(--recipe smollm2-dms-cpu --compression 2 "${data[@]}" --tokens "$tokens" --device "$device")
@@ -52,5 +54,5 @@ kvfold retrofit "$out/cla2-fitted-distilled-best" "$out/cla2-dms-2x" "${dms[@]}"
 kvfold retrofit "$model" "$out/dms-2x" "${dms[@]}"
 rows+=(--beside "$out/dms-2x" --beside "$out/cla2-fitted-distilled-best,$out/cla2-dms-2x")
 
-kvfold eval "$model" "${texts[@]}" --time window:508+4 "${rows[@]}" --passkey ${tasks:+--tasks "$tasks"} --device "$device" \
+kvfold eval "$model" "${texts[@]}" --time window:508+4 --time window:252+4 --time h2o:128+128 "${rows[@]}" --passkey ${tasks:+--tasks "$tasks"} --device "$device" \
   --out "$out/results/layer-axis.json"

@@ -17,7 +17,7 @@ from kvfold.data.whole_file import write_whole_file
 from kvfold.layout import KVLayout
 
 _FORMAT = 1
-_VOLATILE = ("transformers_version", "_name_or_path", "layout", "base_layout")
+_VOLATILE = ("trained_tokens", "transformers_version", "_name_or_path", "layout", "base_layout")
 """Parts of a config that don't change what the model computes, or stand in the key by themselves."""
 
 

@@ -70,6 +70,8 @@ class FoldConfig(PreTrainedConfig):
     """Layers without rotary positions."""
     gates: dict[str, Any] | None = None
     """Where the decisions of DMC or DMS come from (`models.gates.GateConfig`); None = the published channel form."""
+    trained_tokens: int | None = None
+    """Tokens that the weights were trained or fitted on since they left their own family's checkpoint; None = none noted."""
     channel_freed: bool = False
     """The decision channel was written out of the weights: it carries decisions only, and stays zeroed."""
 
@@ -107,8 +109,9 @@ class FoldConfig(PreTrainedConfig):
         output = super().to_dict()
         del output["_layout"], output["_base_layout"]
         output["layout"] = self._layout.to_json()
-        if self.gates is None:
-            del output["gates"]
+        for name in ("gates", "trained_tokens"):
+            if output[name] is None:
+                del output[name]
         if self._base_layout is not None:
             output["base_layout"] = self._base_layout.to_json()
         return output

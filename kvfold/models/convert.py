@@ -91,6 +91,7 @@ def convert(
     converted = converted_model(model, config, wanted)
     if fitted:
         fit(model, converted, calibration_WT, options=options, folder=folder, report=report)
+        converted.config.trained_tokens = (config.trained_tokens or 0) + calibration_WT.numel()
     del model
     converted = converted.to(getattr(torch, stored))
     write_model(export_model(converted) if wanted.target == "transformers" else converted, out, found)

@@ -13,7 +13,7 @@ Differs: none.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -82,6 +82,12 @@ def fit(
             f"init 'fitted' from a model with layers '{original.config.layout.layers_text()}': it starts where every layer "
             "has keys and values: convert the model it was made from, or use 'mean' or 'drop'"
         )
+    if len(ids_WT) < 2:
+        raise ValueError(
+            "init 'fitted' on 1 window of text: one fits and another says how strongly: give more calibration text, or shorter "
+            "windows"
+        )
+    options = replace(options, batch=max(1, min(options.batch, len(ids_WT) // _HELD_OUT)))
     state = FitState(folder, fingerprint_of(original, converted, ids_WT, options))
     streams, goes_on = Streams(original, converted, ids_WT, options.batch), True
     for index in range(layout.num_layers):
@@ -181,10 +187,10 @@ def _refit(
     sums, held = LeastSquares(*shape), LeastSquares(*shape)
     for place, (half, goal, start) in enumerate(zip(halves, goals, before, strict=True)):
         wanted, weight = _wanted(streams, layer, projection, goal, start)
-        (held if place % _HELD_OUT == _HELD_OUT - 1 else sums).add(half.inputs, wanted - half.raw, weight)
+        (held if place in held_places(len(halves)) else sums).add(half.inputs, wanted - half.raw, weight)
     strength = options.ridge
     if strength is None:
-        strength = sums.best_strength(held if held.num_tokens else sums)
+        strength = sums.best_strength(held)
     sums.absorb(held)
     change = sums.solve(strength).to(projection.weight.dtype)
     projection.weight = nn.Parameter(projection.weight + change.T)
@@ -193,6 +199,12 @@ def _refit(
         stream_behind(config, layer, projection, start, projection(half.inputs))
         for half, start in zip(halves, before, strict=True)
     ]
+
+
+def held_places(batches: int) -> range:
+    """Which of so many batches choose the strength of a ridge: every fourth, of fewer the last."""
+    every = min(_HELD_OUT, batches)
+    return range(every - 1, batches, every)
 
 
 def _wanted(

@@ -122,7 +122,8 @@ class GatedModel:
         layers that DMC rules.
 
         Source: arXiv 2403.09636, section 3.3 (the end of the first stage).
-        Differs: bias entries go with their rows; the official code knows none.
+        Differs: bias entries go with their rows; the official code knows none. Nor does it know norms on q and k: where a family
+        has them, the size by which a head is divided loses this channel here at once, and not step by step.
         """
         gates = GateConfig.from_json(self.config.gates)
         channel, freed = gates.channel, freed_configs(gates, self.config.layout, channel_freed=True)

@@ -111,7 +111,7 @@ class TrainingOrder(Dataset):
         if ignored:  # else nothing is looked at before its turn: the blocks may lie on the disk
             counted = ~torch.isin(blocks_NT[:, :-1], self.ignored.to(blocks_NT.dtype))
             self._counts_N = counted.sum(dim=1)
-        self._orders: dict[int, list[int]] = {}
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
         self._members: tuple[int, list[int]] = (-1, [])
 
     def __len__(self) -> int:
@@ -141,7 +141,7 @@ class TrainingOrder(Dataset):
     def _block_of(self, sample: int) -> int:
         number = self._blocks_NT.shape[0]
         turn, place = divmod(sample, number)
-        if turn not in self._orders:
+        if self._order[0] != turn:  # a pass at a time: of billions of tokens one is large
             source = torch.Generator().manual_seed(noise_key(self._seed, -2, turn) % 2**63)
-            self._orders[turn] = torch.randperm(number, generator=source).tolist()
-        return self._orders[turn][place]
+            self._order = turn, torch.randperm(number, generator=source)
+        return int(self._order[1][place])

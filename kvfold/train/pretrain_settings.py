@@ -2,12 +2,12 @@
 and weights come to. No torch.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Self
 
 from kvfold.layout import KVLayout
 from kvfold.planner import token_bytes
+from kvfold.train.numbers import check_numbers
 from kvfold.train.schedules import Stages, learning_rate_factor
 
 BYTES_16_BIT = 2
@@ -90,9 +90,7 @@ class PretrainSettings:
     """Spread weights and optimizer over the processes of torchrun (FSDP2)."""
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: it is 1 or more: ask for more")
+        check_numbers(self, counts=_COUNTS, from_zero=("weight_decay", "norm_eps"), above_zero=_ABOVE_ZERO)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads {self.num_kv_heads}: each serves as many of the {self.num_heads} query heads: use a divisor"
@@ -106,8 +104,6 @@ class PretrainSettings:
                 f"tokens {self.tokens:,}: one step takes {self.batch_sequences} sequences of {self.sequence_tokens:,}, "
                 f"{self.step_tokens:,} in all: give it more tokens or smaller steps"
             )
-        if not self.learning_rate > 0 or not math.isfinite(self.learning_rate):
-            raise ValueError(f"learning_rate {self.learning_rate:g}: it is a number above 0: use e.g. 3e-4")
         if not 0 <= self.warmup_share < 1:
             raise ValueError(f"warmup_share {self.warmup_share:g}: it is a share of the steps: use 0 to below 1")
         if self.batch_sequences % self.sequences_at_once:
@@ -164,6 +160,7 @@ class PretrainSettings:
         )  # fmt: skip
 
 
+_ABOVE_ZERO = {"learning_rate": "3e-4", "clip": "1", "init_std": "0.01275", "rope_theta": "10000"}
 _COUNTS = (
     "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocabulary",
     "sequence_tokens", "batch_sequences", "sequences_at_once", "save_steps", "validate_steps", "validation_tokens",

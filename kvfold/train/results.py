@@ -36,7 +36,11 @@ def write_trained(
     """
     with _staged(folder, card) as staged:
         if settings.trains == "full":
+            before = model.config.trained_tokens
+            if tokens is not None:
+                model.config.trained_tokens = (before or 0) + tokens
             _write_model(model, tokenizer, staged)
+            model.config.trained_tokens = before  # a snapshot is not the end
         else:
             _write_adapter(model, base, staged, tokens)
 

@@ -3,6 +3,7 @@
 Every step that takes long leaves a note in the run's folder, so that the same call goes on wherever it was stopped.
 """
 
+import hashlib
 import json
 import warnings
 from collections.abc import Callable
@@ -73,7 +74,8 @@ class Retrofit:
         text = self._text()
         facts: dict[str, Any] = {"base": self.name, **self.about}
         if leads():
-            self.folder.begin(self.source, self.settings)
+            self.folder.begin(self.source, self.settings, str(self.model.dtype).removeprefix("torch."))
+            self.folder.keep_text(hashlib.sha256(text.train.numpy().tobytes()).hexdigest())
             facts["before"] = self._noted("before", lambda: self._measured(text))
         if self.settings.find_channel and self.settings.compresses:
             facts["freed"] = self._noted("channel", lambda: self._found_channel(text))

@@ -18,6 +18,10 @@ MAY_DIFFER = ("sequences_at_once", "save_steps", "checkpoint_activations", "teac
 """Settings that a run may go on with another value of: they bear on time, memory and rounding alone."""
 
 
+_DTYPE = "float32"
+"""Of a run whose note says nothing of it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFolder:
     """One run's folder."""
@@ -34,13 +38,14 @@ class RunFolder:
         """A line of JSON for each step."""
         return self.training / "curve.jsonl"
 
-    def check(self, source: str, settings: Any) -> None:
-        """`source`: the model that is trained on, or the recipe; `settings`: a dataclass of plain values. Writes nothing.
+    def check(self, source: str, settings: Any, dtype: str = _DTYPE) -> None:
+        """`source`: the model that is trained on, or the recipe; `settings`: a dataclass of plain values; `dtype`:
+        of weights that don't learn. Writes nothing.
         Raises `ValueError` where a run with other settings lies there, or something else is in the way.
         """
         there = self.read("run")
         if there is not None:
-            for name, old, new in _differences(there, _run(source, settings), settings):
+            for name, old, new in _differences(there, _run(source, settings, dtype), settings):
                 raise ValueError(
                     f"{self.out}: a run lies there with {name} {old!r}, not {new!r}: "
                     "give the same settings to go on, or another folder"
@@ -50,10 +55,21 @@ class RunFolder:
         elif self.out.is_dir() and any(self.out.iterdir()):
             raise ValueError(f"{self.out}: the folder holds something else: name a new one, or empty it")
 
-    def begin(self, source: str, settings: Any) -> None:
+    def begin(self, source: str, settings: Any, dtype: str = _DTYPE) -> None:
         """Begin a run, or go on with the one that lies there; see `check`."""
-        self.check(source, settings)
-        self.write("run", _run(source, settings))
+        self.check(source, settings, dtype)
+        self.write("run", _run(source, settings, dtype))
+
+    def keep_text(self, digest: str) -> None:
+        """Note which text is trained on. Raises `ValueError` where it was another one."""
+        there = self.read("text")
+        if there is None:
+            self.write("text", {"sha256": digest})
+        elif there != {"sha256": digest}:
+            raise ValueError(
+                f"{self.out}: the run that lies there was begun on another text: the data has changed since, or how kvfold "
+                "reads it: put it back to go on, or begin in another folder"
+            )
 
     @property
     def checkpoint(self) -> Path | None:
@@ -99,8 +115,8 @@ def leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _run(source: str, settings: Any) -> dict[str, Any]:
-    return {"source": source, "settings": json.loads(json.dumps(asdict(settings)))}
+def _run(source: str, settings: Any, dtype: str) -> dict[str, Any]:
+    return {"source": source, "dtype": dtype, "settings": json.loads(json.dumps(asdict(settings)))}
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any], settings: Any) -> list[tuple[str, Any, Any]]:
@@ -113,5 +129,8 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any], settings: An
         if before.get(name) != value and name not in MAY_DIFFER
     ]
     # A setting may be called `source` as well.
-    sources = there.get("source"), here["source"]
-    return found if sources[0] == sources[1] else [("SOURCE", *sources), *found]
+    for name, default in (("dtype", _DTYPE), ("source", None)):
+        old, new = there.get(name, default), here[name]
+        if old != new:
+            found.insert(0, (name.upper() if name == "source" else name, old, new))
+    return found

@@ -1,12 +1,12 @@
 """The settings of a retrofit: what a recipe may say, what each key means, and which do not go together. No torch."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from kvfold.specs.base import TimeSpec
 from kvfold.specs.dms import DMSSpec
 from kvfold.specs.registry import parse_time
+from kvfold.train.numbers import check_numbers
 from kvfold.train.schedules import LearningRate, Stages, learning_rate_factor, nominal_for, share_for
 
 
@@ -95,7 +95,7 @@ class RetrofitSettings:
     """Train the same without compression, to compare with."""
 
     def __post_init__(self) -> None:
-        self._check_numbers()
+        check_numbers(self, counts=_COUNTS, from_zero=_FROM_ZERO, above_zero=_ABOVE_ZERO)
         if self.sequence_tokens < 2:
             raise ValueError(
                 f"sequence_tokens {self.sequence_tokens}: nothing is predicted in so short a text: use e.g. 1024"
@@ -113,23 +113,6 @@ class RetrofitSettings:
         self._check_method()
         if self.gated and not self.control:
             share_for(self.compression, self.sequence_tokens, self.spec)
-
-    def _check_numbers(self) -> None:
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: it is 1 or more: ask for more")
-        for name in ("zero_out_steps", "ramp_steps", "tail_steps", "warmup_steps", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} {getattr(self, name):g}: it is 0 or more: use e.g. 0")
-        for name, example in _ABOVE_ZERO.items():
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} {value:g}: it is a number above 0: use e.g. {example}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name):g}: it is from 0 to below 1: use e.g. 0.9")
-        if not 0 <= self.final_learning_rate <= 1:
-            raise ValueError(f"final_learning_rate {self.final_learning_rate:g}: it is a share, 0 to 1: use e.g. 0.1")
 
     def _check_method(self) -> None:
         if not self.compression >= 1:
@@ -240,4 +223,5 @@ class RetrofitSettings:
 
 
 _ABOVE_ZERO = {"learning_rate": "3e-5", "gate_scale": "100", "ratio_weight": "1", "clip": "1"}
+_FROM_ZERO = ("zero_out_steps", "ramp_steps", "tail_steps", "warmup_steps", "weight_decay")
 _COUNTS = ("rank", "sequence_tokens", "batch_sequences", "sequences_at_once", "save_steps")

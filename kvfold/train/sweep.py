@@ -16,6 +16,7 @@ TrainOne = Callable[[PretrainSettings, RunFolder], dict[str, Any]]
 """Trains one model in its folder, or goes on; gives its facts on the leading process."""
 
 _WAIT_SECONDS = 0.2
+_CARD = "README.md"
 _LAST = "config.json"
 """A folder is loaded by it, so it comes last."""
 
@@ -77,12 +78,15 @@ def _awaited(folder: RunFolder) -> dict[str, Any]:
     return found
 
 
-def copy_result(best: Path, out: Path) -> None:
-    """The best run's files beside the runs, as the sweep's own result."""
+def copy_result(best: Path, out: Path, *, card: str) -> None:
+    """The best run's files beside the runs, as the sweep's own result, with a card of its own."""
     staged = out / ".partial-result"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     for file in sorted((path for path in best.iterdir() if path.is_file()), key=lambda path: path.name == _LAST):
-        shutil.copy2(file, staged / file.name)
+        if file.name == _CARD:
+            (staged / file.name).write_text(card, encoding="utf-8")
+        else:
+            shutil.copy2(file, staged / file.name)
         os.replace(staged / file.name, out / file.name)
     staged.rmdir()

@@ -59,6 +59,13 @@ def test_nothing_is_measured_twice(kvfold, readings, folder):
     readings.clear()
     kvfold(f"eval tiny {SHORT} --time tova:8 --fresh")
     assert set(readings) == {"full", "tova:8"}
+    readings.clear()
+    cell = next((folder / "cache" / "cells").glob("*tova-8*"))
+    cell.write_text(cell.read_text().replace('"seconds": ', '"seconds": 1'))
+    torn = json.loads(kvfold(f"eval tiny {SHORT} --time tova:8 --json").out)
+    assert readings == []
+    new = json.loads(kvfold(f"eval tiny {SHORT} --time tova:8 --fresh --json").out)
+    assert json.loads(kvfold(f"eval tiny {SHORT} --time tova:8 --json").out)["rows"] == new["rows"] != torn["rows"]
 
 
 def test_several_texts(kvfold, folder):
@@ -100,12 +107,19 @@ def test_trained_and_converted_models_beside_the_first(kvfold, folder):
     train = "--data text.txt --tokens 256 --set sequence_tokens=32 --set batch_sequences=2 --no-calibrate"
     assert kvfold(f"retrofit tiny dms --adapter --time dms:8 --compression 2 {train}").code == 0
     assert kvfold(f"retrofit mqa tuned --lora 2 {train}").code == 0
-    done = kvfold(f"eval tiny {SHORT} --time full --beside dms --beside mqa --beside mqa,tuned --json")
+    assert kvfold(f"retrofit tiny whole --full {train}").code == 0
+    assert kvfold(f"retrofit whole further --lora 2 {train}").code == 0
+    done = kvfold(
+        f"eval tiny {SHORT} --time full --beside dms --beside mqa --beside mqa,tuned --beside whole --beside whole,further --json"
+    )
     assert done.code == 0, done.err
     rows = {row["method"]: row for row in json.loads(done.out)["rows"]}
-    assert list(rows) == ["full", "dms:8 of dms", "full of mqa", "full of tuned"]
+    assert list(rows) == ["full", "dms:8 of dms", "full of mqa", "full of tuned", "full of whole", "full of further"]
     tokens = {method: row.get("trained_tokens") for method, row in rows.items()}
-    assert tokens == {"full": None, "dms:8 of dms": 256, "full of mqa": None, "full of tuned": 256}
+    assert tokens == {"full": None, "dms:8 of dms": 256, "full of mqa": None, "full of tuned": 256} | {
+        "full of whole": 256,
+        "full of further": 512,
+    }
     assert rows["full of tuned"]["allocated_bytes"] == rows["full of mqa"]["allocated_bytes"]
     assert 0 < rows["full of mqa"]["kl"] != rows["full of tuned"]["kl"]
     body = [line for line in kvfold(f"eval tiny {SHORT} --beside dms --beside mqa").out.splitlines() if line[0] == "│"]

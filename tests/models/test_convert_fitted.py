@@ -5,7 +5,7 @@ import torch
 
 from kvfold.models.convert import Conversion, convert, converted_model, new_config
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.fitted import Fit, fit
+from kvfold.models.fitted import Fit, fit, held_places
 from kvfold.models.least_squares import LeastSquares
 
 FAMILIES = [
@@ -178,6 +178,17 @@ def test_what_was_begun_with_another_text_is_not_gone_on_with(pair, tmp_path):
     for model, folder in ((models[1], tmp_path / "state"), (models[2], None)):
         fit(ours, model, MANY, folder=folder)
     assert torch.equal(logits(models[1], OTHERS), logits(models[2], OTHERS))
+
+
+def test_the_strength_is_chosen_on_text_that_is_not_fitted_on(pair):
+    assert [list(held_places(batches)) for batches in (2, 3, 4, 9)] == [[1], [2], [3], [3, 7]]
+    ours, _ = pair("llama")
+    few, many = turned_into(ours, init="fitted", layers="cla2"), turned_into(ours, init="fitted", layers="cla2")
+    fit(ours, few, MANY[:4], options=Fit(batch=4))
+    fit(ours, many, MANY, options=Fit(batch=4))
+    assert error(many, ours) < error(few, ours) < error(turned_into(ours, init="drop", layers="cla2"), ours)
+    with pytest.raises(ValueError, match="on 1 window of text"):
+        fit(ours, few, MANY[:1])
 
 
 def test_a_model_that_shares_already_is_refused(pair):

@@ -198,6 +198,12 @@ def test_a_sweep_that_begins_too_high_says_so(swept):
         swept({1e-3: None})
 
 
+@pytest.mark.parametrize("given", [{"final_learning_rate": 5.0}, {"clip": 0.0}, {"init_std": 0.0}, {"beta2": 1.0}])
+def test_a_number_that_cannot_be(given):
+    with pytest.raises(ValueError, match=next(iter(given))):
+        PretrainSettings(**{**SMALL, **given})
+
+
 def test_a_loss_that_is_no_number_ends_the_run(pretrain, monkeypatch):
     given = loop.next_token_logits
     monkeypatch.setattr(loop, "next_token_logits", lambda model, hidden: given(model, hidden) * float("nan"))
@@ -207,7 +213,8 @@ def test_a_loss_that_is_no_number_ends_the_run(pretrain, monkeypatch):
 
 def test_the_best_is_copied(tmp_path):
     (tmp_path / "best").mkdir()
-    for name in ("config.json", "model.safetensors"):
+    for name in ("README.md", "config.json", "model.safetensors"):
         (tmp_path / "best" / name).write_text(name)
-    copy_result(tmp_path / "best", tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    copy_result(tmp_path / "best", tmp_path / "out", card="its own")
+    found = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert found == {"README.md": "its own", "config.json": "config.json", "model.safetensors": "model.safetensors"}

@@ -118,6 +118,12 @@ def test_other_settings_are_refused(retrofit):
         retrofit("out", **(DMS | {"compression": 2.0})).run()
     with pytest.raises(ValueError, match=r"a run lies there with SOURCE 'tiny', not 'other'"):
         replace(retrofit("out", **DMS), source="other").run()
+    run = retrofit("out", **DMS)
+    with pytest.raises(ValueError, match=r"a run lies there with dtype 'float32', not 'bfloat16'"):
+        run.folder.check(run.source, run.settings, "bfloat16")
+    run.folder.write("text", {"sha256": "of another text"})
+    with pytest.raises(ValueError, match="begun on another text"):
+        run.run()
 
 
 def test_what_bears_on_time_and_memory_alone_may_change(retrofit, tmp_path):
