@@ -12,6 +12,8 @@ from kvfold.report.results import Result, number, words
 NUM_COLOURS = 7
 """Colours in the style sheet, apart from the neutral one (index 0) of the unfolded model."""
 UNFOLDED = "full"
+_OWN_SHARE = 0.9
+"""Below it a model's layout saves by itself; what a method stores besides (pages, scores) can only raise the share."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,25 +86,37 @@ def kept_share(row: Mapping) -> float | None:
     return 1 / compression if compression else None
 
 
+def changed_model(row: Mapping) -> str:
+    """The name of a model that stores less by itself (fewer heads, shared layers): the method is on top of that, and no
+    budget of the method alone. Empty for any other row.
+    """
+    share, compression = kept_share(row), number(row, "compression")
+    own_share = share * compression if share and compression else 1.0
+    return words(row, "model") if own_share < _OWN_SHARE else ""
+
+
 def texts_of(rows: Iterable[Mapping]) -> list[str]:
     """The texts that rows were measured on, in order of appearance."""
     return list(dict.fromkeys(words(row, "text") for row in rows))
 
 
 def quality_lines(rows: Iterable[Mapping], text: str) -> list[Line]:
-    """The folded methods on one text, a line per family and kind of budget; rows without the two numbers are left out."""
-    found: dict[tuple[str, bool], list[Point]] = {}
+    """The folded methods on one text, a line per family, kind of budget and changed model below it; rows without the two
+    numbers are left out.
+    """
+    found: dict[tuple[str, bool, str], list[Point]] = {}
     for row in rows:
         share, change = kept_share(row), number(row, "perplexity_change_percent", "mean")
         if words(row, "text") != text or family_of(row) == UNFOLDED or share is None or share <= 0 or change is None:
             continue
         error = number(row, "perplexity_change_percent", "standard_error")
-        key = (family_of(row), "%" in words(row, "method"))
+        key = (family_of(row), "%" in words(row, "method"), changed_model(row))
         found.setdefault(key, []).append(Point(share=share, change=change, error=error, row=row))
-    return [_line(family, grows, points) for (family, grows), points in found.items()]
+    return [_line(family, grows, model, points) for (family, grows, model), points in found.items()]
 
 
-def _line(family: str, grows: bool, points: list[Point]) -> Line:
+def _line(family: str, grows: bool, model: str, points: list[Point]) -> Line:
     points = tuple(sorted(points, key=lambda point: -point.share))
     title = title_of(points[0].row) + (" %" if grows else "")
+    title += f" of {model}" if model and model != title else ""
     return Line(title=title, family=family, grows=grows, points=points)

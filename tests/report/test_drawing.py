@@ -81,6 +81,18 @@ def test_a_line_is_a_method_and_growing_budgets_are_another():
     assert quality_lines(rows, "other") == []
 
 
+def test_a_method_on_a_smaller_model_is_no_budget_of_the_method_alone():
+    def row(model, compression, share):
+        return {
+            "method": f"dms:128 of {model}", "title": "DMS", "model": model, "text": "t", "compression": compression,
+            "allocated_bytes": share, "full_bytes": 100, "perplexity_change_percent": {"mean": 1.0},
+        }  # fmt: skip
+
+    alone, on_top = quality_lines([row("dms-2x", 2.0, 52), row("dms-4x", 4.0, 26), row("cla2-dms", 2.0, 26)], "t")
+    assert (alone.title, len(alone.points)) == ("DMS", 2)
+    assert (on_top.title, len(on_top.points), on_top.family) == ("DMS of cla2-dms", 1, "dms")
+
+
 def test_share_without_bytes_is_that_of_the_compression():
     assert kept_share({"compression": 4.0}) == 0.25
     assert kept_share({"compression": 4.0, "allocated_bytes": 3, "full_bytes": 10}) == 0.3
