@@ -120,22 +120,23 @@ class StepTrainer(Trainer):
     def summed_loss(self, outputs: Any, ids_BT: Tensor) -> Tensor:
         """Sum over the positions that count of the next token's loss."""
         targets = ids_BT[:, 1:].flatten()
-        return self.summed_over_positions(
-            outputs, ids_BT, lambda logits_NV, part: next_token_loss(logits_NV, targets[part])
-        )
+        return self.summed_over_positions(outputs, ids_BT, lambda logits, part: next_token_loss(logits, targets[part]))
 
     def summed_over_positions(
         self, outputs: Any, ids_BT: Tensor, loss_of_logits: Callable[[Tensor, slice], Tensor]
     ) -> Tensor:
         """Sum over the positions that count of `loss_of_logits(logits [n, V], their slice of all positions)`, [n]."""
-        states = outputs.hidden_states[-1][:, :-1].flatten(0, 1)
-        counts = ~torch.isin(ids_BT[:, :-1].flatten(), self._ignored.to(ids_BT.device))
+        states, counts = outputs.hidden_states[-1][:, :-1].flatten(0, 1), self.counted(ids_BT).flatten()
 
         def loss_of(part: slice, piece_NC: Tensor) -> Tensor:
             return (loss_of_logits(next_token_logits(self._plain, piece_NC), part) * counts[part]).sum()
 
         rows = slice_rows(self._plain.config.vocab_size)
         return summed_in_slices(loss_of, states, list(self._plain.lm_head.parameters()), slice_rows=rows)
+
+    def counted(self, ids_BT: Tensor) -> Tensor:
+        """Which positions count, bool [B, T - 1]."""
+        return ~torch.isin(ids_BT[:, :-1], self._ignored.to(ids_BT.device))
 
     def share_of_step(self, total: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """A sum over positions as a share of the step's mean, times what Trainer will divide it by."""

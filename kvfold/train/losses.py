@@ -70,6 +70,21 @@ class _Divergence(torch.autograd.Function):
         return slope * scale_N[:, None], None, None
 
 
+def state_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], counts_BT: Tensor) -> Tensor:
+    """How far the states after each layer, [B, T, C] each, are from the teacher's: their squared distance as a share of the
+    teacher's square, mean over layers, summed over the positions that count.
+
+    A share of each position's own: a few positions (the first above all) are hundreds of times larger than the others.
+    """
+    assert len(student) == len(teacher) > 0, "one of each for every layer"
+    total = student[0].new_zeros((), dtype=torch.float32)
+    for ours, theirs in zip(student, teacher, strict=True):
+        theirs = theirs.detach().float()
+        apart_BT = (ours.float() - theirs).square().sum(dim=-1) / theirs.square().sum(dim=-1).clamp(min=1e-12)
+        total = total + (apart_BT * counts_BT).sum()
+    return total / len(student)
+
+
 def next_token_loss(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """Minus the log probability of each position's next token, fp32 [N]."""
     return torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")

@@ -31,7 +31,7 @@ from kvfold.train.results import write_trained
 from kvfold.train.run_folder import RunFolder, leads
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.shards import check_processes, is_sharded, unsharded
-from kvfold.train.student import Student, check_method, make_student, trained_weights, widest_layout
+from kvfold.train.student import Student, check_method, check_states, make_student, trained_weights, widest_layout
 from kvfold.train.trainer import RetrofitTrainer
 from kvfold.train.warm_start import warm_start
 
@@ -70,6 +70,8 @@ class Retrofit:
             check_processes()
         widest_layout(self.model, self.settings)  # refused before anything takes long
         check_method(self.model, self.settings)
+        if self.settings.state_weight and self.teacher is not None:
+            check_states(self.model, self.teacher)
         base = Base.of(self.model, self.name)
         text = self._text()
         facts: dict[str, Any] = {"base": self.name, **self.about}

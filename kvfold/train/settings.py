@@ -45,6 +45,9 @@ class RetrofitSettings:
     teacher_states: str | None = None
     """A folder for what the teacher says of each sequence, so that another run on the same text need not ask again; None =
     nothing is kept."""
+    state_weight: float = 0.0
+    """Factor of a loss that holds the states after each layer to the teacher's, beside what comes out of the head; see
+    `state_distance`."""
     drawn_layers: str | None = None
     """Layers that may share, as a `--layers` text: in each step each of its readers draws whether it does; None = none."""
     data: tuple[str, ...] = ()
@@ -134,6 +137,13 @@ class RetrofitSettings:
         if self.teacher_states is not None and (self.shard or self.distils == "none"):
             why = "spread weights are asked together" if self.shard else "nothing is distilled"
             raise ValueError(f"teacher_states {self.teacher_states}: {why}: leave it out")
+        if self.state_weight and (self.distils == "none" or self.teacher_states is not None):
+            why = (
+                "nothing is distilled"
+                if self.distils == "none"
+                else "teacher_states keep those of the last layer alone"
+            )
+            raise ValueError(f"state_weight {self.state_weight:g}: {why}: leave one of the two out")
         if self.warm_start and (self.gate_source, self.reads) != ("adapter", "own"):
             raise ValueError("warm_start: it fits DMS adapters that read their own decision: leave it out")
         if self.trains == "adapter" and self.source == "channel":
@@ -223,5 +233,5 @@ class RetrofitSettings:
 
 
 _ABOVE_ZERO = {"learning_rate": "3e-5", "gate_scale": "100", "ratio_weight": "1", "clip": "1"}
-_FROM_ZERO = ("zero_out_steps", "ramp_steps", "tail_steps", "warmup_steps", "weight_decay")
+_FROM_ZERO = ("zero_out_steps", "ramp_steps", "tail_steps", "warmup_steps", "weight_decay", "state_weight")
 _COUNTS = ("rank", "sequence_tokens", "batch_sequences", "sequences_at_once", "save_steps")

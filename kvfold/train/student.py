@@ -34,28 +34,37 @@ class Student:
     """Where layers draw whether they share: all that may."""
 
     @torch.no_grad()
-    def teacher_states(self, ids_BT: Tensor, wrapped: nn.Module | None = None) -> Tensor:
-        """What the teacher has before its head, [B, T, C]. `wrapped`: what must be called in the student's place where its
-        weights are spread over processes.
+    def teacher_states(
+        self, ids_BT: Tensor, wrapped: nn.Module | None = None, *, of_layers: bool = False
+    ) -> tuple[Tensor, ...]:
+        """What the teacher has before its head, [B, T, C]; with `of_layers`, before that what goes into each layer.
+        `wrapped`: what must be called in the student's place where its weights are spread over processes.
         """
-        if self.kept is not None:
-            return self.kept.of(ids_BT, self._asked)
-        return self._asked(ids_BT, wrapped)
+        if self.kept is not None and not of_layers:
+            return (self.kept.of(ids_BT, lambda missing: self._asked(missing)[-1]),)
+        return self._asked(ids_BT, wrapped, of_layers)
 
-    def _asked(self, ids_BT: Tensor, wrapped: nn.Module | None = None) -> Tensor:
+    def _asked(self, ids_BT: Tensor, wrapped: nn.Module | None = None, of_layers: bool = False) -> tuple[Tensor, ...]:
         if self.teacher is not None:
             with self.teacher.gates_off():
-                return self.teacher.model(ids_BT, use_cache=False).last_hidden_state
+                return _states(self.teacher, ids_BT, of_layers)
         with self.model.gates_off(), lora_off(self.model):
             if wrapped is None:
-                return self.model.model(ids_BT, use_cache=False).last_hidden_state
-            output = wrapped(input_ids=ids_BT, use_cache=False, logits_to_keep=1, output_hidden_states=True)
-            return output.hidden_states[-1]
+                return _states(self.model, ids_BT, of_layers)
+            states = wrapped(
+                input_ids=ids_BT, use_cache=False, logits_to_keep=1, output_hidden_states=True
+            ).hidden_states
+            return states if of_layers else states[-1:]
 
     @property
     def head_of_teacher(self) -> FoldForCausalLM:
         """The model whose head goes with `teacher_states`."""
         return self.teacher or self.model
+
+
+def _states(model: FoldForCausalLM, ids_BT: Tensor, of_layers: bool) -> tuple[Tensor, ...]:
+    output = model.model(ids_BT, use_cache=False, output_hidden_states=of_layers)
+    return output.hidden_states if of_layers else (output.last_hidden_state,)
 
 
 def make_student(
@@ -92,6 +101,16 @@ def widest_layout(model: FoldForCausalLM, settings: RetrofitSettings) -> KVLayou
     if settings.drawn_layers is None:
         return None
     return KVLayout.parse(settings.drawn_layers, model.config.layout)
+
+
+def check_states(model: FoldForCausalLM, teacher: FoldForCausalLM) -> None:
+    """Raises `ValueError` where a model's states cannot be held to those of its teacher."""
+    ours, theirs = ((one.config.num_hidden_layers, one.config.hidden_size) for one in (model, teacher))
+    if ours != theirs:
+        raise ValueError(
+            f"state_weight: the teacher has {theirs[0]} layers of width {theirs[1]}, the model {ours[0]} of {ours[1]}: "
+            "leave it out"
+        )
 
 
 def check_method(model: FoldForCausalLM, settings: RetrofitSettings) -> None:

@@ -13,7 +13,7 @@ from kvfold.layout import KVLayout
 from kvfold.train.data import TrainingOrder
 from kvfold.train.draws import drawn_layout
 from kvfold.train.loop import OnStep, StepTrainer
-from kvfold.train.losses import decision_counts, divergence, ratio_loss
+from kvfold.train.losses import decision_counts, divergence, ratio_loss, state_distance
 from kvfold.train.reached import reached
 from kvfold.train.schedules import share_for
 from kvfold.train.settings import RetrofitSettings
@@ -48,21 +48,35 @@ class RetrofitTrainer(StepTrainer):
         options = {"output_decisions": True, "noise_key": inputs["noise_key"]} if gated else {}
         with self.accelerator.autocast():
             wrapped = model if self._settings.shard else None
-            teacher = None if self._settings.distils == "none" else self._student.teacher_states(ids, wrapped)
+            teacher = self._asked(ids, wrapped)
             with ExitStack() as inside:
                 if factor is not None:
                     inside.enter_context(self._student.model.zero_out(factor))
                 if self._student.widest is not None:
                     inside.enter_context(self._student.model.sharing(self._drawn(step)))
                 outputs = self.forward_states(model, ids, **options)
-            total = self.summed_loss(outputs, ids) if teacher is None else self._distilled(outputs, teacher, ids)
+            total = self._distilled(outputs, teacher[-1], ids) if teacher else self.summed_loss(outputs, ids)
         main = loss = self.share_of_step(total, inputs)
         told = {}
+        if self._settings.state_weight:
+            apart = self.share_of_step(self._state_distance(outputs, teacher, ids), inputs)
+            loss, told = main + self._settings.state_weight * apart, {"state_distance": apart.detach()}
         if gated:
-            loss = main + self._settings.ratio_weight * ratio_loss(outputs.decisions, self._target_share(step))
-            told = self._decided(outputs.decisions)
+            loss = loss + self._settings.ratio_weight * ratio_loss(outputs.decisions, self._target_share(step))
+            told |= self._decided(outputs.decisions)
         self.add_parts(loss=loss, main=main, **told)
         return (loss, outputs) if return_outputs else loss
+
+    def _asked(self, ids_BT: Tensor, wrapped: nn.Module | None) -> tuple[Tensor, ...]:
+        """The teacher's states; none where nothing is distilled."""
+        if self._settings.distils == "none":
+            return ()
+        return self._student.teacher_states(ids_BT, wrapped, of_layers=bool(self._settings.state_weight))
+
+    def _state_distance(self, outputs: Any, teacher: tuple[Tensor, ...], ids_BT: Tensor) -> Tensor:
+        """Sum over the positions that count, of what comes out of each layer."""
+        ours, theirs = ([one[:, :-1] for one in states[1:]] for states in (outputs.hidden_states, teacher))
+        return state_distance(ours, theirs, self.counted(ids_BT))
 
     def _distilled(self, outputs: Any, teacher_BTC: Tensor, ids_BT: Tensor) -> Tensor:
         """Sum over the positions that count of the divergence from the teacher."""
@@ -106,6 +120,8 @@ class RetrofitTrainer(StepTrainer):
         """The loss's parts, and the compression that was asked for and came out."""
         settings = self._settings
         found = {"next_token_loss" if settings.distils == "none" else "distillation": parts["main"]}
+        if settings.state_weight:
+            found["state_distance"] = parts["state_distance"]
         if settings.compresses:
             found |= {"target_compression": self._stages.compression_at(done - 1), **_compression(parts)}
             found["target_nominal_compression"] = 1 / (1 - self._target_share(done - 1))
