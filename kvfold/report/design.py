@@ -79,17 +79,17 @@ def frontier(models: Sequence[Model]) -> list[Model]:
 
 COLUMNS = (
     Column(head="recipe", is_text=True),
+    Column(head="KV bytes a token", note="Keys and values of one token, all layers, at 16 bit."),
+    Column(head="held-out perplexity", note="Mean over the seeds, lowest and highest behind it."),
+    Column(head="seeds"),
+    Column(head="published", note="Perplexity of the published model of 1B weights that this one is made after."),
+    Column(head="learning rate", note="At its highest; of the rates that were tried the best."),
+    Column(head="rates", note="How many were tried."),
     Column(head="query heads"),
     Column(head="KV heads"),
     Column(head="head dim"),
     Column(head="layers with KV", note="That store keys and values; the others read theirs."),
     Column(head="weights", note="Parameters of the model."),
-    Column(head="KV bytes a token", note="Keys and values of one token, all layers, at 16 bit."),
-    Column(head="learning rate", note="At its highest; of the rates that were tried the best."),
-    Column(head="rates", note="How many were tried."),
-    Column(head="held-out perplexity", note="Mean over the seeds, lowest and highest behind it."),
-    Column(head="seeds"),
-    Column(head="published", note="Perplexity of the published model of 1B weights that this one is made after."),
 )
 
 
@@ -98,15 +98,15 @@ def design_sheet(models: Sequence[Model]) -> Sheet:
     cells = tuple(
         (
             one.recipe,
-            *(count(number(one.row, key)) for key in ("num_heads", "num_kv_heads", "head_dim")),
-            _owners(one.row),
-            count(number(one.row, "parameters")),
             count(one.kv_bytes),
-            three(number(one.row, "learning_rate")),
-            count(one.rates),
             _spread(one.perplexities),
             count(len(one.runs)),
             _published(one.row),
+            three(number(one.row, "learning_rate")),
+            count(one.rates),
+            *(count(number(one.row, key)) for key in ("num_heads", "num_kv_heads", "head_dim")),
+            _owners(one.row),
+            count(number(one.row, "parameters")),
         )
         for one in models
     )

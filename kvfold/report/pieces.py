@@ -11,6 +11,8 @@ from kvfold.report.sheets import Sheet
 WIDE, NARROW = 860.0, 350.0
 """Pixels of a picture on a page of ordinary width, and on a phone, where it is drawn anew so that letters keep their size."""
 
+_SOURCES_SHOWN = 3
+"""Files that a section names at once."""
 NOTHING = Markup("<p>Not measured.</p>")
 
 
@@ -74,7 +76,7 @@ def notes(sheet: Sheet) -> Markup | None:
 
 
 def source_line(group: Group) -> Markup:
-    """Files, day, commit and the command that makes them again."""
+    """Files, day, commit and the command that makes them again; more than a few are shown when asked for."""
     parts = []
     for source in group.sources:
         commit = words(source.data, "git_commit")
@@ -94,6 +96,8 @@ def source_line(group: Group) -> Markup:
                 class_="source",
             )
         )
+    if len(group.sources) > _SOURCES_SHOWN:
+        return tag("details", tag("summary", f"The {count(len(group.sources))} files behind it"), *parts)
     return join(parts)
 
 
