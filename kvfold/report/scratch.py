@@ -52,8 +52,8 @@ def _pictures(models: Sequence[Model]) -> list[Markup]:
     parts = [drawn(lambda width: design_picture(models, width), join(said))]
     lines = loss_lines(models)
     if lines:
-        said = " of the best run of each, over the tokens it saw; a colour a model, not those above."
-        caption = join([tag("strong", "Training loss"), said])
+        about = " of the best run of each, over the tokens it saw; a colour a model, not those above."
+        caption = join([tag("strong", "Training loss"), about])
         parts.append(
             drawn(lambda width: lines_picture(lines, "loss", width, from_zero=None, x_title="tokens"), caption)
         )
