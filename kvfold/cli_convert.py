@@ -1,5 +1,7 @@
 """`kvfold convert`: parse, call, print. What it does lives in models/convert.py."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,12 +13,14 @@ from kvfold.sizes import parse_count
 
 if TYPE_CHECKING:
     from kvfold.models.config import FoldConfig
+    from kvfold.models.convert import Conversion
 
 _WINDOW_TOKENS = 1024
 """Tokens of a calibration window, where the model reads as many."""
 
 Layers = Annotated[
-    str | None, typer.Option(help="Which layers share: cla2 | cla2-keep-ends | trailing:N | yoco | 0_0_2_2...")
+    str | None,
+    typer.Option(help="Which layers share: cla2 | cla2-keep-ends | trailing:N | yoco | 0_0_2_2... | best:N, measured."),
 ]
 Heads = Annotated[int | None, typer.Option(help="KV heads of a layer; divides the source's.")]
 Init = Annotated[str, typer.Option(help="mean | drop | fitted: what shared layers start from.")]
@@ -61,33 +65,78 @@ def convert(
     from kvfold.models.convert import Conversion, new_config
     from kvfold.models.convert import convert as run
     from kvfold.models.load import load_config
+    from kvfold.patterns import best_of
 
     logging.set_verbosity_error()
     wanted = Conversion(
         layers=layers, heads=heads, init=init, pair_heads=pair_heads, time=time, bits=bits, target=target
     )
     check_folder(out)
-    before = load_config(source)
-    after = new_config(before, wanted)
+    before, owners = load_config(source), best_of(layers)
+    if owners is None:
+        new_config(before, wanted)
+    else:
+        _check_choice(before, wanted, owners)
     ids = None
-    if init == "fitted":
+    if init == "fitted" or owners is not None:
         with waiting("reading the calibration text"):
             ids = _calibration(source, calibration or [SAMPLE], parse_count(tokens), before)
     elif calibration:
         raise ValueError(
-            f"calibration text with init '{init}': only 'fitted' reads any: use --init fitted or leave it out"
+            f"calibration text with init '{init}': only 'fitted' and 'best:N' read any: use --init fitted or leave it out"
         )
     with progress() as report:
+        if owners is not None:
+            wanted = _with_choice(source, out, wanted, owners, ids, device, report)
         run(
             source, out, wanted, config=before, calibration_WT=ids, dtype=dtype, device=device, report=report,
         )  # fmt: skip
-    result = _summary(before, after, out, init)
+    _keep_costs(out)
+    result = _summary(before, new_config(before, wanted), out, init)
     if as_json:
         show_json({"kind": "convert", **result})
     else:
         for name, (old, new) in result["changed"].items():
             say(f"{name}: {old} -> {new}")
         typer.echo(out)
+
+
+def _check_choice(before: "FoldConfig", wanted: "Conversion", owners: int) -> None:
+    """Raises `ValueError` for what can't be done, before anything takes long."""
+    from kvfold.eval.chosen_layers import check_choice
+    from kvfold.models.convert import new_config
+
+    if wanted.target == "transformers":
+        raise ValueError(
+            f"layers '{wanted.layers}' for transformers: it has no words for shared layers: leave one of the two out"
+        )
+    new_config(before, replace(wanted, layers=None))
+    check_choice(before, owners)
+
+
+def _with_choice(
+    source: str, out: Path, wanted: "Conversion", owners: int, ids: Any, device: str | None, report: Any
+) -> "Conversion":
+    """With the layers that may share at the least cost; what was measured waits beside `out` until that is written."""
+    from kvfold.eval.chosen_layers import chosen_layers
+    from kvfold.models.load import load
+
+    model = load(source, dtype="float32", device=device)
+    return replace(wanted, layers=chosen_layers(model, ids, owners, folder=_costs_folder(out), report=report))
+
+
+def _costs_folder(out: Path) -> Path:
+    out = out.expanduser()
+    return out.with_name(f".{out.name}.layers")
+
+
+def _keep_costs(out: Path) -> None:
+    """What was measured of layers, if anything was, goes with the model that came of it."""
+    folder = _costs_folder(out)
+    if folder.is_dir():
+        for file in folder.iterdir():
+            shutil.move(file, out.expanduser() / file.name)
+        folder.rmdir()
 
 
 def _calibration(source: str, files: list[Path], tokens: int, config: "FoldConfig") -> Any:

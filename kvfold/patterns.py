@@ -89,6 +89,10 @@ def owner_map(text: str, kinds: Sequence[Hashable], sliding: Sequence[bool]) -> 
         owners = trailing(kinds, int(text.partition(":")[2]))
     elif re.fullmatch(r"\d+s?(_\d+s?)*", text, re.ASCII):
         owners = _explicit(text, sliding)
+    elif best_of(text) is not None:
+        raise ValueError(
+            f"layers '{text}': which layers these are has to be measured: `kvfold convert --layers {text}` does so and says"
+        )
     else:
         raise unknown_name("layer pattern", text, [*PATTERNS, "trailing:N", "0_0_2_2..."])
     check_owners(owners)
@@ -99,6 +103,14 @@ def owner_map(text: str, kinds: Sequence[Hashable], sliding: Sequence[bool]) -> 
                 "a group has one of each: name a map that shares within a kind, such as 'trailing:N' or '0_1_0_1...'"
             )
     return owners
+
+
+def best_of(text: str | None) -> int | None:
+    """How many owners `best:N` asks for: the cheapest, which no text says, since that depends on the weights. None for any
+    other text.
+    """
+    match = re.fullmatch(r"best:(\d+)", (text or "").strip(), re.ASCII)
+    return int(match[1]) if match else None
 
 
 def check_owners(owners: Sequence[int]) -> None:

@@ -98,7 +98,7 @@ def fit(
         before = _weights_of(converted)
         if found is not None:
             _put(converted, found)
-        _do_layer(streams, index, options, fitting=not goes_on)
+        do_layer(streams, index, options, fitting=not goes_on)
         if not goes_on:
             state.write(index, {name: one for name, one in _weights_of(converted).items() if one is not before[name]})
         streams.close(index)
@@ -106,8 +106,10 @@ def fit(
         report("fitting layer by layer", layout.num_layers, layout.num_layers)
 
 
-def _do_layer(streams: Streams, index: int, options: Fit, *, fitting: bool) -> None:
-    """Fit one layer, or where it was fitted before only move both streams over it."""
+def do_layer(streams: Streams, index: int, options: Fit, *, fitting: bool = True) -> None:
+    """Fit one layer, or where it was fitted before only move both streams over it. Without gradients; `ridge` None asks for
+    two batches or more.
+    """
     config, ours, theirs = streams.config, streams.converted.model.layers[index], streams.original.model.layers[index]
     changed = _reads_other_keys(streams, index)
     if fitting and options.group and changed and config.layout.is_owner(index):

@@ -21,9 +21,15 @@ from kvfold.models.rope import Rope
 class Streams:
     """`theirs` and `ours`, one [B, T, C] a batch, move up layer by layer as both models' layers are done."""
 
-    def __init__(self, original: FoldForCausalLM, converted: FoldForCausalLM, ids_WT: Tensor, batch: int):
+    def __init__(
+        self, original: FoldForCausalLM, converted: FoldForCausalLM, ids_WT: Tensor, batch: int,
+        start: Sequence[Tensor] | None = None,
+    ):  # fmt: skip
+        """`start`: both streams where the first layer that will be done begins, where that is not the lowest."""
         self.original, self.converted = original, converted
-        self.theirs = [original.model.opened(ids.to(original.device))[0] for ids in ids_WT.split(batch)]
+        if start is None:
+            start = [original.model.opened(ids.to(original.device))[0] for ids in ids_WT.split(batch)]
+        self.theirs = list(start)
         self.ours = list(self.theirs)
         rope, positions = Rope(self.config), torch.arange(ids_WT.shape[1], device=original.device)[None]
         self.rotations = rope.rotations(positions, torch.float32, continued=False)
@@ -40,6 +46,18 @@ class Streams:
         layer, rotation = self.original.model.layers[index], self.rotations[index]
         halves = (attention_half(self.config, layer, hidden, self._their_view(), rotation) for hidden in self.theirs)
         return [half.goal() for half in halves]
+
+    def pass_theirs(self, index: int) -> None:
+        """Move the original's stream alone over a layer."""
+        layer, rotation = self.original.model.layers[index], self.rotations[index]
+        self.theirs = [layer(hidden, self._their_view(), rotation) for hidden in self.theirs]
+
+    def to_the_end(self, index: int, hidden_BTC: Tensor) -> Tensor:
+        """What the converted model has behind its last norm, for a stream below layer `index` on which nothing below is read."""
+        view = self._view(self.config.layout)
+        for place, layer in enumerate(self.converted.model.layers[index:], start=index):
+            hidden_BTC = layer(hidden_BTC, view, self.rotations[place])
+        return self.converted.model.norm(hidden_BTC)
 
     def our_halves(self, index: int) -> list[Half]:
         """The converted model's. What an owner stores stays until its last reader is done with."""

@@ -30,6 +30,14 @@ def test_fitted_reads_the_text_it_is_given(kvfold):
     assert load("out").config.layout.owners == (0,)
 
 
+def test_layers_that_are_chosen_by_measuring(kvfold, folder):
+    done = kvfold("convert tiny out --layers best:1 --calibration text.txt --tokens 1k")
+    assert (done.code, done.out) == (0, "out\n")
+    assert load("out").config.layout.owners == (0,)
+    assert list(json.loads((folder / "out" / "layer_costs.json").read_text())["costs"]) == ["0-1"]
+    assert not (folder / ".out.layers").exists()
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -41,7 +49,10 @@ def test_fitted_reads_the_text_it_is_given(kvfold):
         ("convert nowhere/at/all out --layers cla2", "there is no such file or folder"),
         ("convert tiny out --layers cla2 --for transformers", "shares layers"),
         ("convert tiny out --layers cla2 --time 'full; 1=tova:8'", "layer 1 stores nothing, it reads layer 0"),
-        ("convert tiny out --layers cla2 --calibration text.txt", "only 'fitted' reads any"),
+        ("convert tiny out --layers cla2 --calibration text.txt", "only 'fitted' and 'best:N' read any"),
+        ("convert tiny out --layers best:2", "1 to 1 can be chosen"),
+        ("convert tiny out --layers best:1 --for transformers", "no words for shared layers"),
+        ("plan tiny --layers best:1", "which layers these are has to be measured"),
         ("convert tiny out --layers cla2 --init fitted --tokens 100", "ask for more"),
         ("convert tiny out --layers cla2 --init fitted --tokens many", "many"),
         ("convert tiny out --layers cla2 --init fitted --calibration none.txt", "there is no such file"),
