@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# A trained model turned into CLA2: what it starts from, and what uptraining makes of it; then DMS on top of the best.
+# A trained model turned into CLA2, or into one whose sharing layers are chosen: what it starts from, and what uptraining makes
+# of it; then DMS on top of the best.
 #
 #   studies/layer-axis.sh MODEL TRAIN VALID OUT [TOKENS] [BEST_TOKENS] [TASKS] [DEVICE]
 #
 # MODEL: SmolLM2-135M or a model like it. TRAIN: text files to fit and train on, separated by commas. VALID: texts to measure
 # on, TASKS: tasks or files of questions, likewise. The three inits are uptrained on TOKENS tokens each (262144 unless told
-# otherwise), distilled from MODEL and by the next token's loss alone; `fitted` on a quarter of it and on BEST_TOKENS (1048576)
-# as well; all weights, at one learning rate (`mean` at another besides). What `fitted` was fitted on counts among its tokens. Every command goes on where it stopped.
+# otherwise), distilled from MODEL and by the next token's loss alone; all weights, at one learning rate (`mean` at another
+# besides). Beside them `chosen`: as many owners as CLA2 has, those that cost least, fitted; distilled on a quarter of TOKENS and on
+# BEST_TOKENS (1048576) as well. What weights were fitted on counts among their tokens. Every command goes on where it stopped.
 # MODEL distilled from itself does not change: it is its own control. Trained by the next token's loss it does: `control-lm`.
 # Beside them, at the same bytes: DMS on the unconverted MODEL, windows, and H2O.
 set -euo pipefail
@@ -20,13 +22,17 @@ for file in "${train[@]}"; do data+=(--data "$file") calibration+=(--calibration
 for file in "${valid[@]}"; do texts+=(--text "$file"); done
 mkdir -p "$out"
 
-for init in drop mean fitted; do
-  [ "$init" = fitted ] && more=("${calibration[@]}" --tokens $fitting) || more=()
-  [ -d "$out/cla2-$init" ] ||
-    kvfold convert "$model" "$out/cla2-$init" --layers cla2 --init "$init" "${more[@]}" --device "$device"
-done
+convert() { # name, layers, init, further options
+  [ -d "$out/$1" ] || kvfold convert "$model" "$out/$1" --layers "$2" --init "$3" "${@:4}" --device "$device"
+}
+fit=("${calibration[@]}" --tokens $fitting)
+half=$(python -c 'import sys, kvfold; print((kvfold.plan(sys.argv[1]).layout.num_layers + 1) // 2)' "$model")
+convert cla2-drop cla2 drop
+convert cla2-mean cla2 mean
+convert cla2-fitted cla2 fitted "${fit[@]}"
+convert chosen-fitted "best:$half" fitted "${fit[@]}"
 kvfold eval "$model" "${texts[@]}" --time full --beside "$out/cla2-drop" --beside "$out/cla2-mean" \
-  --beside "$out/cla2-fitted" --passkey --device "$device" --out "$out/results/cla2-start.json"
+  --beside "$out/cla2-fitted" --beside "$out/chosen-fitted" --passkey --device "$device" --out "$out/results/cla2-start.json"
 
 common=("${data[@]}" --device "$device" --full --learning-rate 2e-4 --set learning_rate_schedule=cosine --set warmup_steps=5
   --set sequences_at_once=2 --set save_steps=10)
@@ -37,6 +43,7 @@ uptrain() { # name, source, tokens, further options
   kvfold retrofit "$2" "$out/$1" --tokens "$3" "${common[@]}" "${@:4}"
   rows+=(--beside "$out/$1")
 }
+uptrain chosen-fitted-distilled "$out/chosen-fitted" $((tokens - fitting)) "${distilled[@]}"
 for init in fitted mean drop; do
   [ $init = fitted ] && seen=$((tokens - fitting)) || seen=$tokens
   uptrain "cla2-$init-distilled" "$out/cla2-$init" $seen "${distilled[@]}"
@@ -45,14 +52,14 @@ done
 uptrain control-lm "$model" "$tokens" --kl none
 # What begins so far away may ask for another rate.
 uptrain cla2-mean-distilled-faster "$out/cla2-mean" "$tokens" "${distilled[@]}" --learning-rate 1e-3
-uptrain cla2-fitted-distilled-quarter "$out/cla2-fitted" $((tokens / 4 - fitting)) "${distilled[@]}"
-uptrain cla2-fitted-distilled-best "$out/cla2-fitted" $((best - fitting)) "${distilled[@]}"
+uptrain chosen-fitted-distilled-quarter "$out/chosen-fitted" $((tokens / 4 - fitting)) "${distilled[@]}"
+uptrain chosen-fitted-distilled-best "$out/chosen-fitted" $((best - fitting)) "${distilled[@]}"
 
 # Layers x time: a DMS adapter on the uptrained model, and each of the two alone.
 dms=(--recipe smollm2-dms-cpu --compression 2 "${data[@]}" --tokens "$tokens" --device "$device")
-kvfold retrofit "$out/cla2-fitted-distilled-best" "$out/cla2-dms-2x" "${dms[@]}"
+kvfold retrofit "$out/chosen-fitted-distilled-best" "$out/chosen-dms-2x" "${dms[@]}"
 kvfold retrofit "$model" "$out/dms-2x" "${dms[@]}"
-rows+=(--beside "$out/dms-2x" --beside "$out/cla2-fitted-distilled-best,$out/cla2-dms-2x")
+rows+=(--beside "$out/dms-2x" --beside "$out/chosen-fitted-distilled-best,$out/chosen-dms-2x")
 
 kvfold eval "$model" "${texts[@]}" --time window:508+4 --time window:252+4 --time h2o:128+128 "${rows[@]}" --passkey ${tasks:+--tasks "$tasks"} --device "$device" \
   --out "$out/results/layer-axis.json"
