@@ -69,13 +69,23 @@ for _ in 1 2 3; do
 done
 for recipe in "${headline[@]}"; do for seed in 1 2; do echo "$recipe $(rate_of best "$recipe") $seed"; done; done | train_all
 # A row takes the best rate of its family: with shared layers, or without.
-for recipe in "${others[@]}"; do
-  case $recipe in *cla*) like=mini-h128-mqa-cla2 ;; *) like=mini-h128-mqa ;; esac
-  echo "$recipe $(rate_of best "$like") 0"
-done | train_all
+others_lines() {
+  for recipe in "${others[@]}"; do
+    case $recipe in *cla*) like=mini-h128-mqa-cla2 ;; *) like=mini-h128-mqa ;; esac
+    echo "$recipe $(rate_of best "$like") 0"
+  done
+}
+others_lines | train_all
 
 mkdir -p "$out/results"
 for run in "$out"/*/results/pretraining.json; do
   cp "$run" "$out/results/$(basename "$(dirname "$(dirname "$run")")").json"
 done
+# Each model beside MQA on the same windows, and whether it finds passkeys, which models so small are not expected to.
+texts=() rows=()
+for file in "${valid[@]}"; do texts+=(--text "$file"); done
+for recipe in mini-h128-mqa-cla2 mini-h64-mqa; do rows+=(--beside "$out/$recipe-lr$(rate_of best "$recipe")-seed0"); done
+while read -r recipe rate seed; do rows+=(--beside "$out/$recipe-lr$rate-seed$seed"); done < <(others_lines)
+kvfold eval "$out/mini-h128-mqa-lr$(rate_of best mini-h128-mqa)-seed0" "${texts[@]}" --context 512 --time full "${rows[@]}" \
+  --passkey --passkey-length 256 --device "$device" --out "$out/results/beside-mqa.json"
 kvfold report "$out/results" --out "$out/design-space.html"
