@@ -79,8 +79,7 @@ def convert(
         _check_choice(before, wanted, owners)
     ids = None
     if init == "fitted" or owners is not None:
-        with waiting("reading the calibration text"):
-            ids = _calibration(source, calibration or [SAMPLE], parse_count(tokens), before)
+        ids = _calibration(source, calibration or [SAMPLE], parse_count(tokens), before)
     elif calibration:
         raise ValueError(
             f"calibration text with init '{init}': only 'fitted' and 'best:N' read any: use --init fitted or leave it out"
@@ -92,13 +91,7 @@ def convert(
             source, out, wanted, config=before, calibration_WT=ids, dtype=dtype, device=device, report=report,
         )  # fmt: skip
     _keep_costs(out)
-    result = _summary(before, new_config(before, wanted), out, init)
-    if as_json:
-        show_json({"kind": "convert", **result})
-    else:
-        for name, (old, new) in result["changed"].items():
-            say(f"{name}: {old} -> {new}")
-        typer.echo(out)
+    _tell(_summary(before, new_config(before, wanted), out, init), as_json)
 
 
 def _check_choice(before: "FoldConfig", wanted: "Conversion", owners: int) -> None:
@@ -144,7 +137,17 @@ def _calibration(source: str, files: list[Path], tokens: int, config: "FoldConfi
     from kvfold.models.load import load_tokenizer
 
     context = min(_WINDOW_TOKENS, config.max_position_embeddings)
-    return calibration_windows(load_tokenizer(source), files, tokens=tokens, context_tokens=context)
+    with waiting("reading the calibration text"):
+        return calibration_windows(load_tokenizer(source), files, tokens=tokens, context_tokens=context)
+
+
+def _tell(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        show_json({"kind": "convert", **result})
+        return
+    for name, (old, new) in result["changed"].items():
+        say(f"{name}: {old} -> {new}")
+    typer.echo(result["out"])
 
 
 def _summary(before: "FoldConfig", after: "FoldConfig", out: Path, init: str) -> dict[str, Any]:
