@@ -90,7 +90,8 @@ def convert(
         run(
             source, out, wanted, config=before, calibration_WT=ids, dtype=dtype, device=device, report=report,
         )  # fmt: skip
-    _keep_costs(out)
+    if owners is not None:
+        _keep_costs(out)
     _tell(_summary(before, new_config(before, wanted), out, init), as_json)
 
 
@@ -124,12 +125,11 @@ def _costs_folder(out: Path) -> Path:
 
 
 def _keep_costs(out: Path) -> None:
-    """What was measured of layers, if anything was, goes with the model that came of it."""
+    """What was measured of layers goes with the model that came of it."""
     folder = _costs_folder(out)
-    if folder.is_dir():
-        for file in folder.iterdir():
-            shutil.move(file, out.expanduser() / file.name)
-        folder.rmdir()
+    for file in folder.iterdir():
+        shutil.move(file, out.expanduser() / file.name)
+    folder.rmdir()
 
 
 def _calibration(source: str, files: list[Path], tokens: int, config: "FoldConfig") -> Any:

@@ -30,6 +30,8 @@ from kvfold.patterns import explicit_text
 
 Group = tuple[int, ...]
 """Layers that share, ascending; the first is the owner."""
+Cuts = dict[int, tuple[float, tuple[Group, ...]]]
+"""By the number of groups: the least that they cost together, and which they are."""
 
 _WINDOWS, _TOKENS = 12, 512
 """What a cost is measured on, at most: a third of the windows is held out."""
@@ -79,7 +81,7 @@ def cheapest_owners(costs: Mapping[Group, float], kinds: Sequence[Hashable], own
 
     Raises `ValueError` where groups as large as were measured do not come to so few.
     """
-    best: dict[int, tuple[float, tuple[Group, ...]]] = {0: (0.0, ())}
+    best: Cuts = {0: (0.0, ())}
     for kind in dict.fromkeys(kinds):
         layers = [layer for layer, one in enumerate(kinds) if one == kind]
         best = _together(best, _cuts(costs, layers))
@@ -124,12 +126,12 @@ def _groups(kinds: Sequence[Hashable], most: int) -> list[Group]:
     return sorted(found)
 
 
-def _cuts(costs: Mapping[Group, float], layers: Sequence[int]) -> dict[int, tuple[float, tuple[Group, ...]]]:
+def _cuts(costs: Mapping[Group, float], layers: Sequence[int]) -> Cuts:
     """The cheapest way to cut layers of one kind into each number of groups."""
-    ways: list[dict[int, tuple[float, tuple[Group, ...]]]] = [{0: (0.0, ())}]
+    ways: list[Cuts] = [{0: (0.0, ())}]
     most = max((len(group) for group in costs), default=1)
     for end in range(1, len(layers) + 1):
-        here: dict[int, tuple[float, tuple[Group, ...]]] = {}
+        here: Cuts = {}
         for size in range(1, min(most, end) + 1):
             group = tuple(layers[end - size : end])
             cost = 0.0 if size == 1 else costs.get(group)
@@ -142,11 +144,9 @@ def _cuts(costs: Mapping[Group, float], layers: Sequence[int]) -> dict[int, tupl
     return ways[-1]
 
 
-def _together(
-    one: Mapping[int, tuple[float, tuple[Group, ...]]], other: Mapping[int, tuple[float, tuple[Group, ...]]]
-) -> dict[int, tuple[float, tuple[Group, ...]]]:
+def _together(one: Cuts, other: Cuts) -> Cuts:
     """The cheapest way to each number of groups over both."""
-    found: dict[int, tuple[float, tuple[Group, ...]]] = {}
+    found: Cuts = {}
     for ours, (cost, groups) in one.items():
         for theirs, (more, others) in other.items():
             if ours + theirs not in found or cost + more < found[ours + theirs][0]:
