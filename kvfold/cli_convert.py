@@ -73,10 +73,7 @@ def convert(
     )
     check_folder(out)
     before, owners = load_config(source), best_of(layers)
-    if owners is None:
-        new_config(before, wanted)
-    else:
-        _check_choice(before, wanted, owners)
+    _check(before, wanted, owners)
     ids = None
     if init == "fitted" or owners is not None:
         ids = _calibration(source, calibration or [SAMPLE], parse_count(tokens), before)
@@ -95,11 +92,14 @@ def convert(
     _tell(_summary(before, new_config(before, wanted), out, init), as_json)
 
 
-def _check_choice(before: "FoldConfig", wanted: "Conversion", owners: int) -> None:
+def _check(before: "FoldConfig", wanted: "Conversion", owners: int | None) -> None:
     """Raises `ValueError` for what can't be done, before anything takes long."""
     from kvfold.eval.chosen_layers import check_choice
     from kvfold.models.convert import new_config
 
+    if owners is None:
+        new_config(before, wanted)
+        return
     if wanted.target == "transformers":
         raise ValueError(
             f"layers '{wanted.layers}' for transformers: it has no words for shared layers: leave one of the two out"
