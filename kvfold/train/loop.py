@@ -49,6 +49,7 @@ class LoopSettings(Protocol):
     save_steps: int
     checkpoint_activations: bool
     shard: bool
+    mixed_precision: str
 
     @property
     def total_steps(self) -> int:
@@ -73,8 +74,7 @@ class StepTrainer(Trainer):
         # Trainer calls what trains `model`, and may wrap it; this is the thing itself.
         self._plain, self._settings, self._folder, self._save_into = model, settings, folder, folder
         self._on_step, self._ignored = on_step, samples.ignored
-        self.parts: dict[str, Tensor] = {}
-        self._whole: dict[str, Tensor] = {}
+        self.parts, self._whole = dict[str, Tensor](), dict[str, Tensor]()
         args = training_arguments(settings, folder, use_cpu=use_cpu)
         if settings.checkpoint_activations:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -247,7 +247,7 @@ class _Steps(TrainerCallback):
 
     def __init__(self, trainer: StepTrainer):
         self._trainer = trainer
-        self._rate, self._begun = 0.0, 0.0
+        self._rate = self._begun = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The rate is noted, since it changes with the step."""
@@ -278,14 +278,15 @@ def ignored_tokens(model: nn.Module) -> Tensor:
 
 def training_arguments(settings: LoopSettings, folder: Path, *, use_cpu: bool) -> TrainingArguments:
     """Trainer's own settings; what it would do by itself (logs, checkpoints, column selection) is off."""
-    bf16 = not use_cpu and torch.cuda.is_available()
+    on_cuda = not use_cpu and torch.cuda.is_available()
+    bf16 = on_cuda if settings.mixed_precision == "auto" else settings.mixed_precision == "bfloat16"
     args = TrainingArguments(
         output_dir=str(folder), use_cpu=use_cpu, max_steps=settings.total_steps, bf16=bf16,
         per_device_train_batch_size=settings.sequences_at_once, learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay, adam_beta1=settings.beta1, adam_beta2=settings.beta2,
         max_grad_norm=settings.clip, seed=settings.seed, save_strategy="no", logging_strategy="no", logging_nan_inf_filter=False,
         report_to="none", disable_tqdm=True, remove_unused_columns=False,
-        dataloader_pin_memory=bf16, average_tokens_across_devices=False, log_level="error",
+        dataloader_pin_memory=on_cuda, average_tokens_across_devices=False, log_level="error",
     )  # fmt: skip
     together = args.world_size * settings.sequences_at_once
     if settings.batch_sequences % together:

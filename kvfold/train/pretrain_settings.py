@@ -3,7 +3,7 @@ and weights come to. No torch.
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
 
 from kvfold.layout import KVLayout
 from kvfold.planner import token_bytes
@@ -88,6 +88,9 @@ class PretrainSettings:
     """Keep only each layer's input for the way back: less memory, about a third more time."""
     shard: bool = False
     """Spread weights and optimizer over the processes of torchrun (FSDP2)."""
+    mixed_precision: Literal["auto", "bfloat16", "none"] = "auto"
+    """`bfloat16`: products in it, weights and optimizer as they are loaded, which is also faster on CPUs that have it
+    (AVX512-BF16, AMX) and much slower on others; `auto` = on CUDA alone."""
 
     def __post_init__(self) -> None:
         check_numbers(self, counts=_COUNTS, from_zero=("weight_decay", "norm_eps"), above_zero=_ABOVE_ZERO)

@@ -90,6 +90,9 @@ class RetrofitSettings:
     """Keep only each layer's input for the way back: less memory, about a third more time."""
     shard: bool = False
     """Spread weights and optimizer over the processes of torchrun (FSDP2)."""
+    mixed_precision: Literal["auto", "bfloat16", "none"] = "auto"
+    """`bfloat16`: products in it, weights and optimizer as they are loaded, which is also faster on CPUs that have it
+    (AVX512-BF16, AMX) and much slower on others; `auto` = on CUDA alone."""
     warm_start: bool = False
     """Fit the gates to the attention that tokens receive, before training (DMS adapters that read `own`)."""
     calibrate: bool = True

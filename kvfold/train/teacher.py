@@ -20,7 +20,7 @@ class TeacherStates:
     """States before the head, a file for each sequence: tokens x width x bytes of the dtype.
 
     A sequence is known by its tokens, a teacher by its weights and layout: runs of any order, method and batch share a folder.
-    What was computed beside other sequences differs in rounding.
+    What was computed beside other sequences differs in rounding; what was computed under autocast is kept apart.
     """
 
     def __init__(self, folder: Path, teacher: FoldForCausalLM):
@@ -28,7 +28,7 @@ class TeacherStates:
         key = model_key(teacher, "")
         layout = layout_key(teacher.config.layout)[:8]
         about = "-".join([key["fingerprint"][:16], layout, key["device"], key["dtype"].removeprefix("torch.")])
-        self._folder = folder / about
+        self._folder, self._device = folder / about, teacher.device.type
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def of(self, ids_BT: Tensor, ask: Callable[[Tensor], Tensor]) -> Tensor:
@@ -43,7 +43,10 @@ class TeacherStates:
         return torch.stack(found)
 
     def _path(self, ids_T: Tensor) -> Path:
-        return self._folder / f"{hashlib.sha256(ids_T.long().numpy().tobytes()).hexdigest()[:32]}.safetensors"
+        known = hashlib.sha256(ids_T.long().numpy().tobytes())
+        if torch.is_autocast_enabled(self._device):
+            known.update(str(torch.get_autocast_dtype(self._device)).encode())
+        return self._folder / f"{known.hexdigest()[:32]}.safetensors"
 
 
 def _read(path: Path, device: torch.device) -> Tensor | None:

@@ -101,3 +101,11 @@ def test_teachers_of_the_same_weights_and_another_layout_are_told_apart(tmp_path
     folders = [Student(model=one, teacher=None, kept=TeacherStates(tmp_path, one)) for one in (plain, narrow)]
     first, second = (student.teacher_states(ids)[-1] for student in folders)
     assert len(asked) == 2 and not torch.equal(first, second)
+
+
+def test_what_was_said_under_autocast_is_kept_apart(tmp_path):
+    states, ids = TeacherStates(tmp_path, tiny_model()), torch.arange(3)[None]
+    states.of(ids, lambda one: torch.ones(1, 3, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert states.of(ids, lambda one: torch.zeros(1, 3, 5)).equal(torch.zeros(1, 3, 5))
+    assert states.of(ids, lambda one: torch.zeros(1, 3, 5)).equal(torch.ones(1, 3, 5))

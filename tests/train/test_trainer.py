@@ -94,6 +94,14 @@ def test_activation_checkpoints_change_no_loss(retrofit):
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_products_in_bfloat16_cost_little_and_leave_the_weights_as_they_are(retrofit, way):
+    run = retrofit("bfloat16", **WAYS[way], mixed_precision="bfloat16")
+    exact, rounded = losses(retrofit("none", **WAYS[way], mixed_precision="none")), losses(run)
+    assert rounded[0] == pytest.approx(exact[0], rel=0.02, abs=2e-3) and rounded != exact
+    assert {weight.dtype for weight in run.model.parameters()} == {torch.float32}
+
+
 def test_a_teacher_of_ones_own_is_approached(retrofit):
     points = []
     torch.manual_seed(5)
