@@ -60,4 +60,5 @@ def about_beside(other: Beside, layout: KVLayout) -> dict[str, object]:
         "trained": True,
         "model": other.label,
         "trained_tokens": other.trained_tokens,
+        "layers": layout.layers_text(),
     }

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-from kvfold.report.numbers import MISSING, count, three, times
+from kvfold.report.numbers import MISSING, count, difference, three, times
 from kvfold.report.pictures.decode import TRAINED
 from kvfold.report.pictures.growth import Growth, growth_of
+from kvfold.report.pictures.uptraining import FURTHER, Road
 from kvfold.report.results import grid, number, words
 from kvfold.report.series import label_of
 from kvfold.report.sheets import MOST_LINES, Column, Sheet, spread_cell, thinned
@@ -75,6 +76,28 @@ def curve_sheet(rows: Sequence[Mapping]) -> Sheet:
     title = "Steps" + (f" (every {step}th, and the last)" if step > 1 else "")
     cells = tuple(tuple(say(number(row, key)) for key, say, _ in shown) for row in kept)
     return Sheet(title=title, columns=tuple(column for _, _, column in shown), rows=cells)
+
+
+UPTRAINING_COLUMNS = (
+    Column(head="model", is_text=True),
+    Column(head="layers", note="Which layers share keys and values.", is_text=True),
+    Column(head="text", is_text=True),
+    Column(head="tokens", note="Of training, those that weights were fitted on included."),
+    Column(head="change", note="Perplexity against the model it came from, ± one standard error."),
+)
+
+
+def uptraining_sheet(roads: Sequence[Road]) -> Sheet:
+    """Models of one layout by the tokens they were trained on; the last line of each is extrapolated, and says so."""
+    cells = []
+    for road in roads:
+        layers, text = road.layers or "unnamed", road.text or "unnamed"
+        for stage in road.stages:
+            cells.append((stage.name, layers, text, count(stage.tokens), difference(stage.change, stage.error, "%")))
+        further = road.end.tokens * FURTHER
+        if (change := road.beyond(further)) is not None:
+            cells.append(("extrapolated, not measured", layers, text, count(further), f"+{three(change)} %"))
+    return Sheet(title="Over tokens of training", columns=UPTRAINING_COLUMNS, rows=tuple(cells))
 
 
 LOSSES = {"reverse": "KL of student from teacher", "forward": "KL of teacher from student", "none": "next token"}

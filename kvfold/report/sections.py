@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from kvfold.report.groups import Group
 from kvfold.report.inside import curve_section, document_section
-from kvfold.report.learned_sheets import step_sheet
+from kvfold.report.learned_sheets import step_sheet, uptraining_sheet
 from kvfold.report.markup import Markup, join, tag
 from kvfold.report.numbers import count, percent
 from kvfold.report.pictures.decode import DECODE, STEP, speed_picture
@@ -12,6 +12,7 @@ from kvfold.report.pictures.kept import HeadMap, head_map, kept_picture, key_pic
 from kvfold.report.pictures.memory import memory_picture
 from kvfold.report.pictures.passkey import lengths_of, passkey_pictures, unfolded_share, worth_showing
 from kvfold.report.pictures.quality import axes_of, quality_pictures
+from kvfold.report.pictures.uptraining import roads_of, uptraining_picture
 from kvfold.report.pieces import NOTHING, behind, drawn, figure, protocol_text, section, source_line, table, titled
 from kvfold.report.scratch import pretraining_section
 from kvfold.report.series import Line, quality_lines, texts_of
@@ -49,6 +50,7 @@ def quality_section(group: Group, colours: Mapping[str, int]) -> Markup:
                 *_quality_figure(group, colours),
             )
         )
+        parts.append(_uptraining_section(group))
     if group.passkey:
         parts.append(_passkey_section(group))
     if group.tasks:
@@ -92,6 +94,35 @@ def _quality_caption(group: Group, panels: Sequence[Sequence[Line]]) -> Markup:
     if axes_of(panels).bent:
         said.append(" The upper part of the vertical scale is compressed.")
     return join(said)
+
+
+def _uptraining_section(group: Group) -> Markup | None:
+    roads = roads_of(group.rows)
+    if not roads:
+        return None
+    lead = (
+        "A model whose layers share keys and values, or that has fewer heads, is worse at first and learns with every token of "
+        "training. How far does it get?"
+    )
+    caption = join(
+        [
+            tag("strong", "Perplexity change over tokens of training."),
+            " Both scales are logarithmic. The line joins the best models at each length, hollow marks are others of the same"
+            " layers. Dashed: extrapolated, not measured, as if it went on like the last three points of the line.",
+        ]
+    )
+
+    def draw(width: float) -> list[Markup]:
+        panels = [(text, [road for road in roads if road.text == text]) for text in texts_of(group.rows)]
+        return [
+            join([tag("h3", f"Text: {text or 'unnamed'}"), uptraining_picture(here, width)])
+            for text, here in panels
+            if here
+        ]
+
+    wide = PANEL_WIDTHS.get(len({road.text for road in roads}), THIRD)
+    shown = figure(draw, caption, wide, class_="thirds" if wide == THIRD else None)
+    return section(titled("What training gives back", group), tag("p", lead), shown, behind(uptraining_sheet(roads)))
 
 
 def _passkey_section(group: Group) -> Markup:
