@@ -7,8 +7,8 @@
 # MODEL: SmolLM2-135M or a model like it. TRAIN: text files to fit and train on, separated by commas. VALID: texts to measure
 # on, TASKS: tasks or files of questions, likewise. PRECISION: `bfloat16` halves the time on a CPU that multiplies it by itself.
 # The three inits are uptrained on TOKENS tokens each (262144 unless told otherwise), distilled from MODEL and by the next
-# token's loss alone; all weights, at one learning rate. The best is distilled on a quarter of TOKENS and on BEST_TOKENS
-# (1048576) as well. Beside them `chosen`: as many owners as CLA2 has, those that cost least, fitted. What weights were fitted on
+# token's loss alone; all weights, at one learning rate. The best is distilled on fewer and on BEST_TOKENS (1048576) as well.
+# Beside them `chosen`: as many owners as CLA2 has, those that cost least, fitted. What weights were fitted on
 # counts among their tokens. Every command goes on where it stopped, so some may be run by hand, two at a time.
 # MODEL distilled from itself does not change: it is its own control. Trained by the next token's loss it does: `control-lm`.
 # Beside them, at the same bytes: DMS on the unconverted MODEL, windows, and H2O.
@@ -51,11 +51,11 @@ for init in fitted mean drop; do
   uptrain "cla2-$init-lm" "$out/cla2-$init" $seen --kl none
 done
 uptrain control-lm "$model" "$tokens" --kl none
-uptrain cla2-fitted-distilled-quarter "$out/cla2-fitted" $((tokens / 4 - fitting)) "${distilled[@]}"
+uptrain cla2-fitted-distilled-short "$out/cla2-fitted" $((tokens * 3 / 16)) "${distilled[@]}"
 uptrain cla2-fitted-distilled-best "$out/cla2-fitted" $((best - fitting)) "${distilled[@]}"
 
 # Layers x time: a DMS adapter on the uptrained model, and each of the two alone.
-dms=(--recipe smollm2-dms-cpu --compression 2 "${data[@]}" --tokens "$tokens" --device "$device" --set "mixed_precision=$precision")
+dms=(--recipe smollm2-dms-cpu --compression 2 "${data[@]}" --tokens $((tokens / 2)) --device "$device" --set "mixed_precision=$precision")
 kvfold retrofit "$out/cla2-fitted-distilled-best" "$out/cla2-dms-2x" "${dms[@]}"
 kvfold retrofit "$model" "$out/dms-2x" "${dms[@]}"
 rows+=(--beside "$out/dms-2x" --beside "$out/cla2-fitted-distilled-best,$out/cla2-dms-2x")
