@@ -142,6 +142,7 @@ def decode(group: Group) -> str:
 
 BLOCKS: Mapping[str, tuple[str, Callable[[Group], str]]] = {
     "time_axis": ("time-axis.json", side_by_side),
+    "layer_axis": ("layer-axis.json", side_by_side),
     "quality": ("quality.json", quality),
     "passkey": ("quality.json", passkey),
     "decode": ("decode.json", decode),
