@@ -5,7 +5,7 @@
 #   studies/layer-axis.sh MODEL TRAIN VALID OUT [TOKENS] [BEST_TOKENS] [TASKS] [DEVICE] [PRECISION]
 #
 # MODEL: SmolLM2-135M or a model like it. TRAIN: text files to fit and train on, separated by commas. VALID: texts to measure
-# on, TASKS: tasks or files of questions, likewise. PRECISION: `bfloat16` halves the time on a CPU that multiplies it by itself.
+# on, TASKS: tasks or files of questions, likewise. PRECISION: `bfloat16` saves time on a CPU that multiplies it by itself.
 # The three inits are uptrained on TOKENS tokens each (262144 unless told otherwise), distilled from MODEL and by the next
 # token's loss alone; all weights, at one learning rate. The best is distilled on fewer and on BEST_TOKENS (1048576) as well.
 # Beside them `chosen`: as many owners as CLA2 has, those that cost least, fitted. What weights were fitted on
@@ -39,7 +39,7 @@ common=("${data[@]}" --device "$device" --full --learning-rate 5e-5 --set learni
   --set batch_sequences=1 --set save_steps=50 --set "mixed_precision=$precision")
 # What MODEL says of each sequence is worked out once.
 distilled=(--kl forward --teacher "$model" --set teacher_states="$out/teacher")
-rows=()
+rows=(--beside "$out/cla2-drop" --beside "$out/cla2-mean" --beside "$out/cla2-fitted" --beside "$out/chosen-fitted")
 uptrain() { # name, source, tokens, further options
   kvfold retrofit "$2" "$out/$1" --tokens "$3" "${common[@]}" "${@:4}"
   rows+=(--beside "$out/$1")
@@ -57,8 +57,9 @@ uptrain cla2-fitted-distilled-best "$out/cla2-fitted" $((best - fitting)) "${dis
 # Layers x time: a DMS adapter on the uptrained model, and each of the two alone.
 dms=(--recipe smollm2-dms-cpu --compression 2 "${data[@]}" --tokens $((tokens / 2)) --device "$device" --set "mixed_precision=$precision")
 kvfold retrofit "$out/cla2-fitted-distilled-best" "$out/cla2-dms-2x" "${dms[@]}"
-kvfold retrofit "$model" "$out/dms-2x" "${dms[@]}"
-rows+=(--beside "$out/dms-2x" --beside "$out/cla2-fitted-distilled-best,$out/cla2-dms-2x")
+alone=dms-2x-$((tokens / 2000))k
+kvfold retrofit "$model" "$out/$alone" "${dms[@]}"
+rows+=(--beside "$out/$alone" --beside "$out/cla2-fitted-distilled-best,$out/cla2-dms-2x")
 
 kvfold eval "$model" "${texts[@]}" --time window:508+4 --time window:252+4 --time h2o:128+128 "${rows[@]}" --passkey \
   ${tasks:+--tasks "$tasks" --limit 100} --device "$device" --out "$out/results/layer-axis.json"

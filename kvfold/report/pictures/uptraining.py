@@ -4,6 +4,7 @@ Both axes are logarithmic: a power law is a straight line, and nothing is claime
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -60,10 +61,8 @@ class Road:
         """
         x = [math.log(stage.tokens) for stage in self.best[-LAST:]]
         y = [math.log(stage.change) for stage in self.best[-LAST:]]
-        middle_x, middle_y = sum(x) / LAST, sum(y) / LAST
-        slope = sum((a - middle_x) * (b - middle_y) for a, b in zip(x, y, strict=True))
-        slope /= sum((a - middle_x) ** 2 for a in x)
-        return math.exp(middle_y + slope * (math.log(tokens) - middle_x)) if slope < 0 else None
+        slope, at_one = statistics.linear_regression(x, y)
+        return math.exp(slope * math.log(tokens) + at_one) if slope < 0 else None
 
     @property
     def end(self) -> Stage:
