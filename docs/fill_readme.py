@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from kvfold.report.design import design_sheet, models_of
+from kvfold.report.design_pairs import pairs_sheet
 from kvfold.report.groups import Group, group_results
 from kvfold.report.numbers import amount, count, middle, percent, three, times
 from kvfold.report.pictures.decode import point_name
@@ -30,7 +32,18 @@ PAGES = ("README.md", "docs/results.md")
 BLOCK = re.compile(r"(?P<open><!-- results: (?P<name>\w+) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 SHOWN = ("text", "method", "perplexity", "change", "KL", "same top-1", "kept", "compression")
 """Columns of the quality table that the README shows, by the report's names for them."""
-WORDS = ("text", "method", "trained", "point", "left padding")
+DESIGN = (
+    "recipe",
+    "KV bytes a token",
+    "held-out perplexity",
+    "seeds",
+    "published",
+    "learning rate",
+    "rates",
+    "layers with KV",
+)
+"""The same of a design space."""
+WORDS = ("text", "method", "trained", "point", "left padding", "recipe", "layers shared", "beside")
 """Columns set to the left."""
 
 
@@ -140,9 +153,40 @@ def decode(group: Group) -> str:
     return "\n\n".join([table(heads, lines), said, source(group)])
 
 
+def design(group: Group) -> str:
+    """The models from scratch of a folder by their bytes, most first."""
+    models = models_of(group.rows)
+    sheet = design_sheet(models)
+    places = [next(i for i, column in enumerate(sheet.columns) if column.head == head) for head in DESIGN]
+    lines = [[line[place] for place in places] for line in sheet.rows]
+    said = (
+        "KV bytes: of one token at 16 bit. Perplexity: mean over the seeds, lowest and highest in brackets, at the best of so "
+        "many learning rates. Published: of the model of 1B weights that the row is made after."
+    )
+    weights = [number(one.row, "parameters") or 0 for one in models]
+    tokens, held_out = (count(number(models[0].row, key)) for key in ("tokens", "validation_tokens"))
+    about = f"{len(models)} models of {amount(min(weights))} to {amount(max(weights))} weights"
+    about += f", {tokens} tokens each, {held_out} held out"
+    return "\n\n".join([table(DESIGN, lines), said, source(group, models=about)])
+
+
+def design_pairs(group: Group) -> str:
+    """Shared layers beside the same shape without, and beside equal bytes."""
+    sheet = pairs_sheet(models_of(group.rows))
+    if sheet is None:
+        return NOTHING
+    said = (
+        "Its bytes: of the model beside, as a multiple. Difference: of perplexities, paired by seed; mean, lowest and highest; "
+        "below 0 the shared layers win. Published: the same of the models of 1B weights, all at one learning rate, and tuned."
+    )
+    return "\n\n".join([table([column.head for column in sheet.columns], sheet.rows), said])
+
+
 BLOCKS: Mapping[str, tuple[str, Callable[[Group], str]]] = {
     "time_axis": ("time-axis.json", side_by_side),
     "layer_axis": ("layer-axis.json", side_by_side),
+    "design_pairs": ("design-space", design_pairs),
+    "design": ("design-space", design),
     "quality": ("quality.json", quality),
     "passkey": ("quality.json", passkey),
     "decode": ("decode.json", decode),
@@ -173,11 +217,13 @@ def spread(row: Mapping, *keys: str, unit: str = "") -> str:
     return middle(*(number(row, *keys, edge) for edge in ("min", "median", "max")), unit)
 
 
-def source(group: Group, protocol: str = "") -> str:
-    """Model, protocol, hardware, versions, and the command that measures it again."""
+def source(group: Group, protocol: str = "", models: str = "") -> str:
+    """Model, protocol, hardware, versions, and, unless it is about many `models`, the command that measures it again."""
     data, about = group.newest, group.newest.get("environment")
     parameters, commit = number(data, "model", "parameters"), words(data, "git_commit")
     size = f"{amount(parameters)} parameters" if parameters else ""
+    again = "" if models else words(data, "command")
+    models = models or ", ".join(filter(None, [group.model, words(data, "model", "note"), size]))
     counted = [
         f"{count(found)} {name if found == 1 else name + 's'}"
         for name in ("core", "thread")
@@ -187,14 +233,13 @@ def source(group: Group, protocol: str = "") -> str:
     versions = [f"{name} {version}" for name in ("kvfold", "torch", "transformers") if (version := words(about, name))]
     versions += [f"commit {short_commit(commit)}"] if commit else []
     said = [
-        ", ".join(filter(None, [group.model, words(data, "model", "note"), size])),
+        models,
         protocol,
         ", ".join(
             filter(None, [words(about, "cpu"), *counted, device if device != "cpu" else "", words(about, "dtype")])
         ),
         ", ".join(versions),
     ]
-    again = words(data, "command")
     return "; ".join(filter(None, said)) + "." + (f" Measured with `{again}`." if again else "")
 
 
@@ -212,12 +257,17 @@ def filled(text: str, results: Path) -> str:
         if block["name"] not in BLOCKS:
             raise ValueError(f"results: {block['name']}: no block of that name: write one of {', '.join(BLOCKS)}")
         file, make = BLOCKS[block["name"]]
-        if not (results / file).is_file():
+        if not (results / file).exists():
             return block[0]
-        (group, *_) = group_results(read_results(results / file)[0])
-        return f"{block['open']}\n{make(group)}\n\n{block['close']}"
+        return f"{block['open']}\n{make(group_of(results / file))}\n\n{block['close']}"
 
     return BLOCK.sub(fill, text)
+
+
+def group_of(path: Path) -> Group:
+    """What a file holds; of a folder its models from scratch."""
+    groups = group_results(read_results(path)[0])
+    return next(one for one in groups if path.is_file() or one.kind == "pretraining")
 
 
 def main(arguments: Sequence[str], root: Path = ROOT) -> str | None:

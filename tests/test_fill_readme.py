@@ -158,6 +158,22 @@ def test_rewriting_and_checking(fill_readme, root):
     assert fill_readme.main(["--check"], root) == stale.replace("README.md", "docs/results.md")
 
 
+def test_a_folder_of_models_from_scratch_is_one_table(fill_readme, root):
+    folder = root / "results" / "design-space"
+    folder.mkdir()
+    for index, result in enumerate(samples.design_space()):
+        (folder / f"{index}.json").write_text(json.dumps(result))
+    (folder / "beside.json").write_text((root / "results" / "quality.json").read_text())  # not one of them
+    page = "<!-- results: design -->\n<!-- end -->\n<!-- results: design_pairs -->\n<!-- end -->"
+    text = fill_readme.filled(page, root / "results")
+    head, *lines = cells_of(text, "design")
+    assert [line[0] for line in lines] == ["made-up-mha", "made-up-mqa", "made-up-mqa-cla2", "made-up-small"]
+    assert lines[1][head.index("held-out perplexity")] == "121.00 (120.00 to 122.00)"
+    assert caption_of(text, "design").startswith("4 models of ") and "Measured with" not in caption_of(text, "design")
+    head, *lines = cells_of(text, "design_pairs")
+    assert lines[1][head.index("published, tuned")] == "−0.31, −2.4 %"
+
+
 def test_what_was_not_measured_stays_as_it_is(fill_readme, root):
     (root / "results" / "decode.json").unlink()
     text = fill_readme.filled(EMPTY, root / "results")
@@ -170,5 +186,7 @@ def test_what_is_wrong_is_said_in_one_line(fill_readme, root):
     (root / "results" / "decode.json").write_text("{")
     assert "no readable results" in fill_readme.main([], root)
     (root / "README.md").write_text("<!-- results: speed -->\n<!-- end -->")
-    assert "write one of time_axis, layer_axis, quality, passkey, decode" in fill_readme.main([], root)
+    assert "write one of time_axis, layer_axis, design_pairs, design, quality, passkey, decode" in fill_readme.main(
+        [], root
+    )
     assert (root / "README.md").read_text() == "<!-- results: speed -->\n<!-- end -->"

@@ -1,6 +1,6 @@
 """Shared layers beside what they have to be better than: the same model without sharing, and others of equal bytes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvfold.report.design import Model, perplexity_of
@@ -23,15 +23,23 @@ class Pair:
         """Perplexity of the first less that of the second, for each seed that both were trained with, lowest first; below 0
         where sharing wins.
         """
+        return sorted(ours - theirs for ours, theirs in self._seeds())
+
+    @property
+    def shares(self) -> list[float]:
+        """The same as shares of the second's perplexity."""
+        return sorted(ours / theirs - 1 for ours, theirs in self._seeds())
+
+    def published(self, key: str) -> tuple[float, float] | None:
+        """Difference and share of the published models."""
+        ours, theirs = (number(one.row, key) for one in (self.shared, self.other))
+        return (ours - theirs, ours / theirs - 1) if ours and theirs else None
+
+    def _seeds(self) -> list[tuple[float, float]]:
         ours, theirs = (
             {number(run, "seed"): perplexity_of(run) for run in one.runs} for one in (self.shared, self.other)
         )
-        return sorted(ours[seed] - theirs[seed] for seed in ours if seed is not None and seed in theirs)
-
-    def published(self, key: str) -> float | None:
-        """The same of the published models."""
-        ours, theirs = (number(one.row, key) for one in (self.shared, self.other))
-        return None if ours is None or theirs is None else ours - theirs
+        return [(ours[seed], theirs[seed]) for seed in ours if seed is not None and seed in theirs]
 
 
 def pairs_of(models: Sequence[Model]) -> list[Pair]:
@@ -55,6 +63,7 @@ COLUMNS = (
     Column(head="its bytes", note="KV bytes a token of the model beside, as a multiple."),
     Column(head="difference", note="Perplexity less that of the model beside, mean over seeds, lowest and highest behind it: "
            "below 0 the shared layers win."),
+    Column(head="in percent", note="Of the perplexity of the model beside."),
     Column(head="seeds", note="That both were trained with."),
     Column(head="published", note="The same of the published models of 1B weights, all at one learning rate."),
     Column(head="published, tuned", note="The same, each at the best of its learning rates."),
@@ -68,23 +77,32 @@ def pairs_sheet(models: Sequence[Model]) -> Sheet | None:
             pair.shared.recipe,
             pair.other.recipe,
             f"{pair.other.kv_bytes / pair.shared.kv_bytes:.2f}×",
-            _spread(pair.differences),
+            _spread(pair.differences, _signed),
+            _spread(pair.shares, _percent),
             count(len(pair.differences)),
-            _signed(pair.published("paper_perplexity")),
-            _signed(pair.published("paper_tuned_perplexity")),
+            _published(pair.published("paper_perplexity")),
+            _published(pair.published("paper_tuned_perplexity")),
         )
         for pair in pairs_of(models)
     )
     return Sheet(title="Shared layers beside others", columns=COLUMNS, rows=rows) if rows else None
 
 
-def _spread(values: Sequence[float]) -> str:
+def _spread(values: Sequence[float], shown: Callable[[float], str]) -> str:
     if not values:
         return MISSING
-    mean = _signed(sum(values) / len(values))
-    return mean if len(values) == 1 else f"{mean} ({_signed(values[0])} to {_signed(values[-1])})"
+    mean = shown(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({shown(values[0])} to {shown(values[-1])})"
 
 
-def _signed(value: float | None) -> str:
+def _published(values: tuple[float, float] | None) -> str:
+    return "none" if values is None else f"{_signed(values[0])}, {_percent(values[1])}"
+
+
+def _signed(value: float) -> str:
     """Two decimals, as perplexities have beside it."""
-    return "none" if value is None else f"{value:+.2f}".replace("-", "−")
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:+.1f} %".replace("-", "−")

@@ -44,7 +44,9 @@ def test_shared_layers_stand_beside_what_they_have_to_beat(page):
         ("made-up-mqa-cla2", "made-up-mqa", "2.00×"), ("made-up-mqa-cla2", "made-up-small", "1.00×")
     ]  # fmt: skip
     assert [(one["difference"], one["seeds"]) for one in found] == [("+3.50", "1"), ("−3.50", "1")]
-    assert [(one["published"], one["published, tuned"]) for one in found] == [("+0.06", "+0.04"), ("−0.21", "−0.31")]
+    assert [one["in percent"] for one in found] == ["+2.9 %", "−2.8 %"]
+    assert [one["published"] for one in found] == ["+0.06, +0.4 %", "−0.21, −1.5 %"]
+    assert [one["published, tuned"] for one in found] == ["+0.04, +0.3 %", "−0.31, −2.4 %"]
 
 
 def test_a_difference_has_the_spread_of_its_seeds():
@@ -56,7 +58,7 @@ def test_a_difference_has_the_spread_of_its_seeds():
     assert pair.differences == [-1.0, -0.5]
     assert [(one.shared, one.other) for one in pairs_of([pair.shared, pair.other])] == [(pair.shared, pair.other)]
     sheet = pairs_sheet([pair.shared, pair.other])
-    assert sheet.rows[0][3:5] == ("−0.75 (−1.00 to −0.50)", "2")
+    assert sheet.rows[0][3:6] == ("−0.75 (−1.00 to −0.50)", "−11.7 % (−16.7 % to −6.7 %)", "2")
 
 
 def test_files_of_one_size_are_one_section_with_every_run_behind_it(page):
