@@ -1,3 +1,4 @@
+import re
 from itertools import pairwise
 
 import pytest
@@ -5,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfold.report.markup import Markup, join, tag
-from kvfold.report.pictures.drawing import apart, short, ticks
+from kvfold.report.pictures.drawing import apart, end_labels, short, ticks
 from kvfold.report.pictures.quality import axes_of
 from kvfold.report.results import Result
 from kvfold.report.series import Line, Point, colours_of, family_of, kept_share, label_of, quality_lines
@@ -121,3 +122,16 @@ def test_the_scale_bends_only_where_small_and_large_stand_side_by_side():
     bent, straight = axes_of([[_line(1, 40)]]), axes_of([[_line(-2, 3)]])
     assert {0.0, 1.0, 10.0, 20.0} <= set(bent.levels()) and straight.low < -2 and straight.high > 3
     assert bent.shares == (1.0, 0.5, 0.25)
+
+
+def test_names_that_would_lie_on_marks_further_right_stand_beside_those():
+    """A short name stays at its own mark; a long one at the height of another mark goes to its column."""
+    far = (200.0, 50.0, "far", 2)
+
+    def places(name: str, y: float) -> list[float]:
+        found = re.findall(r'<text x="([\d.]+)"', "".join(end_labels([(100.0, y, name, 1), far], 0, 300)))
+        return sorted(map(float, found))
+
+    assert places("near", 50.0) == [116.0, 216.0]
+    assert places("a name that is long", 150.0) == [116.0, 216.0]
+    assert places("a name that is long", 50.0) == [216.0, 216.0]

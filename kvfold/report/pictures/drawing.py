@@ -12,6 +12,8 @@ from kvfold.report.markup import Markup, tag
 
 LETTER = 6.6
 """Mean width of a letter at the size of labels, pixels; a little wide on purpose."""
+NAME_GAP = 14.0
+"""Pixels from one name's base line to the next, at least."""
 MOST_NAME = 0.4
 """Share of a picture's width that names beside the plot may take."""
 
@@ -143,16 +145,37 @@ def _start(block: list[int], wanted: Sequence[float], gap: float, low: float, hi
 def end_labels(ends: Sequence[tuple[float, float, str, int]], top: float, bottom: float) -> list[Markup]:
     """Names at the ends of lines, (x, y, name, colour) each, moved apart up or down with a thin stroke back to the end.
 
-    Ends that lie nearly above each other share one column of names.
+    Ends that lie nearly above each other share one column of names, and so do columns that would run into each other.
     """
     columns: list[list[tuple[float, float, str, int]]] = []
     for end in sorted(ends):
         near = columns and end[0] - columns[-1][-1][0] < 40
         columns[-1].append(end) if near else columns.append([end])
+    for index in range(len(columns) - 1, 0, -1):
+        if _collide(columns[index - 1], columns[index], top, bottom):
+            columns[index - 1 : index + 1] = [columns[index - 1] + columns[index]]
     parts = []
     for column in columns:
-        at = max(end[0] for end in column) + 16
-        for (x, y, name, colour), place in zip(column, apart([e[1] for e in column], 14, top, bottom), strict=True):
+        at = _names_at(column)
+        for (x, y, name, colour), place in zip(column, _places(column, top, bottom), strict=True):
             parts.append(polyline([(x + 6, y), (at - 3, place)], f"leader c{colour}"))
             parts.append(write(at, place + 4, name, f"name c{colour}"))
     return parts
+
+
+def _names_at(column: Sequence[tuple[float, float, str, int]]) -> float:
+    return max(end[0] for end in column) + 16
+
+
+def _places(column: Sequence[tuple[float, float, str, int]], top: float, bottom: float) -> list[float]:
+    return apart([end[1] for end in column], NAME_GAP, top, bottom)
+
+
+def _collide(left: Sequence, right: Sequence, top: float, bottom: float) -> bool:
+    """Whether a name of the one column lies on a mark or a name of the other, which is further to the right."""
+    taken = [*(end[1] for end in right), *_places(right, top, bottom)]
+    marks = min(end[0] for end in right) - 8
+    return any(
+        _names_at(left) + len(end[2]) * LETTER > marks and any(abs(place - other) < NAME_GAP for other in taken)
+        for end, place in zip(left, _places(left, top, bottom), strict=True)
+    )

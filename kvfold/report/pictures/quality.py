@@ -94,12 +94,12 @@ def _panel(text: str, lines: list[Line], axes: Axes, colours: Mapping[str, int],
     height = 300 if width < 500 else 400
     names = [short(line.title, width * MOST_NAME) for line in lines]
     room = max(map(len, names)) * LETTER
+    y_ticks = [(level, f"{'+' if level > 0 else ''}{tick(level)} %") for level in axes.levels()]
     frame = Frame(
-        left=46, right=width - room - 18, top=28, bottom=height - 44,
+        left=max(46.0, 10 + LETTER * max(len(text) for _, text in y_ticks)), right=width - room - 18, top=28, bottom=height - 44,
         x_range=(0.06, math.log2(axes.least)), x_bend=math.log2,
         y_range=(axes.bend(axes.low), axes.bend(axes.high)), y_bend=axes.bend,
     )  # fmt: skip
-    y_ticks = [(level, f"{'+' if level > 0 else ''}{tick(level)} %") for level in axes.levels()]
     parts = frame.axes([(share, f"{tick(100 * share)} %") for share in axes.shares], y_ticks, X_TITLE, Y_TITLE)
     zero = frame.y(0)
     parts.append(tag("line", class_="base", x1=frame.left, x2=frame.right, y1=zero, y2=zero))
