@@ -25,8 +25,10 @@ others=(
   mini-h128-mha mini-h128-gqa4 mini-h128-gqa2 mini-h512-mqa-cla2 mini-h256-mqa-cla2 mini-h64-mqa-cla2 mini-h256-gqa4-cla2
   mini-h128-gqa4-cla2 mini-h128-gqa2-cla2 mini-h128-mqa-cla3 mini-h128-mqa-cla4 mini-h128-mqa-cla2-keep-ends
   mini-h128-mqa-cla2-dense-front mini-h128-mqa-cla2-dense-back mini-h128-gqa8 mini-h128-mha-cla2 mini-h128-mqa-4-layers
-  mini-h128-mqa-4-layers-wide
+  mini-h128-mqa-4-layers-wide mini-h128-mqa-sandwich
 )
+# Where few layers share, at equal bytes: which ones should? With three seeds, at the rate of their family.
+layouts=(mini-h128-mqa-cla2-dense-front mini-h128-mqa-cla2-dense-back mini-h128-mqa-sandwich)
 
 # Lines of "recipe rate seed", `jobs` at a time.
 train_all() {
@@ -71,11 +73,12 @@ for recipe in "${headline[@]}"; do for seed in 1 2; do echo "$recipe $(rate_of b
 # A row takes the best rate of its family: with shared layers, or without.
 others_lines() {
   for recipe in "${others[@]}"; do
-    case $recipe in *cla*) like=mini-h128-mqa-cla2 ;; *) like=mini-h128-mqa ;; esac
+    case $recipe in *cla* | *sandwich) like=mini-h128-mqa-cla2 ;; *) like=mini-h128-mqa ;; esac
     echo "$recipe $(rate_of best "$like") 0"
   done
 }
 others_lines | train_all
+for recipe in "${layouts[@]}"; do for seed in 1 2; do echo "$recipe $(rate_of best mini-h128-mqa-cla2) $seed"; done; done | train_all
 
 mkdir -p "$out/results"
 for run in "$out"/*/results/pretraining.json; do

@@ -149,9 +149,11 @@ MINI_CONTROLS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "h128-mha-cla2": ("h128-mha", {"layers": "cla2"}),
     "h128-mqa-4-layers": ("h128-mqa", {"num_layers": 4}),
     "h128-mqa-4-layers-wide": ("h128-mqa", {"num_layers": 4, "intermediate_size": 1152}),
+    "h128-mqa-sandwich": ("h128-mqa", {"layers": "0_1_2_2_2_2_6_7"}),
 }
 """Models that the paper lacks, to stand beside others of equal bytes: MHA-CLA2 and half the KV heads; half the layers as
-they are, and with a feed-forward block that makes up for the weights that go with them."""
+they are, and with a feed-forward block that makes up for the weights that go with them; and the middle layers sharing as one
+group, as in the sandwich layouts of arXiv 2410.14442, beside dense fronts and backs."""
 
 
 def _recipe(

@@ -100,7 +100,8 @@ def test_the_miniatures_scale_with_the_paper():
 @pytest.mark.parametrize(
     ("one", "other"),
     [("h64-mqa", "h128-mqa-cla2"), ("h128-gqa8", "h128-mha-cla2"), ("h128-mqa-4-layers", "h128-mqa-cla2"),
-     ("h128-mqa-4-layers-wide", "h128-mqa-cla2"), ("h128-gqa2", "h128-gqa4-cla2"), ("h128-mqa", "h128-gqa2-cla2")],
+     ("h128-mqa-4-layers-wide", "h128-mqa-cla2"), ("h128-gqa2", "h128-gqa4-cla2"), ("h128-mqa", "h128-gqa2-cla2"),
+     ("h128-mqa-sandwich", "h128-mqa-cla2-dense-front"), ("h128-mqa-sandwich", "h128-mqa-cla2-dense-back")],
 )  # fmt: skip
 def test_controls_have_equal_bytes(one, other):
     one, other = ALL[f"mini-{one}"].settings, ALL[f"mini-{other}"].settings
