@@ -177,7 +177,8 @@ def design_pairs(group: Group) -> str:
         return NOTHING
     said = (
         "Its bytes: of the model beside, as a multiple. Difference: of perplexities, paired by seed; mean, lowest and highest; "
-        "below 0 the shared layers win. Published: the same of the models of 1B weights, all at one learning rate, and tuned."
+        "below 0 the shared layers win. Fresh seeds: the same over those by which no learning rate was chosen. Published: of the "
+        "models of 1B weights, all at one learning rate, and tuned."
     )
     return "\n\n".join([table([column.head for column in sheet.columns], sheet.rows), said])
 

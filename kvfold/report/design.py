@@ -2,6 +2,7 @@
 no other beats at once in quality and in bytes.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ class Model:
     """At that rate, the best first."""
     rates: int
     """Learning rates that were tried."""
+    tuning_seeds: frozenset[float] = frozenset()
+    """Of runs at several rates: by these the rate was chosen, so at it they are lucky."""
 
     @property
     def row(self) -> Mapping:
@@ -58,9 +61,14 @@ def _model(recipe: str, rates: Mapping[float | None, list[Mapping]]) -> Model:
     """The rate is chosen by the run that did best: other rates may have fewer seeds."""
     ordered = [sorted(runs, key=perplexity_of) for runs in rates.values()]
     best = min(ordered, key=lambda runs: perplexity_of(runs[0]))
+    seeds = Counter(seed for runs in rates.values() for seed in {number(run, "seed") for run in runs} - {None})
     return Model(
-        recipe=recipe, kv_bytes=number(best[0], "kv_bytes_per_token"), runs=tuple(best), rates=len(rates)
-    )  # fmt: skip
+        recipe=recipe,
+        kv_bytes=number(best[0], "kv_bytes_per_token"),
+        runs=tuple(best),
+        rates=len(rates),
+        tuning_seeds=frozenset(seed for seed, times in seeds.items() if times > 1),
+    )
 
 
 def perplexity_of(row: Mapping) -> float:

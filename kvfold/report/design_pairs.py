@@ -26,6 +26,11 @@ class Pair:
         return sorted(ours - theirs for ours, theirs in self._seeds())
 
     @property
+    def fresh_differences(self) -> list[float]:
+        """Of the seeds by which neither's learning rate was chosen."""
+        return sorted(ours - theirs for ours, theirs in self._seeds(self.shared.tuning_seeds | self.other.tuning_seeds))
+
+    @property
     def shares(self) -> list[float]:
         """The same as shares of the second's perplexity."""
         return sorted(ours / theirs - 1 for ours, theirs in self._seeds())
@@ -35,11 +40,11 @@ class Pair:
         ours, theirs = (number(one.row, key) for one in (self.shared, self.other))
         return (ours - theirs, ours / theirs - 1) if ours and theirs else None
 
-    def _seeds(self) -> list[tuple[float, float]]:
+    def _seeds(self, but: frozenset[float] = frozenset()) -> list[tuple[float, float]]:
         ours, theirs = (
             {number(run, "seed"): perplexity_of(run) for run in one.runs} for one in (self.shared, self.other)
         )
-        return [(ours[seed], theirs[seed]) for seed in ours if seed is not None and seed in theirs]
+        return [(ours[seed], theirs[seed]) for seed in ours.keys() & theirs.keys() - but if seed is not None]
 
 
 def pairs_of(models: Sequence[Model]) -> list[Pair]:
@@ -63,6 +68,7 @@ COLUMNS = (
     Column(head="its bytes", note="KV bytes a token of the model beside, as a multiple."),
     Column(head="difference", note="Perplexity less that of the model beside, mean over seeds, lowest and highest behind it: "
            "below 0 the shared layers win."),
+    Column(head="fresh seeds", note="The same over the seeds by which no learning rate was chosen."),
     Column(head="in percent", note="Of the perplexity of the model beside."),
     Column(head="seeds", note="That both were trained with."),
     Column(head="published", note="The same of the published models of 1B weights, all at one learning rate."),
@@ -78,6 +84,7 @@ def pairs_sheet(models: Sequence[Model]) -> Sheet | None:
             pair.other.recipe,
             f"{pair.other.kv_bytes / pair.shared.kv_bytes:.2f}×",
             _spread(pair.differences, _signed),
+            _spread(pair.fresh_differences, _signed) if pair.fresh_differences else "none",
             _spread(pair.shares, _percent),
             count(len(pair.differences)),
             _published(pair.published("paper_perplexity")),

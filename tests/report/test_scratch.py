@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -58,7 +59,27 @@ def test_a_difference_has_the_spread_of_its_seeds():
     assert pair.differences == [-1.0, -0.5]
     assert [(one.shared, one.other) for one in pairs_of([pair.shared, pair.other])] == [(pair.shared, pair.other)]
     sheet = pairs_sheet([pair.shared, pair.other])
-    assert sheet.rows[0][3:6] == ("−0.75 (−1.00 to −0.50)", "−11.7 % (−16.7 % to −6.7 %)", "2")
+    assert sheet.rows[0][3:7] == (
+        "−0.75 (−1.00 to −0.50)",
+        "−0.75 (−1.00 to −0.50)",
+        "−11.7 % (−16.7 % to −6.7 %)",
+        "2",
+    )
+
+
+def test_seeds_by_which_a_rate_was_chosen_are_no_fresh_ones():
+    """They did best of several runs, so they look better than the model is."""
+    shape = {"kv_bytes_per_token": 8, "num_layers": 2}
+    sharing = {"recipe": "shares", "layers": "cla2", **shape}
+    runs = [(1e-3, 0, 5.0), (2e-3, 0, 9.0), (1e-3, 1, 7.0), (1e-3, 2, 6.5)]
+    rows = [{**sharing, "learning_rate": rate, "seed": seed, "validation_perplexity": one} for rate, seed, one in runs]
+    plain = {"recipe": "plain", "learning_rate": 1e-3, **shape}
+    rows += [{**plain, "seed": seed, "validation_perplexity": 6.0} for seed in range(3)]
+    (pair,) = pairs_of(models_of(rows))
+    assert pair.shared.tuning_seeds == {0} and pair.other.tuning_seeds == frozenset()
+    assert (pair.differences, pair.fresh_differences) == ([-1.0, 0.5, 1.0], [0.5, 1.0])
+    assert pairs_sheet([pair.shared, pair.other]).rows[0][4] == "+0.75 (+0.50 to +1.00)"
+    assert pairs_sheet([replace(pair.shared, runs=pair.shared.runs[:1]), pair.other]).rows[0][4] == "none"
 
 
 def test_files_of_one_size_are_one_section_with_every_run_behind_it(page):
