@@ -81,10 +81,13 @@ def _quality_caption(group: Group, panels: Sequence[Sequence[Line]]) -> Markup:
         " Each mark is one budget; towards the right the cache gets smaller, on a scale of halves."
         " Whiskers are ± one standard error of the paired difference",
         f" over {protocol}." if protocol else ".",
-        " Dotted strokes lead from the unfolded model, which every method equals when its budget covers the "
-        "whole text; nothing was measured along them.",
     ]
-    if any(not line.grows for line in lines):
+    if any(line.from_unfolded for line in lines):
+        said.append(
+            " Dotted strokes lead from the unfolded model, which a method equals when its budget covers the "
+            "whole text; nothing was measured along them."
+        )
+    if any(line.from_unfolded and not line.grows for line in lines):
         said.append(
             " Filled marks: a fixed budget. It drops nothing until it is full, so it looks better here than it "
             "would on a longer text."

@@ -42,6 +42,8 @@ class Line:
     """Whether the budgets are shares of the text."""
     points: tuple[Point, ...]
     """At least one."""
+    from_unfolded: bool = True
+    """Whether a budget that covers the text makes it the unfolded model, as it doesn't for a model with other weights."""
 
 
 def family_of(row: Mapping) -> str:
@@ -119,4 +121,5 @@ def _line(family: str, grows: bool, model: str, points: list[Point]) -> Line:
     points = tuple(sorted(points, key=lambda point: -point.share))
     title = title_of(points[0].row) + (" %" if grows else "")
     title += f" of {model}" if model and model != title else ""
-    return Line(title=title, family=family, grows=grows, points=points)
+    is_other = bool(model) or family.startswith(f"{UNFOLDED} of ")
+    return Line(title=title, family=family, grows=grows, points=points, from_unfolded=not is_other)

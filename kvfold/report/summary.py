@@ -19,18 +19,19 @@ def summary_table(group: Group, colours: Mapping[str, int]) -> Markup:
     methods: dict[str, list[Mapping]] = {}
     for row in group.rows:
         methods.setdefault(label_of(row), []).append(row)
+    passkey = _worth_showing(group.passkey)
     lines = []
     for label, rows in methods.items():
         by_text = {words(row, "text"): row for row in rows}
         cells = [tag("td", _change(by_text.get(text))) for text in texts]
-        if group.passkey:
-            cells.append(tag("td", _keys(group.passkey, words(rows[0], "method"))))
+        if passkey:
+            cells.append(tag("td", _keys(passkey, words(rows[0], "method"))))
         lines.append(tag("tr", tag("th", label, scope="row", class_="text"), tag("td", _bar(rows, colours)), *cells))
-    head = tag("thead", *_heads(texts, bool(group.passkey)))
+    head = tag("thead", *_heads(texts, bool(passkey)))
     return tag(
         "div",
         tag("table", head, tag("tbody", *lines), aria_label="Methods in short"),
-        class_="scroll short keys" if group.passkey else "scroll short",
+        class_="scroll short keys" if passkey else "scroll short",
     )
 
 
@@ -102,8 +103,12 @@ def _change(row: Mapping | None) -> Markup:
     return tag("span", said, class_="missing" if mean is None else None)
 
 
-def _keys(passkey: Sequence[Mapping], method: str) -> Markup:
+def _worth_showing(passkey: Sequence[Mapping]) -> list[Mapping]:
     shown = {length for length in lengths_of(passkey) if worth_showing(passkey, length)}
-    asked = (row for row in passkey if words(row, "method") == method and number(row, "length_tokens") in shown)
+    return [row for row in passkey if number(row, "length_tokens") in shown]
+
+
+def _keys(passkey: Sequence[Mapping], method: str) -> Markup:
+    asked = (row for row in passkey if words(row, "method") == method)
     found, tries = found_keys(asked)
     return tag("span", f"{count(found)} of {count(tries)}" if tries else MISSING, class_=None if tries else "missing")

@@ -121,7 +121,25 @@ def test_the_scale_bends_only_where_small_and_large_stand_side_by_side():
     assert not axes_of([[_line(1, 3)]]).bent and axes_of([[_line(1, 40)]]).bent
     bent, straight = axes_of([[_line(1, 40)]]), axes_of([[_line(-2, 3)]])
     assert {0.0, 1.0, 10.0, 20.0} <= set(bent.levels()) and straight.low < -2 and straight.high > 3
-    assert bent.shares == (1.0, 0.5, 0.25)
+    assert bent.shares == (1.0, 0.5, 0.25) and bent.most == pytest.approx(1.0, rel=0.05)
+
+
+def test_models_that_store_more_than_the_full_cache_are_inside_the_picture():
+    def line(share: float) -> Line:
+        return Line(title="x", family="x", grows=False, points=(Point(share=share, change=2.0, error=None, row={}),))
+
+    axes = axes_of([[line(1.9), line(0.5)]])
+    assert axes.shares == (1.0, 0.5) and axes.most > 1.9
+    assert axes_of([[line(16.0), line(0.25)]]).shares == (16.0, 4.0, 1.0, 0.25)
+    other, method = quality_lines([_full_of("m", 16.0), {**_full_of("m", 0.5), "method": "h2o:8+8"}], "t")
+    assert (other.from_unfolded, method.from_unfolded) == (False, True)
+
+
+def _full_of(model: str, share: float) -> dict:
+    return {
+        "method": f"full of {model}", "model": model, "text": "t", "compression": 1 / share, "allocated_bytes": share,
+        "full_bytes": 1.0, "perplexity_change_percent": {"mean": 2.0},
+    }  # fmt: skip
 
 
 def test_names_that_would_lie_on_marks_further_right_stand_beside_those():

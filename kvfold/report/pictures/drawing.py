@@ -7,6 +7,7 @@ no ids and no references, so that one page may hold many.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from kvfold.report.markup import Markup, tag
 
@@ -151,9 +152,12 @@ def end_labels(ends: Sequence[tuple[float, float, str, int]], top: float, bottom
     for end in sorted(ends):
         near = columns and end[0] - columns[-1][-1][0] < 40
         columns[-1].append(end) if near else columns.append([end])
-    for index in range(len(columns) - 1, 0, -1):
-        if _collide(columns[index - 1], columns[index], top, bottom):
-            columns[index - 1 : index + 1] = [columns[index - 1] + columns[index]]
+    pairs = list(combinations(range(len(columns)), 2))
+    while pairs:
+        left, right = pairs.pop(0)
+        if _collide(columns[left], columns[right], top, bottom):
+            columns[left : right + 1] = [[end for column in columns[left : right + 1] for end in column]]
+            pairs = list(combinations(range(len(columns)), 2))
     parts = []
     for column in columns:
         at = _names_at(column)

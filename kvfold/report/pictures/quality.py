@@ -12,6 +12,7 @@ from kvfold.report.numbers import difference, percent, tick
 from kvfold.report.pictures.drawing import (
     LETTER,
     MOST_NAME,
+    NAME_GAP,
     Frame,
     end_labels,
     mark,
@@ -25,6 +26,8 @@ from kvfold.report.series import Line, Point, label_of, quality_lines, texts_of
 
 BEND = 2.0
 """Percent up to which a bent axis is nearly linear; beyond, equal steps are equal ratios."""
+MOST_SHARES = 5
+"""Ticks of the horizontal axis; wider ranges are marked at every second halving."""
 X_TITLE = "share of the full cache kept"
 Y_TITLE = "perplexity change (lower is better)"
 
@@ -40,7 +43,10 @@ class Axes:
     high: float
     """Percent at the top."""
     shares: tuple[float, ...]
-    """Ticks of the horizontal axis, 1.0 first, halved each time."""
+    """Ticks of the horizontal axis, halved from one to the next or quartered; 1.0 first unless something is larger than the
+    full cache."""
+    most: float
+    """Share at the left edge."""
     least: float
     """Share at the right edge."""
 
@@ -70,15 +76,16 @@ def axes_of(panels: Sequence[Sequence[Line]]) -> Axes:
     high, low = max([*tops, 1.0]), min([*bottoms, 0.0])
     bent = high > 12 and min(abs(point.change) for point in points) < high / 8
     least = min([point.share for point in points] + [0.5])
-    shares = [1.0]
-    while shares[-1] / 2 >= least * 0.94:
-        shares.append(shares[-1] / 2)
+    most = max([point.share for point in points] + [1.0])
+    first, last = math.floor(math.log2(most)), math.ceil(math.log2(least * 0.94))
+    every = 1 + (first - last) // MOST_SHARES
+    shares = [2.0**power for power in range(first, last - 1, -1) if power % every == 0]
     # Room above the highest point, and below the base line for its name.
     bend, straight = (math.asinh, math.sinh) if bent else (float, float)
     top, bottom = bend(high / BEND), bend(low / BEND)
     span = top - bottom
     edges = [BEND * straight(edge) for edge in (bottom - 0.09 * span, top + 0.04 * span)]
-    return Axes(bent=bent, low=edges[0], high=edges[1], shares=tuple(shares), least=least * 0.96)
+    return Axes(bent=bent, low=edges[0], high=edges[1], shares=tuple(shares), most=most * 1.04, least=least * 0.96)
 
 
 def quality_pictures(rows: Sequence[Mapping], colours: Mapping[str, int], width: float) -> list[tuple[str, Markup]]:
@@ -91,19 +98,19 @@ def quality_pictures(rows: Sequence[Mapping], colours: Mapping[str, int], width:
 
 
 def _panel(text: str, lines: list[Line], axes: Axes, colours: Mapping[str, int], width: float) -> Markup:
-    height = 300 if width < 500 else 400
+    height = max(300 if width < 500 else 400, 72 + NAME_GAP * len(lines))
     names = [short(line.title, width * MOST_NAME) for line in lines]
     room = max(map(len, names)) * LETTER
     y_ticks = [(level, f"{'+' if level > 0 else ''}{tick(level)} %") for level in axes.levels()]
     frame = Frame(
         left=max(46.0, 10 + LETTER * max(len(text) for _, text in y_ticks)), right=width - room - 18, top=28, bottom=height - 44,
-        x_range=(0.06, math.log2(axes.least)), x_bend=math.log2,
+        x_range=(math.log2(axes.most), math.log2(axes.least)), x_bend=math.log2,
         y_range=(axes.bend(axes.low), axes.bend(axes.high)), y_bend=axes.bend,
     )  # fmt: skip
     parts = frame.axes([(share, f"{tick(100 * share)} %") for share in axes.shares], y_ticks, X_TITLE, Y_TITLE)
     zero = frame.y(0)
     parts.append(tag("line", class_="base", x1=frame.left, x2=frame.right, y1=zero, y2=zero))
-    parts.append(write(frame.left + 4, zero + 15, "unfolded", "quiet"))
+    parts.append(write(frame.x(1), zero + 15, "unfolded", "quiet"))
     ends = []
     for line, name in zip(lines, names, strict=True):
         parts.extend(_line(line, frame, colours.get(line.family, 0)))
@@ -117,7 +124,9 @@ def _panel(text: str, lines: list[Line], axes: Axes, colours: Mapping[str, int],
 def _line(line: Line, frame: Frame, colour: int) -> list[Markup]:
     places = [(frame.x(point.share), frame.y(point.change)) for point in line.points]
     style = "dashed " if line.grows else ""
-    parts = [polyline([(frame.x(1), frame.y(0)), places[0]], f"toward c{colour}")]
+    parts = []
+    if line.from_unfolded:
+        parts.append(polyline([(frame.x(1), frame.y(0)), places[0]], f"toward c{colour}"))
     if len(places) > 1:
         parts.append(polyline(places, f"line {style}c{colour}"))
     for point, (x, y) in zip(line.points, places, strict=True):
