@@ -188,6 +188,7 @@ BLOCKS: Mapping[str, tuple[str, Callable[[Group], str]]] = {
     "layer_axis": ("layer-axis.json", side_by_side),
     "design_pairs": ("design-space", design_pairs),
     "design": ("design-space", design),
+    "mini_reach": ("mini-reach.json", side_by_side),
     "quality": ("quality.json", quality),
     "passkey": ("quality.json", passkey),
     "decode": ("decode.json", decode),
