@@ -189,6 +189,7 @@ BLOCKS: Mapping[str, tuple[str, Callable[[Group], str]]] = {
     "design_pairs": ("design-space", design_pairs),
     "design": ("design-space", design),
     "mini_reach": ("mini-reach.json", side_by_side),
+    "drawn_layers": ("drawn-layers.json", side_by_side),
     "quality": ("quality.json", quality),
     "passkey": ("quality.json", passkey),
     "decode": ("decode.json", decode),
