@@ -72,9 +72,9 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """What the cache of a model costs, and what each axis saves, alone and together. Needs no weights."""
-    from kvfold.plan_rows import plan_rows
+    from kvfold.layout.plan_rows import plan_rows
+    from kvfold.layout.units import parse_count, parse_size
     from kvfold.report.tables import plan_table
-    from kvfold.sizes import parse_count, parse_size
 
     tokens = parse_count(context)
     rows = plan_rows(

@@ -23,7 +23,7 @@ Data = Annotated[list[str] | None, typer.Option(help="Text, .jsonl, .gz, .parque
 Rate = Annotated[float | None, typer.Option(help="The learning rate at its highest.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any key of a recipe, as key=value; several times.")]
 
-SAMPLE = Path(__file__).with_name("sample") / "persuasion.txt"
+SAMPLE = Path(__file__).with_name("assets") / "sample" / "persuasion.txt"
 """The novel that comes with kvfold: what is read where no text is named."""
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "kvfold").rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-MAX_FILE_LINES = 300
+MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 50
 SHAPELESS = {"utils", "util", "helpers", "helper", "common", "misc"}
 # Parts of torch's build for CUDA, and of Python itself: not ours to pin.
@@ -127,7 +127,7 @@ def test_versions_agree():
 
 
 def test_the_sample_is_there():
-    folder = resources.files("kvfold") / "sample"
+    folder = resources.files("kvfold") / "assets" / "sample"
     novel = (folder / "persuasion.txt").read_text(encoding="ascii")
     assert novel.startswith("Chapter 1\n\nSir Walter Elliot")
     assert 200_000 < len(novel) < 400_000

@@ -23,7 +23,7 @@ from kvfold.data.windows import text_windows
 from kvfold.eval.folding import folded, method_about, method_layouts
 from kvfold.eval.progress import Report, silent
 from kvfold.eval.reading import entry_bytes, kept_shares
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 
 _WARM_UP_TOKENS = 4

@@ -14,7 +14,7 @@ from kvfold.bench.held import looks
 from kvfold.eval.folding import folded_cache, method_about, method_layouts
 from kvfold.eval.progress import Report, silent
 from kvfold.eval.reading import entry_bytes, kept_shares
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.specs.base import TimeSpec
 from kvfold.specs.dmc import DMCSpec

@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 
 from kvfold.eval.folding import method_about
 from kvfold.eval.progress import Report, silent
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.gates import GateConfig
 from kvfold.train.calibrate import shift_gates

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.ops.attention import dense_attention
 from kvfold.ops.gating import Gates, first_real, from_next, real_first, reordered
 from kvfold.ops.key_bias import key_bias_attention

@@ -16,8 +16,8 @@ from kvfold.cache.attend import CallView, StepView
 from kvfold.cache.store import Store
 from kvfold.cache.usage import Usage, usage_of
 from kvfold.cache.views import KVView
-from kvfold.layout import KVLayout
-from kvfold.planner import PAGE_SLOTS
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import PAGE_SLOTS
 
 
 class _LayerFace(CacheLayerMixin):

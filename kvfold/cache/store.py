@@ -13,8 +13,8 @@ from torch import Tensor
 from kvfold.cache.bank import Bank
 from kvfold.cache.pages import CacheFull, pages_for
 from kvfold.cache.pool import PageClass, PagePool
-from kvfold.layout import KVLayout
-from kvfold.planner import (
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import (
     LENGTH_BYTES,
     PAGE_OVERHEAD_BYTES,
     PAGE_SLOTS,
@@ -24,7 +24,7 @@ from kvfold.planner import (
     page_class,
     page_classes,
 )
-from kvfold.planner import PageClass as PlannedClass
+from kvfold.layout.planner import PageClass as PlannedClass
 
 TABLE_BYTES = PAGE_OVERHEAD_BYTES - 8
 """Of the overhead of a page, what is for tables: all but its reference count and its entry in the free list."""

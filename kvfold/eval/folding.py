@@ -7,7 +7,7 @@ import torch
 
 from kvfold.cache.hf import FoldCache
 from kvfold.eval.protocol import CALL_TOKENS
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.policies.registry import policy_of
 

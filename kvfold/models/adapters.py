@@ -75,7 +75,7 @@ class AdapterAbout:
 def adapter_folder(name: str | Path) -> Path:
     """The folder of an adapter; one that is not there may be the name of an adapter that comes with kvfold."""
     folder = Path(name)
-    bundled = Path(__file__).parents[1] / "adapters" / folder
+    bundled = Path(__file__).parents[1] / "assets" / "adapters" / folder
     return bundled if not folder.exists() and len(folder.parts) == 1 and bundled.is_dir() else folder
 
 

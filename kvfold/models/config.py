@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 """The attention types, in transformers' words."""

@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from kvfold.cache.dense import DenseView
 from kvfold.cache.hf import FoldCache
 from kvfold.cache.views import KVView
+from kvfold.layout.planner import PAGE_SLOTS
 from kvfold.models.blocks import FoldLayer, FoldRMSNorm
 from kvfold.models.config import FoldConfig
 from kvfold.models.gated import FoldCausalLMOutput, FoldOutput, GatedDecoder, GatedModel, joined
@@ -26,7 +27,6 @@ from kvfold.models.rope import Rope
 from kvfold.models.sharing import SharingDecoder, SharingModel
 from kvfold.ops.linear import SkinnyLinear
 from kvfold.ops.rotation import Rotation
-from kvfold.planner import PAGE_SLOTS
 
 
 class FoldPreTrainedModel(PreTrainedModel):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.ops.gating import Gates, hard_alpha, soft_alpha
 from kvfold.specs.base import TimeSpec
 

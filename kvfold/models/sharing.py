@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 
 
 class SharingDecoder:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kvfold.eval.scoring import next_token_logits
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.train.data import TrainingOrder
 from kvfold.train.draws import drawn_layout
 from kvfold.train.loop import OnStep, StepTrainer

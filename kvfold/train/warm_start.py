@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvfold.cache.dense import DenseView
 from kvfold.eval.progress import Report, silent
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.gates import GateConfig
 from kvfold.ops.gating import Gates

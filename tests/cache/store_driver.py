@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvfold.cache.hf import FoldCache
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.ops.rotation import Rotation
 from slow_cache import Method, SlowCache
 

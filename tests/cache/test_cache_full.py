@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kvfold.cache.pages import CacheFull
-from kvfold.layout import KVLayout
-from kvfold.planner import Plan, layout_bytes
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import Plan, layout_bytes
 from store_driver import (
     TIMES,
     Face,

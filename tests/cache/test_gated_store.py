@@ -7,9 +7,17 @@ import torch
 
 from kvfold.cache.hf import FoldCache
 from kvfold.cache.pages import CacheFull
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import (
+    LENGTH_BYTES,
+    PAGE_OVERHEAD_BYTES,
+    ROW_BYTES,
+    layout_bytes,
+    page_bytes,
+    page_class,
+    plan,
+)
 from kvfold.ops.gating import STAY_NEVER, Gates
-from kvfold.planner import LENGTH_BYTES, PAGE_OVERHEAD_BYTES, ROW_BYTES, layout_bytes, page_bytes, page_class, plan
 
 HEADS, DIM, SLOTS = 2, 8, 4
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvfold.cache.hf import FoldCache
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from store_driver import draw, feed
 
 

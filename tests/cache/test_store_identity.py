@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from kvfold.cache.dense import DenseView
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.ops.rotation import Rotation
 from store_driver import SCALE, Draw, assert_real_close, draw, face_of, feed, feed_cut, new_cache, shared, with_sizes
 

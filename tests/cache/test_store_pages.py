@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from kvfold.cache.pages import CacheFull, PageBook
 from kvfold.cache.usage import usage_of
-from kvfold.layout import KVLayout
-from kvfold.planner import layout_bytes
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import layout_bytes
 from store_driver import (
     TIMES,
     Face,

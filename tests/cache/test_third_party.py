@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kvfold.cache.pages import CacheFull
-from kvfold.layout import KVLayout
-from kvfold.planner import layout_bytes
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import layout_bytes
 from kvfold.policies import registry as policy_registry
 from kvfold.specs import registry as spec_registry
 from kvfold.specs.registry import parse_time

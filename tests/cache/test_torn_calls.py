@@ -5,7 +5,7 @@ what was freed.
 import pytest
 import torch
 
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from store_driver import TIMES, Face, assert_real_close, check_books, draw, face_of, feed, feed_cut, new_cache, shared
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kvfold.layout import KVLayout
-from kvfold.planner import layout_bytes
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import layout_bytes
 from kvfold.policies import registry as policy_registry
 from kvfold.policies.base import Policy
 from kvfold.specs import registry as spec_registry

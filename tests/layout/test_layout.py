@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvfold.layout import KVLayout, LayerKV
+from kvfold.layout.kvlayout import KVLayout, LayerKV
 from kvfold.specs.bits import BitsSpec
 from kvfold.specs.full import FullSpec
 from kvfold.specs.registry import parse_time

@@ -8,7 +8,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfold.layout import KVLayout, LayerKV
+from kvfold.layout.kvlayout import KVLayout, LayerKV
 from kvfold.specs.bits import BitsSpec
 from kvfold.specs.registry import parse_time
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kvfold
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.gates import GateCall, GateConfig

@@ -7,7 +7,7 @@ fits, and against their definition, for the same patterns, in tests/cache/test_s
 import pytest
 import torch
 
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.gates import GateConfig

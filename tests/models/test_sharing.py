@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kvfold.layout import KVLayout
-from kvfold.models.convert import Conversion, converted_model, new_config
+from kvfold.convert.conversion import Conversion, converted_model, new_config
+from kvfold.layout.kvlayout import KVLayout
 from tiny_model import tiny_model
 
 IDS = torch.arange(2 * 12).view(2, 12) % 50

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.adapters import Base, apply_adapter, read_adapter
 from kvfold.models.load import load
 from kvfold.train.results import write_trained

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from kvfold.layout import KVLayout
-from kvfold.planner import PAGE_SLOTS, plan
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import PAGE_SLOTS, plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

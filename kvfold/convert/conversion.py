@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvfold.layout import KVLayout
+from kvfold.convert.export import export_model, family_config
+from kvfold.convert.fitted import Fit, Report, fit
+from kvfold.convert.heads import like_heads_together, merge_heads, reorder_heads
+from kvfold.convert.layers import average_groups, drop_readers
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.checkpoint_files import check_folder, write_model
 from kvfold.models.config import FoldConfig
-from kvfold.models.convert_heads import like_heads_together, merge_heads, reorder_heads
-from kvfold.models.convert_layers import average_groups, drop_readers
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.export import export_model, family_config
-from kvfold.models.fitted import Fit, Report, fit
 from kvfold.models.load import check_runnable, load, load_config
 from kvfold.models.source import find_source
 from kvfold.specs.names import unknown_name

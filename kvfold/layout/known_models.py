@@ -6,7 +6,7 @@ Figures are those of the models' own config.json, and for the CLA family those o
 from dataclasses import dataclass
 from typing import Any
 
-from kvfold.patterns import PATTERNS
+from kvfold.layout.patterns import PATTERNS
 
 # name: model type, layers, hidden size, query heads, kv heads, head dim, context, then what only some models have
 _SHAPES: dict[str, tuple] = {

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfold.exchange import GRAMMARS, read_sharing, read_sliding, write_sharing
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.sharing_formats import GRAMMARS, read_sharing, read_sliding, write_sharing
 
 
 @st.composite

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfold.layout import KVLayout
-from kvfold.planner import (
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import (
     LENGTH_BYTES,
     PAGE_OVERHEAD_BYTES,
     PAGE_SLOTS,

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kvfold.convert.fitted_group import Part, fit_keys, fit_values, matching_order, put_in_order
+from kvfold.convert.fitted_queries import refit_queries
+from kvfold.convert.fitted_state import FitState, fingerprint_of
+from kvfold.convert.fitted_streams import Streams
+from kvfold.convert.layer_halves import Half, feed_half, stream_behind, wanted_raw
+from kvfold.convert.least_squares import LeastSquares
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.fitted_group import Part, fit_keys, fit_values, matching_order, put_in_order
-from kvfold.models.fitted_queries import refit_queries
-from kvfold.models.fitted_state import FitState, fingerprint_of
-from kvfold.models.fitted_streams import Streams
-from kvfold.models.layer_halves import Half, feed_half, stream_behind, wanted_raw
-from kvfold.models.least_squares import LeastSquares
 
 Report = Callable[[str, int, int], None]
 """Takes what is being done, how much of it is done, and how much there is."""

@@ -1,15 +1,15 @@
 """KVLayout, who keeps what: which layers own keys and values, how many heads, what each owner keeps, how it is stored.
 
 The noun that every other room turns on. It moves no bytes and knows no model family; it is frozen, checked, and writes
-itself into a checkpoint's config.json. Owner maps by name live in patterns.py, other projects' grammars in exchange.py.
+itself into a checkpoint's config.json. Owner maps by name live in patterns.py, other projects' grammars in sharing_formats.py.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar
 
-from kvfold.owner_text import join_per_owner, most_common, split_per_owner
-from kvfold.patterns import check_owners, owner_map, pattern_text
+from kvfold.layout.patterns import check_owners, owner_map, pattern_text
+from kvfold.layout.per_layer import join_per_owner, most_common, split_per_owner
 from kvfold.specs.base import TimeSpec
 from kvfold.specs.bits import BitsSpec
 from kvfold.specs.budget import Budget

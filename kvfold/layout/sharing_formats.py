@@ -12,8 +12,8 @@ A config is read as a dict and never through transformers, which refuses some of
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kvfold.layout import KVLayout
-from kvfold.patterns import OwnerMap, explicit_text, trailing
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.patterns import OwnerMap, explicit_text, trailing
 from kvfold.specs.names import unknown_name
 
 

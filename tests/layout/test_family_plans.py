@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvfold.raw_config import config_layout
+from kvfold.layout.hf_config import config_layout
 
 transformers = pytest.importorskip("transformers")
 

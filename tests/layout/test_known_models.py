@@ -2,8 +2,8 @@
 
 import pytest
 
-from kvfold.known_models import CLA_ROWS, KNOWN_MODELS
-from kvfold.planner import plan
+from kvfold.layout.known_models import CLA_ROWS, KNOWN_MODELS
+from kvfold.layout.planner import plan
 
 CLA_TABLE = {  # KV bytes per token at 16 bit, owners: arXiv 2405.12981, table 1
     "cla-1b-h128-mha": (163840, 20),

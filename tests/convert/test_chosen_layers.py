@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvfold.convert.chosen_layers import cheapest_owners, check_choice, chosen_layers, group_costs, layer_kinds
+from kvfold.convert.conversion import Conversion, converted_model, new_config
+from kvfold.convert.fitted import Fit, do_layer
+from kvfold.convert.fitted_streams import Streams
 from kvfold.eval import chosen_layers as subject
-from kvfold.eval.chosen_layers import cheapest_owners, check_choice, chosen_layers, group_costs, layer_kinds
-from kvfold.layout import KVLayout
-from kvfold.models.convert import Conversion, converted_model, new_config
-from kvfold.models.fitted import Fit, do_layer
-from kvfold.models.fitted_streams import Streams
+from kvfold.layout.kvlayout import KVLayout
 from tiny_model import tiny_model
 
 IDS = torch.randint(5, 90, (12, 40), generator=torch.Generator().manual_seed(0))

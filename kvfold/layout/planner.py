@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from kvfold.layout import KVLayout
-from kvfold.raw_config import base_layout, config_layout, model_tokens, read_config, value_bytes
+from kvfold.layout.hf_config import base_layout, config_layout, model_tokens, read_config, value_bytes
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.specs.base import TimeSpec
 from kvfold.specs.bits import Storage, storage_bytes
 

@@ -6,9 +6,9 @@ Everything here works on a state dict in place, one tensor at a time in fp32. Le
 import torch
 from torch import Tensor
 
-from kvfold.layout import KVLayout
+from kvfold.convert.heads import Weights, attention_name, divided, gain_of
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.config import FoldConfig
-from kvfold.models.convert_heads import Weights, attention_name, divided, gain_of
 
 _KV_PARTS = (
     *("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"),

@@ -11,9 +11,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from kvfold.exchange import read_sharing, read_sliding
-from kvfold.known_models import KNOWN_MODELS
-from kvfold.layout import KVLayout
+from kvfold.layout.known_models import KNOWN_MODELS
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.sharing_formats import read_sharing, read_sliding
 from kvfold.specs.names import unknown_name
 
 Config = Mapping[str, Any]

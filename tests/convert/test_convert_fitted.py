@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kvfold.models.convert import Conversion, convert, converted_model, new_config
+from kvfold.convert.conversion import Conversion, convert, converted_model, new_config
+from kvfold.convert.fitted import Fit, fit, held_places
+from kvfold.convert.least_squares import LeastSquares
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.fitted import Fit, fit, held_places
-from kvfold.models.least_squares import LeastSquares
 
 FAMILIES = [
     "llama",

@@ -3,7 +3,7 @@
 import pytest
 
 from byte_tokenizer import byte_tokenizer
-from kvfold.models.calibration import calibration_windows
+from kvfold.convert.calibration import calibration_windows
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
+from kvfold.convert.least_squares import LeastSquares
 from kvfold.models.config import FoldConfig
-from kvfold.models.least_squares import LeastSquares
 from kvfold.ops.rotation import Rotation
 
 _PREDICTION_RIDGE = 1e-4

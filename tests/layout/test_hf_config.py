@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvfold.layout import KVLayout
-from kvfold.planner import plan
-from kvfold.raw_config import base_layout, config_layout, value_bytes
+from kvfold.layout.hf_config import base_layout, config_layout, value_bytes
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import plan
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 6, "hidden_size": 64, "num_attention_heads": 4}
 

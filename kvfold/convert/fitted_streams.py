@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from kvfold.cache.dense import DenseView
-from kvfold.layout import KVLayout
+from kvfold.convert.fitted_group import GroupSums
+from kvfold.convert.layer_halves import Half, attention_half, run_until
+from kvfold.convert.least_squares import LeastSquares
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.fitted_group import GroupSums
-from kvfold.models.layer_halves import Half, attention_half, run_until
-from kvfold.models.least_squares import LeastSquares
 from kvfold.models.rope import Rope
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvfold.layout import KVLayout
-from kvfold.models.convert import Conversion, convert, converted_model, new_config
-from kvfold.models.convert_heads import attention_name
+from kvfold.convert.conversion import Conversion, convert, converted_model, new_config
+from kvfold.convert.heads import attention_name
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.load import load
 from model_driver import CLOSE, GREEDY
@@ -61,7 +61,7 @@ def test_the_same_layout_changes_nothing(family, pair, ids):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_heads_put_in_another_order_compute_the_same(family, pair, ids):
-    from kvfold.models.convert_heads import reorder_heads
+    from kvfold.convert.heads import reorder_heads
 
     ours, _ = pair(family, **(FAMILIES[family] | HEADS))
     weights = dict(ours.state_dict())
@@ -73,7 +73,7 @@ def test_heads_put_in_another_order_compute_the_same(family, pair, ids):
 
 
 def test_heads_of_a_shared_layout_put_in_another_order_compute_the_same(pair, ids):
-    from kvfold.models.convert_heads import reorder_heads
+    from kvfold.convert.heads import reorder_heads
 
     shared = turned_into(pair("qwen3", **HEADS, head_dim=32)[0], layers="cla2")
     weights, expected = dict(shared.state_dict()), logits(shared, ids)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from kvfold.convert.conversion import Conversion, convert
 from kvfold.models import checkpoint_files
-from kvfold.models.convert import Conversion, convert
 from kvfold.models.load import load
 
 

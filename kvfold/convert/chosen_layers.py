@@ -1,7 +1,7 @@
 """Which layers may share keys and values at the least cost: every group of neighbours is measured by itself, and those are
 put together that lose least in all.
 
-A group's cost is what the model loses when that group alone shares, its weights fitted (see `kvfold.models.fitted`; not its
+A group's cost is what the model loses when that group alone shares, its weights fitted (see `kvfold.convert.fitted`; not its
 feed-forward blocks, for speed): KL from the model as it is, in nats, on windows that nothing was fitted on. Costs are taken
 to add up. They do not quite: each group is measured below and above layers that still have everything.
 
@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvfold.convert.conversion import Conversion, converted_model, new_config
+from kvfold.convert.fitted import Fit, Report, do_layer
+from kvfold.convert.fitted_state import fingerprint_of
+from kvfold.convert.fitted_streams import Streams
 from kvfold.eval.scoring import score
+from kvfold.layout.patterns import explicit_text
 from kvfold.models.config import FoldConfig
-from kvfold.models.convert import Conversion, converted_model, new_config
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.fitted import Fit, Report, do_layer
-from kvfold.models.fitted_state import fingerprint_of
-from kvfold.models.fitted_streams import Streams
 from kvfold.models.rope import Rope
-from kvfold.patterns import explicit_text
 
 Group = tuple[int, ...]
 """Layers that share, ascending; the first is the owner."""

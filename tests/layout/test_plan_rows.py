@@ -2,8 +2,8 @@
 
 import pytest
 
-from kvfold.plan_rows import plan_rows
-from kvfold.planner import plan
+from kvfold.layout.plan_rows import plan_rows
+from kvfold.layout.planner import plan
 
 
 def test_each_axis_alone_and_all_together():
