@@ -16,6 +16,7 @@ from kvfold.cli_model import (
     Bits,
     Device,
     Dtype,
+    Gates,
     Json,
     Model,
     Out,
@@ -111,6 +112,7 @@ def generate(
     time: Time = None,
     bits: Bits = None,
     adapter: Adapter = None,
+    gates: Gates = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: Json = False,
@@ -123,7 +125,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise ValueError("an empty prompt: give some text to go on from")
-    weights, tokenizer = load_model(model, time, bits, adapter, dtype, device)
+    weights, tokenizer = load_model(model, time, bits, adapter, dtype, device, gates)
     inputs = tokenizer(text, return_tensors="pt").to(weights.device)
     length, most = inputs["input_ids"].shape[1], weights.config.max_position_embeddings
     if length + max_new_tokens > most:
@@ -191,6 +193,7 @@ def bench_decoding(
     out: Out = None,
     bits: Bits = None,
     adapter: Adapter = None,
+    gates: Gates = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: Json = False,
@@ -212,7 +215,7 @@ def bench_decoding(
         if batch is None
         else (Point(name=f"{batch} x ({prompt} + {new})", batch=batch, prompt_tokens=prompt, new_tokens=new),)
     )
-    ours, tokenizer = load_model(model, None, bits, adapter, dtype, device)
+    ours, tokenizer = load_model(model, None, bits, adapter, dtype, device, gates, time or ())
     theirs = None if peers == "none" else load_theirs(model, dtype=ours.dtype, device=ours.device)
     with progress() as report:
         result = bench_decode(

@@ -17,12 +17,12 @@ from kvfold.convert.fitted import Fit, Report, fit
 from kvfold.convert.heads import like_heads_together, merge_heads, reorder_heads
 from kvfold.convert.layers import average_groups, drop_readers
 from kvfold.layout.kvlayout import KVLayout
+from kvfold.methods.names import unknown_name
 from kvfold.models.checkpoint_files import check_folder, write_model
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.load import check_runnable, load, load_config
 from kvfold.models.source import find_source
-from kvfold.specs.names import unknown_name
 
 INITS = ("mean", "drop", "fitted")
 TARGETS = ("kvfold", "transformers")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kvfold.cache.dense import DenseView
+from kvfold.cache.training import TrainingView
 from kvfold.convert.fitted_group import GroupSums
 from kvfold.convert.layer_halves import Half, attention_half, run_until
 from kvfold.convert.least_squares import LeastSquares
@@ -34,7 +34,7 @@ class Streams:
         rope, positions = Rope(self.config), torch.arange(ids_WT.shape[1], device=original.device)[None]
         self.rotations = rope.rotations(positions, torch.float32, continued=False)
         self.rotation_groups = rope.group_of
-        self._views: dict[int, list[DenseView]] = {}
+        self._views: dict[int, list[TrainingView]] = {}
 
     @property
     def config(self) -> FoldConfig:
@@ -118,12 +118,12 @@ class Streams:
         source, seen = run_until(own.v_proj, run, {"q": own.q_proj, "k": own.k_proj})
         return seen["q"][1], seen["k"][1], own.v_proj(source)
 
-    def _their_view(self) -> DenseView:
+    def _their_view(self) -> TrainingView:
         return self._view(self.original.config.layout)
 
-    def _view(self, layout: KVLayout) -> DenseView:
+    def _view(self, layout: KVLayout) -> TrainingView:
         scale = self.config.head_dim**-0.5 if self.config.attention_scale is None else self.config.attention_scale
-        return DenseView(layout.base(), real_BT=None, scale=scale, softcap=self.config.attention_softcap)
+        return TrainingView(layout.base(), real_BT=None, scale=scale, softcap=self.config.attention_softcap)
 
 
 def _layer_call(layer: nn.Module, *args: object):

@@ -14,7 +14,7 @@ from typing import Any
 from kvfold.layout.known_models import KNOWN_MODELS
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.sharing_formats import read_sharing, read_sliding
-from kvfold.specs.names import unknown_name
+from kvfold.methods.names import unknown_name
 
 Config = Mapping[str, Any]
 

@@ -10,19 +10,19 @@ from typing import Any, Self, TypeVar
 
 from kvfold.layout.patterns import check_owners, owner_map, pattern_text
 from kvfold.layout.per_layer import join_per_owner, most_common, split_per_owner
-from kvfold.specs.base import TimeSpec
-from kvfold.specs.bits import BitsSpec
-from kvfold.specs.budget import Budget
-from kvfold.specs.full import FullSpec
-from kvfold.specs.registry import parse_time
-from kvfold.specs.window import WindowSpec
+from kvfold.methods.base import Method
+from kvfold.methods.bits import BitsSpec
+from kvfold.methods.budget import Budget
+from kvfold.methods.full import Full
+from kvfold.methods.registry import parse_time
+from kvfold.methods.window import Window
 
 FORMAT = 1
 """Version of the JSON form."""
 
-FULL, MODEL_BITS = FullSpec(), BitsSpec()
+FULL, MODEL_BITS = Full(), BitsSpec()
 
-Spec = TypeVar("Spec", TimeSpec, BitsSpec)
+Spec = TypeVar("Spec", Method, BitsSpec)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ class KVLayout:
 
     layers: tuple[LayerKV, ...]
     """One per decoder layer, from the bottom up."""
-    time: tuple[TimeSpec, ...]
+    time: tuple[Method, ...]
     """One per owner, owners ascending: what was asked for. What is in force stands in `time_of`."""
     bits: tuple[BitsSpec, ...]
     """One per owner, owners ascending."""
@@ -66,7 +66,7 @@ class KVLayout:
     """Layers that store keys and values, ascending. Derived from `layers`."""
     _place: dict[int, int] = field(init=False, repr=False, compare=False)
     _readers: dict[int, tuple[int, ...]] = field(init=False, repr=False, compare=False)
-    _in_force: dict[int, TimeSpec] = field(init=False, repr=False, compare=False)
+    _in_force: dict[int, Method] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -132,7 +132,7 @@ class KVLayout:
         """The owner's place among the owners."""
         return self._place[owner]
 
-    def time_of(self, owner: int) -> TimeSpec:
+    def time_of(self, owner: int) -> Method:
         """The time spec in force: of a sliding owner that was asked for nothing, its own window without sinks."""
         return self._in_force[owner]
 
@@ -264,7 +264,7 @@ class KVLayout:
         return None if rest is None else parse(rest), named
 
 
-def _in_force(spec: TimeSpec, window: int | None) -> TimeSpec:
+def _in_force(spec: Method, window: int | None) -> Method:
     if window is not None and spec == FULL:
-        return WindowSpec(recent=Budget(fixed=window), sinks=0)
+        return Window(recent=Budget(fixed=window), sinks=0)
     return spec

@@ -9,7 +9,7 @@ number of layers.
 import re
 from collections.abc import Callable, Hashable, Sequence
 
-from kvfold.specs.names import unknown_name
+from kvfold.methods.names import unknown_name
 
 OwnerMap = tuple[int, ...]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from kvfold.layout.hf_config import base_layout, config_layout, model_tokens, read_config, value_bytes
 from kvfold.layout.kvlayout import KVLayout
-from kvfold.specs.base import TimeSpec
-from kvfold.specs.bits import Storage, storage_bytes
+from kvfold.methods.base import DTYPE_BYTES, Method
+from kvfold.methods.bits import Storage, storage_bytes
 
 PAGE_SLOTS = 16
 """Entries in a page, unless a store is told otherwise."""
@@ -24,9 +24,9 @@ PAGE_OVERHEAD_BYTES = 40
 """For each page held: its reference count, its entry in the free list, and eight in the block tables (which are
 rectangular, so that uneven rows and heads leave gaps), int32 each."""
 LENGTH_BYTES = 4
-"""Length of one lane (a row's entries of one owner and kv head), int32."""
-ROW_BYTES = 8
-"""Tokens seen by one row, int64."""
+"""Length of one KV stream (a sequence's entries of one owner and kv head), int32."""
+SEQUENCE_BYTES = 8
+"""Tokens seen by one sequence, int64."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,13 +47,23 @@ def page_class(layout: KVLayout, owner: int) -> PageClass:
     return PageClass(head_dim=layout.layers[owner].head_dim, k=bits.k, v=bits.v)
 
 
-def page_classes(layout: KVLayout) -> dict[PageClass, int]:
-    """Every page class of a layout with its per-slot state in bytes: that of its most demanding owner."""
-    states: dict[PageClass, int] = {}
+def slot_arrays(layout: KVLayout) -> dict[PageClass, dict[str, str]]:
+    """Every page class of a layout with what its owners' methods keep with each slot: name -> dtype."""
+    found: dict[PageClass, dict[str, str]] = {}
     for owner in layout.owners:
-        one = page_class(layout, owner)
-        states[one] = max(states.get(one, 0), layout.time_of(owner).slot_state_bytes)
-    return states
+        arrays = found.setdefault(page_class(layout, owner), {})
+        for name, dtype in layout.time_of(owner).slot_arrays.items():
+            if arrays.setdefault(name, dtype) != dtype:
+                raise ValueError(
+                    f"time '{layout.time_text()}': two methods keep '{name}' with each entry, as {arrays[name]} and as {dtype}: "
+                    "use one of them"
+                )
+    return found
+
+
+def page_classes(layout: KVLayout) -> dict[PageClass, int]:
+    """Every page class of a layout with its per-slot state in bytes."""
+    return {one: sum(DTYPE_BYTES[dtype] for dtype in arrays.values()) for one, arrays in slot_arrays(layout).items()}
 
 
 def page_bytes(one: PageClass, slots: int, *, model_bytes: int, slot_state_bytes: int) -> int:
@@ -74,23 +84,23 @@ def layout_bytes(
     `model_bytes` = one number in the model's dtype. `compression`: of learned methods; None = the most they may hold.
     """
     states = page_classes(layout)
-    lanes = Counter()
+    streams = Counter()
     for owner in layout.owners:
-        lanes[layout.time_of(owner), page_class(layout, owner)] += layout.layers[owner].num_kv_heads
+        streams[layout.time_of(owner), page_class(layout, owner)] += layout.layers[owner].num_kv_heads
     rows = Counter(seen_tokens)
-    total = ROW_BYTES * sum(rows.values())
-    for (spec, one), num_lanes in lanes.items():
+    total = SEQUENCE_BYTES * sum(rows.values())
+    for (method, one), num_streams in streams.items():
         page = page_bytes(one, page_slots, model_bytes=model_bytes, slot_state_bytes=states[one])
-        lane = LENGTH_BYTES + spec.lane_state_bytes(one.head_dim)
-        total += num_lanes * sum(
-            num_rows * (lane + page * -(-_kept(spec, seen, compression) // page_slots))
+        stream = LENGTH_BYTES + method.stream_state_bytes(one.head_dim)
+        total += num_streams * sum(
+            num_rows * (stream + page * -(-_kept(method, seen, compression) // page_slots))
             for seen, num_rows in rows.items()
         )
     return total
 
 
-def _kept(spec: TimeSpec, seen: int, compression: float | None) -> int:
-    return spec.max_kept(seen) if compression is None else spec.expected_kept(seen, compression)
+def _kept(method: Method, seen: int, compression: float | None) -> int:
+    return method.max_kept(seen) if compression is None else method.expected_kept(seen, compression)
 
 
 def token_bytes(layout: KVLayout, model_bytes: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.patterns import OwnerMap, explicit_text, trailing
-from kvfold.specs.names import unknown_name
+from kvfold.methods.names import unknown_name
 
 
 def read_sharing(config: Mapping[str, Any], plain: KVLayout) -> KVLayout:

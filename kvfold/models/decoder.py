@@ -14,17 +14,19 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
-from kvfold.cache.dense import DenseView
 from kvfold.cache.hf import FoldCache
+from kvfold.cache.training import TrainingView
 from kvfold.cache.views import KVView
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import PAGE_SLOTS
+from kvfold.models.adapters import gates_for_cache
 from kvfold.models.blocks import FoldLayer, FoldRMSNorm
 from kvfold.models.config import FoldConfig
-from kvfold.models.gated import FoldCausalLMOutput, FoldOutput, GatedDecoder, GatedModel, joined
-from kvfold.models.gates import GateCall, GateProjection
+from kvfold.models.gated import FoldCausalLMOutput, FoldOutput, GatedModel, joined, recorded
+from kvfold.models.gates import GateCall, GateNorm, GateProjection, GateSet, gate_table
 from kvfold.models.generation import FoldGeneration
+from kvfold.models.options import PLAIN, CallOptions
 from kvfold.models.rope import Rope
-from kvfold.models.sharing import SharingDecoder, SharingModel
 from kvfold.ops.linear import SkinnyLinear
 from kvfold.ops.rotation import Rotation
 
@@ -39,31 +41,46 @@ class FoldPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["FoldLayer"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["fold_norm", "fold_proj"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, FoldRMSNorm) and module.offset:
-            init.zeros_(module.weight)
+        if isinstance(module, FoldRMSNorm | GateNorm):
+            (init.zeros_ if module.offset else init.ones_)(module.weight)
         if isinstance(module, GateProjection):
             init.zeros_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
 
-    def new_cache(self, rows: int, memory_bytes: int | None = None, page_slots: int = PAGE_SLOTS) -> FoldCache:
+    def new_cache(
+        self, rows: int, *, time: str | None = None, bits: str | None = None, gates: str | GateSet | None = None,
+        memory_bytes: int | None = None, page_slots: int = PAGE_SLOTS,
+    ) -> FoldCache:  # fmt: skip
         """An empty cache for `rows` texts, a transformers `Cache`. With `memory_bytes` it reserves that much at once and never
         takes more; without, it grows.
+
+        `time` and `bits` hold for this cache alone, in place of the config's. `gates`: what decides under a learned method:
+        None = the model's own, an adapter's folder or name, a `GateSet`, or `channel` = the published freed channel.
+        Raises `ValueError` for a learned method without gates.
         """
+        layout = self.config.layout
+        layout = layout if time is None else layout.with_time(time)
+        layout = layout if bits is None else layout.with_bits(bits)
+        found = gates_for_cache(self, gates, layout)
         return FoldCache(
-            self.config.layout,
+            layout,
             dtype=self.dtype,
             device=self.device,
             rows=rows,
             memory_bytes=memory_bytes,
             page_slots=page_slots,
             base_layout=self.config.base_layout,
+            gates=found,
         )
 
 
-class FoldModel(FoldPreTrainedModel, GatedDecoder, SharingDecoder):
+class FoldModel(FoldPreTrainedModel):
     """The decoder without its head."""
 
     def __init__(self, config: FoldConfig):
@@ -88,21 +105,30 @@ class FoldModel(FoldPreTrainedModel, GatedDecoder, SharingDecoder):
         output_hidden_states: bool | None = None,
         noise_key: Tensor | None = None,
         output_decisions: bool = False,
+        options: CallOptions | None = None,
     ) -> FoldOutput:
         """The residual stream after the last norm, [B, T, C]. `attention_mask` is [B, columns], 0 at padding; its last T columns
         are this call's. `position_ids` rules rotary positions only: order and windows follow the real tokens.
-        `noise_key`, int64 [B]: in training, decisions get noise that depends on it alone. `output_decisions`: tell what
-        the gates said.
+        `noise_key`, int64 [B]: in training, decisions get noise that depends on it alone. `output_decisions`: return what
+        the gates decided. `options`: whatever else this call asks for.
         """
+        options = options or PLAIN
         hidden = self._embedded(input_ids, inputs_embeds)
         rows, tokens = hidden.shape[:2]
         real = _real_tokens(attention_mask, rows, tokens)
-        cache = self._cache_of(past_key_values, use_cache, rows)
+        cache = self._cache_of(past_key_values, use_cache, rows, options)
         self._check_layout()
         # A wrong number of rows is the cache's to refuse.
         begun = cache is not None and cache.columns > 0 and cache.batch_size == rows
         rotations = self._rotations(position_ids, real, cache.seen_tokens if begun else None, hidden)
-        run = partial(self._run, cache=cache, noise_key=noise_key, tells=output_decisions, keep=output_hidden_states)
+        run = partial(
+            self._run,
+            cache=cache,
+            options=options,
+            noise_key=noise_key,
+            records=output_decisions,
+            keep=output_hidden_states,
+        )
         if cache is None:
             output = run(hidden, real, rotations)
         else:
@@ -115,20 +141,42 @@ class FoldModel(FoldPreTrainedModel, GatedDecoder, SharingDecoder):
 
     def _run(
         self, hidden: Tensor, real: Tensor | None, rotations: list[Rotation | None], *, cache: FoldCache | None,
-        noise_key: Tensor | None, tells: bool, keep: bool | None,
+        options: CallOptions, noise_key: Tensor | None, records: bool, keep: bool | None,
     ) -> FoldOutput:  # fmt: skip
         """All layers over one piece of a call."""
-        gates, options = self.gate_call(noise_key, tells), self.attention_options
+        attention = self.attention_options
+        layout = self._training_layout(options) if cache is None else cache.layout
+        gates = self._gate_call(layout, cache, options, noise_key, records)
         if cache is None:
-            view = DenseView(self.dense_layout, real_BT=real, **options)
+            view = TrainingView(layout, real_BT=real, **attention)
             hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
         else:
             # Pages are written in place, so no gradient could pass through them.
-            call = cache.call(real, num_rows=hidden.shape[0], num_tokens=hidden.shape[1], **options)
+            call = cache.call(real, num_rows=hidden.shape[0], num_tokens=hidden.shape[1], **attention)
             with torch.no_grad(), call as view:
                 hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
-        said = self.said(gates) if tells else {}
-        return FoldOutput(last_hidden_state=hidden, past_key_values=cache, hidden_states=states, **said)
+        told = recorded(gates, layout.owners) if records else {}
+        return FoldOutput(last_hidden_state=hidden, past_key_values=cache, hidden_states=states, **told)
+
+    def _gate_call(
+        self, layout: KVLayout, cache: FoldCache | None, options: CallOptions, noise_key: Tensor | None, records: bool
+    ) -> GateCall | None:
+        """How gates behave in a call; None where no layer has anything to do with them."""
+        gate_set = None if cache is None else cache.gates
+        config = self.config.gate_config if gate_set is None else gate_set.config
+        table = gate_table(config, layout, channel_freed=self.config.channel_freed)
+        if table.is_empty:
+            return None
+        return GateCall(
+            table=table, training=self.training, off=options.gates_off, factor=options.channel_factor, records=records,
+            noise_key=noise_key, gate_set=gate_set,
+        )  # fmt: skip
+
+    def _training_layout(self, options: CallOptions) -> KVLayout:
+        """Who reads whom in a call without a cache."""
+        if options.sharing is None:
+            return self.config.layout
+        return self.config.layout.with_owners([one.owner for one in options.sharing.layers])
 
     @property
     def attention_options(self) -> dict[str, float | None]:
@@ -190,10 +238,16 @@ class FoldModel(FoldPreTrainedModel, GatedDecoder, SharingDecoder):
                 "a model's layers are fixed once it is built: use `kvfold convert`"
             )
 
-    def _cache_of(self, given: FoldCache | None, use_cache: bool | None, rows: int) -> FoldCache | None:
+    def _cache_of(
+        self, given: FoldCache | None, use_cache: bool | None, rows: int, options: CallOptions
+    ) -> FoldCache | None:
         """The cache of this call: the one given, a fresh one where one is to come back, or None for the training view."""
-        if self._sharing is not None:
-            return self.refuse_cache(given)
+        if options.sharing is not None:
+            if given is not None:
+                raise ValueError(
+                    "past_key_values while layers share for a while: convert the model, or leave the cache out"
+                )
+            return None
         if given is None:
             self._warn_of_steps()
             wanted = self.config.use_cache if use_cache is None else use_cache
@@ -216,14 +270,14 @@ class FoldModel(FoldPreTrainedModel, GatedDecoder, SharingDecoder):
 
     def _warn_of_steps(self) -> None:
         """Once for training, once for inference: without a cache, methods that drop between calls drop nothing."""
-        steps = sorted({spec.title for spec in self.config.layout.time if spec.state_of == "steps"})
+        steps = sorted({spec.title for spec in self.config.layout.time if not spec.chunk_invariant})
         if steps and self.training not in self._warned:
             self._warned.add(self.training)
             rule = "it is off in training" if self.training else "a call without a cache reads its own tokens whole"
             warnings.warn(f"{' and '.join(steps)} drops tokens between calls: {rule}", stacklevel=3)
 
 
-class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GatedModel, SharingModel, GenerationMixin):
+class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GatedModel, GenerationMixin):
     """The decoder with its language model head."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -248,6 +302,7 @@ class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GatedModel, SharingMo
         output_hidden_states: bool | None = None,
         noise_key: Tensor | None = None,
         output_decisions: bool = False,
+        options: CallOptions | None = None,
         **kwargs,
     ) -> FoldCausalLMOutput:
         """Logits [B, T or fewer, V], and with `labels` the loss. `logits_to_keep`: the last so many (0 = all), or the indices
@@ -265,6 +320,7 @@ class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GatedModel, SharingMo
             output_hidden_states=output_hidden_states,
             noise_key=noise_key,
             output_decisions=output_decisions,
+            options=options,
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

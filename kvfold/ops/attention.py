@@ -20,14 +20,17 @@ def dense_attention(
     scale: float,
     softcap: float | None = None,
     mask: Tensor | None = None,
+    bias_BKE: Tensor | None = None,
 ) -> Tensor:
     """Attention output [B, T, H, D].
+
+    `bias_BKE`: fp32, added to each key's logits after scale and softcap.
 
     `mask`: bool [B or 1, 1 or K, T, E], True = the query sees the key; None = causal, which needs T == E.
     A query that sees nothing must not occur: give it its own key.
     """
-    if softcap is not None:
-        return weighed_attention(q_BTHD, k_BEKD, v_BEKD, scale=scale, softcap=softcap, mask=mask)[0]
+    if softcap is not None or bias_BKE is not None:
+        return weighed_attention(q_BTHD, k_BEKD, v_BEKD, scale=scale, softcap=softcap, mask=mask, bias_BKE=bias_BKE)[0]
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BEKD, v_BEKD))
     grouped = q.shape[1] != k.shape[1]
     if mask is not None and mask.shape[1] not in (1, q.shape[1]):
@@ -47,6 +50,7 @@ def weighed_attention(
     softcap: float | None = None,
     mask: Tensor | None = None,
     weigh_BT: Tensor | None = None,
+    bias_BKE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The plain form: output [B, T, H, D] and the weight each key received [B, K, E] in fp32, summed over the queries
     (those where `weigh_BT` is True) and over the G query heads of the kv head. Mask as in `dense_attention`.
@@ -62,6 +66,8 @@ def weighed_attention(
         logits = (q[:, :, :, start:stop] @ k) * scale
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
+        if bias_BKE is not None:
+            logits = logits + bias_BKE[:, :, None, None]
         seen = _mask_rows(mask, start, stop, entries, q.device)
         weights = logits.masked_fill(~seen.unsqueeze(2), -torch.inf).softmax(dim=-1, dtype=torch.float32)
         counted = weights if weigh_BT is None else weights * weigh_BT[:, None, None, start:stop, None]

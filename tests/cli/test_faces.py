@@ -8,7 +8,7 @@ import typer
 
 from kvfold.cli import app
 
-MODEL_OPTIONS = "--bits --adapter --dtype --device --json"
+MODEL_OPTIONS = "--bits --adapter --gates --dtype --device --json"
 COMMANDS = {
     "plan": "MODEL --layers --heads --time --compression --bits --memory --context --batch --json",
     "convert": "SOURCE OUT --layers --heads --init --calibration --tokens --pair-heads --for --time --bits --dtype "

@@ -214,7 +214,7 @@ def test_a_fit_that_could_not_be_written_is_not_lost(pair, tmp_path, monkeypatch
     def full(*_) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("kvfold.models.convert.write_model", full)
+    monkeypatch.setattr("kvfold.convert.conversion.write_model", full)
     with pytest.raises(OSError, match="no space"):
         convert(tmp_path / "source", tmp_path / "out", Conversion(layers="cla2", init="fitted"), calibration_WT=MANY)
     assert len(list((tmp_path / ".out.fitting").iterdir())) == 4

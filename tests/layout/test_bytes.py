@@ -12,7 +12,7 @@ from kvfold.layout.planner import (
     PAGE_OVERHEAD_BYTES,
     PAGE_SLOTS,
     POSITION_BYTES,
-    ROW_BYTES,
+    SEQUENCE_BYTES,
     PageClass,
     layout_bytes,
     page_bytes,
@@ -43,7 +43,7 @@ def page(slots, k_bytes, v_bytes, state=0):
 
 
 def test_the_terms():
-    assert (PAGE_SLOTS, POSITION_BYTES, PAGE_OVERHEAD_BYTES, LENGTH_BYTES, ROW_BYTES) == (16, 4, 40, 4, 8)
+    assert (PAGE_SLOTS, POSITION_BYTES, PAGE_OVERHEAD_BYTES, LENGTH_BYTES, SEQUENCE_BYTES) == (16, 4, 40, 4, 8)
 
 
 def test_full_attention_by_hand():

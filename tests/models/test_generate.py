@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from kvfold.cache.pages import CacheFull
+from kvfold.cache.allocator import CacheFull
 from kvfold.layout.planner import layout_bytes
 from model_driver import CLOSE, GREEDY, MASK, TEXTS, TIMES, fold, poisoned
 
