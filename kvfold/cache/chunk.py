@@ -5,30 +5,23 @@ only that is written: what a long prompt loses at once never takes a page.
 Letters: B sequences, T columns of the call, S stored, E = S + T entries, H query heads, K kv heads, D head dim.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from kvfold.cache.group import CacheGroup
-from kvfold.cache.store import Store
+from kvfold.cache.store import Batch, Store
 from kvfold.methods.plans import Chunk
 from kvfold.ops.attention import dense_attention, weighed_attention
 from kvfold.ops.gating import Gates
 from kvfold.ops.rotation import Rotation, rotate, rotate_queries
 
-if TYPE_CHECKING:
-    from kvfold.cache.call import Batch
-
 
 class ChunkSegment:
     """Sequences that bring several tokens each."""
 
-    def __init__(self, store: Store, batch: "Batch"):
-        self._layout, self._place_of, self._batch, self._store = store.layout, store.place_of, batch, store
-        self.sequence_B = torch.tensor(batch.sequences, dtype=torch.int64, device=store.device)
-        self.before_B = store.seen[self.sequence_B]
-        self.before = [store.seen_tokens(one) for one in batch.sequences]
+    def __init__(self, store: Store, batch: Batch):
+        self._layout, self._place_of, self._batch = store.layout, store.place_of, batch
+        self.sequence_B, self.before_B, self.before = batch.index_B, batch.position_B, batch.before
         self.padded = batch.real_BT is not None
         self.real_BT = batch.real_BT
         if self.real_BT is None:
@@ -51,7 +44,7 @@ class ChunkSegment:
         owner = self._layout.owner_of(layer)
         group, index = self._place_of[owner]
         if owner == layer:
-            stored = group.most_stored(self._batch.sequences, self.before)
+            stored = max(map(group.most_stored, self._batch.sequences, self._batch.before))
             self._groups[owner] = _OwnerChunk(group, index, self, stored, k_BTKD, v_BTKD, rotation, gates)
         one = self._groups[owner]
         q = rotate_queries(rotation, q_BTHD, None if gates is None else gates.q_keep_HD)

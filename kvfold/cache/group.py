@@ -31,6 +31,8 @@ class CacheGroup:
         self.length = torch.zeros((len(owners), 0, num_kv_heads), dtype=torch.int32, device=pool.device)
         self.tables = BlockTables(len(owners) * num_kv_heads, pool.device, is_bounded=is_bounded)
         self.has_shared = False
+        self.is_gated = method.trained
+        """Whether only gates know what a call will need."""
         self._form = method.stream_state(pool.page_class.head_dim)
         self.state: Tensor | None = None
         """What the method keeps for each stream, [O, R, K, ...]."""
@@ -84,7 +86,8 @@ class CacheGroup:
         """Where the tables of these streams begin in `tables.flat`, int64."""
         _, places, heads = self.length.shape
         owner, rest = id_X // (places * heads), id_X % (places * heads)
-        return self.tables.starts(rest // heads, owner * heads + rest % heads)
+        base, width = self.tables.place_R2[rest // heads].unbind(-1)
+        return base + width * (owner * heads + rest % heads)
 
     def lengths(self, id_X: Tensor) -> Tensor:
         """Entries of these streams, int32."""
@@ -119,7 +122,7 @@ class CacheGroup:
     def stored_positions(self, id_X: Tensor, stored: int) -> Tensor:
         """int32 [..., S], -1 where there is no entry."""
         slot, filled = self.stored_slots(id_X, stored)
-        return self.pool.position.view(-1)[slot].masked_fill(~filled, -1)
+        return self.pool.arrays["position"].view(-1)[slot].masked_fill(~filled, -1)
 
     # -- the verbs -----------------------------------------------------------------------------------------------
 
@@ -245,23 +248,16 @@ class CacheGroup:
 
     # -- what a call may need --------------------------------------------------------------------------------------
 
-    @property
-    def is_gated(self) -> bool:
-        """Whether only gates know what a call will need."""
-        return self.method.trained
-
-    def most_stored(self, sequences: list[int], seen: list[int]) -> int:
-        """Entries of the longest stream of these sequences, at most, where they have seen so many tokens."""
-        if self.is_gated:
-            return max((self._bound[one] for one in sequences), default=0)
-        return max((self.method.max_kept(tokens) for tokens in set(seen)), default=0)
+    def most_stored(self, sequence: int, seen: int, added: int = 0) -> int:
+        """Entries of a sequence's longest stream, at most, where it has seen `seen` tokens, `added` of them in a call that is
+        to come.
+        """
+        return self._bound[sequence] + added if self.is_gated else self.method.max_kept(seen)
 
     def grown(self, sequences: list[int], added: list[int]) -> None:
-        """A call brought so many tokens to each sequence. Where gates decide, the device is asked what became of them after
-        a chunk, and once per page of decoding steps.
+        """Under gates: a call brought so many tokens to each sequence. The device is asked what became of them after a chunk,
+        and once per page of decoding steps.
         """
-        if not self.is_gated:
-            return
         for one, more in zip(sequences, added, strict=True):
             self._bound[one] += more
         self._unasked_steps += 1
@@ -280,6 +276,6 @@ class CacheGroup:
             more = torch.tensor(added, dtype=torch.int64, device=self.length.device)
             total = int(self._pages(self.length[:, sequence_B].long() + more[:, None]).sum())
             bounds = zip(sequences, added, strict=True)
-            return total, {one: pages_for(self._bound[one] + more, slots) for one, more in bounds}
+            return total, {one: pages_for(self.most_stored(one, 0, more), slots) for one, more in bounds}
         each = [pages_for(self.method.max_kept(tokens), slots) for tokens in seen]
         return len(self.owners) * self.num_kv_heads * sum(each), dict(zip(sequences, each, strict=True))

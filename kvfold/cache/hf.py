@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvfold.cache.call import Batch, StoreView
-from kvfold.cache.store import Store
+from kvfold.cache.call import view_of
+from kvfold.cache.decode import DecodeSegment
+from kvfold.cache.store import Batch, Store
 from kvfold.cache.usage import Usage, usage_of
 from kvfold.cache.views import KVView
 from kvfold.layout.kvlayout import KVLayout
@@ -68,6 +69,8 @@ class FoldCache(Cache):
         if rows < 0 or (rows == 0 and memory_bytes is not None):
             raise ValueError(f"rows {rows}: a cache is for 1 row or more: say how many")
         self.layout, self._base_layout, self.gates = layout, base_layout or layout.base(), gates
+        self.gate_table: Any = None
+        """What the model worked out from them for this layout."""
         self.store = Store(
             layout,
             dtype=dtype,
@@ -157,7 +160,8 @@ class FoldCache(Cache):
         """Column ranges of a call, to be run one by one as they come: one, but under learned gates as many as it takes for
         each to fit whatever the gates decide. The last may still meet `CacheFull`; the rows then stand where it begins.
         """
-        self._fit_rows(num_rows)
+        if num_rows != len(self.rows):
+            self._fit_rows(num_rows, num_tokens)
         start = 0
         while start < num_tokens:
             end = num_tokens
@@ -177,17 +181,12 @@ class FoldCache(Cache):
 
         `real_BT`: bool, False at padding; None = no padding. An error inside leaves the rows unusable until `reset`.
         """
-        if num_tokens < 1 or num_rows < 1:
-            raise ValueError(
-                f"a call of {num_rows} rows and {num_tokens} tokens: a call brings 1 or more of each: feed some"
-            )
-        self._fit_rows(num_rows)
+        if num_rows != len(self.rows) or num_tokens < 1:
+            self._fit_rows(num_rows, num_tokens)
         added = [num_tokens] * num_rows if real_BT is None else real_BT.sum(dim=1).tolist()
         self.store.begin(self.rows, added)
-        batch = Batch(
-            sequences=list(self.rows), added=added, real_BT=real_BT, columns=num_tokens, scale=scale, softcap=softcap
-        )
-        view = StoreView(self.store, batch)
+        batch = Batch(self.store, self.rows, added, real_BT, num_tokens, scale=scale, softcap=softcap)
+        view = DecodeSegment(self.store, batch) if num_tokens == 1 == min(added) else view_of(self.store, batch)
         try:
             yield view
             view.close()
@@ -197,9 +196,11 @@ class FoldCache(Cache):
         self.store.commit(self.rows, added)
         self.columns += num_tokens
 
-    def _fit_rows(self, num_rows: int) -> None:
-        if num_rows == len(self.rows):
-            return
+    def _fit_rows(self, num_rows: int, num_tokens: int) -> None:
+        if num_tokens < 1 or num_rows < 1:
+            raise ValueError(
+                f"a call of {num_rows} rows and {num_tokens} tokens: a call brings 1 or more of each: feed some"
+            )
         if self.columns:
             raise ValueError(
                 f"the cache holds {len(self.rows)} rows and the call brings {num_rows}: give it as many rows"

@@ -36,6 +36,30 @@ LONGEST_TEXT = 2**40
 """Tokens; where even these fit, every method has a fixed budget."""
 
 
+class Batch:
+    """What a call brings, and how attention is scaled: made once, read by all layers."""
+
+    def __init__(
+        self, store: "Store", sequences: list[int], added: list[int], real_BT: Tensor | None, columns: int, *, scale: float,
+        softcap: float | None,
+    ):  # fmt: skip
+        """`sequences`: handles of the store, one for each row; `added`: real tokens of each; `real_BT`: bool, False at padding,
+        None = no padding.
+        """
+        self.sequences, self.added, self.real_BT, self.columns = sequences, added, real_BT, columns
+        self.scale, self.softcap = scale, softcap
+        self.before = [store.seen_tokens(one) for one in sequences]
+        self.index_B = torch.tensor(sequences, dtype=torch.int64, device=store.device)
+        self.position_B = store.seen[self.index_B]
+
+    def segment(self, store: "Store", rows: list[int]) -> "Batch":
+        """Some of the rows, as a call of their own."""
+        return Batch(
+            store, [self.sequences[row] for row in rows], [self.added[row] for row in rows],
+            None if self.real_BT is None else self.real_BT[rows], self.columns, scale=self.scale, softcap=self.softcap,
+        )  # fmt: skip
+
+
 class Store:
     """Keys and values of sequences of one model, as its layout says."""
 
@@ -125,6 +149,7 @@ class Store:
             )  # fmt: skip
             groups.append(group)
             place_of.update({owner: (group, index) for index, owner in enumerate(owners)})
+        self.place_of_layer = [place_of[self.layout.owner_of(layer)] for layer in range(self.layout.num_layers)]
         return groups, place_of
 
     def _sequence_bytes(self) -> int:
@@ -227,7 +252,7 @@ class Store:
 
     def fork(self, sequences: Sequence[int]) -> list[int]:
         """New sequences that continue from the same tokens; pages are shared until one side writes."""
-        self._check_usable(sequences)
+        self._refuse_torn(sequences)
         copies = self.new_sequences(len(sequences))
         widths = [
             {copy: group.tables.width[one] for one, copy in zip(sequences, copies, strict=True)}
@@ -303,8 +328,30 @@ class Store:
 
     def begin(self, sequences: Sequence[int], added: Sequence[int]) -> None:
         """Open a call that brings `added` real tokens to each sequence. Raises `CacheFull` with all as it was."""
-        self.drain()
-        self._check_usable(sequences)
+        if self._queued:
+            self.drain()
+        if self._in_call.intersection(sequences):
+            self._refuse_torn(sequences)
+        if not self._surely_fits(sequences, added):
+            self._make_room(sequences, added)
+        self._in_call.update(sequences)
+
+    def _surely_fits(self, sequences: Sequence[int], added: Sequence[int]) -> bool:
+        """Whether a call of one token a sequence finds room in pages and tables at hand, without asking how full they are."""
+        free = {id(pool): pool.book.free for pool in self._pools}
+        for group in self.groups:
+            # Each stream takes a page at the most.
+            free[id(group.pool)] -= len(group.owners) * group.num_kv_heads * len(sequences)
+            narrow = any(
+                group.most_stored(one, self._seen[one] + 1, 1) > group.tables.width[one] * self.page_slots
+                for one in sequences
+            )
+            if narrow or group.has_shared or free[id(group.pool)] < 0:
+                return False
+        return max(added) <= 1
+
+    def _make_room(self, sequences: Sequence[int], added: Sequence[int]) -> None:
+        """Reserve what a call may need, or raise `CacheFull` before anything is written."""
         needed, most = self._needed(sequences, added)
         for pool, pages in zip(self._pools, needed, strict=True):
             pool.book.grown_capacity(pages)
@@ -312,7 +359,6 @@ class Store:
             pool.reserve(pages)
         for group, pages in zip(self.groups, most, strict=True):
             group.tables.widen(pages)
-        self._in_call.update(sequences)
 
     def _needed(self, sequences: Sequence[int], added: Sequence[int]) -> tuple[list[int], list[dict[int, int]]]:
         """Pages that a call may take from each pool, and of each group the pages of each sequence's longest stream after it."""
@@ -332,13 +378,13 @@ class Store:
         """The call is done: its tokens count as seen."""
         for one, more in zip(sequences, added, strict=True):
             self._seen[one] += more
-        index = self._index(sequences)
-        self.seen[index] = self._index([self._seen[one] for one in sequences])
+        self.seen[self._index(sequences)] = self._index([self._seen[one] for one in sequences])
         for group in self.groups:
-            group.grown(list(sequences), list(added))
+            if group.is_gated:
+                group.grown(sequences, added)
         self._in_call.difference_update(sequences)
 
-    def _check_usable(self, sequences: Sequence[int]) -> None:
-        torn = self._in_call.intersection(sequences)
+    def _refuse_torn(self, sequences: Sequence[int]) -> None:
+        torn = sorted(self._in_call.intersection(sequences))
         if torn:
-            raise RuntimeError(f"rows {sorted(torn)} were left half-written by a call that failed: free or reset them")
+            raise RuntimeError(f"rows {torn} were left half-written by a call that failed: free or reset them")

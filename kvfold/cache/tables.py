@@ -27,12 +27,13 @@ class BlockTables:
         self.width: list[int] = []
         """Entries of each stream, by sequence."""
         self._end = 0
-        self._place_R2 = torch.zeros((0, 2), dtype=torch.int64, device=device)
+        self.place_R2 = torch.zeros((0, 2), dtype=torch.int64, device=device)
+        """Base and width of each sequence's block: its table number z starts at base + z * width."""
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the tables and of where they lie."""
-        return self.flat.nbytes + self._place_R2.nbytes
+        return self.flat.nbytes + self.place_R2.nbytes
 
     def bytes_with(self, widths: Mapping[int, int]) -> int:
         """`num_bytes` once these sequences have tables at least so wide."""
@@ -48,7 +49,7 @@ class BlockTables:
         if missing > 0:
             self._base += [0] * missing
             self.width += [0] * missing
-            self._place_R2 = torch.cat((self._place_R2, self._place_R2.new_zeros((missing, 2))))
+            self.place_R2 = torch.cat((self.place_R2, self.place_R2.new_zeros((missing, 2))))
 
     def widen(self, widths: Mapping[int, int]) -> None:
         """Tables at least so wide for these sequences."""
@@ -80,11 +81,6 @@ class BlockTables:
         start, end = self._base[source], self._base[target]
         self.flat[end : end + size] = self.flat[start : start + size]
 
-    def starts(self, sequence_X: Tensor, stream_X: Tensor) -> Tensor:
-        """Where the table of stream number `stream` (0 to Z - 1) of a sequence begins in `flat`, int64; both broadcast."""
-        base, width = self._place_R2[sequence_X].unbind(-1)
-        return base + stream_X * width
-
     @torch.inference_mode(False)
     def _compact(self, grown: Mapping[int, int]) -> None:
         """Lay all blocks side by side in a new array, some of them wider."""
@@ -109,4 +105,4 @@ class BlockTables:
 
     def _tell(self) -> None:
         places = torch.tensor([self._base, self.width], dtype=torch.int64).t()
-        self._place_R2.copy_(places.to(self._device))
+        self.place_R2.copy_(places.to(self._device))

@@ -87,6 +87,8 @@ class Method(ABC):
     """What is kept with each stored entry beyond key, value and position: name -> dtype. `score` holds cumulative attention."""
     bias_array: ClassVar[str | None] = None
     """The slot array that is added to the logit of its entry, after scale and softcap."""
+    places_at_layer: ClassVar[bool] = False
+    """Whether the place of a new token is known only when its owner's layer is reached (a merge), not before."""
     gate_form: ClassVar[GateForm | None] = None
     """The gates of a learned method; None = nothing is learned."""
 

@@ -4,8 +4,13 @@ A share grows with the text, but what was dropped stays dropped. Shares are coun
 machine and every room rounds alike.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +41,10 @@ class Budget:
     def format(self) -> str:
         """`64` or `25%`."""
         return f"{self.fixed}" if self.percent is None else f"{self.percent}%"
+
+    def of(self, seen: Tensor) -> Tensor | int:
+        """`tokens` of many sequences at once, int64."""
+        return self.fixed if self.percent is None else ((self.percent * seen + 99) // 100).clamp(min=1)
 
     def tokens(self, seen: int) -> int:
         """Tokens that may stay after `seen` tokens: the fixed number, or max(1, ceil(percent * seen / 100))."""

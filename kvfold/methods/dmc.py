@@ -34,6 +34,7 @@ class DMC(Method):
     source: ClassVar[str] = "Nawrot et al. 2024, arXiv 2403.09636"
     chunk_invariant: ClassVar[bool] = True
     lossy: ClassVar[bool] = True
+    places_at_layer: ClassVar[bool] = True
     gate_form: ClassVar[GateForm] = GateForm(
         adapter=False, channel_of="key", frees="keys and queries", weighs=True, zero_out=True, source="channel", scale=1.0,
         distils="none",
@@ -103,8 +104,6 @@ class DMC(Method):
 
 class MergedStep(StepPlan):
     """The token is merged into its stream's last entry, or goes behind it, as its gate decides."""
-
-    at_layer = True
 
     def enter(self, owner: int, gates: Gates | None, k_BKD: Tensor, v_BKD: Tensor) -> Entered:
         """The entry with the new token in it."""

@@ -110,8 +110,7 @@ class MarkedStep(StepPlan):
     """The new token goes into the slot of the one that leaves the window marked, or behind the others."""
 
     def __init__(self, method: DMS, streams: Streams):
-        super().__init__(method, streams)
-        self._width = streams.state_X.shape[-1]
+        self.method, self.streams, self._width = method, streams, streams.state_X.shape[-1]
         self._column_B1 = (streams.position_B % self._width)[:, None]
 
     def overwritten(self) -> Tensor:

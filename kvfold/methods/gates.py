@@ -2,7 +2,7 @@
 adapter's. How logits are computed is the model's business (models/gates.py).
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
 from kvfold.methods.base import GateForm
@@ -38,9 +38,12 @@ class GateConfig:
     """The adapter has a bias for each head (always where the family's q, k, v have one)."""
     base_masked: bool = False
     """Trained as LoRA: what the base weights write into the freed channel is masked out; theirs stay as they are."""
+    form: GateForm = field(init=False, repr=False, compare=False)
+    """What the method's gates look like. Derived."""
 
     def __post_init__(self) -> None:
         form = method_class(self.method).gate_form
+        object.__setattr__(self, "form", form)
         if form is None:
             learned = sorted(name for name, method in METHODS.items() if method.gate_form is not None)
             raise ValueError(f"gates of {self.method}: it learns nothing: use gates of {' or '.join(learned)}")
@@ -55,11 +58,6 @@ class GateConfig:
         if not self.tau > 0:
             raise ValueError(f"gates: tau {self.tau}: a temperature is above 0: write e.g. 0.1")
 
-    @property
-    def form(self) -> GateForm:
-        """What the method's gates look like."""
-        return method_class(self.method).gate_form
-
     @classmethod
     def published_channel(cls, method: str) -> Self:
         """The published channel form, for a model whose checkpoint says nothing of its gates. Raises `ValueError` where the
@@ -73,7 +71,7 @@ class GateConfig:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """From config.json; raises `ValueError` at a key that is not known."""
-        unknown = sorted(set(values) - {one.name for one in fields(cls)})
+        unknown = sorted(set(values) - {one.name for one in fields(cls) if one.init})
         if unknown or "method" not in values:
             raise ValueError(
                 f"gates: {f'unknown key {unknown[0]}' if unknown else 'no method'}: "
@@ -83,4 +81,4 @@ class GateConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self)
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.init}

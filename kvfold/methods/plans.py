@@ -10,7 +10,7 @@ X KV streams of a cache group.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ class Streams:
     stored_positions: Callable[[], Tensor]
     """int32 [O, B, K, S], -1 where there is no entry."""
 
+    def with_lengths(self, length_OBK: Tensor) -> Streams:
+        """The same after entries were evicted."""
+        return replace(self, length_OBK=length_OBK)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entered:
@@ -65,9 +69,6 @@ class Entered:
 class StepPlan:
     """One decoding step under a method. Whatever is not overridden evicts what the new token does not see."""
 
-    at_layer = False
-    """Whether the new token's place is known only at its owner's layer (`enter`), not before."""
-
     def __init__(self, method: Method, streams: Streams):
         self.method, self.streams = method, streams
 
@@ -79,15 +80,12 @@ class StepPlan:
 
     def evicted(self) -> Tensor | None:
         """bool [O, B, K, S]: stored entries that leave before the new token is attended to; None = none."""
-        method, streams = self.method, self.streams
-        if not method.lossy or method.attention_scores is not None:
+        if not self.method.lossy:
             return None
-        position_OBKS = streams.stored_positions()
-        owners = position_OBKS.shape[0]
-        seen = method.sees(streams.position_B.repeat(owners)[:, None], position_OBKS.flatten(0, 1))
-        if seen is None:
-            return None
-        return (position_OBKS >= 0) & ~seen.squeeze(2).view(position_OBKS.shape[:2] + seen.shape[1:2] + seen.shape[3:])
+        position_OBKS = self.streams.stored_positions()
+        query_B = self.streams.position_B.repeat(position_OBKS.shape[0])
+        seen = self.method.sees(query_B[:, None], position_OBKS.flatten(0, 1))
+        return None if seen is None else (position_OBKS >= 0) & ~seen[:, :, 0].unflatten(0, position_OBKS.shape[:2])
 
     def placed(self, place_OBK: Tensor) -> None:
         """The new tokens were stored at these places of their streams."""

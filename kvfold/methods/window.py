@@ -57,8 +57,6 @@ class Window(Method):
 
     def sees(self, query_BT: Tensor, position_BKE: Tensor) -> Tensor:
         """The `recent` newest tokens, the query's own included, and the `sinks` first."""
-        from kvfold.methods.select import budget_tokens
-
-        edge_BT = query_BT + 1 - budget_tokens(self.recent, query_BT + 1)
+        edge_BT = query_BT + 1 - self.recent.of(query_BT + 1)
         position = position_BKE.unsqueeze(2)
         return (position >= edge_BT[:, None, :, None]) | (position < self.sinks)

@@ -83,7 +83,7 @@ class FoldAttention(nn.Module):
         self, normed_BTC: Tensor, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None, call: GateCall | None
     ) -> Tensor:
         """`normed_BTC` is the layer's input as the block takes it, `hidden_BTC` the residual stream itself."""
-        masked = None if call is None or not call.masks_base(self.layer) else call.table.configs[self.layer].channel
+        masked = None if call is None or call.off else call.table.masked[self.layer]
         q = self._heads(self._projected(self.q_proj, normed_BTC, masked), self.q_norm)
         k = v = gates = None
         if self.k_proj is not None:

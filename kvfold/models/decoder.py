@@ -5,7 +5,6 @@ Letters: B rows, T tokens of this call, C model width, V vocabulary.
 """
 
 import warnings
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -17,13 +16,12 @@ from transformers.utils.generic import can_return_tuple
 from kvfold.cache.hf import FoldCache
 from kvfold.cache.training import TrainingView
 from kvfold.cache.views import KVView
-from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import PAGE_SLOTS
 from kvfold.models.adapters import gates_for_cache
 from kvfold.models.blocks import FoldLayer, FoldRMSNorm
 from kvfold.models.config import FoldConfig
 from kvfold.models.gated import FoldCausalLMOutput, FoldOutput, GatedModel, joined, recorded
-from kvfold.models.gates import GateCall, GateNorm, GateProjection, GateSet, gate_table
+from kvfold.models.gates import GateCall, GateNorm, GateProjection, GateSet, GateTable, gate_table
 from kvfold.models.generation import FoldGeneration
 from kvfold.models.options import PLAIN, CallOptions
 from kvfold.models.rope import Rope
@@ -89,99 +87,90 @@ class FoldModel(FoldPreTrainedModel):
         self.layers = nn.ModuleList(FoldLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = FoldRMSNorm(config.hidden_size, config)
         self.gradient_checkpointing = False
-        self._rope, self._owners, self._warned = Rope(config), config.layout.owners, set()
-        self._scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self._rope, self._layers, self._warned = Rope(config), config.layout.layers, set()
+        scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self.attention_options = {"scale": scale, "softcap": config.attention_softcap}
+        """As views take them."""
         self.post_init()
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: FoldCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        noise_key: Tensor | None = None,
-        output_decisions: bool = False,
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: FoldCache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
+        output_hidden_states: bool | None = None, noise_key: Tensor | None = None, output_decisions: bool = False,
         options: CallOptions | None = None,
-    ) -> FoldOutput:
+    ) -> FoldOutput:  # fmt: skip
         """The residual stream after the last norm, [B, T, C]. `attention_mask` is [B, columns], 0 at padding; its last T columns
         are this call's. `position_ids` rules rotary positions only: order and windows follow the real tokens.
         `noise_key`, int64 [B]: in training, decisions get noise that depends on it alone. `output_decisions`: return what
         the gates decided. `options`: whatever else this call asks for.
         """
-        options = options or PLAIN
-        hidden = self._embedded(input_ids, inputs_embeds)
+        hidden, options = self._embedded(input_ids, inputs_embeds), options or PLAIN
         rows, tokens = hidden.shape[:2]
-        real = _real_tokens(attention_mask, rows, tokens)
-        cache = self._cache_of(past_key_values, use_cache, rows, options)
-        self._check_layout()
+        real = None if attention_mask is None else _real_tokens(attention_mask, rows, tokens)
+        cache = past_key_values
+        if (
+            not (isinstance(cache, FoldCache) and cache.layout.layers is self._layers)
+            or self.training
+            or options.sharing
+        ):
+            cache = self._cache_of(past_key_values, use_cache, rows, options)
         # A wrong number of rows is the cache's to refuse.
-        begun = cache is not None and cache.columns > 0 and cache.batch_size == rows
+        begun = cache is not None and cache.columns > 0 and len(cache.rows) == rows
         rotations = self._rotations(position_ids, real, cache.seen_tokens if begun else None, hidden)
-        run = partial(
-            self._run,
-            cache=cache,
-            options=options,
-            noise_key=noise_key,
-            records=output_decisions,
-            keep=output_hidden_states,
-        )
-        if cache is None:
-            output = run(hidden, real, rotations)
-        else:
-            parts = []
-            for start, end in cache.pieces(real, num_rows=rows, num_tokens=tokens):
-                turns = [turn and turn.part(start, end) for turn in rotations]
-                parts.append(run(hidden[:, start:end], None if real is None else real[:, start:end], turns))
-            output = joined(parts)
-        return output
+        asked = {"noise_key": noise_key, "records": output_decisions, "keep": output_hidden_states}
+        if cache is None or tokens == 1:
+            return self._run(hidden, real, rotations, cache, options, **asked)
+        parts = []
+        for start, end in cache.pieces(real, num_rows=rows, num_tokens=tokens):
+            turns = [turn and turn.part(start, end) for turn in rotations]
+            piece = None if real is None else real[:, start:end]
+            parts.append(self._run(hidden[:, start:end], piece, turns, cache, options, **asked))
+        return joined(parts)
 
     def _run(
-        self, hidden: Tensor, real: Tensor | None, rotations: list[Rotation | None], *, cache: FoldCache | None,
-        options: CallOptions, noise_key: Tensor | None, records: bool, keep: bool | None,
+        self, hidden: Tensor, real: Tensor | None, rotations: list[Rotation | None], cache: FoldCache | None,
+        options: CallOptions, *, noise_key: Tensor | None, records: bool, keep: bool | None,
     ) -> FoldOutput:  # fmt: skip
         """All layers over one piece of a call."""
-        attention = self.attention_options
-        layout = self._training_layout(options) if cache is None else cache.layout
-        gates = self._gate_call(layout, cache, options, noise_key, records)
         if cache is None:
-            view = TrainingView(layout, real_BT=real, **attention)
+            return self._run_freely(hidden, real, rotations, options, noise_key, records, keep)
+        if cache.gate_table is None:
+            config = self.config.gate_config if cache.gates is None else cache.gates.config
+            cache.gate_table = gate_table(config, cache.layout, channel_freed=self.config.channel_freed)
+        gates = None
+        if not cache.gate_table.is_empty:
+            gates = self._gate_call(cache.gate_table, options, noise_key, records, cache.gates)
+        # Pages are written in place, so no gradient could pass through them.
+        call = cache.call(real, num_rows=hidden.shape[0], num_tokens=hidden.shape[1], **self.attention_options)
+        with torch.no_grad(), call as view:
             hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
-        else:
-            # Pages are written in place, so no gradient could pass through them.
-            call = cache.call(real, num_rows=hidden.shape[0], num_tokens=hidden.shape[1], **attention)
-            with torch.no_grad(), call as view:
-                hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
-        told = recorded(gates, layout.owners) if records else {}
+        told = recorded(gates, cache.layout.owners) if records else {}
         return FoldOutput(last_hidden_state=hidden, past_key_values=cache, hidden_states=states, **told)
 
+    def _run_freely(
+        self, hidden: Tensor, real: Tensor | None, rotations: list[Rotation | None], options: CallOptions,
+        noise_key: Tensor | None, records: bool, keep: bool | None,
+    ) -> FoldOutput:  # fmt: skip
+        """Without a cache: the training view."""
+        layout, config = self.config.layout, self.config
+        if options.sharing is not None:
+            layout = layout.with_owners([one.owner for one in options.sharing.layers])
+        table = gate_table(config.gate_config, layout, channel_freed=config.channel_freed)
+        gates = None if table.is_empty else self._gate_call(table, options, noise_key, records, None)
+        view = TrainingView(layout, real_BT=real, **self.attention_options)
+        hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
+        told = recorded(gates, layout.owners) if records else {}
+        return FoldOutput(last_hidden_state=hidden, past_key_values=None, hidden_states=states, **told)
+
     def _gate_call(
-        self, layout: KVLayout, cache: FoldCache | None, options: CallOptions, noise_key: Tensor | None, records: bool
-    ) -> GateCall | None:
-        """How gates behave in a call; None where no layer has anything to do with them."""
-        gate_set = None if cache is None else cache.gates
-        config = self.config.gate_config if gate_set is None else gate_set.config
-        table = gate_table(config, layout, channel_freed=self.config.channel_freed)
-        if table.is_empty:
-            return None
+        self, table: GateTable, options: CallOptions, noise_key: Tensor | None, records: bool, gate_set: GateSet | None
+    ) -> GateCall:
+        """How gates behave in a call."""
         return GateCall(
-            table=table, training=self.training, off=options.gates_off, factor=options.channel_factor, records=records,
-            noise_key=noise_key, gate_set=gate_set,
+            table=table, training=self.training, off=options.gates == "off" or options.channel_factor is not None,
+            factor=options.channel_factor, records=records, noise_key=noise_key, gate_set=gate_set,
         )  # fmt: skip
-
-    def _training_layout(self, options: CallOptions) -> KVLayout:
-        """Who reads whom in a call without a cache."""
-        if options.sharing is None:
-            return self.config.layout
-        return self.config.layout.with_owners([one.owner for one in options.sharing.layers])
-
-    @property
-    def attention_options(self) -> dict[str, float | None]:
-        """`scale` and `softcap`, as views take them."""
-        return {"scale": self._scale, "softcap": self.config.attention_softcap}
 
     def opened(self, ids_BT: Tensor) -> tuple[Tensor, list[Rotation | None]]:
         """Of texts without padding: the residual stream before the first layer, and each layer's rotation, for those who run the
@@ -195,9 +184,8 @@ class FoldModel(FoldPreTrainedModel):
             raise ValueError("input_ids and inputs_embeds: a call takes one of the two: give the other up")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if hidden.ndim != 3 or not hidden.shape[1]:
-            raise ValueError(
-                f"an input of shape {tuple(hidden.shape[:-1])}: a call takes [rows, tokens] with 1 token or more: feed some"
-            )
+            shape = tuple(hidden.shape[:-1])
+            raise ValueError(f"an input of shape {shape}: a call takes [rows, tokens] with 1 token or more: feed some")
         multiplier = self.config.embedding_multiplier
         # Rounded to the dtype first, as the families that have one were trained.
         return hidden if multiplier == 1.0 else hidden * torch.tensor(multiplier, dtype=hidden.dtype).item()
@@ -205,8 +193,7 @@ class FoldModel(FoldPreTrainedModel):
     def _run_layers(
         self, hidden: Tensor, view: KVView, rotations: list[Rotation | None], gates: GateCall | None, keep: bool | None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        keep = self.config.output_hidden_states if keep is None else keep
-        states = []
+        keep, states = self.config.output_hidden_states if keep is None else keep, []
         for layer, rotation in zip(self.layers, rotations, strict=True):
             if keep:
                 states.append(hidden)
@@ -231,10 +218,10 @@ class FoldModel(FoldPreTrainedModel):
 
     def _check_layout(self) -> None:
         """Who owns can't change under the weights, what is kept can."""
-        layout = self.config.layout
-        if layout.owners != self._owners:
+        layout, built = self.config.layout, tuple(sorted({layer.owner for layer in self._layers}))
+        if layout.owners != built:
             raise ValueError(
-                f"the layout was changed to owners {layout.owners}, the weights have owners {self._owners}: "
+                f"the layout was changed to owners {layout.owners}, the weights have owners {built}: "
                 "a model's layers are fixed once it is built: use `kvfold convert`"
             )
 
@@ -242,6 +229,7 @@ class FoldModel(FoldPreTrainedModel):
         self, given: FoldCache | None, use_cache: bool | None, rows: int, options: CallOptions
     ) -> FoldCache | None:
         """The cache of this call: the one given, a fresh one where one is to come back, or None for the training view."""
+        self._check_layout()
         if options.sharing is not None:
             if given is not None:
                 raise ValueError(
@@ -290,62 +278,40 @@ class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GatedModel, Generatio
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: FoldCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        output_hidden_states: bool | None = None,
-        noise_key: Tensor | None = None,
-        output_decisions: bool = False,
-        options: CallOptions | None = None,
-        **kwargs,
-    ) -> FoldCausalLMOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: FoldCache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+        use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, output_hidden_states: bool | None = None,
+        noise_key: Tensor | None = None, output_decisions: bool = False, options: CallOptions | None = None, **kwargs,
+    ) -> FoldCausalLMOutput:  # fmt: skip
         """Logits [B, T or fewer, V], and with `labels` the loss. `logits_to_keep`: the last so many (0 = all), or the indices
         of the tokens wanted. What `kwargs` holds goes to the loss function, as in transformers. The rest as in `FoldModel`.
         """
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions: attention weights are not kept: leave it out")
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            noise_key=noise_key,
-            output_decisions=output_decisions,
-            options=options,
-            return_dict=True,
-        )
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, output_hidden_states=output_hidden_states,
+            noise_key=noise_key, output_decisions=output_decisions, options=options, return_dict=True,
+        )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         # Behind a cache only the head would still learn: no gradient at all is the honest answer.
         with torch.set_grad_enabled(torch.is_grad_enabled() and outputs.past_key_values is None):
-            logits = self._scaled(self.lm_head(outputs.last_hidden_state[:, kept]))
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+            scale, softcap = self.config.logit_scale, self.config.final_logit_softcap
+            logits = logits if scale == 1.0 else logits * scale
+            logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return FoldCausalLMOutput(loss=loss, logits=logits, **{name: outputs.get(name) for name in _PASSED_ON})
-
-    def _scaled(self, logits: Tensor) -> Tensor:
-        scale, softcap = self.config.logit_scale, self.config.final_logit_softcap
-        logits = logits if scale == 1.0 else logits * scale
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 _PASSED_ON = ("past_key_values", "hidden_states", "decisions", "gate_probs")
 """What the language model returns as its decoder gave it."""
 
 
-def _real_tokens(attention_mask: Tensor | None, rows: int, tokens: int) -> Tensor | None:
+def _real_tokens(attention_mask: Tensor, rows: int, tokens: int) -> Tensor | None:
     """The call's own columns of the mask, bool [B, T]; None where nothing is padding."""
-    if attention_mask is None:
-        return None
     shape = tuple(getattr(attention_mask, "shape", ()))
     if len(shape) != 2 or shape[0] != rows or shape[1] < tokens:
         raise ValueError(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.base import Method
 from kvfold.methods.gates import GateConfig
-from kvfold.ops.gating import Gates, hard_alpha, soft_alpha
+from kvfold.ops.gating import STAY_NEVER, Gates
 
 IMPORTANCE_FLOOR = 2.0**-7
 """Added to every importance: the epsilon of bf16, whatever the dtype, as the official inference has it."""
@@ -102,10 +102,16 @@ class GateTable:
     """Of each layer whose channel carries nothing but decisions: it stays zeroed where gates are off or another method rules.
     Empty where no channel does."""
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no layer has anything to do with gates."""
-        return not any(self.configs) and not self.freed
+    is_empty: bool = field(init=False, repr=False, compare=False)
+    """Whether no layer has anything to do with gates."""
+    masked: tuple[int | None, ...] = field(init=False, repr=False, compare=False)
+    """Of each layer, the channel in which what the base weights write is masked out; None = none."""
+
+    def __post_init__(self) -> None:
+        # Once, not once a call.
+        object.__setattr__(self, "is_empty", not any(self.configs) and not self.freed)
+        masked = tuple(one.channel if one is not None and one.base_masked else None for one in self.configs)
+        object.__setattr__(self, "masked", masked)
 
 
 @lru_cache(maxsize=64)
@@ -162,11 +168,6 @@ class GateCall:
             return self.factor
         return 0.0 if not self.off or self.table.freed else None
 
-    def masks_base(self, layer: int) -> bool:
-        """Whether what the base weights write into the freed channel is masked out in this layer."""
-        config = self.table.configs[layer]
-        return config is not None and config.base_masked and not self.off
-
     def noise(self, layer: int, shape: tuple[int, int, int], device: torch.device) -> Tensor | float:
         """Difference of two Gumbel draws for each decision [B, T, K], the same on any device and process."""
         if self.noise_key is None:
@@ -190,32 +191,54 @@ def decide(
         config, off = call.table.freed[layer], True
     if config is None:
         return None
-    keep = _kept_channels(config, call, q_BTHD, k_BTKD)
+    more = {} if config.source == "adapter" else _channels(config, call, q_BTHD, k_BTKD)
     if off or k_BTKD is None:
-        return Gates(**keep)
-    outputs = None
-    if adapted_BTX is not None:
-        adapted_BTKF = adapted_BTX.unflatten(2, (k_BTKD.shape[2], config.form.outputs))
-        adapted_BTX, outputs = adapted_BTKF[..., 0], adapted_BTKF[..., 1:] if config.form.outputs > 1 else None
+        return Gates(**more)
+    if adapted_BTX is not None and config.form.outputs > 1:
+        adapted_BTKF = adapted_BTX.unflatten(2, (k_BTKD.shape[2], -1))
+        adapted_BTX, more["outputs_BTKF"] = adapted_BTKF[..., 0], adapted_BTKF[..., 1:]
     logit = _logit(config, q_BTHD, k_BTKD, adapted_BTX)
     if call.training:
-        noise = call.noise(layer, tuple(logit.shape), logit.device)
-        if config.per == "layer" and isinstance(noise, Tensor):
-            noise = noise[..., :1]
-        alpha, log_stay = soft_alpha((logit + noise) / config.tau)
+        alpha, log_stay = _soft(config, call, layer, logit)
     else:
         alpha, log_stay = hard_alpha(logit)
     if call.records:
-        call.record.probabilities[layer] = alpha if call.training else (logit / config.tau).sigmoid()
-        call.record.decisions[layer] = (alpha.detach() > 0.5) + (alpha - alpha.detach())
-    weight = None
+        _take_down(config, call, layer, logit, alpha)
     if config.form.weighs:
-        grouped = q_BTHD[..., config.channel].float().unflatten(2, (k_BTKD.shape[2], -1))
-        weight = (grouped.mean(dim=3) * config.scale + IMPORTANCE_OFFSET).sigmoid() + IMPORTANCE_FLOOR
-    return Gates(
-        alpha_BTK=alpha, log_stay_BTK=log_stay, weight_BTK=weight, outputs_BTKF=outputs,
-        from_next=config.reads == "next", **keep,
-    )  # fmt: skip
+        more["weight_BTK"] = _importance(config, q_BTHD, k_BTKD.shape[2])
+    return Gates(alpha_BTK=alpha, log_stay_BTK=log_stay, from_next=config.reads == "next", **more)
+
+
+def hard_alpha(logit_BTK: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha = 1 where the logit is above 0, and log(1 - alpha), both fp32."""
+    fires = logit_BTK > 0
+    return fires.float(), torch.zeros_like(logit_BTK, dtype=torch.float32).masked_fill(fires, STAY_NEVER)
+
+
+def soft_alpha(logit_BTK: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha = sigmoid(logit) and log(1 - alpha), both fp32 and stable at either end."""
+    logit = logit_BTK.float()
+    return logit.sigmoid(), F.logsigmoid(-logit)
+
+
+def _soft(config: GateConfig, call: GateCall, layer: int, logit: Tensor) -> tuple[Tensor, Tensor]:
+    """Decisions of training: noisy, and between 0 and 1."""
+    noise = call.noise(layer, tuple(logit.shape), logit.device)
+    if config.per == "layer" and isinstance(noise, Tensor):
+        noise = noise[..., :1]
+    return soft_alpha((logit + noise) / config.tau)
+
+
+def _take_down(config: GateConfig, call: GateCall, layer: int, logit: Tensor, alpha: Tensor) -> None:
+    """For those who asked what gates decide."""
+    call.record.probabilities[layer] = alpha if call.training else (logit / config.tau).sigmoid()
+    call.record.decisions[layer] = (alpha.detach() > 0.5) + (alpha - alpha.detach())
+
+
+def _importance(config: GateConfig, q_BTHD: Tensor, kv_heads: int) -> Tensor:
+    """Of each token in a merge, fp32 [B, T, K]."""
+    grouped = q_BTHD[..., config.channel].float().unflatten(2, (kv_heads, -1))
+    return (grouped.mean(dim=3) * config.scale + IMPORTANCE_OFFSET).sigmoid() + IMPORTANCE_FLOOR
 
 
 def _logit(config: GateConfig, q_BTHD: Tensor, k_BTKD: Tensor, adapted_BTK: Tensor | None) -> Tensor:
@@ -228,12 +251,12 @@ def _logit(config: GateConfig, q_BTHD: Tensor, k_BTKD: Tensor, adapted_BTK: Tens
     return logit if config.per == "head" else logit[..., :1].expand(-1, -1, kv_heads)
 
 
-def _kept_channels(config: GateConfig, call: GateCall, q_BTHD: Tensor, k_BTKD: Tensor | None) -> dict[str, Tensor]:
+def _channels(config: GateConfig, call: GateCall, q_BTHD: Tensor, k_BTKD: Tensor | None) -> dict[str, Tensor]:
     """Factors of the channels of q and k: 0 (or the zero-out stage's factor) where a channel was freed. One that is freed in
     keys is so in the readers' queries too.
     """
     share, first = call.kept_share, config.form.frees == "first query"
-    if config.source == "adapter" or share is None or (first and k_BTKD is None):
+    if share is None or (first and k_BTKD is None):
         return {}
     q_keep = q_BTHD.new_ones(q_BTHD.shape[2:])
     if first:

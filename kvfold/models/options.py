@@ -29,11 +29,6 @@ class CallOptions:
         if self.gates not in ("on", "off"):
             raise ValueError(f"gates '{self.gates}': a call has its gates on or off: write one of the two")
 
-    @property
-    def gates_off(self) -> bool:
-        """Whether gates decide nothing in this call."""
-        return self.gates == "off" or self.channel_factor is not None
-
 
 PLAIN = CallOptions()
 """Of a call that asks for nothing."""

@@ -51,18 +51,6 @@ class Gates:
         return replace(self, **changed)
 
 
-def hard_alpha(logit_BTK: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha = 1 where the logit is above 0, and log(1 - alpha), both fp32."""
-    fires = logit_BTK > 0
-    return fires.float(), torch.zeros_like(logit_BTK, dtype=torch.float32).masked_fill(fires, STAY_NEVER)
-
-
-def soft_alpha(logit_BTK: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha = sigmoid(logit) and log(1 - alpha), both fp32 and stable at either end."""
-    logit = logit_BTK.float()
-    return logit.sigmoid(), F.logsigmoid(-logit)
-
-
 def next_real(real_BT: Tensor | None, tokens: int, device: torch.device) -> Tensor:
     """Column of the next real token after each column, int64 [B or 1, T]; T where none follows."""
     column = torch.arange(tokens, device=device)[None]
