@@ -14,9 +14,9 @@ typedef struct {
   float *k, *v;             /* pool [P, N, D] */
   float *score;             /* pool [P, N] or NULL: the weight each key receives is added here */
   const int32_t *position;  /* pool [P, N] */
-  const int32_t *table;     /* of one owner [R, K, M] */
-  const int32_t *length;    /* of one owner [R, K] */
-  const int64_t *rows;      /* [B] */
+  const int32_t *table;     /* page ids of all streams */
+  const int64_t *start;     /* [B, K]: where the pages of a lane begin in the table */
+  const int32_t *length;    /* [B, K] */
   const int64_t *slots;     /* [B, K] or NULL: where the new k, v are written before attending; -1 = nowhere */
   const uint8_t *live;      /* [B] or NULL: a row that is not live gets zeros */
   const int32_t *oldest;    /* [B] or NULL: keys at earlier positions are not seen */
@@ -26,7 +26,7 @@ typedef struct {
   float *out;               /* [B, K, G, D] */
   float *received;          /* [B, K, E] or NULL: weights are added here, the new token's in column E - 1 */
   float *scratch;           /* B * K * (G * (max_length + 1) + spans * G * (D + 2)) */
-  int64_t B, K, G, D, N, M, E, max_length;
+  int64_t B, K, G, D, N, E, max_length;
   float scale, softcap;     /* softcap 0 = none */
   int32_t received_old;     /* 0: only column E - 1 of received is written */
 } decode_job;
@@ -62,9 +62,8 @@ static inline void add_scaled(float *restrict out, const float *restrict x, floa
 
 /* Entries of a lane: its stored slots, then (when the new token is not stored yet) the new token. */
 static inline int64_t lane_entries(const decode_job *job, int64_t lane) {
-  int64_t b = lane / job->K, h = lane % job->K;
-  if (job->live && !job->live[b]) return 0;
-  return job->length[job->rows[b] * job->K + h] + (job->k_new && !job->slots ? 1 : 0);
+  if (job->live && !job->live[lane / job->K]) return 0;
+  return job->length[lane] + (job->k_new && !job->slots ? 1 : 0);
 }
 
 /* One span of one lane. Runs of entries that lie side by side are taken together: those of a page, then the new token. */
@@ -75,9 +74,8 @@ typedef struct {
 } span_view;
 
 static span_view view_span(const decode_job *job, int64_t lane, int64_t span) {
-  const int64_t b = lane / job->K, h = lane % job->K, entries = lane_entries(job, lane);
-  const int64_t line = job->rows[b] * job->K + h, first = span * SPAN;
-  return (span_view){job, job->table + line * job->M, lane, b, job->length[line], first,
+  const int64_t entries = lane_entries(job, lane), first = span * SPAN;
+  return (span_view){job, job->table + job->start[lane], lane, lane / job->K, job->length[lane], first,
                      first + SPAN < entries ? first + SPAN : entries};
 }
 
@@ -240,11 +238,10 @@ static void attend_span(const decode_job *job, int64_t lane, int64_t span, float
 }
 
 static void join_spans(const decode_job *job, int64_t lane, float *logits, float *parts) {
-  const int64_t K = job->K, G = job->G, D = job->D, N = job->N, stride = job->max_length + 1;
-  const int64_t b = lane / K, h = lane % K, row = job->rows[b];
-  const int64_t stored = job->length[row * K + h], entries = lane_entries(job, lane);
+  const int64_t G = job->G, D = job->D, N = job->N, stride = job->max_length + 1;
+  const int64_t stored = job->length[lane], entries = lane_entries(job, lane);
   const int64_t used = (entries + SPAN - 1) / SPAN;
-  const int32_t *pages = job->table + (row * K + h) * job->M;
+  const int32_t *pages = job->table + job->start[lane];
   float *received = job->received ? job->received + lane * job->E : NULL;
   for (int64_t g = 0; g < G; g++) {
     float *out = job->out + (lane * G + g) * D;
@@ -280,7 +277,7 @@ static void join_spans(const decode_job *job, int64_t lane, float *logits, float
 
 static void write_new(const decode_job *job) {
   for (int64_t lane = 0; lane < job->B * job->K; lane++) {
-    if (job->slots[lane] < 0) continue;
+    if (job->slots[lane] < 0 || (job->live && !job->live[lane / job->K])) continue;
     memcpy(job->k + job->slots[lane] * job->D, job->k_new + lane * job->D, sizeof(float) * job->D);
     memcpy(job->v + job->slots[lane] * job->D, job->v_new + lane * job->D, sizeof(float) * job->D);
   }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvfold.ops import native, paged
-from paged_pools import Lanes
+from paged_pools import Streams
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def calls(monkeypatch):
 
 
 def attend():
-    pool = Lanes([20], kv_heads=1, group=2, head_dim=8)
-    return paged.decode_attention(pool.lanes(), pool.q, pool.k_new, pool.v_new, scale=0.3, softcap=None)
+    pool = Streams([20], kv_heads=1, group=2, head_dim=8)
+    return paged.decode_attention(pool.decode_batch(), pool.q, pool.k_new, pool.v_new, scale=0.3, softcap=None)
 
 
 def test_the_compiled_form_is_really_used(calls, forgotten, monkeypatch):
