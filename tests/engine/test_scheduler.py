@@ -34,6 +34,7 @@ def run_step(scheduler, memory, now, *, ended=None):
     for request, tokens in step.prefill:
         memory.feed(request, tokens)
         fed[request] = tokens
+    for request, _ in step.prefill:
         scheduler.was_read(request)
     for request in fed:
         if request.seen == len(request.tokens):
@@ -74,11 +75,11 @@ requests_strategy = st.lists(
         st.sampled_from(METHODS), st.integers(1, 60), st.integers(1, 40), st.integers(0, 2), st.integers(0, 30),
         st.one_of(st.none(), st.integers(0, 60)), st.sampled_from([0, 0, 8, 24]),
     ),
-    min_size=1, max_size=12,
+    min_size=2, max_size=14,
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 @given(
     drawn=requests_strategy, scale=st.sampled_from([1.0, 0.25]), spare=st.floats(1.0, 4.0),
     places=st.sampled_from([3, 64]), seed=st.integers(0, 99),
