@@ -195,7 +195,7 @@ class Budget:
             else max(request.seen, request.read_until, request.prompt_tokens) + self.horizon
         )
         end = min(request.final_tokens, ahead)
-        if cost.learned and request.seen >= LENGTHS[0]:
+        if cost.learned and request.handle is not None and request.seen >= LENGTHS[0]:
             # Its own text has shown how much it keeps.
             now = cost.bytes(request.seen)
             more = (cost.bytes(end) - now) * min(4.0, max(0.5, held / now)) * self.safety

@@ -134,24 +134,27 @@ class Engine:
     def generate(self, asked: Iterable[str | Sequence[int] | Mapping[str, Any]]) -> list[Answer]:
         """Answers in the order of the requests. What is wrong with one of them stands in its answer's `error`."""
         outbox: queue.SimpleQueue[tuple[int, Piece]] = queue.SimpleQueue()
-        answers, jobs, left = [], [], 0
+        answers: list[list[Answer]] = []
+        jobs: list[_Live] = []
+        left = 0
         try:
             for number, one in enumerate(asked):
                 try:
-                    job = self.submit(one, lambda piece, number=number: outbox.put((number, piece)))
+                    lives = self._prepare(one, lambda piece, number=number: outbox.put((number, piece)))
                 except ValueError as error:
                     answers.append([Answer(finish_reason="error", error=str(error))])
                     continue
-                answers.append([Answer() for _ in job])
-                jobs.append(job)
-                left += len(job)
+                answers.append([Answer() for _ in lives])
+                jobs += lives
+            left = len(jobs)
+            self._send(jobs)  # all at once, so that the first one's reading knows where others part from it
             while left:
                 number, piece = outbox.get()
                 answers[number][piece.index].add(piece)
                 left -= piece.finish_reason is not None
         finally:
-            for job in jobs if left else ():
-                self.cancel(job)
+            if left:
+                self.cancel([live.request for live in jobs])
         for group in answers:
             group[0].others = group[1:]
         return [group[0] for group in answers]
@@ -174,15 +177,22 @@ class Engine:
         """Start a request; `deliver` gets its pieces, on the engine's thread. Gives what `cancel` takes, one for each of the
         `n` answers. Raises `ValueError`, in one line, for a request that can't be run.
         """
+        lives = self._prepare(asked, deliver)
+        self._send(lives)
+        return [live.request for live in lives]
+
+    def _prepare(self, asked: str | Sequence[int] | Mapping[str, Any], deliver: Deliver) -> list[_Live]:
         question = parse_question(asked)
         ids, method = self._ids(question), self._method(question.time)
         lives = [self._new(question, ids, method, index, deliver) for index in range(question.params.n)]
         refusal = self._budget.refusal(lives[0].request)
         if refusal is not None:
             raise ValueError(refusal)
+        return lives
+
+    def _send(self, lives: list[_Live]) -> None:
         self._start()
         self._inbox.put(lambda: [self._enter(live) for live in lives])
-        return [live.request for live in lives]
 
     def cancel(self, job: Sequence[Request]) -> None:
         """End a request; its pages are free before the next step. What has ended already is left alone."""

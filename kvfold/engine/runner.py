@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from kvfold.cache.bank import Bank
 from kvfold.cache.hf import FoldCache
 from kvfold.cache.pool import PageClass, PagePool
 from kvfold.cache.store import Store
@@ -68,7 +69,7 @@ class Runner:
         self._pools = self._make_pools(states, memory_bytes - self.max_sequences * state_bytes)
         self._page_bytes = {id(pool): size for pool, size in self._pools.values()}
         self.stores = {name: self._make_store(layout) for name, layout in layouts.items()}
-        self._held: dict[str, dict[int, int]] = {}
+        self._sizes: dict[str, dict[int, tuple[int, int]]] = {}
 
     def _make_pools(self, states: Mapping, memory_bytes: int) -> dict:
         """By page class: the pool, and the bytes of a page. The budget is shared out by the bytes of one token in each class."""
@@ -117,18 +118,19 @@ class Runner:
 
     def new(self, method: str) -> int | None:
         """See `Memory`."""
+        self._sizes.clear()
         store = self.stores[method]
         return store.new_rows(1)[0] if store._free_rows else None
 
     def fork(self, method: str, handle: int) -> int | None:
         """See `Memory`."""
-        self._held.clear()
+        self._sizes.clear()
         store = self.stores[method]
         return store.fork_rows([handle])[0] if store._free_rows else None
 
     def free(self, method: str, handle: int) -> None:
         """See `Memory`."""
-        self._held.clear()
+        self._sizes.clear()
         self.stores[method].free_rows([handle])
 
     def seen(self, method: str, handle: int) -> int:
@@ -142,26 +144,34 @@ class Runner:
         return torch.cat([bank.length[place, handle] for bank, place in places]).tolist()
 
     def held_bytes(self, method: str, handle: int) -> int:
-        """See `Memory`; of all sequences of a method at once, and remembered until something changes."""
-        if method not in self._held:
+        """See `Memory`."""
+        return self._sizes_of(method)[handle][0]
+
+    def owed_bytes(self, method: str, handle: int) -> int:
+        """See `Memory`."""
+        return self._sizes_of(method)[handle][1]
+
+    def _sizes_of(self, method: str) -> dict[int, tuple[int, int]]:
+        """Bytes held and owed by handle, of all sequences of a method at once; remembered until something changes."""
+        if method not in self._sizes:
             store = self.stores[method]
             rows = sorted(set(range(len(store._seen))) - set(store._free_rows))
             held = torch.full((len(rows),), self.costs[method].state_bytes, dtype=torch.int64)
+            owed = torch.zeros_like(held)
             for bank in store.banks:
-                pages = bank._pages(bank.length[:, rows]).sum(dim=(0, 2))
+                page = self._page_bytes[id(bank.pool)]
+                held += bank._pages(bank.length[:, rows]).sum(dim=(0, 2)).cpu() * page
                 if bank.has_shared and bank.spec.lossy:
-                    pages = pages - self._shared_pages(bank, rows)
-                held += pages.cpu() * self._page_bytes[id(bank.pool)]
-            self._held[method] = dict(zip(rows, held.tolist(), strict=True))
-        return self._held[method][handle]
+                    owed += self._shared_pages(bank, rows).cpu() * page
+            self._sizes[method] = dict(zip(rows, zip(held.tolist(), owed.tolist(), strict=True), strict=True))
+        return self._sizes[method]
 
     @staticmethod
-    def _shared_pages(bank, rows: Sequence[int]) -> Tensor:
+    def _shared_pages(bank: Bank, rows: Sequence[int]) -> Tensor:
         """Pages of each sequence that others hold too, int64."""
         lanes = bank.lanes(torch.tensor(rows, device=bank.length.device))
         lane, _, page = bank.page_ids(lanes)
-        shared = bank.pool.references[page.long()] > 1
-        row = lane[shared] // bank.num_kv_heads % bank.length.shape[1]
+        row = lane[bank.pool.references[page.long()] > 1] // bank.num_kv_heads % bank.length.shape[1]
         return torch.bincount(row, minlength=bank.length.shape[1])[rows]
 
     def freeable_bytes(self, handles: Sequence[tuple[str, int]]) -> int:
@@ -198,7 +208,7 @@ class Runner:
         """One call: the next tokens of some sequences. Logits [B, 1, V] of each one's last token; `every`: [B, T, V] of all,
         shorter ones at the right. Raises `CacheFull` where the pages don't last; `seen` says how far each has come.
         """
-        self._held.clear()
+        self._sizes.clear()
         store, config, device = self.stores[method], self.model.config, self.model.device
         longest = max(map(len, tokens))
         ids_BT = torch.tensor([[0] * (longest - len(row)) + list(row) for row in tokens], device=device)

@@ -48,7 +48,10 @@ class Memory(Protocol):
         """End a sequence; its pages are free at once."""
 
     def held_bytes(self, method: str, handle: int) -> int:
-        """Bytes that the sequence need not take anew when it goes on: shared pages count only if they are never rewritten."""
+        """Bytes of the pages that the sequence holds, shared ones included."""
+
+    def owed_bytes(self, method: str, handle: int) -> int:
+        """Bytes of shared pages that the sequence will have to copy when it goes on, as its method rewrites what it holds."""
 
     def freeable_bytes(self, handles: Sequence[tuple[str, int]]) -> int:
         """Bytes that ending all of these (method, handle) would free."""
@@ -120,18 +123,24 @@ class Scheduler:
 
     def was_read(self, request: Request) -> None:
         """A part of a prompt was read: keep a snapshot where one is wanted."""
-        method, at_end = request.method, request.seen == request.prompt_tokens
+        method = request.method
         if not request.is_reading:
             self.budget.was_read(request, self.memory.held_bytes(method, request.handle))
-        if not request.reuse:
-            return
-        border = self.prefixes.border(method, request.tokens, request.seen - 1) == request.seen
-        room = self.memory.free_bytes > ROOM_FOR_SNAPSHOTS * self.memory.pool_bytes
-        long = request.seen >= self.prefixes.grid(method)
-        if border or (at_end and long and room and self._invariant[method]):
+        if request.reuse and self._wants_snapshot(request):
             copy = self.memory.fork(method, request.handle)
             if copy is not None and not self.prefixes.insert(method, request.tokens[: request.seen], copy):
                 self.memory.free(method, copy)
+
+    def _wants_snapshot(self, request: Request) -> bool:
+        """Where others part from this prompt; and at its end, if there is room and no snapshot is near."""
+        method, seen = request.method, request.seen
+        if self.prefixes.border(method, request.tokens, seen - 1) == seen:
+            return True
+        room = self.memory.free_bytes > ROOM_FOR_SNAPSHOTS * self.memory.pool_bytes
+        if seen != request.prompt_tokens or not room or not self._invariant[method]:
+            return False
+        nearest, _ = self.prefixes.match(method, request.tokens) or (0, None)
+        return seen - nearest >= self.prefixes.grid(method)
 
     def preempt(self, request: Request, step: Step | None = None) -> None:
         """Take a running request's memory, and it out of the step; it waits, and is recomputed on the same grid."""
@@ -273,9 +282,11 @@ class Scheduler:
         return found or (0, None)
 
     def _growths(self) -> int:
-        return sum(
-            self.budget.growth(one, self.memory.held_bytes(one.method, one.handle)) for one in self.running
-        )  # fmt: skip
+        total = 0
+        for one in self.running:
+            held = self.memory.held_bytes(one.method, one.handle)
+            total += self.budget.growth(one, held) + self.memory.owed_bytes(one.method, one.handle)
+        return total
 
     def _has_room(self, growths: int, request: Request, snapshot: int | None) -> bool:
         methods = {one.method for one in self.running} | {request.method}

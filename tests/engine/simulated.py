@@ -92,6 +92,9 @@ class SimulatedMemory:
     def held_bytes(self, method, handle):
         return self.size(self.sequences[handle])
 
+    def owed_bytes(self, method, handle):
+        return 0
+
     def freeable_bytes(self, handles):
         return sum(self.size(self.sequences[handle]) for _, handle in handles)
 
