@@ -84,6 +84,12 @@ class _Live:
     deliver: Deliver
     index: int
     text: TextStream | None
+    streams: bool
+    """Whether pieces are delivered as they come, or all together at the end."""
+    token_ids: list[int] = field(default_factory=list)
+    """This and the rest: what is not delivered yet."""
+    shown: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
@@ -140,7 +146,7 @@ class Engine:
         try:
             for number, one in enumerate(asked):
                 try:
-                    lives = self._prepare(one, lambda piece, number=number: outbox.put((number, piece)))
+                    lives = self._prepare(one, lambda piece, number=number: outbox.put((number, piece)), streams=False)
                 except ValueError as error:
                     answers.append([Answer(finish_reason="error", error=str(error))])
                     continue
@@ -173,18 +179,22 @@ class Engine:
             if left:
                 self.cancel(job)
 
-    def submit(self, asked: str | Sequence[int] | Mapping[str, Any], deliver: Deliver) -> list[Request]:
-        """Start a request; `deliver` gets its pieces, on the engine's thread. Gives what `cancel` takes, one for each of the
-        `n` answers. Raises `ValueError`, in one line, for a request that can't be run.
+    def submit(
+        self, asked: str | Sequence[int] | Mapping[str, Any], deliver: Deliver, *, streams: bool = True
+    ) -> list[Request]:
+        """Start a request; `deliver` gets its pieces on the engine's thread, or one whole piece if it does not stream. Gives
+        what `cancel` takes, one for each of the `n` answers. Raises `ValueError`, in one line, for a request that can't be run.
         """
-        lives = self._prepare(asked, deliver)
+        lives = self._prepare(asked, deliver, streams=streams)
         self._send(lives)
         return [live.request for live in lives]
 
-    def _prepare(self, asked: str | Sequence[int] | Mapping[str, Any], deliver: Deliver) -> list[_Live]:
+    def _prepare(
+        self, asked: str | Sequence[int] | Mapping[str, Any], deliver: Deliver, *, streams: bool
+    ) -> list[_Live]:
         question = parse_question(asked)
         ids, method = self._ids(question), self._method(question.time)
-        lives = [self._new(question, ids, method, index, deliver) for index in range(question.params.n)]
+        lives = [self._new(question, ids, method, index, deliver, streams) for index in range(question.params.n)]
         refusal = self._budget.refusal(lives[0].request)
         if refusal is not None:
             raise ValueError(refusal)
@@ -229,7 +239,9 @@ class Engine:
             raise ValueError(f"time must be one of the methods loaded, {', '.join(self._layouts)}, got '{time_text}'")
         return name
 
-    def _new(self, question: Question, ids: list[int], method: str, index: int, deliver: Deliver) -> _Live:
+    def _new(
+        self, question: Question, ids: list[int], method: str, index: int, deliver: Deliver, streams: bool
+    ) -> _Live:
         params, room = question.params, self._context - len(ids)
         now = time.monotonic()
         self._submitted += 1
@@ -262,7 +274,7 @@ class Engine:
         sampling = SamplingState(request=request, eos_ids=self._eos_ids, bad_words=self._bad_words(params.bad_words))
         if params.structured is not None:
             sampling.matcher = self._grammars.compile(*params.structured)
-        return _Live(request=request, sampling=sampling, deliver=deliver, index=index, text=text)
+        return _Live(request=request, sampling=sampling, deliver=deliver, index=index, text=text, streams=streams)
 
     def _bad_words(self, words: Sequence[str | tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
         """Each as it is written at the beginning of a text and behind a space."""
@@ -401,9 +413,11 @@ class Engine:
         request.tokens.append(token)
         self._counts["completion_tokens"] += 1
         ends = token in live.sampling.end_ids and request.num_outputs >= params.min_tokens
-        text = ""
+        live.token_ids.append(token)
+        if sampled.logprob is not None:
+            live.logprobs.append(sampled.logprob)
         if live.text is not None and (not ends or params.include_stop_str_in_output or not params.skip_special_tokens):
-            text = live.text.add(token, may_stop=request.num_outputs > params.min_tokens)
+            live.shown.append(live.text.add(token, may_stop=request.num_outputs > params.min_tokens))
         reason: FinishReason | None = None
         if ends or (live.text is not None and live.text.stopped) or (matcher is not None and matcher.is_complete):
             reason = "stop"
@@ -414,7 +428,7 @@ class Engine:
             reason = "length"
         if reason is not None:
             self._scheduler.finish(request, reason)
-        self._deliver(live, token=token, text=text, logprob=sampled.logprob)
+        self._deliver(live)
 
     # -- ends ----------------------------------------------------------------------------------------------------
 
@@ -428,31 +442,31 @@ class Engine:
         if live is not None:
             self._deliver(live)
 
-    def _deliver(
-        self, live: _Live, *, token: int | None = None, text: str = "", logprob: TokenLogprob | None = None
-    ) -> None:
-        request, usage, prompt = live.request, None, ()
-        if request.is_finished:
+    def _deliver(self, live: _Live) -> None:
+        """Hand over what is new, unless it is to come as a whole."""
+        request, usage, last = live.request, None, live.request.is_finished
+        if last:
             del self._live[request]
             self._counts["finished"] += 1
-            text += live.text.flush() if live.text is not None else ""
+            live.shown.append(live.text.flush() if live.text is not None else "")
             usage = Usage(
                 prompt_tokens=request.prompt_tokens, completion_tokens=request.num_outputs,
                 cached_tokens=request.cached_tokens, seen_tokens=request.seen, kept_tokens=request.kept_tokens,
                 kv_bytes=request.kv_bytes,
             )  # fmt: skip
-        if live.prompt_logprobs and (request.num_outputs or usage):
-            prompt, live.prompt_logprobs = tuple(live.prompt_logprobs), []
+        elif not live.streams:
+            return
         piece = Piece(
-            index=live.index, token_ids=() if token is None else (token,), text=text,
-            logprobs=() if logprob is None else (logprob,), prompt_logprobs=prompt,
-            finish_reason=request.finish_reason, error=request.error, usage=usage,
+            index=live.index, token_ids=tuple(live.token_ids), text="".join(live.shown), logprobs=tuple(live.logprobs),
+            prompt_logprobs=tuple(live.prompt_logprobs), finish_reason=request.finish_reason, error=request.error, usage=usage,
         )  # fmt: skip
+        for new in (live.token_ids, live.shown, live.logprobs, live.prompt_logprobs):
+            new.clear()
         try:
             live.deliver(piece)
         except Exception:
             # Whoever asked is gone, an event loop that was closed: nobody reads on.
-            if not request.is_finished:
+            if not last:
                 self._scheduler.finish(request, "abort")
                 self._live.pop(request, None)
 

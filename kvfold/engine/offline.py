@@ -136,7 +136,7 @@ class _Run:
             asked = json.loads(line)
             asked = {**self._defaults, **asked} if isinstance(asked, Mapping) else {**self._defaults, "prompt": asked}
             asked.pop("id", None)
-            job = self._engine.submit(asked, lambda piece: self._outbox.put((place, piece)))
+            job = self._engine.submit(asked, lambda piece: self._outbox.put((place, piece)), streams=False)
         except ValueError as error:  # json's own error is one
             broken = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
             said = f"the line must be a JSON object, got none ({error})" if broken else str(error)
