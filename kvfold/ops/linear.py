@@ -61,11 +61,15 @@ class PackedWeights:
         self._make()
 
     @staticmethod
-    def helps(weight: Tensor) -> bool:
-        """Whether this CPU and torch have a quicker form for such a weight."""
-        if weight.device.type != "cpu" or weight.is_inference() or min(weight.shape) < _LEAST_OUTPUTS:
+    def helps(weight: Tensor, rows: int | None = None) -> bool:
+        """Whether this CPU and torch have a quicker form for such a weight, at so many rows where that is known."""
+        if type(weight.data) is not Tensor or weight.is_inference() or weight.device.type != "cpu":
+            return False  # quantised weights are tensors of kinds of their own
+        if min(weight.shape) < _LEAST_OUTPUTS:
             return False
         if weight.dtype == torch.float32:
+            if rows is not None and rows not in FP32_ROWS:
+                return False
             return torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
         return _onednn_knows(weight.dtype)
 
