@@ -104,7 +104,7 @@ def test_a_checkpoint_of_rounded_gates_does_not_round_what_they_compute(model):
     with torch.device("meta"):
         found = FoldForCausalLM(model.config)
     found.load_state_dict(weights, assign=True)
-    for name, weight in model.named_parameters():
+    for weight in model.parameters():
         weight.data = weight.data.bfloat16().float()
     check(found, model, torch.bfloat16)
 
