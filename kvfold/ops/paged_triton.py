@@ -30,6 +30,8 @@ _ROUNDER = tl.constexpr(12582912.0)
 """1.5 * 2^23: adding and subtracting it rounds a small fp32 number to the nearest integer, ties to even."""
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_OPTIONS = {"enable_fp_fusion": True}
+"""Said because Triton's default changes in 3.10."""
 _MAX_GROUP = 64
 _MAX_HEAD_DIM = 256
 _MAX_PROGRAMS = 1 << 16
@@ -117,9 +119,10 @@ def _attend_span(
         tl.debug_barrier()
 
     group, channel = tl.arange(0, G_TILE), tl.arange(0, D_TILE)
-    head = stream.to(tl.int64) * GROUP + group
+    head = stream.to(tl.int64) * GROUP  # the first of the stream
     q_mask = (group < GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
-    q_GD = tl.load(q + head[:, None] * HEAD_DIM + channel[None, :], mask=q_mask, other=0.0)
+    q += head * HEAD_DIM
+    q_GD = tl.load(q + group[:, None] * HEAD_DIM + channel[None, :], mask=q_mask, other=0.0)
     top_G = tl.full((G_TILE,), float("-inf"), tl.float32)
     total_G = tl.zeros((G_TILE,), tl.float32)
     sum_GD = tl.zeros((G_TILE, D_TILE), tl.float32)
@@ -139,7 +142,8 @@ def _attend_span(
         logit_GS = tl.where(seen_S[None, :], logit_GS, float("-inf"))
         if logits is not None:
             mask = (group < GROUP)[:, None] & (entry_S < last)[None, :]
-            tl.store(logits + head[:, None] * logit_width + entry_S[None, :], logit_GS, mask=mask)
+            place_GS = logits + head * logit_width + (group[:, None] * logit_width + entry_S[None, :])
+            tl.store(place_GS, logit_GS, mask=mask)
         # Subtracting -inf from -inf would be NaN: where nothing is seen yet, 0 is subtracted. A NaN logit stays NaN.
         new_top_G = tl.maximum(top_G, tl.max(logit_GS, axis=1))
         shift_G = tl.where(new_top_G == float("-inf"), 0.0, new_top_G)
@@ -151,10 +155,10 @@ def _attend_span(
         sum_GD += tl.dot(weight_GS.to(q_GD.dtype), v_SD.to(q_GD.dtype), input_precision="ieee")
         top_G = new_top_G
 
-    part_G = head * num_spans + span
-    tl.store(sums + part_G[:, None] * HEAD_DIM + channel[None, :], sum_GD, mask=q_mask)
-    tl.store(stats + part_G * 2, top_G, mask=group < GROUP)
-    tl.store(stats + part_G * 2 + 1, total_G, mask=group < GROUP)
+    part = head * num_spans + span
+    tl.store(sums + part * HEAD_DIM + group[:, None] * (num_spans * HEAD_DIM) + channel[None, :], sum_GD, mask=q_mask)
+    tl.store(stats + part * 2 + group * (num_spans * 2), top_G, mask=group < GROUP)
+    tl.store(stats + part * 2 + group * (num_spans * 2) + 1, total_G, mask=group < GROUP)
 
 
 @triton.jit(do_not_specialize=["span_slots", "num_spans"])
@@ -226,22 +230,21 @@ def _hand_out(
             weight += tl.exp(tl.load(ends + (stream * GROUP + g) * 2 + 1) - tl.load(ends + (stream * GROUP + g) * 2))
         last = received + received_width - 1
         tl.store(last, tl.load(last) + weight)
-    if logits is None or tile * TILE >= length:
-        return
-    entry_S = tile * TILE + tl.arange(0, TILE)
-    stored_S = entry_S < length
-    weight_S = tl.zeros((TILE,), tl.float32)
-    for g in tl.static_range(GROUP):
-        head = stream * GROUP + g
-        logit_S = tl.load(logits + head.to(tl.int64) * logit_width + entry_S, mask=stored_S, other=float("-inf"))
-        weight_S += tl.exp(logit_S - tl.load(ends + head * 2))
-    if scores is not None:
-        page_S = tl.load(table + tl.load(starts + stream) + entry_S // PAGE, mask=stored_S, other=0)
-        place_S = scores + page_S.to(tl.int64) * PAGE + entry_S % PAGE
-        tl.store(place_S, tl.load(place_S, mask=stored_S, other=0.0) + weight_S, mask=stored_S)
-    if OLD:
-        place_S = received + entry_S
-        tl.store(place_S, tl.load(place_S, mask=stored_S, other=0.0) + weight_S, mask=stored_S)
+    if logits is not None:
+        entry_S = tile * TILE + tl.arange(0, TILE)
+        stored_S = entry_S < length
+        weight_S = tl.zeros((TILE,), tl.float32)
+        for g in tl.static_range(GROUP):
+            head = stream * GROUP + g
+            logit_S = tl.load(logits + head.to(tl.int64) * logit_width + entry_S, mask=stored_S, other=float("-inf"))
+            weight_S += tl.exp(logit_S - tl.load(ends + head * 2))
+        if scores is not None:
+            page_S = tl.load(table + tl.load(starts + stream) + entry_S // PAGE, mask=stored_S, other=0)
+            place_S = scores + page_S.to(tl.int64) * PAGE + entry_S % PAGE
+            tl.store(place_S, tl.load(place_S, mask=stored_S, other=0.0) + weight_S, mask=stored_S)
+        if OLD:
+            place_S = received + entry_S
+            tl.store(place_S, tl.load(place_S, mask=stored_S, other=0.0) + weight_S, mask=stored_S)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -279,8 +282,9 @@ class Tiling:
 
 
 def tiling(head_dim: int, itemsize: int, streams: int, max_length: int, processors: int) -> Tiling:
-    """The default tiling. `itemsize`: bytes of a stored number; `processors`: the device's multiprocessors."""
-    tile = 64 if head_dim <= 128 and itemsize <= 2 else 32
+    """The default tiling. `itemsize`: bytes of a number of q; `processors`: the device's multiprocessors."""
+    # More would not fit into registers: `kvfold.bench.cubins` shows it.
+    tile = 16 if itemsize > 2 else (64 if head_dim <= 128 else 32)
     # Spans of 256 entries, of 128 where the machine would not be filled, and longer ones where there are very many.
     span = 256 if streams * -(-max_length // 256) >= 4 * processors else 128
     while streams * -(-max_length // span) > _MAX_PROGRAMS or -(-max_length // span) > _MAX_SPANS:
@@ -348,13 +352,14 @@ def plan_launches(
     out = torch.empty_like(q)
     if not streams:
         return out, []
-    tiled = tiled or tiling(head_dim, batch.k_PND.itemsize, streams, batch.max_length, _processors(q.device.index))
+    tiled = tiled or tiling(head_dim, q.itemsize, streams, batch.max_length, _processors(q.device.index))
     assert tiled.span_slots % tiled.tile == 0
     spans = -(-batch.max_length // tiled.span_slots)
     written = k is not None and batch.slots_BK is not None
     apart = k is not None and batch.slots_BK is None
     received = batch.received_BKE
-    old = batch.score_PN is not None or (received is not None and batch.received_old)
+    columns = received is not None and batch.received_old
+    old = batch.score_PN is not None or columns
     new = received is not None and apart
     live = None if batch.live_B is None else batch.live_B.view(torch.uint8)
     fp32 = {"dtype": torch.float32, "device": q.device}
@@ -371,7 +376,7 @@ def plan_launches(
     launches = []
     if spans:
         launches.append(Launch(
-            kernel=_attend_span, grid=(streams, spans), options={"num_warps": tiled.warps},
+            kernel=_attend_span, grid=(streams, spans), options={"num_warps": tiled.warps, **_OPTIONS},
             arguments={
                 "q": q, "k_pool": batch.k_PND, "v_pool": batch.v_PND, "k_scales": batch.k_scale_PNS,
                 "v_scales": batch.v_scale_PNS, "positions": None if batch.oldest_B is None else batch.position_PN,
@@ -387,7 +392,7 @@ def plan_launches(
             },
         ))  # fmt: skip
     launches.append(Launch(
-        kernel=_join_spans, grid=(streams * group,), options={"num_warps": 4},
+        kernel=_join_spans, grid=(streams * group,), options={"num_warps": 4, **_OPTIONS},
         arguments={
             "out": out, "q": q, "lengths": batch.length_BK, "live": live, "k_new": k if apart else None,
             "v_new": v if apart else None, "sums": sums, "stats": stats, "ends": ends, "span_slots": tiled.span_slots,
@@ -396,15 +401,15 @@ def plan_launches(
         constants={**same, "HEAD_DIM": head_dim, "D_TILE": d_tile, "PARTS": 16},
     ))  # fmt: skip
     if ends is not None:
-        tile = 512
+        tile, tiles = 512, max(1, -(-batch.max_length // 512)) if old else 1
         launches.append(Launch(
-            kernel=_hand_out, grid=(streams, max(1, -(-batch.max_length // tile)) if old else 1), options={"num_warps": 4},
+            kernel=_hand_out, grid=(streams, tiles), options={"num_warps": 4, **_OPTIONS},
             arguments={
                 "logits": logits, "ends": ends, "scores": batch.score_PN, "received": received, "table": batch.table_T,
                 "starts": batch.start_BK, "lengths": batch.length_BK, "live": live, "logit_width": width,
                 "received_width": 0 if received is None else received.shape[-1],
             },
-            constants={**same, "PAGE": page_slots, "TILE": tile, "OLD": batch.received_old and received is not None, "NEW": new},
+            constants={**same, "PAGE": page_slots, "TILE": tile, "OLD": columns, "NEW": new},
         ))  # fmt: skip
     return out, launches
 

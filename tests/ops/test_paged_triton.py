@@ -1,13 +1,14 @@
 """The Triton kernels of decode attention against loops over single entries and against the plain form.
 
 Where a GPU is at hand they run on it; else Triton's interpreter runs them on the CPU: slowly, hence few entries in tiny
-tiles, and without bf16 arithmetic, but from the same source.
+tiles, but from the same source.
 """
 
 import dataclasses
 import importlib.util
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,10 +27,31 @@ CLOSE = {
     torch.float32: {"atol": 2e-5, "rtol": 1e-5},
     # Weights, and what int8 stands for, are rounded to q's dtype before they are multiplied; so is the output.
     torch.float16: {"atol": 3e-3, "rtol": 2e-3},
+    torch.bfloat16: {"atol": 2e-2, "rtol": 1e-2},
 }
 MODEL, INT8 = ("model", "model"), ("int8", "int8")
 SMALL = Tiling(tile=16, warps=4, stages=2, span_slots=32)
 """Many tiles and spans out of few entries."""
+
+
+@pytest.fixture
+def bf16_products(monkeypatch):
+    """Triton's interpreter multiplies the bits of bf16 numbers: here it multiplies the numbers."""
+    if DEVICE == "cuda":
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    interpreted = InterpreterBuilder.create_dot
+
+    def numbers(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: interpreted(self, numbers(a), numbers(b), *rest)
+    )
 
 
 def on_triton(batch, *qkv, tiled=SMALL, **kwargs):
@@ -55,8 +77,11 @@ def on_triton(batch, *qkv, tiled=SMALL, **kwargs):
         ([[31, 64]], 8, 256, 32, torch.float16, ("model", "int8"), None),
         ([[65, 16]], 2, 40, 4, torch.float32, ("int8", "model"), 3.0),
         ([[40]], 33, 32, 1, torch.float32, MODEL, None),
+        ([[70, 5]], 4, 64, 16, torch.bfloat16, MODEL, None),
+        ([[33, 16]], 1, 128, 16, torch.bfloat16, INT8, 3.0),
     ],
 )
+@pytest.mark.usefixtures("bf16_products")
 def test_output_and_weights_equal_loops(lengths, group, head_dim, slots, dtype, storage, softcap):
     """A biased cache whose stored keys are scored, with the new token apart."""
     pool = Streams(
@@ -67,14 +92,16 @@ def test_output_and_weights_equal_loops(lengths, group, head_dim, slots, dtype, 
     out = on_triton(batch, pool.q, pool.k_new, pool.v_new, softcap=softcap)
     expected, weights = pool.by_loops(scale=0.3, softcap=softcap, biased=True)
     torch.testing.assert_close(out.double(), expected, **CLOSE[dtype])
+    # Products of 16-bit numbers are exact; what int8 stands for is rounded.
+    exact = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2 if storage == INT8 else 1e-4}
     columns = torch.full(received.shape, 0.25, dtype=torch.float64)
     for (b, h), sums in weights.items():
         columns[b, h, : len(sums) - 1] += sums[:-1]
         columns[b, h, -1] += sums[-1]
         places = [pool.slot_of[b, h, i] for i in range(len(sums) - 1)]
         scored = batch.score_PN.view(-1)[places].double() - torch.arange(len(places))
-        torch.testing.assert_close(scored, sums[:-1], atol=1e-3 if dtype == torch.float16 else 1e-4, rtol=1e-3)
-    torch.testing.assert_close(received.double(), columns, atol=1e-3 if dtype == torch.float16 else 2e-5, rtol=1e-3)
+        torch.testing.assert_close(scored, sums[:-1], atol=1e-4, rtol=exact[dtype])
+    torch.testing.assert_close(received.double(), columns, atol=1e-4, rtol=exact[dtype])
     assert torch.equal(batch.score_PN.isnan(), pool.score.isnan()), "a slot that is not stored was scored"
 
 
