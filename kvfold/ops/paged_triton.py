@@ -29,6 +29,8 @@ _SCALE_MAX = tl.constexpr(65504.0)
 _ROUNDER = tl.constexpr(12582912.0)
 """1.5 * 2^23: adding and subtracting it rounds a small fp32 number to the nearest integer, ties to even."""
 
+_SMALL = ["table", "starts", "lengths", "slots", "live", "oldest", "received"]
+"""Parameters that may be cut out of a larger tensor at any place: no machine code of its own for those that lie aligned."""
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _OPTIONS = {"enable_fp_fusion": True}
 """Said because Triton's default changes in 3.10."""
@@ -88,7 +90,7 @@ def _capped(logits, softcap):
     return logits
 
 
-@triton.jit(do_not_specialize=["span_tiles", "num_spans", "logit_width"])
+@triton.jit(do_not_specialize=["span_tiles", "num_spans", "logit_width"], do_not_specialize_on_alignment=_SMALL)
 def _attend_span(
     q, k_pool, v_pool, k_scales, v_scales, positions, biases, table, starts, lengths, slots, live, oldest, k_new, v_new,
     sums, stats, logits, span_tiles, num_spans, logit_width, scale, softcap,
@@ -161,7 +163,7 @@ def _attend_span(
     tl.store(stats + part * 2 + group * (num_spans * 2) + 1, total_G, mask=group < GROUP)
 
 
-@triton.jit(do_not_specialize=["span_slots", "num_spans"])
+@triton.jit(do_not_specialize=["span_slots", "num_spans"], do_not_specialize_on_alignment=_SMALL)
 def _join_spans(
     out, q, lengths, live, k_new, v_new, sums, stats, ends, span_slots, num_spans, scale, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D_TILE: tl.constexpr, PARTS: tl.constexpr,
@@ -211,7 +213,7 @@ def _join_spans(
         tl.store(ends + head * 2 + 1, new_logit)
 
 
-@triton.jit(do_not_specialize=["logit_width", "received_width"])
+@triton.jit(do_not_specialize=["logit_width", "received_width"], do_not_specialize_on_alignment=_SMALL)
 def _hand_out(
     logits, ends, scores, received, table, starts, lengths, live, logit_width, received_width,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, OLD: tl.constexpr,
