@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvfold.cache.allocator import CacheFull
     from kvfold.cache.hf import FoldCache
+    from kvfold.engine.engine import Engine
     from kvfold.layout.kvlayout import KVLayout
     from kvfold.layout.planner import Plan, plan
     from kvfold.methods.registry import parse_time
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CallOptions": "kvfold.models.options",
     "CacheFull": "kvfold.cache.allocator",
+    "Engine": "kvfold.engine.engine",
     "FoldCache": "kvfold.cache.hf",
     "FoldConfig": "kvfold.models.config",
     "FoldForCausalLM": "kvfold.models.decoder",

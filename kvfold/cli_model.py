@@ -12,7 +12,12 @@ METHODS = "full | window:W+S | h2o:R+Y | tova:N, in tokens or percent; trained: 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file or a hub name.")]
 Time = Annotated[str | None, typer.Option(help=f"{METHODS}. Default: the checkpoint's own.")]
 Times = Annotated[list[str] | None, typer.Option("--time", help=f"{METHODS}; given several times: a row each.")]
-Bits = Annotated[str | None, typer.Option(help="model; fp8, int8 and int4 are planned.")]
+Bits = Annotated[
+    str | None,
+    typer.Option(
+        help="How kept entries are stored: model | fp8 | int8 | int4, or keys and values apart, as int8,int4."
+    ),
+]
 Adapter = Annotated[str | None, typer.Option(help="A folder that `kvfold retrofit` wrote.")]
 Gates = Annotated[
     str | None, typer.Option(help="channel: a learned method reads its published freed channel, as it stands.")

@@ -12,6 +12,7 @@ from kvfold.cache.group import CacheGroup
 from kvfold.cache.store import Batch, Store
 from kvfold.methods.plans import Chunk
 from kvfold.ops.attention import dense_attention, weighed_attention
+from kvfold.ops.blockwise import FOREVER, lifespan_attention
 from kvfold.ops.gating import Gates
 from kvfold.ops.rotation import Rotation, rotate, rotate_queries
 
@@ -86,7 +87,8 @@ class _OwnerChunk:
         )  # fmt: skip
         self._k_BTKD = rotate(rotation, self._plan.k_BTKD, None if gates is None else gates.k_keep_KD)
         self._k_BEKD, self._v_BEKD = self._beside_stored()
-        self._mask = self._seen()
+        self._last_BKE = self._last_query()
+        self._mask = self._seen() if self._last_BKE is None else None
         self._bias_BKE = self._slot_bias()
         self._score_BKE: Tensor | None = None
 
@@ -111,12 +113,26 @@ class _OwnerChunk:
         bias = array.view(-1)[self._slot_BKS].float().masked_fill(~self._filled_BKS, 0)
         return torch.nn.functional.pad(bias, (0, self._k_BTKD.shape[1]))
 
+    def _last_query(self) -> Tensor | None:
+        """Position of the last query that sees each entry, int64 [B, K, E]; None where that is no short cut."""
+        group = self._group
+        if group.method.attention_scores is not None or not (group.method.lossy or group.window is not None):
+            return None
+        if group.method.lossy:
+            last = self._plan.last_query()
+            if last is None:
+                return None
+        else:
+            last = torch.full_like(self._position_BKE, FOREVER, dtype=torch.int64)
+        return last if group.window is None else last.minimum(self._position_BKE.long() + group.window - 1)
+
     def _seen(self) -> Tensor | None:
         """Which entries each query sees, bool [B or 1, K or 1, T, E]; None = plain causal over the call alone."""
         group, call, stored = self._group, self._call, self._stored
         tokens, device = call.real_BT.shape[1], call.real_BT.device
         even = len(set(call.before)) <= 1
-        if not call.padded and not group.method.lossy and group.window is None and even:
+        plain = not group.method.lossy or group.method.attention_scores is not None
+        if not call.padded and plain and group.window is None and even and (stored == 0 or not group.method.lossy):
             if stored == 0:
                 return None
             index = torch.arange(stored + tokens, device=device)
@@ -137,6 +153,11 @@ class _OwnerChunk:
     def attended(self, q_BTHD: Tensor, *, scale: float, softcap: float | None) -> Tensor:
         """Attention output [B, T, H, D]; scores are summed over the group's layers."""
         call, scores = self._call, self._group.method.attention_scores
+        if self._last_BKE is not None:
+            return lifespan_attention(
+                q_BTHD, self._k_BEKD, self._v_BEKD, query_BT=call.position_BT, position_BKE=self._position_BKE,
+                last_BKE=self._last_BKE, scale=scale, softcap=softcap, bias_BKE=self._bias_BKE,
+            )  # fmt: skip
         common = {"scale": scale, "softcap": softcap, "mask": self._mask, "bias_BKE": self._bias_BKE}
         if scores is None:
             return dense_attention(q_BTHD, self._k_BEKD, self._v_BEKD, **common)

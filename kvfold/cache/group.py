@@ -105,6 +105,10 @@ class CacheGroup:
         """Pages that these streams hold, a shared page once for each of them."""
         return int(self._pages(self.lengths(id_X)).sum())
 
+    def pages_of(self, sequences: list[int]) -> Tensor:
+        """Pages that each of these sequences holds, shared ones too, int64."""
+        return self._pages(self.length[:, sequences]).sum(dim=(0, 2))
+
     def page_ids(self, id_X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Every page that these streams hold: stream id, index within the stream, page id; flat."""
         flat = id_X.reshape(-1)

@@ -136,12 +136,12 @@ class PagePool:
         if self._poison:
             for array in self.arrays.values():
                 if array.is_floating_point():
-                    array[free] = torch.nan
+                    _movable(array)[free] = _movable(array.new_full((), torch.nan))
 
     def copy_pages(self, source: Tensor, target: Tensor) -> None:
         """Copy whole pages with all that belongs to their slots."""
         source, target = source.long(), target.long()
-        for array in self.arrays.values():
+        for array in map(_movable, self.arrays.values()):
             array[target] = array[source]
 
     # -- slots ---------------------------------------------------------------------------------------------------
@@ -150,17 +150,16 @@ class PagePool:
         """Store keys and values at flat slots (page * N + slot)."""
         for name, storage, new in (("k", self.page_class.k, k_XD), ("v", self.page_class.v, v_XD)):
             array = self.arrays[name]
-            if storage in ("model", "fp8"):
-                array.flatten(0, 1).index_copy_(0, slot_X, new.to(array.dtype))
-                continue
-            codes, scales = quantise(new, storage)
-            array.flatten(0, 1).index_copy_(0, slot_X, codes)
-            self.arrays[f"{name}_scale"].flatten(0, 1).index_copy_(0, slot_X, scales)
+            codes, scales = quantise(new.to(self.page_class.dtype), storage)
+            _movable(array).flatten(0, 1).index_copy_(0, slot_X, _movable(codes))
+            if scales is not None:
+                self.arrays[f"{name}_scale"].flatten(0, 1).index_copy_(0, slot_X, scales)
 
     def read(self, name: str, slot: Tensor) -> Tensor:
         """Keys (`k`) or values (`v`) at flat slots of any shape, [..., D] in the model's dtype."""
         storage = self.page_class.k if name == "k" else self.page_class.v
-        codes = self.arrays[name].flatten(0, 1)[slot]
+        array = self.arrays[name]
+        codes = _movable(array).flatten(0, 1)[slot].view(array.dtype)
         if storage == "model":
             return codes
         scales = self.slot_array(f"{name}_scale")
@@ -177,7 +176,7 @@ class PagePool:
 
     def move(self, source_X: Tensor, target_X: Tensor) -> None:
         """Copy entries from flat slots to others, with all that belongs to them."""
-        for array in self.arrays.values():
+        for array in map(_movable, self.arrays.values()):
             flat = array.flatten(0, 1)
             flat.index_copy_(0, target_X, flat[source_X])
 
@@ -208,3 +207,8 @@ class PagePool:
         self.references, self.free_list = references, free_list
         self._top = self._top + fresh.numel()
         book.capacity, book.free = capacity, free + fresh.numel()
+
+
+def _movable(array: Tensor) -> Tensor:
+    """The array in a dtype that can be indexed: torch moves fp8 about only as bytes."""
+    return array.view(torch.uint8) if array.dtype == torch.float8_e4m3fn else array

@@ -7,7 +7,7 @@ frees what is queued first.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -66,9 +66,12 @@ class Store:
 
     def __init__(
         self, layout: KVLayout, *, dtype: torch.dtype, device: torch.device | str = "cpu", memory_bytes: int | None = None,
-        sequences: int = 1, page_slots: int = PAGE_SLOTS, poison: bool = False,
+        sequences: int = 1, page_slots: int = PAGE_SLOTS, pools: Mapping[PlannedClass, PagePool] | None = None,
+        poison: bool = False,
     ):  # fmt: skip
-        """`memory_bytes`: reserved at once and never exceeded; None = grow as needed. `sequences`: expected, a hint."""
+        """`memory_bytes`: reserved at once and never exceeded; None = grow as needed. `sequences`: expected, a hint. `pools`:
+        of each page class, where several stores draw from the same ones.
+        """
         self.layout, self.dtype, self.device, self.page_slots = layout, dtype, torch.device(device), page_slots
         self.memory_bytes = memory_bytes
         self._page_bytes = {
@@ -76,7 +79,10 @@ class Store:
             for one, state in page_classes(layout).items()
         }
         self._poison = poison
-        self._pools = self._make_pools(self._limits(max(1, sequences)))
+        if pools is None:
+            self._pools = self._make_pools(self._limits(max(1, sequences)))
+        else:
+            self._pools = [pools[one] for one in self._page_bytes]
         self.groups, self.place_of = self._make_groups()
         with torch.inference_mode(False):
             self.seen = torch.zeros(0, dtype=torch.int64, device=self.device)
@@ -215,6 +221,12 @@ class Store:
 
     # -- sequences -----------------------------------------------------------------------------------------------
 
+    @property
+    def free_places(self) -> int:
+        """Sequences that can be made without growing tables."""
+        self.drain()
+        return len(self._free)
+
     def new_sequences(self, number: int) -> list[int]:
         """Handles of so many empty sequences."""
         self.drain()
@@ -274,6 +286,17 @@ class Store:
     def seen_tokens(self, sequence: int) -> int:
         """Real tokens that a sequence has seen."""
         return self._seen[sequence]
+
+    @property
+    def alive(self) -> list[int]:
+        """Handles of all sequences, ascending."""
+        self.drain()
+        return sorted(set(range(len(self._seen))) - set(self._free))
+
+    def pages_needed(self, sequences: Sequence[int], added: Sequence[int]) -> list[int]:
+        """Pages that a call may take from each pool, at most."""
+        self.drain()
+        return self._needed(sequences, added)[0]
 
     def held_bytes(self, sequences: Sequence[int]) -> int:
         """Bytes that these sequences hold; a page that they share with others counts whole."""

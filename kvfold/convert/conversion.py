@@ -21,7 +21,7 @@ from kvfold.methods.names import unknown_name
 from kvfold.models.checkpoint_files import check_folder, write_model
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.load import check_runnable, load, load_config
+from kvfold.models.load import load, load_config
 from kvfold.models.source import find_source
 
 INITS = ("mean", "drop", "fitted")
@@ -109,7 +109,6 @@ def new_config(config: FoldConfig, wanted: Conversion) -> FoldConfig:
         _refuse_lost_specs(old, new)
     new = new if wanted.time is None else new.with_time(wanted.time)
     new = new if wanted.bits is None else new.with_bits(wanted.bits)
-    check_runnable(new)
     found = deepcopy(config)
     found.layout, found.base_layout = new, config.base_layout
     heads = {layer.num_kv_heads for layer in new.layers}

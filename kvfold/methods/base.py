@@ -172,6 +172,12 @@ class Method(ABC):
         """
         return None
 
+    def last_query(self, position_BKE: Tensor) -> Tensor | None:
+        """int64 [B, K, E]: the position of the last query that sees each entry (`ops.blockwise.FOREVER` for one that stays);
+        None = only `sees` can tell. A long prompt is read faster where it is given.
+        """
+        return None
+
     def retain(self, entries: Entries) -> Tensor | None:
         """bool [B, K, E]: the entries that stay once a call is done; None = all. May be True where there is no entry.
 

@@ -193,6 +193,18 @@ class MergedChunk(ChunkPlan):
         slot = torch.arange(chunk.stored, device=continued.device)
         return (slot == chunk.length_BK.unsqueeze(-1) - 1) & continued.unsqueeze(-1)
 
+    def last_query(self) -> Tensor:
+        """A partial mean is seen by its own query; one that is closed, and a stored one that does not go on, by all later."""
+        import torch
+
+        from kvfold.ops.blockwise import FOREVER
+
+        own = self.chunk.position_BKE[..., self.chunk.stored :].long()
+        last = torch.where(self._closed(), FOREVER, own)
+        if self.chunk.stored:
+            last = torch.cat((torch.where(self._goes_on(), -1, FOREVER), last), dim=-1)
+        return last
+
     def sees(self) -> Tensor:
         """See `ChunkPlan.sees`."""
         import torch

@@ -179,6 +179,12 @@ class MarkedChunk(ChunkPlan):
         slot = torch.where(marked, ~ring, 0).long()
         return counts.scatter_add_(2, slot, marked.int()) > 0
 
+    def last_query(self) -> Tensor:
+        """See `ChunkPlan.last_query`."""
+        from kvfold.ops.blockwise import FOREVER
+
+        return (self.chunk.position_BKE.long() + self.method.delay).masked_fill(~self.marked_BKE, FOREVER)
+
     def sees(self) -> Tensor:
         """See `ChunkPlan.sees`."""
         query, position = self.chunk.position_BT[:, None, :, None], self.chunk.position_BKE.unsqueeze(2)

@@ -147,6 +147,10 @@ class ChunkPlan:
         position = chunk.position_BKE if chunk.stored else chunk.position_BKE[:, :1]
         return self.method.sees(chunk.position_BT, position)
 
+    def last_query(self) -> Tensor | None:
+        """int64 [B, K or 1, E]: the position of the last query that sees each entry; None = only `sees` can tell."""
+        return self.method.last_query(self.chunk.position_BKE)
+
     def retained(self, score_BKE: Tensor | None) -> Tensor | None:
         """bool [B, K, E]: what stays once all readers have attended; None = all."""
         chunk = self.chunk

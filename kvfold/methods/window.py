@@ -55,6 +55,14 @@ class Window(Method):
         """Exact."""
         return min(seen, self.recent.tokens(seen) + self.sinks)
 
+    def last_query(self, position_BKE: Tensor) -> Tensor | None:
+        """A fixed window ends so many tokens later; of a share only `sees` can tell."""
+        from kvfold.ops.blockwise import FOREVER
+
+        if self.recent.fixed is None:
+            return None
+        return (position_BKE.long() + self.recent.fixed - 1).masked_fill(position_BKE < self.sinks, FOREVER)
+
     def sees(self, query_BT: Tensor, position_BKE: Tensor) -> Tensor:
         """The `recent` newest tokens, the query's own included, and the `sinks` first."""
         edge_BT = query_BT + 1 - self.recent.of(query_BT + 1)

@@ -174,17 +174,7 @@ def _check_report(found: Source, report: dict, *, strict: bool) -> None:
 
 def _folded(layout: KVLayout, time: str | None, bits: str | None) -> KVLayout:
     layout = layout if time is None else layout.with_time(time)
-    layout = layout if bits is None else layout.with_bits(bits)
-    check_runnable(layout)
-    return layout
-
-
-def check_runnable(layout: KVLayout) -> None:
-    """Raise `ValueError` for a storage that no cache can do yet."""
-    if layout.bits != layout.base().bits:
-        raise ValueError(
-            f"bits '{layout.bits_text()}': storage other than 'model' is planned, not there yet: leave it out"
-        )
+    return layout if bits is None else layout.with_bits(bits)
 
 
 def _wanted_device(device: str | torch.device | None) -> torch.device:

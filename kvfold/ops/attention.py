@@ -34,11 +34,23 @@ def dense_attention(
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BEKD, v_BEKD))
     grouped = q.shape[1] != k.shape[1]
     if mask is not None and mask.shape[1] not in (1, q.shape[1]):
-        mask = mask.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        return _masked_by_head(q, k, v, mask, scale)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, scale=scale, enable_gqa=grouped
     )
     return out.transpose(1, 2)
+
+
+def _masked_by_head(q_BHTD: Tensor, k_BKED: Tensor, v_BKED: Tensor, mask_BKTE: Tensor, scale: float) -> Tensor:
+    """A mask of each kv head serves its G query heads without being repeated: every (sequence, kv head) is a batch of its own."""
+    batch, heads, num_queries, dim = q_BHTD.shape
+    kv_heads, entries = k_BKED.shape[1:3]
+    q = q_BHTD.reshape(batch * kv_heads, heads // kv_heads, num_queries, dim)
+    k, v = (x.reshape(batch * kv_heads, 1, entries, x.shape[-1]) for x in (k_BKED, v_BKED))
+    k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    mask = mask_BKTE.expand(batch, -1, -1, -1).reshape(batch * kv_heads, 1, num_queries, entries)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out.reshape(batch, heads, num_queries, -1).transpose(1, 2)
 
 
 def weighed_attention(
