@@ -67,7 +67,9 @@ class FoldCache(Cache):
         """
         super().__init__(layers=[])
         if rows < 0:
-            raise ValueError(f"rows {rows}: there are none or more: say how many, or 0 where the first call brings them")
+            raise ValueError(
+                f"rows {rows}: there are none or more: say how many, or 0 where the first call brings them"
+            )
         self.layout, self._base_layout, self.gates = layout, base_layout or layout.base(), gates
         self.gate_table: Any = None
         """What the model worked out from them for this layout."""

@@ -5,6 +5,7 @@ installed transformers refuses. What a config leaves out takes the value that tr
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -119,7 +120,7 @@ def model_tokens(config: Config) -> int | None:
 
 
 def _named_config(name: str) -> dict[str, Any]:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
