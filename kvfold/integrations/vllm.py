@@ -69,11 +69,13 @@ class ConfigHooks:
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Refuse to cut the model where its layers don't allow it, in one line."""
-        parallel = vllm_config.parallel_config
+        """Refuse to cut the model where its layers don't allow it, in one line; and store what the layout says."""
+        parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
         layout = vllm_config.model_config.hf_config.layout
         check_tensor_parallel(layout, parallel.tensor_parallel_size)
         check_pipeline(layout, parallel.pipeline_parallel_size)
+        if stored_as_fp8(layout) and cache.cache_dtype == "auto":
+            cache.cache_dtype = "fp8"
 
 
 def explain(layout: "KVLayout") -> str | None:
@@ -88,8 +90,11 @@ def explain(layout: "KVLayout") -> str | None:
                 f"time '{time.format()}' in layer {owner}: vLLM keeps every token, or the newest of a sliding window "
                 f"(window:W+0): {REMEDY}"
             )
-        if (bits.k, bits.v) != ("model", "model"):
-            return f"bits '{bits.format()}' in layer {owner}: vLLM stores the model's own dtype here: {REMEDY}"
+        if bits.format() != "model" and not stored_as_fp8(layout):
+            return (
+                f"bits '{bits.format()}' in layer {owner}: vLLM stores the model's own dtype, or fp8 for keys and values of all "
+                f"layers: {REMEDY}"
+            )
     return None
 
 
@@ -143,6 +148,11 @@ def check_pipeline(layout: "KVLayout", size: int) -> None:
             f"pipeline parallel {size} of layers that share ({layout.layers_text()}): readers stand with their owners: "
             "use tensor parallel"
         )
+
+
+def stored_as_fp8(layout: "KVLayout") -> bool:
+    """Whether all keys and values are fp8, which has no scales in kvfold: vLLM's fp8 with its default scales of 1."""
+    return layout.bits_text() == "fp8"
 
 
 def sliding_windows(layout: "KVLayout") -> list[int | None]:
