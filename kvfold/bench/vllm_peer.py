@@ -32,18 +32,20 @@ class VllmRun:
     """When each step ended, seconds since the start."""
     step_rows: tuple[int, ...]
     """Rows that got a token in each step."""
+    step_begun: tuple[int, ...]
+    """Rows that have had a token by the end of each step."""
     preemptions: int
     """Times that a row gave up its memory and had to begin again."""
 
     @property
+    def num_steps(self) -> int:
+        """Steps of the engine, prompts included."""
+        return len(self.step_ends)
+
+    @property
     def prefill_steps(self) -> int:
         """Steps until every row had its first token; of rows that wait for memory, all until the last one has begun."""
-        begun, rows = 0, len(self.new_ids)
-        for step, given in enumerate(self.step_rows, start=1):
-            begun += given
-            if begun >= rows:
-                return step
-        return len(self.step_rows)
+        return self.step_begun.index(len(self.new_ids)) + 1
 
     @property
     def prefill_seconds(self) -> float:
@@ -89,7 +91,7 @@ class VllmPeer:
         settings = {
             "model": str(model), "dtype": dtype, "max_model_len": max_tokens, "max_num_seqs": max_rows,
             "max_num_batched_tokens": max_rows * max_tokens, "kv_cache_memory_bytes": kv_bytes,
-            "disable_custom_all_reduce": True, **(options or {}),
+            **(options or {}),
         }  # fmt: skip
         self._process = subprocess.Popen(
             [str(python or vllm_python()), str(_WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
@@ -112,7 +114,7 @@ class VllmPeer:
         told = self._asked({"prompts": [list(prompt) for prompt in prompts], "new_tokens": new_tokens})
         return VllmRun(
             new_ids=tuple(tuple(ids) for ids in told["ids"]), step_ends=tuple(told["step_ends"]),
-            step_rows=tuple(told["step_rows"]), preemptions=told["preemptions"],
+            step_rows=tuple(told["step_rows"]), step_begun=tuple(told["step_begun"]), preemptions=told["preemptions"],
         )  # fmt: skip
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ class Engine:
 
     def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """Greedy: `new_tokens` for each of `prompts` (token ids), all handed over at once. Gives the `ids`, and of each step its
-        end in seconds since the start and the rows that got a token in it.
+        end in seconds since the start, the rows that got a token in it, and those that have had one by then.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -49,7 +49,7 @@ class Engine:
             output_kind=RequestOutputKind.DELTA,
         )  # fmt: skip
         ids: dict[str, list[int]] = {}
-        ends, rows, before = [], [], self._preemptions()
+        ends, rows, begun, before = [], [], [], self._preemptions()
         for prompt in job["prompts"]:
             name, self._asked = str(self._asked), self._asked + 1
             ids[name] = []
@@ -60,9 +60,10 @@ class Engine:
             ends.append(time.perf_counter() - start)
             rows.append(sum(1 for _, new in told if new))
             for name, new in told:
-                ids[name.split("-")[0]] += new
+                ids[name] += new
+            begun.append(sum(1 for row in ids.values() if row))
         return {
-            "ids": list(ids.values()), "step_ends": ends, "step_rows": rows,
+            "ids": list(ids.values()), "step_ends": ends, "step_rows": rows, "step_begun": begun,
             "preemptions": self._preemptions() - before,
         }  # fmt: skip
 
