@@ -16,7 +16,7 @@ from kvfold.cache.views import KVView
 from kvfold.methods.gates import GateConfig
 from kvfold.models.config import FoldConfig
 from kvfold.models.gates import GateCall, GateNorm, GateProjection, decide
-from kvfold.ops.linear import SkinnyLinear
+from kvfold.ops.linear import PackableLinear, project
 from kvfold.ops.rotation import Rotation
 
 
@@ -59,10 +59,10 @@ class FoldAttention(nn.Module):
         q_width = config.num_attention_heads * config.head_dim
         kv_width = config.layout.layers[layer].num_kv_heads * config.head_dim
         owner = config.layout.is_owner(layer)
-        self.q_proj = SkinnyLinear(config.hidden_size, q_width, bias=config.qkv_bias)
-        self.k_proj = SkinnyLinear(config.hidden_size, kv_width, bias=config.qkv_bias) if owner else None
-        self.v_proj = SkinnyLinear(config.hidden_size, kv_width, bias=config.qkv_bias) if owner else None
-        self.o_proj = SkinnyLinear(q_width, config.hidden_size, bias=config.o_bias)
+        self.q_proj = PackableLinear(config.hidden_size, q_width, bias=config.qkv_bias)
+        self.k_proj = PackableLinear(config.hidden_size, kv_width, bias=config.qkv_bias) if owner else None
+        self.v_proj = PackableLinear(config.hidden_size, kv_width, bias=config.qkv_bias) if owner else None
+        self.o_proj = PackableLinear(q_width, config.hidden_size, bias=config.o_bias)
         self.q_norm, self.k_norm = _head_norm(config, q_width), _head_norm(config, kv_width) if owner else None
         self.query_layernorm = self.key_layernorm = None
         if config.qk_norm == "turned":
@@ -84,12 +84,19 @@ class FoldAttention(nn.Module):
     ) -> Tensor:
         """`normed_BTC` is the layer's input as the block takes it, `hidden_BTC` the residual stream itself."""
         masked = None if call is None or call.off else call.table.masked[self.layer]
-        q = self._heads(self._projected(self.q_proj, normed_BTC, masked), self.q_norm)
-        k = v = gates = None
-        if self.k_proj is not None:
-            source = normed_BTC if self.kv_norm is None else self.kv_norm(hidden_BTC)
-            k = self._heads(self._projected(self.k_proj, source, masked), self.k_norm)
-            v = self._heads(self.v_proj(source), None)
+        if self.k_proj is None:
+            q, k, v = self.q_proj(normed_BTC), None, None
+        elif self.kv_norm is None:
+            source = normed_BTC
+            q, k, v = project(normed_BTC, self.q_proj, self.k_proj, self.v_proj)
+        else:
+            source = self.kv_norm(hidden_BTC)
+            q, (k, v) = self.q_proj(normed_BTC), project(source, self.k_proj, self.v_proj)
+        q = self._heads(self._masked(q, self.q_proj, normed_BTC, masked), self.q_norm)
+        gates = None
+        if k is not None:
+            k = self._heads(self._masked(k, self.k_proj, source, masked), self.k_norm)
+            v = self._heads(v, None)
         if call is not None:
             gates = decide(call, self.layer, q, k, self._adapted(call, hidden_BTC))
         return self.o_proj(view.attend(self.layer, q, k, v, self._with_gain(rotation), gates).flatten(2))
@@ -116,9 +123,10 @@ class FoldAttention(nn.Module):
             return rotation
         return replace(rotation, query_gain_D=self.query_layernorm.weight * self.key_layernorm.weight)
 
-    def _projected(self, projection: nn.Module, x: Tensor, masked: int | None) -> Tensor:
-        """The projection; channel `masked` of each head is what a low-rank addition says alone, without the base weights."""
-        out = projection(x)
+    def _masked(self, out: Tensor, projection: nn.Module, x: Tensor, masked: int | None) -> Tensor:
+        """`out`, the projection of x; channel `masked` of each head is what a low-rank addition says alone, without the base
+        weights.
+        """
         if masked is None:
             return out
         rows = torch.arange(out.shape[-1] // self.head_dim, device=x.device) * self.head_dim + masked % self.head_dim
@@ -167,14 +175,15 @@ class FoldMLP(nn.Module):
 
     def __init__(self, config: FoldConfig):
         super().__init__()
-        self.gate_proj = SkinnyLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = SkinnyLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = SkinnyLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = PackableLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = PackableLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = PackableLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """Same shape as its input."""
-        return self.down_proj(self.act(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
+        gate, up = project(x_BTC, self.gate_proj, self.up_proj)
+        return self.down_proj(self.act(gate) * up)
 
 
 class FoldLayer(GradientCheckpointingLayer):

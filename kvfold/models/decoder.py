@@ -25,7 +25,7 @@ from kvfold.models.gates import GateCall, GateNorm, GateProjection, GateSet, Gat
 from kvfold.models.generation import FoldGeneration
 from kvfold.models.options import PLAIN, CallOptions
 from kvfold.models.rope import Rope
-from kvfold.ops.linear import SkinnyLinear
+from kvfold.ops.linear import PackableLinear
 from kvfold.ops.rotation import Rotation
 
 
@@ -273,7 +273,7 @@ class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GatedModel, Generatio
     def __init__(self, config: FoldConfig):
         super().__init__(config)
         self.model = FoldModel(config)
-        self.lm_head = SkinnyLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = PackableLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
