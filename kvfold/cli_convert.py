@@ -1,5 +1,6 @@
 """`kvfold convert`: parse, call, print. What it does lives in models/convert.py."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -120,7 +121,7 @@ def _with_choice(
 
 
 def _costs_folder(out: Path) -> Path:
-    out = out.expanduser()
+    out = Path(os.path.expanduser(out))
     return out.with_name(f".{out.name}.layers")
 
 
@@ -128,7 +129,7 @@ def _keep_costs(out: Path) -> None:
     """What was measured of layers goes with the model that came of it."""
     folder = _costs_folder(out)
     for file in folder.iterdir():
-        shutil.move(file, out.expanduser() / file.name)
+        shutil.move(file, Path(os.path.expanduser(out)) / file.name)
     folder.rmdir()
 
 

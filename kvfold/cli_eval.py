@@ -1,6 +1,5 @@
 """`kvfold eval`: parse, call, print. What it measures lives in eval/."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -252,4 +251,6 @@ def _beside(texts: list[str], source: str, dtype: str | None, device: str | None
 
 def _cells() -> Path:
     """Where finished measurements wait to be used again."""
-    return Path(os.environ.get("KVFOLD_CACHE") or Path.home() / ".cache" / "kvfold") / "cells"
+    from kvfold.ops.native import cache_folder
+
+    return cache_folder() / "cells"

@@ -66,8 +66,10 @@ class FoldCache(Cache):
         `gates`: whatever the model that fills this cache takes its decisions from; None = the model's own.
         """
         super().__init__(layers=[])
-        if rows < 0 or (rows == 0 and memory_bytes is not None):
-            raise ValueError(f"rows {rows}: a cache is for 1 row or more: say how many")
+        if rows < 0:
+            raise ValueError(
+                f"rows {rows}: there are none or more: say how many, or 0 where the first call brings them"
+            )
         self.layout, self._base_layout, self.gates = layout, base_layout or layout.base(), gates
         self.gate_table: Any = None
         """What the model worked out from them for this layout."""

@@ -6,6 +6,7 @@ Whoever drops sequences where nothing may be freed (a finaliser, inside an alloc
 frees what is queued first.
 """
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -87,7 +88,7 @@ class Store:
             self.seen = torch.zeros(0, dtype=torch.int64, device=self.device)
         self._seen: list[int] = []
         self._free: list[int] = []
-        self._queued: list[int] = []
+        self._queued = deque[int]()
         self._in_call: set[int] = set()
         self._grow(sequences)
 
@@ -246,10 +247,10 @@ class Store:
         self._queued.extend(sequences)
 
     def drain(self) -> None:
-        """Free what was queued."""
-        if self._queued:
-            queued, self._queued = self._queued, []
-            self._free_now(queued)
+        """Free what was queued, and what is queued meanwhile."""
+        while self._queued:
+            # One by one out of the queue: a finaliser may run in another thread.
+            self._free_now([self._queued.popleft() for _ in range(len(self._queued))])
 
     def _free_now(self, sequences: Sequence[int]) -> None:
         sequences = list(sequences)

@@ -26,7 +26,6 @@ from kvfold.eval.scoring import score
 from kvfold.layout.patterns import explicit_text
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.rope import Rope
 
 Group = tuple[int, ...]
 """Layers that share, ascending; the first is the owner."""
@@ -44,16 +43,13 @@ def layer_kinds(config: FoldConfig) -> list[Hashable]:
     """What layers of one group have in common: shape, window, rotary positions, and what is kept along time and in bits.
     Raises `ValueError` for a model that shares layers already.
     """
-    layout, turns = config.layout, Rope(config).group_of
+    layout = config.layout
     if len(layout.owners) < layout.num_layers:
         raise ValueError(
             f"a model with layers '{layout.layers_text()}': which layers may share is asked of one that has keys and values "
             "in all: begin with the model that it was made from"
         )
-    return [
-        (layer.kind, turns[index], layout.time_of(index), layout.bits_of(index))
-        for index, layer in enumerate(layout.layers)
-    ]
+    return [(layer.kind, layout.time_of(index), layout.bits_of(index)) for index, layer in enumerate(layout.layers)]
 
 
 def most_layers(num_layers: int, owners: int) -> int:

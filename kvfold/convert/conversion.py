@@ -4,6 +4,7 @@ convert_heads.py, convert_layers.py and fitted.py do to the weights.
 Letters: W windows of calibration text, T tokens of a window.
 """
 
+import os
 import shutil
 from copy import deepcopy
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def convert(
     own. A `fitted` that was interrupted goes on after the last finished layer when it is started again. Raises `ValueError`,
     in one line, before any weight is read for what can't be done.
     """
-    out, found = Path(out).expanduser(), find_source(source)
+    out, found = Path(os.path.expanduser(out)), find_source(source)
     check_folder(out)
     config = new_config(config or load_config(source), wanted)
     if wanted.target == "transformers":

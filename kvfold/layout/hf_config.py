@@ -5,14 +5,15 @@ installed transformers refuses. What a config leaves out takes the value that tr
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from kvfold.layout.known_models import KNOWN_MODELS
-from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.kvlayout import NO_ROPE, ROPE, KVLayout
 from kvfold.layout.sharing_formats import read_sharing, read_sliding
 from kvfold.methods.names import unknown_name
 
@@ -28,7 +29,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2_moe": _QWEN,
     "qwen3": {**_QWEN, "head_dim": 128},
     "qwen3_moe": {"use_sliding_window": False, "num_key_value_heads": 4},
-    "smollm3": {"use_sliding_window": False, "num_key_value_heads": 4},
+    "smollm3": {"use_sliding_window": False, "num_key_value_heads": 4, "no_rope_layer_interval": 4},
     "gemma": {"num_attention_heads": 16, "head_dim": 256},
     "gemma2": {**_GEMMA, "sliding_window_pattern": 2},
     "gemma3_text": {**_GEMMA, "sliding_window_pattern": 6, "max_position_embeddings": 131072},
@@ -119,7 +120,7 @@ def model_tokens(config: Config) -> int | None:
 
 
 def _named_config(name: str) -> dict[str, Any]:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
@@ -210,13 +211,37 @@ def _plain_layout(config: Config) -> KVLayout:
         or _number(config, "hidden_size", "n_embd") // num_heads
     )
     windows = layer_windows(config, num_layers)
-    base = KVLayout.plain(num_layers, num_kv_heads, head_dim, windows)
+    base = KVLayout.plain(num_layers, num_kv_heads, head_dim, windows).with_rope(_rope_kinds(config, windows))
     if "global_head_dim" not in config or not any(windows):
         return base
     # Gemma 4: full-attention layers have a head shape of their own.
     global_heads = config.get("num_global_key_value_heads") if config.get("attention_k_eq_v") else None
     own = {"num_kv_heads": global_heads or num_kv_heads, "head_dim": config["global_head_dim"]}
     return replace(base, layers=tuple(one if one.window else replace(one, **own) for one in base.layers))
+
+
+def rope_kinds(
+    without: Container[int], types: Sequence[str] | None, parameters: Any, windows: Sequence[int | None]
+) -> list[str]:
+    """Which rotary positions each layer has, for `KVLayout.with_rope`. `without`: layers that have none; `types`: attention
+    types; `parameters`: transformers' rope parameters, one set or one for each type.
+    """
+    nested = isinstance(parameters, Mapping) and parameters and all(isinstance(x, Mapping) for x in parameters.values())
+    # Types are told apart by their window already, where they have one.
+    typed = nested and types is not None and not any(windows)
+    return [NO_ROPE if layer in without else types[layer] if typed else ROPE for layer in range(len(windows))]
+
+
+def _rope_kinds(config: Config, windows: Sequence[int | None]) -> list[str]:
+    flags, every = config.get("no_rope_layers"), config.get("no_rope_layer_interval")
+    if not flags and every:
+        flags = [(layer + 1) % every for layer in range(len(windows))]
+    if flags and len(flags) != len(windows):
+        raise ValueError(
+            f"no_rope_layers names {len(flags)} layers of {len(windows)}: it names each once: correct config.json"
+        )
+    without, types = {layer for layer, turned in enumerate(flags or ()) if not turned}, config.get("layer_types")
+    return rope_kinds(without, None if isinstance(types, str) else types, config.get("rope_parameters"), windows)
 
 
 def layer_windows(config: Config, num_layers: int) -> tuple[int | None, ...]:

@@ -21,6 +21,8 @@ FORMAT = 1
 """Version of the JSON form."""
 
 FULL, MODEL_BITS = Full(), BitsSpec()
+ROPE, NO_ROPE = "default", "none"
+"""Rotary positions as most layers have them, and none."""
 
 Spec = TypeVar("Spec", Method, BitsSpec)
 
@@ -37,6 +39,8 @@ class LayerKV:
     """Channels of one head."""
     window: int | None = None
     """The architecture's own sliding window: query t sees key k iff t - k < window. None = full attention."""
+    rope: str = ROPE
+    """Which rotary positions keys and queries have, where a model has more than one kind; `none` = not any."""
 
     def __post_init__(self) -> None:
         for name, least in (("owner", 0), ("num_kv_heads", 1), ("head_dim", 1), ("window", 1)):
@@ -45,11 +49,18 @@ class LayerKV:
                 continue
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} {value!r}: a layer's {name} is a whole number of {least} or more: correct it")
+        if type(self.rope) is not str:
+            raise ValueError(f"rope {self.rope!r}: it names a kind of rotary positions, such as '{ROPE}': correct it")
 
     @property
-    def kind(self) -> tuple[int | None, int, int]:
-        """What must agree within a group: window, number of KV heads, head dim."""
-        return self.window, self.num_kv_heads, self.head_dim
+    def kind(self) -> tuple[int | None, int, int, str]:
+        """What must agree within a group: window, number of KV heads, head dim, rotary positions."""
+        return self.window, self.num_kv_heads, self.head_dim, self.rope
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; rotary positions only where they are not the default."""
+        plain = {name: getattr(self, name) for name in ("owner", "num_kv_heads", "head_dim", "window")}
+        return plain if self.rope == ROPE else plain | {"rope": self.rope}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,8 +88,9 @@ class KVLayout:
             readers.setdefault(layer.owner, []).append(index)
             if layer.kind != self.layers[layer.owner].kind:
                 raise ValueError(
-                    f"layer {index} reads layer {layer.owner} but has (window, kv heads, head dim) {layer.kind} where "
-                    f"that has {self.layers[layer.owner].kind}: a group has one of each: share between equal layers"
+                    f"layer {index} reads layer {layer.owner} but has (window, kv heads, head dim, rotary positions) "
+                    f"{layer.kind} where that has {self.layers[layer.owner].kind}: a group has one of each: share between "
+                    "equal layers"
                 )
         for name in ("time", "bits"):
             if len(getattr(self, name)) != len(readers):
@@ -180,6 +192,12 @@ class KVLayout:
                 )
         return replace(self, layers=tuple(replace(layer, num_kv_heads=num_kv_heads) for layer in self.layers))
 
+    def with_rope(self, rope: Sequence[str]) -> Self:
+        """The same with these kinds of rotary positions, one per layer."""
+        kinds = zip(self.layers, rope, strict=True)
+        layers = tuple(layer if layer.rope == kind else replace(layer, rope=kind) for layer, kind in kinds)
+        return self if layers == self.layers else replace(self, layers=layers)
+
     def with_time(self, text: str) -> Self:
         """A `--time` text applied: what holds for all goes to full-attention owners, sliding ones must be named."""
         slides = [self.layers[owner].window is not None for owner in self.owners]
@@ -218,10 +236,7 @@ class KVLayout:
         """A dict of plain values, as it stands in a checkpoint's config.json."""
         return {
             "format": FORMAT,
-            "layers": [
-                {"owner": one.owner, "num_kv_heads": one.num_kv_heads, "head_dim": one.head_dim, "window": one.window}
-                for one in self.layers
-            ],
+            "layers": [one.to_json() for one in self.layers],
             "time": [spec.format() for spec in self.time],
             "bits": [spec.format() for spec in self.bits],
         }

@@ -1,9 +1,9 @@
 """Owner maps by name: which layer's K and V each layer reads, for any number of layers.
 
 An owner map is a tuple with one owner per layer. A layer's `kind` is whatever must agree within a group (attention
-window, head shape). Sources: arXiv 2405.12981 section 2.2 and appendix (CLA, keep-ends, dense-front, dense-back),
-arXiv 2405.05254 (YOCO), Gemma 3n (trailing). Differs: the non-uniform maps, published for 20 layers, are given for any
-number of layers.
+window, head shape, rotary positions). Sources: arXiv 2405.12981 section 2.2 and appendix (CLA, keep-ends, dense-front,
+dense-back), arXiv 2405.05254 (YOCO), Gemma 3n (trailing). Differs: the non-uniform maps, published for 20 layers, are given
+for any number of layers.
 """
 
 import re
@@ -99,8 +99,8 @@ def owner_map(text: str, kinds: Sequence[Hashable], sliding: Sequence[bool]) -> 
     for layer, owner in enumerate(owners):
         if kinds[layer] != kinds[owner]:
             raise ValueError(
-                f"layers '{text}': layer {layer} would read layer {owner}, which differs in window or head shape: "
-                "a group has one of each: name a map that shares within a kind, such as 'trailing:N' or '0_1_0_1...'"
+                f"layers '{text}': layer {layer} would read layer {owner}, which differs in window, head shape or rotary "
+                "positions: a group has one of each: name a map that shares within a kind, such as 'trailing:N' or '0_1_0_1...'"
             )
     return owners
 

@@ -9,11 +9,11 @@
 A config is read as a dict and never through transformers, which refuses some of these.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from kvfold.layout.kvlayout import KVLayout
-from kvfold.layout.patterns import OwnerMap, explicit_text, trailing
+from kvfold.layout.patterns import OwnerMap, explicit_text, owner_map, trailing
 from kvfold.methods.names import unknown_name
 
 
@@ -63,7 +63,13 @@ def _read_list(key: str) -> Callable[[Mapping[str, Any], KVLayout], KVLayout]:
 
 
 def _read_trailing(config: Mapping[str, Any], plain: KVLayout) -> KVLayout:
-    return KVLayout.parse(f"trailing:{config['num_kv_shared_layers']}", plain)
+    return plain.with_owners(owner_map(f"trailing:{config['num_kv_shared_layers']}", *_attention_types(plain)))
+
+
+def _attention_types(layout: KVLayout) -> tuple[list[tuple[Hashable, ...]], list[bool]]:
+    """What transformers tells layers apart by, which is not their rotary positions; and which slide."""
+    layers = layout.layers
+    return [(one.window, one.num_kv_heads, one.head_dim) for one in layers], [one.window is not None for one in layers]
 
 
 def _read_lckv(config: Mapping[str, Any], plain: KVLayout) -> KVLayout:
@@ -92,7 +98,7 @@ def _write_source_layers(layout: KVLayout) -> dict[str, Any]:
 
 def _write_trailing(layout: KVLayout) -> dict[str, Any]:
     owners, num_owners = _owners(layout), len(layout.owners)
-    num_readers, kinds = layout.num_layers - num_owners, [layer.kind for layer in layout.layers]
+    num_readers, (kinds, _) = layout.num_layers - num_owners, _attention_types(layout)
     readers_last = layout.owners == tuple(range(num_owners))
     if num_readers and not (readers_last and owners == trailing(kinds, num_readers)):
         raise ValueError(

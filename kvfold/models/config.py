@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from kvfold.layout.hf_config import rope_kinds
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 
@@ -146,12 +147,9 @@ class FoldConfig(PreTrainedConfig):
                     f"layer {index} has {entry.num_kv_heads} KV heads of {entry.head_dim} channels in the layout: KV heads "
                     f"divide the {self.num_attention_heads} query heads and have {self.head_dim} channels: give its own layout"
                 )
-            if (index in self.nope_layers) != (entry.owner in self.nope_layers):
-                raise ValueError(
-                    f"layer {index} reads layer {entry.owner} in the layout, and one of the two has no rotary positions: shared "
-                    "keys are rotated or not for all who read them: share within a kind, such as '0_1_0_1...'"
-                )
-        return layout
+        # Layouts that were made elsewhere may not say which layers turn alike.
+        windows = [entry.window for entry in layout.layers]
+        return layout.with_rope(rope_kinds(self.nope_layers, self.layer_types, self.rope_parameters, windows))
 
 
 @lru_cache(maxsize=64)

@@ -8,6 +8,7 @@ Letters: B rows, T tokens of this call, H query heads, K kv heads, G = H // K, D
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,13 @@ class _InFloat32(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(kept, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        # `assign=True` would take over the dtype that a file has.
+        for name, weight in self.named_parameters():
+            if (found := state_dict.get(prefix + name)) is not None:
+                state_dict[prefix + name] = found.to(weight.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class GateNorm(_InFloat32):
