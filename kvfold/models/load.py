@@ -23,6 +23,7 @@ from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.families import fold_config
 from kvfold.models.gates import gate_table
 from kvfold.models.official_dms import official_weights
+from kvfold.models.packing import pack
 from kvfold.models.source import Source, check_source, find_source, one_line
 from kvfold.models.weights import fold_weights
 
@@ -49,7 +50,8 @@ def load(
 
     `time` and `bits` override what the checkpoint says, `time` also what the adapter says, a folder that `kvfold retrofit`
     wrote. `gates="channel"` makes the published freed channel the model's own gates. dtype None = the checkpoint's, and fp32
-    on a CPU (device None).
+    on a CPU (device None); there a copy of the weights in a form that decodes faster is kept beside them
+    (`kvfold.models.packing`).
     Raises `ValueError`, in one line, for whatever can't be loaded.
     """
     if adapter is not None:
@@ -81,7 +83,10 @@ def load(
     if adapter is not None:
         apply_adapter(model, adapter, time=time)
         model.config.layout = _folded(model.config.layout, None, bits)
-    return model.eval()
+    model.eval()
+    if device.type == "cpu":
+        pack(model)
+    return model
 
 
 def _add_channel_gates(config: FoldConfig, layout: KVLayout) -> None:

@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
 from kvfold.ops.linear import PackableLinear, PackedWeights

@@ -10,7 +10,11 @@ import torch.nn.functional as F
 from kvfold.ops.linear import BLOCK_ROWS, PackableLinear, PackedWeights, project
 
 SHAPES = [(1,), (2,), (3,), (8,), (63,), (192,), (193,), (3, 5), (2, 4, 2), (8, 1), (0,)]
-TOLERANCE = {torch.float32: {}, torch.bfloat16: {"atol": 2e-2, "rtol": 2e-2}, torch.float16: {"atol": 2e-3, "rtol": 2e-3}}
+TOLERANCE = {
+    torch.float32: {},
+    torch.bfloat16: {"atol": 2e-2, "rtol": 2e-2},
+    torch.float16: {"atol": 2e-3, "rtol": 2e-3},
+}
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch has no MKL: nothing is packed")
 
 
