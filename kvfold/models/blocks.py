@@ -13,8 +13,9 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvfold.cache.views import KVView
+from kvfold.methods.gates import GateConfig
 from kvfold.models.config import FoldConfig
-from kvfold.models.gates import GateCall, GateConfig, GateProjection, decide
+from kvfold.models.gates import GateCall, GateNorm, GateProjection, decide
 from kvfold.ops.linear import SkinnyLinear
 from kvfold.ops.rotation import Rotation
 
@@ -70,21 +71,19 @@ class FoldAttention(nn.Module):
         self.kv_norm = FoldRMSNorm(config.hidden_size, config) if config.kv_norm and owner else None
         self.fold_norm = self.fold_proj = None
         if owner and config.gates is not None:
-            self.add_adapter(GateConfig.from_json(config.gates), config)
+            self.add_adapter(config.gate_config, config)
 
     def add_adapter(self, gates: GateConfig, config: FoldConfig) -> None:
         """Give an owner the modules of its gate, where that is an adapter; a new one never fires."""
         if gates.source != "adapter":
             return
-        heads = config.layout.layers[self.layer].num_kv_heads
-        self.fold_norm = FoldRMSNorm(config.hidden_size, config)
-        self.fold_proj = GateProjection(config.hidden_size, heads, bias=gates.bias or config.qkv_bias)
+        self.fold_norm, self.fold_proj = new_adapter(gates, config, self.layer)
 
     def forward(
         self, normed_BTC: Tensor, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None, call: GateCall | None
     ) -> Tensor:
         """`normed_BTC` is the layer's input as the block takes it, `hidden_BTC` the residual stream itself."""
-        masked = None if call is None or not call.masks_base(self.layer) else call.configs[self.layer].channel
+        masked = None if call is None or call.off else call.table.masked[self.layer]
         q = self._heads(self._projected(self.q_proj, normed_BTC, masked), self.q_norm)
         k = v = gates = None
         if self.k_proj is not None:
@@ -92,11 +91,18 @@ class FoldAttention(nn.Module):
             k = self._heads(self._projected(self.k_proj, source, masked), self.k_norm)
             v = self._heads(self.v_proj(source), None)
         if call is not None:
-            adapted = None
-            if self.fold_proj is not None and not call.off:
-                adapted = self.fold_proj(self.fold_norm(hidden_BTC))
-            gates = decide(call, self.layer, q, k, adapted)
+            gates = decide(call, self.layer, q, k, self._adapted(call, hidden_BTC))
         return self.o_proj(view.attend(self.layer, q, k, v, self._with_gain(rotation), gates).flatten(2))
+
+    def _adapted(self, call: GateCall, hidden_BTC: Tensor) -> Tensor | None:
+        """What the layer's adapter says, of the model's own gates or of those that came with the call."""
+        config = call.table.configs[self.layer]
+        if call.off or self.k_proj is None or config is None or config.source != "adapter":
+            return None
+        norm, projection = (
+            (self.fold_norm, self.fold_proj) if call.gate_set is None else call.gate_set.adapter(self.layer)
+        )
+        return projection(norm(hidden_BTC))
 
     def _with_gain(self, rotation: Rotation | None) -> Rotation | None:
         """For norms behind the turn, q and k come here without their gains: a turn keeps a head's size, so that this much of a
@@ -124,6 +130,13 @@ class FoldAttention(nn.Module):
             x = norm(x)
         x = x.view(*x.shape[:2], -1, self.head_dim)
         return x if norm is None or self.norm_whole else norm(x)
+
+
+def new_adapter(gates: GateConfig, config: FoldConfig, layer: int) -> tuple[GateNorm, GateProjection]:
+    """The modules of one owner's gate; new ones never fire."""
+    outputs = config.layout.layers[layer].num_kv_heads * gates.form.outputs
+    norm = GateNorm(config.hidden_size, config.rms_norm_eps, offset=config.norm_offset)
+    return norm, GateProjection(config.hidden_size, outputs, bias=gates.bias or config.qkv_bias)
 
 
 def _head_norm(config: FoldConfig, width: int) -> nn.Module | None:

@@ -7,8 +7,11 @@ Letters: B sequences, H query heads, K kv heads, G = H // K, D head dim, P pages
 groups or entries of a stream, T entries of the table, E columns of `received`.
 """
 
+import importlib.util
 import struct
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -65,12 +68,21 @@ def decode_attention(
     softcap: float | None,
 ) -> Tensor:
     """Attention output [B, H, D] of each sequence's one query, in q's dtype; writes and scores as `DecodeBatch` says."""
-    k_kind, v_kind = _KIND.get(batch.k_PND.dtype), _KIND.get(batch.v_PND.dtype)
-    fits = q_BHD.device.type == "cpu" and q_BHD.dtype in _FLOATS and k_kind is not None and v_kind is not None
-    library = native.library(native.KINDS[k_kind], native.KINDS[v_kind]) if fits else None
-    if library is None:
-        return decode_reference(batch, q_BHD, k_BKD, v_BKD, scale=scale, softcap=softcap)
-    return _decode_native(library, batch, q_BHD, k_BKD, v_BKD, scale, softcap)
+    if q_BHD.device.type == "cpu":
+        kinds = [_KIND.get(pages.dtype) for pages in (batch.k_PND, batch.v_PND)]
+        known = None not in kinds and q_BHD.dtype in _FLOATS
+        library = native.library(*(native.KINDS[kind] for kind in kinds)) if known else None
+        if library is not None:
+            return _decode_native(library, batch, q_BHD, k_BKD, v_BKD, scale, softcap)
+    elif q_BHD.is_cuda and (kernels := _triton()) is not None and kernels.fits(batch, q_BHD):
+        return kernels.decode_triton(batch, q_BHD, k_BKD, v_BKD, scale=scale, softcap=softcap)
+    return decode_reference(batch, q_BHD, k_BKD, v_BKD, scale=scale, softcap=softcap)
+
+
+@cache
+def _triton() -> ModuleType | None:
+    """The kernels for CUDA; None where Triton is not installed."""
+    return importlib.import_module("kvfold.ops.paged_triton") if importlib.util.find_spec("triton") else None
 
 
 def decode_reference(

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfold.layout import KVLayout
-from kvfold.patterns import PATTERNS, check_owners, trailing
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.patterns import PATTERNS, check_owners, trailing
 
 
 def plain(num_layers, windows=None):

@@ -5,10 +5,10 @@ import json
 import pytest
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from kvfold.layout import KVLayout
+from kvfold.layout.hf_config import config_layout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.config import FoldConfig
 from kvfold.models.families import FAMILIES, fold_config
-from kvfold.raw_config import config_layout
 
 SMALL = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from kvfold.methods.bits import storage_bytes
 from kvfold.ops.quantised import dequantise, page_width, quantise, scale_groups, storage_dtype, storage_of
-from kvfold.specs.bits import storage_bytes
 
 DIMS = [1, 16, 31, 46, 64, 80, 96, 128, 256]
 STORAGES = ["fp8", "int8", "int4"]
