@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvfold.ops import native
-from kvfold.ops.quantised import dequantise, page_width, quantise, scale_groups, storage_of
+from kvfold.ops.quantised import GROUP_CHANNELS, dequantise, quantise, storage_of
 
 
 @dataclass(kw_only=True, slots=True)
@@ -211,9 +211,9 @@ def _decode_native(
     # These tensors are held until C has returned: it gets bare addresses.
     q = q_BHD.contiguous()
     k, v = (None, None) if k_BKD is None else (x.to(q.dtype).contiguous() for x in (k_BKD, v_BKD))
-    assert k is None or k.shape == v.shape == (rows, kv_heads, head_dim)
+    assert k is None or k.numel() == v.numel() == rows * kv_heads * head_dim
     read = [
-        None if x is None else x.contiguous()
+        x if x is None or x.is_contiguous() else x.contiguous()
         for x in (batch.table_T, batch.start_BK, batch.length_BK, batch.slots_BK, batch.live_B, batch.oldest_B)
     ]
     out = torch.empty_like(q)
@@ -236,27 +236,24 @@ def _pointer(tensor: Tensor | None) -> int:
 
 
 def _check(batch: DecodeBatch, rows: int, kv_heads: int, num_heads: int, head_dim: int) -> None:
-    """C checks nothing: a wrong shape or dtype would be read out of bounds."""
+    """C checks nothing: a wrong size or dtype would be read out of bounds. Sizes, not shapes: this runs once a layer."""
+    streams, slots = rows * kv_heads, batch.position_PN.numel()
     assert num_heads % kv_heads == 0 and head_dim == batch.head_dim
-    pool, streams = batch.position_PN.shape, (rows, kv_heads)
     for pages, scales in ((batch.k_PND, batch.k_scale_PNS), (batch.v_PND, batch.v_scale_PNS)):
-        storage = storage_of(pages.dtype)
-        assert pages.shape == (*pool, page_width(storage, head_dim)) and pages.is_contiguous()
-        assert (scales is None) == (storage not in ("int8", "int4"))
-        assert scales is None or (
-            scales.shape == (*pool, scale_groups(head_dim)) and scales.dtype == torch.float16 and scales.is_contiguous()
-        )
-    for tensor, dtype, shape in (
-        (batch.position_PN, torch.int32, pool), (batch.score_PN, torch.float32, pool),
-        (batch.table_T, torch.int32, batch.table_T.shape), (batch.start_BK, torch.int64, streams),
-        (batch.length_BK, torch.int32, streams), (batch.slots_BK, torch.int64, streams),
-        (batch.live_B, torch.bool, (rows,)), (batch.oldest_B, torch.int32, (rows,)),
+        kind = _KIND[pages.dtype]
+        assert pages.numel() == slots * (-(-head_dim // 2) if kind == 5 else head_dim) and pages.is_contiguous()
+        if kind >= 4:
+            assert scales.numel() == slots * -(-head_dim // GROUP_CHANNELS) and scales.is_contiguous()
+            assert scales.dtype is torch.float16
+    for tensor, dtype, size in (
+        (batch.position_PN, torch.int32, slots), (batch.score_PN, torch.float32, slots),
+        (batch.bias_PN, None, slots), (batch.received_BKE, torch.float32, None),
     ):  # fmt: skip
-        assert tensor is None or (tensor.dtype == dtype and tensor.shape == shape)
-    for tensor in (batch.position_PN, batch.score_PN, batch.bias_PN, batch.received_BKE):
-        assert tensor is None or tensor.is_contiguous()
-    assert batch.bias_PN is None or (
-        batch.bias_PN.shape == pool and batch.bias_PN.dtype in (torch.float16, torch.float32)
-    )
-    received = batch.received_BKE
-    assert received is None or (received.dtype == torch.float32 and received.shape[:2] == streams)
+        if tensor is not None:
+            assert tensor.dtype is dtype or (dtype is None and tensor.dtype in (torch.float16, torch.float32))
+            assert tensor.numel() == (streams * tensor.shape[-1] if size is None else size) and tensor.is_contiguous()
+    assert batch.table_T.dtype is batch.length_BK.dtype is torch.int32 and batch.start_BK.dtype is torch.int64
+    assert batch.length_BK.numel() == batch.start_BK.numel() == streams
+    assert batch.slots_BK is None or (batch.slots_BK.dtype is torch.int64 and batch.slots_BK.numel() == streams)
+    assert batch.live_B is None or (batch.live_B.dtype is torch.bool and batch.live_B.numel() == rows)
+    assert batch.oldest_B is None or (batch.oldest_B.dtype is torch.int32 and batch.oldest_B.numel() == rows)

@@ -273,9 +273,7 @@ static float finish_logits(const plan *p, const room *t, float *logits, int64_t 
     top = larger(x, top);
     wrong |= (ivec)(x != x);
   }
-  for (int i = 0; i < LANES; i++)
-    if (wrong[i]) return NAN;
-  return largest_of(top);
+  return sum_of(masked(splat(1.0f), wrong)) > 0.0f ? NAN : largest_of(top);
 }
 
 /* exp(logit - top) in place for n logits; gives the sum. */
