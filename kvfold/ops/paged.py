@@ -8,6 +8,7 @@ groups or entries of a stream, T entries of the table, E columns of `received`.
 """
 
 import importlib.util
+import os
 import struct
 from dataclasses import dataclass
 from functools import cache
@@ -59,14 +60,8 @@ class DecodeBatch:
 
 
 def decode_attention(
-    batch: DecodeBatch,
-    q_BHD: Tensor,
-    k_BKD: Tensor | None,
-    v_BKD: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
+    batch: DecodeBatch, q_BHD: Tensor, k_BKD: Tensor | None, v_BKD: Tensor | None, *, scale: float, softcap: float | None
+) -> Tensor:  # fmt: skip
     """Attention output [B, H, D] of each sequence's one query, in q's dtype; writes and scores as `DecodeBatch` says."""
     if q_BHD.device.type == "cpu":
         kinds = [_KIND.get(pages.dtype) for pages in (batch.k_PND, batch.v_PND)]
@@ -194,6 +189,8 @@ _KIND = {
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.int8: 4, torch.uint8: 5,
 }  # fmt: skip
 """C's number of a dtype: the place of its name in `native.KINDS`."""
+CHECKS = os.environ.get("KVFOLD_CHECKS") == "1"
+"""Whether each call's shapes and dtypes are looked at (tests): C itself checks nothing, and the store never errs in them."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _JOB = struct.Struct("21P 8q 5q 2d")
 """`decode_job` of paged_cpu.c, field for field."""
@@ -207,7 +204,8 @@ def _decode_native(
     kv_heads = batch.length_BK.shape[1]
     pages, page_slots = batch.position_PN.shape
     received = batch.received_BKE
-    _check(batch, rows, kv_heads, num_heads, head_dim)
+    if CHECKS:
+        _check(batch, rows, kv_heads, num_heads, head_dim)
     # These tensors are held until C has returned: it gets bare addresses.
     q = q_BHD.contiguous()
     k, v = (None, None) if k_BKD is None else (x.to(q.dtype).contiguous() for x in (k_BKD, v_BKD))
