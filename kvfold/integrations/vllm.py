@@ -137,7 +137,7 @@ def check_tensor_parallel(layout: "KVLayout", size: int) -> None:
     heads = layout.layers[0].num_kv_heads
     if heads % size and size % heads:
         raise ValueError(
-            f"tensor parallel {size} of {heads} KV heads: one of the two divides the other: choose another size"
+            f"tensor parallel {size} of {heads} KV heads: the size divides them, or is a multiple of them: choose another"
         )
 
 
