@@ -11,7 +11,7 @@ Source: arXiv 2312.04927 (Zoology), section 3, asks one hop; hops over a list of
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self
 
 import torch
@@ -29,57 +29,71 @@ _MIX = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RecallTask:
-    """What texts look like: `pairs` times (separator, x, next of x), then `questions` times (hops, x)."""
+class RecallBatch:
+    """Texts of one length. The answer to question q is predicted at its last token."""
 
-    symbols: int = 64
+    ids_BT: Tensor
+    hops_BQ: Tensor
+    answers_BQ: Tensor
+
+    def logits(self, model: FoldForCausalLM) -> Tensor:
+        """What the model predicts at the questions, [B, Q, V]; all tokens are attended to, none through a cache."""
+        questions = self.answers_BQ.shape[1]
+        columns = 3 * questions + 1 + 2 * torch.arange(questions)
+        return model.lm_head(model.model(self.ids_BT, use_cache=False).last_hidden_state[:, columns])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecallTask:
+    """What texts look like: P times (separator, x, next of x), then one question (hops, x) about each x.
+
+    Texts of few pairs are a curriculum: where two or four symbols are listed a guess is often right, and what is learned there
+    holds for more. Without them nothing was learned in ten times as many steps.
+    """
+
+    symbols: int = 16
     """Symbols that pairs are drawn from."""
-    pairs: int = 16
-    """Pairs of a text, one cycle."""
+    pairs: tuple[int, ...] = (2, 4, 8, 16)
+    """Pairs of a text, one cycle; steps take them in turn."""
     hops: tuple[int, ...] = (1, 2, 3)
-    """Each question draws one of them."""
-    questions: int = 16
-    """Questions of a text, each about another symbol."""
+    """Each question draws one of those below the text's pairs."""
 
     def __post_init__(self) -> None:
-        if not max(self.hops, default=0) < self.pairs <= self.symbols or min(self.hops) < 1:
+        if not self.hops or min(self.hops) < 1 or not self.pairs or not min(self.hops) < min(self.pairs):
             raise ValueError(
-                f"{self.pairs} pairs, {self.symbols} symbols, hops {self.hops}: hops are 1 or more, fewer than the pairs, and "
-                "pairs at most as many as symbols: change one of them"
+                f"hops {self.hops} of pairs {self.pairs}: hops are 1 or more, the least below the least pairs"
             )
-        if not 1 <= self.questions <= self.pairs:
-            raise ValueError(f"questions {self.questions}: at most one for each of {self.pairs} pairs: use fewer")
+        if max(self.pairs) > self.symbols:
+            raise ValueError(
+                f"pairs {max(self.pairs)} of {self.symbols} symbols: at most one for each: use more symbols"
+            )
 
     @property
     def vocabulary(self) -> int:
         """Symbols, the separator, and a token for each number of hops up to the largest."""
         return self.symbols + 1 + max(self.hops)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of a text."""
-        return 3 * self.pairs + 2 * self.questions
+    def hops_of(self, pairs: int) -> list[int]:
+        """What a text of so many pairs may ask."""
+        return [hops for hops in self.hops if hops < pairs]
 
-    def batch(self, rows: int, *, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Texts [B, T], the answers [B, Q] to the questions at their ends, and the hops of each question [B, Q]. A pure function
-        of the arguments.
-        """
-        source = torch.Generator().manual_seed(((seed + 2) * _MIX + step) % 2**63)
-        cycle = torch.rand(rows, self.symbols, generator=source).argsort(dim=1)[:, : self.pairs]
-        order = torch.rand(rows, self.pairs, generator=source).argsort(dim=1)
-        keys, values = cycle.gather(1, order), cycle.gather(1, (order + 1) % self.pairs)
-        asked = torch.rand(rows, self.pairs, generator=source).argsort(dim=1)[:, : self.questions]
-        drawn = torch.randint(len(self.hops), asked.shape, generator=source)
-        hops = torch.tensor(self.hops)[drawn]
-        answers = cycle.gather(1, (asked + hops) % self.pairs)
-        separators = torch.full_like(keys, self.symbols)
-        listed = torch.stack((separators, keys, values), dim=2).flatten(1)
+    def batch(self, answers: int, *, pairs: int, seed: int, step: int) -> RecallBatch:
+        """As many texts as have so many answers, at least one. A pure function of the arguments."""
+        rows = max(1, answers // pairs)
+        source = torch.Generator().manual_seed(((seed + 2) * _MIX + step * 128 + pairs) % 2**63)
+        cycle, order, asked = (
+            torch.rand(rows, size, generator=source).argsort(dim=1)[:, :pairs] for size in (self.symbols, pairs, pairs)
+        )
+        keys, values = cycle.gather(1, order), cycle.gather(1, (order + 1) % pairs)
+        known = torch.tensor(self.hops_of(pairs))
+        hops = known[torch.randint(len(known), asked.shape, generator=source)]
+        listed = torch.stack((torch.full_like(keys, self.symbols), keys, values), dim=2).flatten(1)
         questions = torch.stack((self.symbols + hops, cycle.gather(1, asked)), dim=2).flatten(1)
-        return torch.cat((listed, questions), dim=1), answers, hops
-
-    def question_columns(self) -> Tensor:
-        """Where the answers are predicted, int64 [Q]."""
-        return 3 * self.pairs + 1 + 2 * torch.arange(self.questions)
+        return RecallBatch(
+            ids_BT=torch.cat((listed, questions), dim=1),
+            hops_BQ=hops,
+            answers_BQ=cycle.gather(1, (asked + hops) % pairs),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,20 +102,23 @@ class RecallRun:
 
     task: RecallTask
     layers: int = 4
-    heads: int = 8
+    heads: int = 4
     kv_heads: int = 1
     head_dim: int = 16
-    width: int = 128
-    mlp_width: int = 256
+    width: int = 64
+    mlp_width: int = 128
+    rope_theta: float = 30.0
+    """Base of rotary positions: with few channels a small one tells neighbours apart, a large one symbols at a distance."""
     sharing: str = "full"
     """Who stores keys and values, as a `--layers` text."""
     steps: int = 1500
-    batch: int = 32
+    answers: int = 256
+    """Answers of a step."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """`muon`: hidden matrices by torch's Muon, the rest by AdamW; `adamw`: all weights."""
-    lr: float = 1e-2
+    lr: float = 2e-2
     """Learning rate of Muon's matrices, at its peak (after a warm-up of a twentieth, cosine to 0)."""
-    adam_lr: float = 3e-3
+    adam_lr: float = 5e-3
     """Learning rate of what AdamW trains, at its peak."""
     seed: int = 0
     """Rules weights and texts: runs of one seed see the same texts in the same order."""
@@ -113,16 +130,16 @@ class RecallRun:
 
     def with_variant(self, name: str) -> Self:
         """The same with one of `VARIANTS`."""
-        from dataclasses import replace
-
-        return replace(self, **VARIANTS[name])
+        changes = {key: change(self) for key, change in VARIANTS[name].items()}
+        return replace(self, **changes)
 
     def config(self) -> FoldConfig:
         """The model."""
         config = FoldConfig(
             vocab_size=self.task.vocabulary, hidden_size=self.width, intermediate_size=self.mlp_width, head_dim=self.head_dim,
             num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
-            max_position_embeddings=self.task.tokens, initializer_range=self.width**-0.5, tie_word_embeddings=False,
+            max_position_embeddings=5 * max(self.task.pairs), initializer_range=self.width**-0.5, tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
         )  # fmt: skip
         config.layout = KVLayout.parse(self.sharing, config.layout)
         return config
@@ -132,14 +149,13 @@ class RecallRun:
         return 2 * 2 * self.kv_heads * self.head_dim * len(self.config().layout.owners)
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "mha": {"kv_heads": 8},
+VARIANTS: dict[str, dict[str, Callable[[RecallRun], Any]]] = {
+    "mha": {"kv_heads": lambda mqa: mqa.heads},
     "mqa": {},
-    "mqa-cla2": {"sharing": "cla2"},
-    "mqa-keep-ends": {"sharing": "cla2-keep-ends"},
-    "mqa-half-head": {"heads": 16, "head_dim": 8},
-    "mqa-half-layers": {"layers": 2},
-    "mqa-2-layers-cla2": {"layers": 2, "sharing": "cla2"},
+    "mqa-cla2": {"sharing": lambda mqa: "cla2"},
+    "mqa-keep-ends": {"sharing": lambda mqa: "cla2-keep-ends"},
+    "mqa-half-head": {"heads": lambda mqa: 2 * mqa.heads, "head_dim": lambda mqa: mqa.head_dim // 2},
+    "mqa-half-layers": {"layers": lambda mqa: mqa.layers // 2},
 }
 """What is compared, as changes of MQA's run. Of half MQA's bytes: `mqa-cla2`, `mqa-half-head`, `mqa-half-layers`."""
 
@@ -160,56 +176,51 @@ def train(
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         done, seconds = state["step"], state["seconds"]
-    columns = run.task.question_columns()
     losses = []
     for step in range(done, run.steps):
         began = time.process_time()
-        model.train()
-        ids_BT, answers_BQ, _ = run.task.batch(run.batch, seed=run.seed, step=step)
+        pairs = run.task.pairs[step % len(run.task.pairs)]
+        batch = run.task.batch(run.answers, pairs=pairs, seed=run.seed, step=step)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * run.rate_factor(step)
-        loss = F.cross_entropy(_answer_logits(model, ids_BT, columns).flatten(0, 1), answers_BQ.flatten())
+        model.train()
+        loss = F.cross_entropy(batch.logits(model).flatten(0, 1), batch.answers_BQ.flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         losses.append(loss.detach())
         seconds += time.process_time() - began
         if (step + 1) % every == 0 or step + 1 == run.steps:
-            mean = float(torch.stack(losses).mean())
-            losses = []
-            tokens = (step + 1) * run.batch * run.task.tokens
-            on_point(
-                {"step": step + 1, "tokens": tokens, "loss": mean, "cpu_seconds": seconds, **measure(model, run.task)}
-            )
+            mean, losses = float(torch.stack(losses).mean()), []
+            point = {"step": step + 1, "answers": (step + 1) * run.answers, "loss": mean, "cpu_seconds": seconds}
+            on_point({**point, **measure(model, run.task)})
             if on_state is not None:
                 states = [optimizer.state_dict() for optimizer in optimizers]
                 on_state({"model": model.state_dict(), "optimizers": states, "step": step + 1, "seconds": seconds})
     return model
 
 
-def _answer_logits(model: FoldForCausalLM, ids_BT: Tensor, columns: Tensor) -> Tensor:
-    """[B, Q, V], all tokens attended to, none through a cache."""
-    hidden = model.model(ids_BT, use_cache=False).last_hidden_state
-    return model.lm_head(hidden[:, columns])
-
-
 @torch.no_grad()
-def measure(model: FoldForCausalLM, task: RecallTask, *, rows: int = 64) -> dict[str, dict[str, float]]:
-    """On texts of the test: `test_loss` (nats an answer) and `accuracy` by the number of hops, written as text."""
+def measure(model: FoldForCausalLM, task: RecallTask, *, answers: int = 1024) -> dict[str, dict[str, float]]:
+    """On texts of the test: `test_loss` (nats an answer) and `accuracy`, by pairs and hops, named as in `16x3`."""
     was_training = model.training
     model.train()  # the plain form without a cache; nothing in it is random
-    ids_BT, answers_BQ, hops_BQ = task.batch(rows, seed=_TEST_SEED, step=0)
-    logits = _answer_logits(model, ids_BT, task.question_columns())
-    losses = F.cross_entropy(logits.flatten(0, 1), answers_BQ.flatten(), reduction="none").view_as(answers_BQ)
-    right = (logits.argmax(dim=-1) == answers_BQ).float()
+    losses, right = {}, {}
+    for pairs in task.pairs:
+        batch = task.batch(answers, pairs=pairs, seed=_TEST_SEED, step=0)
+        logits = batch.logits(model)
+        loss_BQ = F.cross_entropy(logits.flatten(0, 1), batch.answers_BQ.flatten(), reduction="none").view_as(
+            batch.hops_BQ
+        )
+        right_BQ = (logits.argmax(dim=-1) == batch.answers_BQ).float()
+        for hops in task.hops_of(pairs):
+            asked = batch.hops_BQ == hops
+            losses[f"{pairs}x{hops}"] = float(loss_BQ[asked].mean())
+            right[f"{pairs}x{hops}"] = float(right_BQ[asked].mean())
     model.train(was_training)
-    return {
-        name: {str(hops): float(values[hops_BQ == hops].mean()) for hops in task.hops}
-        for name, values in (("test_loss", losses), ("accuracy", right))
-    }
+    return {"test_loss": losses, "accuracy": right}
 
 
 def _optimizers(model: FoldForCausalLM, run: RecallRun) -> list[torch.optim.Optimizer]:
@@ -229,9 +240,9 @@ def _hidden_matrices(model: FoldForCausalLM) -> Iterator[Tensor]:
     return (weight for weight in model.model.layers.parameters() if weight.ndim == 2)
 
 
-def tokens_to(points: list[dict[str, Any]], accuracy: float, hops: int) -> int | None:
-    """Tokens trained on when the test's accuracy at `hops` was first reached; None if it never was."""
-    return next((point["tokens"] for point in points if point["accuracy"][str(hops)] >= accuracy), None)
+def answers_to(points: list[dict[str, Any]], accuracy: float, name: str) -> int | None:
+    """Answers trained on when the test's accuracy at pairs x hops was first reached; None if it never was."""
+    return next((point["answers"] for point in points if point["accuracy"][name] >= accuracy), None)
 
 
 def description(run: RecallRun) -> dict[str, Any]:
