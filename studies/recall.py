@@ -31,7 +31,8 @@ def run_of(args: argparse.Namespace, variant: str, seed: int) -> RecallRun:
     values = {}
     for text in args.set:
         name, value = text.split("=")
-        values[name] = _KINDS.get(name, int)(value)
+        numbers = tuple(int(one) for one in value.split(",")) if name == "hop_steps" else None
+        values[name] = _KINDS.get(name, int)(value) if numbers is None else numbers
     return RecallRun(task=RecallTask(**task), seed=seed, **values).with_variant(variant)
 
 

@@ -8,7 +8,6 @@ Letters: B rows, T tokens, V vocabulary, Q questions.
 Source: arXiv 2312.04927 (Zoology), section 3, asks one hop; hops over a list of pairs are ours.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,7 @@ from kvfold.models.decoder import FoldForCausalLM
 
 _TEST_SEED = -1
 """Texts of the test are drawn under it; training draws under seeds from 0."""
+_WARMUP_STEPS = 30
 _MIX = 0x9E3779B97F4A7C15
 """An odd 64-bit number without structure that keeps seeds and steps apart."""
 
@@ -77,23 +77,24 @@ class RecallTask:
         """What a text of so many pairs may ask."""
         return [hops for hops in self.hops if hops < pairs]
 
-    def batch(self, answers: int, *, pairs: int, seed: int, step: int) -> RecallBatch:
-        """As many texts as have so many answers, at least one. A pure function of the arguments."""
+    def batch(
+        self, answers: int, *, pairs: int, seed: int, step: int, hops: tuple[int, ...] | None = None
+    ) -> RecallBatch:
+        """As many texts as have so many answers, at least one. `hops`: which of the task's may be asked; None = all. A pure
+        function of the arguments.
+        """
         rows = max(1, answers // pairs)
         source = torch.Generator().manual_seed(((seed + 2) * _MIX + step * 128 + pairs) % 2**63)
         cycle, order, asked = (
             torch.rand(rows, size, generator=source).argsort(dim=1)[:, :pairs] for size in (self.symbols, pairs, pairs)
         )
         keys, values = cycle.gather(1, order), cycle.gather(1, (order + 1) % pairs)
-        known = torch.tensor(self.hops_of(pairs))
-        hops = known[torch.randint(len(known), asked.shape, generator=source)]
+        known = torch.tensor([one for one in self.hops_of(pairs) if hops is None or one in hops])
+        hops_BQ = known[torch.randint(len(known), asked.shape, generator=source)]
         listed = torch.stack((torch.full_like(keys, self.symbols), keys, values), dim=2).flatten(1)
-        questions = torch.stack((self.symbols + hops, cycle.gather(1, asked)), dim=2).flatten(1)
-        return RecallBatch(
-            ids_BT=torch.cat((listed, questions), dim=1),
-            hops_BQ=hops,
-            answers_BQ=cycle.gather(1, (asked + hops) % pairs),
-        )
+        questions = torch.stack((self.symbols + hops_BQ, cycle.gather(1, asked)), dim=2).flatten(1)
+        answers_BQ = cycle.gather(1, (asked + hops_BQ) % pairs)
+        return RecallBatch(ids_BT=torch.cat((listed, questions), dim=1), hops_BQ=hops_BQ, answers_BQ=answers_BQ)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,13 +112,15 @@ class RecallRun:
     """Base of rotary positions: with few channels a small one tells neighbours apart, a large one symbols at a distance."""
     sharing: str = "full"
     """Who stores keys and values, as a `--layers` text."""
-    steps: int = 1500
+    steps: int = 1200
+    hop_steps: tuple[int, ...] = ()
+    """Steps from which the second, the third, ... of the task's hops are asked, too; none = all from the start."""
     answers: int = 256
     """Answers of a step."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """`muon`: hidden matrices by torch's Muon, the rest by AdamW; `adamw`: all weights."""
     lr: float = 2e-2
-    """Learning rate of Muon's matrices, at its peak (after a warm-up of a twentieth, cosine to 0)."""
+    """Learning rate of Muon's matrices after a warm-up of 30 steps; it falls to 0 over the last quarter."""
     adam_lr: float = 5e-3
     """Learning rate of what AdamW trains, at its peak."""
     seed: int = 0
@@ -125,8 +128,14 @@ class RecallRun:
 
     def rate_factor(self, step: int) -> float:
         """What learning rates are multiplied by at `step` (from 0)."""
-        warmup = max(1, self.steps // 20)
-        return min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / self.steps)) / 2
+        return min(1.0, (step + 1) / _WARMUP_STEPS, 4 * (1 - step / self.steps))
+
+    def asked(self, step: int) -> tuple[int, tuple[int, ...]]:
+        """Pairs and hops of the texts of a step. Texts of too few pairs for the most hops are left out."""
+        joined = 1 + sum(step >= one for one in self.hop_steps) if self.hop_steps else len(self.task.hops)
+        hops = self.task.hops[:joined]
+        pairs = [one for one in self.task.pairs if one > max(hops)] or [max(self.task.pairs)]
+        return pairs[step % len(pairs)], hops
 
     def with_variant(self, name: str) -> Self:
         """The same with one of `VARIANTS`."""
@@ -179,8 +188,8 @@ def train(
     losses = []
     for step in range(done, run.steps):
         began = time.process_time()
-        pairs = run.task.pairs[step % len(run.task.pairs)]
-        batch = run.task.batch(run.answers, pairs=pairs, seed=run.seed, step=step)
+        pairs, hops = run.asked(step)
+        batch = run.task.batch(run.answers, pairs=pairs, seed=run.seed, step=step, hops=hops)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * run.rate_factor(step)

@@ -57,6 +57,16 @@ def _copied(state):
     return copy.deepcopy(state)
 
 
+def test_hops_join_step_by_step():
+    """Texts too short for the hops of a stage are left out."""
+    run = RecallRun(task=RecallTask(symbols=8, pairs=(2, 4, 8)), hop_steps=(10, 20))
+    assert [run.asked(step) for step in (0, 2, 9)] == [(2, (1,)), (8, (1,)), (2, (1,))]
+    assert run.asked(10) == (4, (1, 2))
+    assert run.asked(21) == (8, (1, 2, 3))
+    assert RecallRun(task=run.task).asked(0) == (4, (1, 2, 3))
+    assert set(run.task.batch(64, pairs=8, seed=0, step=0, hops=(2,)).hops_BQ.flatten().tolist()) == {2}
+
+
 def test_variants_and_their_bytes():
     """Half of MQA's bytes three ways, twice of it by heads."""
     run = RecallRun(task=TASK)
