@@ -84,7 +84,10 @@ def main() -> None:
         "model": args.name, "git_commit": git_commit(), "kvfold": kvfold.__version__, "torch": torch.__version__,
         "transformers": version("transformers"), "threads": torch.get_num_threads(), "cpu": cpu_name(),
     }  # fmt: skip
-    decoder = model.model
+    decoder, done = model.model, set()
+    if args.out.exists():
+        rows = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]
+        done = {(row["text"], row["window"], row["context"], row["share"], row["arm"]) for row in rows}
     for path in args.text:
         windows = text_windows(read_text_file(path), tokenizer, windows=args.windows, context_tokens=args.context)
         for number, ids in enumerate(windows.ids_WT):
@@ -92,6 +95,8 @@ def main() -> None:
                 full = decoder(ids[None], use_cache=False).last_hidden_state[0, :-1]
             for share in args.share:
                 for arm in ARMS:
+                    if (windows.name, number, args.context, share, arm) in done:
+                        continue
                     began = time.process_time()
                     view = RandomMergeView(model.config.layout, arm, share, number, **decoder.attention_options)
                     with torch.no_grad():

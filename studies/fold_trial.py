@@ -45,6 +45,8 @@ LAST_QUERIES = 64
 """What is kept is the mean over so many last queries, so that every grid's phases count alike."""
 _RIDGE = 1e-3
 _SMALLEST = 1e-9
+_KNOWN_BY = ("text", "window", "of_windows", "arm", "context", "shift")
+"""What tells the lines of a file apart."""
 _SLICE = 256
 """Positions whose logits are held at once."""
 
@@ -188,14 +190,14 @@ def measure(lab: Laboratory, args: argparse.Namespace, tokenizer) -> None:
     done = set()
     if args.out.exists():
         rows = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]
-        done = {(row["text"], row["window"], row["arm"], row["context"], row["shift"]) for row in rows}
+        done = {tuple(row[name] for name in _KNOWN_BY) for row in rows}
     for window in range(args.first_window, args.windows):
         for path in args.text:
             name, ids_WT = _windows(path, tokenizer, args)
             if window >= len(ids_WT):
                 continue
             ids = ids_WT[window][None]
-            todo = [one for one in args.arm if (name, window, one, args.context, args.shift) not in done]
+            todo = [one for one in args.arm if (name, window, args.windows, one, args.context, args.shift) not in done]
             if not todo:
                 continue
             with torch.no_grad(), lab.model.gates_off():
