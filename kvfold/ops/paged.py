@@ -7,14 +7,14 @@ Letters: B sequences, H query heads, K kv heads, G = H // K, D head dim, P pages
 groups or entries of a stream, T entries of the table, E columns of `received`.
 """
 
-import ctypes
+import struct
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvfold.ops import native
-from kvfold.ops.quantised import dequantise, quantise, storage_of
+from kvfold.ops.quantised import dequantise, page_width, quantise, scale_groups, storage_of
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,12 +65,9 @@ def decode_attention(
     softcap: float | None,
 ) -> Tensor:
     """Attention output [B, H, D] of each sequence's one query, in q's dtype; writes and scores as `DecodeBatch` says."""
-    fits = (
-        q_BHD.device.type == "cpu"
-        and q_BHD.dtype == batch.k_PND.dtype == batch.v_PND.dtype == torch.float32
-        and batch.bias_PN is None
-    )
-    library = native.library() if fits else None
+    k_kind, v_kind = _KIND.get(batch.k_PND.dtype), _KIND.get(batch.v_PND.dtype)
+    fits = q_BHD.device.type == "cpu" and q_BHD.dtype in _FLOATS and k_kind is not None and v_kind is not None
+    library = native.library(native.KINDS[k_kind], native.KINDS[v_kind]) if fits else None
     if library is None:
         return decode_reference(batch, q_BHD, k_BKD, v_BKD, scale=scale, softcap=softcap)
     return _decode_native(library, batch, q_BHD, k_BKD, v_BKD, scale, softcap)
@@ -181,49 +178,73 @@ def stream_slots(table_T: Tensor, start: Tensor, length: Tensor, stored: int, pa
     return flat.masked_fill_(~filled, 0), filled
 
 
-class _Job(ctypes.Structure):
-    """`decode_job` of paged_cpu.c, field for field."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in (
-            "k v score position table start length slots live oldest q k_new v_new out received scratch".split())),
-        *((name, ctypes.c_int64) for name in "B K G D N E max_length".split()),
-        ("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("received_old", ctypes.c_int32),
-    ]  # fmt: skip
-
-
-_SPAN = 256
-"""Slots of one work item; SPAN of paged_cpu.c."""
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+_KIND = {
+    torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.int8: 4, torch.uint8: 5,
+}  # fmt: skip
+"""C's number of a dtype: the place of its name in `native.KINDS`."""
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_JOB = struct.Struct("21P 8q 5q 2d")
+"""`decode_job` of paged_cpu.c, field for field."""
 
 
 def _decode_native(
-    library: ctypes.CDLL, batch: DecodeBatch, q_BHD: Tensor, k_BKD: Tensor | None, v_BKD: Tensor | None,
+    library: native.Library, batch: DecodeBatch, q_BHD: Tensor, k_BKD: Tensor | None, v_BKD: Tensor | None,
     scale: float, softcap: float | None,
 ) -> Tensor:  # fmt: skip
     rows, num_heads, head_dim = q_BHD.shape
     kv_heads = batch.length_BK.shape[1]
-    group = num_heads // kv_heads
-    q, k, v = q_BHD.contiguous(), k_BKD, v_BKD
-    # C checks nothing: a wrong shape would be read out of bounds.
-    assert num_heads % kv_heads == 0 and batch.k_PND.shape[2] == batch.v_PND.shape[2] == head_dim == batch.head_dim
-    assert batch.start_BK.is_contiguous() and batch.length_BK.is_contiguous()
-    if k is not None:
-        assert k.shape == v.shape == (rows, kv_heads, head_dim)
-        k, v = k.contiguous(), v.contiguous()
-    out = torch.empty_like(q)
-    spans = batch.max_length // _SPAN + 1
-    scratch = q.new_empty(rows * kv_heads * group * (batch.max_length + 1 + spans * (head_dim + 2)))
+    pages, page_slots = batch.position_PN.shape
     received = batch.received_BKE
-    job = _Job(
-        batch.k_PND.data_ptr(), batch.v_PND.data_ptr(), _pointer(batch.score_PN), batch.position_PN.data_ptr(),
-        batch.table_T.data_ptr(), batch.start_BK.data_ptr(), batch.length_BK.data_ptr(), _pointer(batch.slots_BK),
-        _pointer(batch.live_B), _pointer(batch.oldest_B), q.data_ptr(), _pointer(k), _pointer(v), out.data_ptr(),
-        _pointer(received), scratch.data_ptr(), rows, kv_heads, group, head_dim, batch.k_PND.shape[1],
-        0 if received is None else received.shape[-1], batch.max_length, scale, softcap or 0.0, batch.received_old,
+    _check(batch, rows, kv_heads, num_heads, head_dim)
+    # These tensors are held until C has returned: it gets bare addresses.
+    q = q_BHD.contiguous()
+    k, v = (None, None) if k_BKD is None else (x.to(q.dtype).contiguous() for x in (k_BKD, v_BKD))
+    assert k is None or k.shape == v.shape == (rows, kv_heads, head_dim)
+    read = [
+        None if x is None else x.contiguous()
+        for x in (batch.table_T, batch.start_BK, batch.length_BK, batch.slots_BK, batch.live_B, batch.oldest_B)
+    ]
+    out = torch.empty_like(q)
+    job = _JOB.pack(
+        *map(_pointer, (batch.k_PND, batch.v_PND, batch.k_scale_PNS, batch.v_scale_PNS, batch.score_PN, batch.bias_PN,
+                        batch.position_PN, *read, q, k, v, out, received)),
+        library.products, library.sums, library.parallel,
+        rows, kv_heads, num_heads // kv_heads, head_dim, pages, page_slots,
+        0 if received is None else received.shape[-1], torch.get_num_threads(),
+        _KIND[batch.k_PND.dtype], _KIND[batch.v_PND.dtype], _KIND[q.dtype],
+        0 if batch.bias_PN is None else _KIND[batch.bias_PN.dtype], batch.received_old, scale, softcap or 0.0,
     )  # fmt: skip
-    library.kvfold_decode(ctypes.byref(job))
+    if library.decode(job):
+        raise MemoryError("no memory for the partial sums of decode attention")
     return out
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _check(batch: DecodeBatch, rows: int, kv_heads: int, num_heads: int, head_dim: int) -> None:
+    """C checks nothing: a wrong shape or dtype would be read out of bounds."""
+    assert num_heads % kv_heads == 0 and head_dim == batch.head_dim
+    pool, streams = batch.position_PN.shape, (rows, kv_heads)
+    for pages, scales in ((batch.k_PND, batch.k_scale_PNS), (batch.v_PND, batch.v_scale_PNS)):
+        storage = storage_of(pages.dtype)
+        assert pages.shape == (*pool, page_width(storage, head_dim)) and pages.is_contiguous()
+        assert (scales is None) == (storage not in ("int8", "int4"))
+        assert scales is None or (
+            scales.shape == (*pool, scale_groups(head_dim)) and scales.dtype == torch.float16 and scales.is_contiguous()
+        )
+    for tensor, dtype, shape in (
+        (batch.position_PN, torch.int32, pool), (batch.score_PN, torch.float32, pool),
+        (batch.table_T, torch.int32, batch.table_T.shape), (batch.start_BK, torch.int64, streams),
+        (batch.length_BK, torch.int32, streams), (batch.slots_BK, torch.int64, streams),
+        (batch.live_B, torch.bool, (rows,)), (batch.oldest_B, torch.int32, (rows,)),
+    ):  # fmt: skip
+        assert tensor is None or (tensor.dtype == dtype and tensor.shape == shape)
+    for tensor in (batch.position_PN, batch.score_PN, batch.bias_PN, batch.received_BKE):
+        assert tensor is None or tensor.is_contiguous()
+    assert batch.bias_PN is None or (
+        batch.bias_PN.shape == pool and batch.bias_PN.dtype in (torch.float16, torch.float32)
+    )
+    received = batch.received_BKE
+    assert received is None or (received.dtype == torch.float32 and received.shape[:2] == streams)

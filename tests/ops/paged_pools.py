@@ -99,6 +99,8 @@ class Streams:
         slots = torch.tensor(
             [[self.slot_of[b, h, int(self.length[b, h])] for h in range(self.kv_heads)] for b in range(self.batch)]
         )
+        self.bias.view(-1)[slots] = self._random(*slots.shape).half()
+        self.position.view(-1)[slots] = self.length
         self.length += 1
         return slots
 
