@@ -70,7 +70,7 @@ def load(
             _add_channel_gates(config, asked)
         if adapter is None:
             config.layout = asked
-            gate_table(config.gate_config, asked, channel_freed=config.channel_freed)
+            gate_table(config.gate_config, asked, freed_owners=config.freed_owners)
         read = _read_kvfold if theirs is config else _read_foreign
         try:
             model, report = read(found, theirs, config, dtype)
