@@ -21,11 +21,11 @@ from kvfold.models.adapters import gates_for_cache
 from kvfold.models.blocks import FoldLayer, FoldRMSNorm
 from kvfold.models.config import FoldConfig
 from kvfold.models.gated import FoldCausalLMOutput, FoldOutput, GatedModel, joined, recorded
-from kvfold.models.gates import GateCall, GateNorm, GateProjection, GateSet, GateTable, gate_table
+from kvfold.models.gates import GateCall, GateNorm, GateProjection, GateSet, gate_table
 from kvfold.models.generation import FoldGeneration
 from kvfold.models.options import PLAIN, CallOptions
 from kvfold.models.rope import Rope
-from kvfold.ops.linear import SkinnyLinear
+from kvfold.ops.linear import PackableLinear
 from kvfold.ops.rotation import Rotation
 
 
@@ -138,9 +138,8 @@ class FoldModel(FoldPreTrainedModel):
         if cache.gate_table is None:
             config = self.config.gate_config if cache.gates is None else cache.gates.config
             cache.gate_table = gate_table(config, cache.layout, freed_owners=self.config.freed_owners)
-        gates = None
-        if not cache.gate_table.is_empty:
-            gates = self._gate_call(cache.gate_table, options, noise_key, records, cache.gates)
+        asked = cache.gate_table, self.training, options, noise_key, records, cache.gates
+        gates = None if cache.gate_table.is_empty else GateCall.of(*asked)
         # Pages are written in place, so no gradient could pass through them.
         call = cache.call(real, num_rows=hidden.shape[0], num_tokens=hidden.shape[1], **self.attention_options)
         with torch.no_grad(), call as view:
@@ -157,20 +156,11 @@ class FoldModel(FoldPreTrainedModel):
         if options.sharing is not None:
             layout = layout.with_owners([one.owner for one in options.sharing.layers])
         table = gate_table(config.gate_config, layout, freed_owners=config.freed_owners)
-        gates = None if table.is_empty else self._gate_call(table, options, noise_key, records, None)
+        gates = None if table.is_empty else GateCall.of(table, self.training, options, noise_key, records, None)
         view = TrainingView(layout, real_BT=real, **self.attention_options)
         hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
         told = recorded(gates, layout.owners) if records else {}
         return FoldOutput(last_hidden_state=hidden, past_key_values=None, hidden_states=states, **told)
-
-    def _gate_call(
-        self, table: GateTable, options: CallOptions, noise_key: Tensor | None, records: bool, gate_set: GateSet | None
-    ) -> GateCall:
-        """How gates behave in a call."""
-        return GateCall(
-            table=table, training=self.training, off=options.gates == "off" or options.channel_factor is not None,
-            factor=options.channel_factor, records=records, noise_key=noise_key, gate_set=gate_set,
-        )  # fmt: skip
 
     def opened(self, ids_BT: Tensor) -> tuple[Tensor, list[Rotation | None]]:
         """Of texts without padding: the residual stream before the first layer, and each layer's rotation, for those who run the
@@ -206,15 +196,10 @@ class FoldModel(FoldPreTrainedModel):
     ) -> list[Rotation | None]:
         """Positions are the real tokens seen before, unless they were given."""
         if position_ids is None:
-            if real_BT is None:
-                position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
-            else:
-                position_ids = (real_BT.long().cumsum(dim=1) - 1).clamp(min=0)
-            if seen is not None:
-                position_ids = position_ids + seen.to(hidden.device)[:, None]
-        elif position_ids.ndim == 1:
-            position_ids = position_ids[None]
-        return self._rope.rotations(position_ids, hidden.dtype, continued=seen is not None)
+            order = torch.arange(hidden.shape[1], device=hidden.device)
+            order = order if real_BT is None else (real_BT.long().cumsum(dim=1) - 1).clamp(min=0)
+            position_ids = order if seen is None else order + seen[:, None]
+        return self._rope.rotations(torch.atleast_2d(position_ids), hidden.dtype, continued=seen is not None)
 
     def _check_layout(self) -> None:
         """Who owns can't change under the weights, what is kept can."""
@@ -273,7 +258,7 @@ class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GatedModel, Generatio
     def __init__(self, config: FoldConfig):
         super().__init__(config)
         self.model = FoldModel(config)
-        self.lm_head = SkinnyLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = PackableLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.base import Method
 from kvfold.methods.gates import GateConfig
+from kvfold.models.options import CallOptions
 from kvfold.ops.gating import STAY_NEVER, Gates
 
 IMPORTANCE_FLOOR = 2.0**-7
@@ -169,6 +170,16 @@ class GateCall:
     record: GateRecord = field(default_factory=GateRecord)
     """What the gates of the call have decided so far."""
 
+    @classmethod
+    def of(
+        cls, table: GateTable, training: bool, options: CallOptions, noise_key: Tensor | None, records: bool,
+        gate_set: GateSet | None,
+    ) -> "GateCall":  # fmt: skip
+        """As one call asks for."""
+        off, factor = options.gates == "off" or options.channel_factor is not None, options.channel_factor
+        return cls(table=table, training=training, off=off, factor=factor, records=records, noise_key=noise_key,
+                   gate_set=gate_set)  # fmt: skip
+
     @property
     def kept_share(self) -> float | None:
         """Factor of a freed channel in this call; None where it is left alone."""
@@ -206,10 +217,7 @@ def decide(
         adapted_BTKF = adapted_BTX.unflatten(2, (k_BTKD.shape[2], -1))
         adapted_BTX, more["outputs_BTKF"] = adapted_BTKF[..., 0], adapted_BTKF[..., 1:]
     logit = _logit(config, q_BTHD, k_BTKD, adapted_BTX)
-    if call.training:
-        alpha, log_stay = _soft(config, call, layer, logit)
-    else:
-        alpha, log_stay = hard_alpha(logit)
+    alpha, log_stay = _soft(config, call, layer, logit) if call.training else hard_alpha(logit)
     if call.records:
         _take_down(config, call, layer, logit, alpha)
     if config.form.weighs:
@@ -251,12 +259,15 @@ def _importance(config: GateConfig, q_BTHD: Tensor, kv_heads: int) -> Tensor:
 
 def _logit(config: GateConfig, q_BTHD: Tensor, k_BTKD: Tensor, adapted_BTK: Tensor | None) -> Tensor:
     """The decision before its sigmoid, fp32 [B, T, K]."""
-    kv_heads = k_BTKD.shape[2]
-    if adapted_BTK is None:
-        source = k_BTKD if config.form.channel_of == "key" else q_BTHD[:, :, :: q_BTHD.shape[2] // kv_heads]
-        adapted_BTK = source[..., config.channel]
-    logit = adapted_BTK.float() * config.scale - config.offset
-    return logit if config.per == "head" else logit[..., :1].expand(-1, -1, kv_heads)
+    value = _channel(config, q_BTHD, k_BTKD) if adapted_BTK is None else adapted_BTK
+    logit = value.float() * config.scale - config.offset
+    return logit if config.per == "head" else logit[..., :1].expand(-1, -1, k_BTKD.shape[2])
+
+
+def _channel(config: GateConfig, q_BTHD: Tensor, k_BTKD: Tensor) -> Tensor:
+    """The freed channel, [B, T, K]: of the keys, or of the first query head of each group."""
+    source = k_BTKD if config.form.channel_of == "key" else q_BTHD[:, :, :: q_BTHD.shape[2] // k_BTKD.shape[2]]
+    return source[..., config.channel]
 
 
 def _channels(config: GateConfig, call: GateCall, q_BTHD: Tensor, k_BTKD: Tensor | None) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ What a source is, and what may be wrong with it, is looked up in source.py befor
 """
 
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.families import fold_config
 from kvfold.models.gates import gate_table
 from kvfold.models.official_dms import official_weights
+from kvfold.models.packing import pack
+from kvfold.models.quantised_weights import reading_options, widened
 from kvfold.models.source import Source, check_source, find_source, one_line
 from kvfold.models.weights import fold_weights
 
@@ -49,7 +52,8 @@ def load(
 
     `time` and `bits` override what the checkpoint says, `time` also what the adapter says, a folder that `kvfold retrofit`
     wrote. `gates="channel"` makes the published freed channel the model's own gates. dtype None = the checkpoint's, and fp32
-    on a CPU (device None).
+    on a CPU (device None); there a copy of the weights in a form that decodes faster is kept beside them
+    (`kvfold.models.packing`).
     Raises `ValueError`, in one line, for whatever can't be loaded.
     """
     if adapter is not None:
@@ -81,7 +85,10 @@ def load(
     if adapter is not None:
         apply_adapter(model, adapter, time=time)
         model.config.layout = _folded(model.config.layout, None, bits)
-    return model.eval()
+    model.eval()
+    if device.type == "cpu":
+        pack(model)
+    return model
 
 
 def _add_channel_gates(config: FoldConfig, layout: KVLayout) -> None:
@@ -134,13 +141,16 @@ def _read_foreign(
 ) -> tuple[FoldForCausalLM, dict]:
     """Let transformers read the family's own model, and take its tensors over."""
     options = _LOADING if found.gguf is None else _LOADING | {"use_safetensors": None}
-    model, report = AutoModelForCausalLM.from_pretrained(
-        found.name, config=theirs, dtype=dtype, **options, **found.options
-    )
+    options = options | reading_options(theirs)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # meant: to widen what is stored
+        model, report = AutoModelForCausalLM.from_pretrained(
+            found.name, config=theirs, dtype=dtype, **options, **found.options
+        )
     with torch.device("meta"):
         ours = FoldForCausalLM(config)
     ours.generation_config, config.dtype = model.generation_config, model.dtype
-    weights = model.state_dict()
+    weights = widened(theirs, model.state_dict(), model.dtype)
     if config.gates is not None:
         weights |= official_weights(found.name, found.options, sorted(report["unexpected_keys"]))
     # The tensors live on in `weights` alone, so that fused ones are freed as they are cut apart.

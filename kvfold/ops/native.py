@@ -32,6 +32,7 @@ _ISA_FLAGS = {
 KINDS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4")
 """Storages of pages; their places are the numbers that C knows them by."""
 SECONDS_TO_COMPILE = 120
+_MADV_HUGEPAGE = 14
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,6 +164,21 @@ def _compile(compiler: str, flags: tuple[str, ...], missing: dict[str, Path]) ->
             process.kill()
             process.communicate()
             Path(name).unlink(missing_ok=True)
+
+
+def huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """Asks Linux for large memory pages behind a CPU tensor, best before it is written for the first time; gives the tensor.
+
+    Shuffled cache pages of a KB or two are then read up to half again as fast: each of them lies in a memory page of its
+    own, whose address has to be looked up. Where it can't be had nothing happens.
+    """
+    if platform.system() == "Linux" and tensor.device.type == "cpu":
+        page = os.sysconf("SC_PAGESIZE")
+        first = -(-tensor.data_ptr() // page) * page
+        size = (tensor.data_ptr() + tensor.nbytes - first) // page * page
+        if size > 0:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_HUGEPAGE)
+    return tensor
 
 
 def cache_folder() -> Path:

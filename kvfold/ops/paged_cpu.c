@@ -12,7 +12,7 @@
 #define BLOCK 256          /* slots whose logits are held at once */
 #define LINE (BLOCK + LANES)
 #define ITEMS_A_THREAD 16  /* so many that threads end together */
-#define AHEAD_BYTES 4096   /* how far ahead memory is asked for */
+#define AHEAD_BYTES 8192   /* how far ahead memory is asked for */
 #define THREAD_BYTES 65536 /* what a further thread is worth waking up for */
 
 static const int64_t BITS[] = {32, 16, 16, 8, 8, 4};
@@ -273,9 +273,7 @@ static float finish_logits(const plan *p, const room *t, float *logits, int64_t 
     top = larger(x, top);
     wrong |= (ivec)(x != x);
   }
-  for (int i = 0; i < LANES; i++)
-    if (wrong[i]) return NAN;
-  return largest_of(top);
+  return sum_of(masked(splat(1.0f), wrong)) > 0.0f ? NAN : largest_of(top);
 }
 
 /* exp(logit - top) in place for n logits; gives the sum. */

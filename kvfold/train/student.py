@@ -13,6 +13,7 @@ from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.options import CallOptions
+from kvfold.models.packing import unpack
 from kvfold.train.schedules import Retention
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.teacher import TeacherStates
@@ -84,6 +85,7 @@ def make_student(
     if teacher is not None:
         # Training mode is the plain form without a cache; there is nothing random in it.
         teacher.requires_grad_(False).train()
+    unpack(model)  # copies for decoding, which training would only make stale
     torch.manual_seed(settings.seed)
     if settings.compresses:
         model.set_gates(gate_config_of(settings), settings.time)
