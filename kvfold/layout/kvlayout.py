@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar
 
+from kvfold.errors import UserError
 from kvfold.layout.patterns import check_owners, owner_map, pattern_text
 from kvfold.layout.per_layer import join_per_owner, most_common, split_per_owner
 from kvfold.methods.base import Method
@@ -48,9 +49,9 @@ class LayerKV:
             if value is None and name == "window":
                 continue
             if type(value) is not int or value < least:
-                raise ValueError(f"{name} {value!r}: a layer's {name} is a whole number of {least} or more: correct it")
+                raise UserError(f"{name} {value!r}: a layer's {name} is a whole number of {least} or more: correct it")
         if type(self.rope) is not str:
-            raise ValueError(f"rope {self.rope!r}: it names a kind of rotary positions, such as '{ROPE}': correct it")
+            raise UserError(f"rope {self.rope!r}: it names a kind of rotary positions, such as '{ROPE}': correct it")
 
     @property
     def kind(self) -> tuple[int | None, int, int, str]:
@@ -81,20 +82,20 @@ class KVLayout:
 
     def __post_init__(self) -> None:
         if not self.layers:
-            raise ValueError("a layout of 0 layers: a model has 1 layer or more: name them")
+            raise UserError("a layout of 0 layers: a model has 1 layer or more: name them")
         check_owners([layer.owner for layer in self.layers])
         readers: dict[int, list[int]] = {}
         for index, layer in enumerate(self.layers):
             readers.setdefault(layer.owner, []).append(index)
             if layer.kind != self.layers[layer.owner].kind:
-                raise ValueError(
+                raise UserError(
                     f"layer {index} reads layer {layer.owner} but has (window, kv heads, head dim, rotary positions) "
                     f"{layer.kind} where that has {self.layers[layer.owner].kind}: a group has one of each: share between "
                     "equal layers"
                 )
         for name in ("time", "bits"):
             if len(getattr(self, name)) != len(readers):
-                raise ValueError(
+                raise UserError(
                     f"{len(getattr(self, name))} {name} entries for {len(readers)} owners: give one per owner"
                 )
         # A frozen dataclass is written through object: these are asked for once per layer and token.
@@ -165,11 +166,11 @@ class KVLayout:
     def with_owners(self, owners: Sequence[int]) -> Self:
         """The same model with other owners, one per layer: heads, windows and each remaining owner's specs stay."""
         if len(owners) != self.num_layers:
-            raise ValueError(f"{len(owners)} owners for {self.num_layers} layers: give one per layer")
+            raise UserError(f"{len(owners)} owners for {self.num_layers} layers: give one per layer")
         kept = sorted(set(owners))
         for owner in kept:
             if 0 <= owner < self.num_layers and not self.is_owner(owner):
-                raise ValueError(
+                raise UserError(
                     f"layer {owner} would own keys and values, but in this model it reads layer {self.owner_of(owner)} "
                     f"and has none: choose owners among {', '.join(map(str, self.owners))}"
                 )
@@ -186,7 +187,7 @@ class KVLayout:
         """The same with fewer KV heads: `num_kv_heads` divides each layer's, as heads merge in equal groups."""
         for index, layer in enumerate(self.layers):
             if num_kv_heads < 1 or layer.num_kv_heads % num_kv_heads:
-                raise ValueError(
+                raise UserError(
                     f"heads {num_kv_heads}: layer {index} has {layer.num_kv_heads} KV heads, merged in equal groups: "
                     f"use {', '.join(str(n) for n in range(1, layer.num_kv_heads + 1) if layer.num_kv_heads % n == 0)}"
                 )
@@ -243,10 +244,10 @@ class KVLayout:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """The layout that `to_json` wrote. Raises `ValueError` for another format or a missing or foreign key."""
+        """The layout that `to_json` wrote. Raises `UserError` for another format or a missing or foreign key."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise ValueError(
+            raise UserError(
                 f"layout format {found!r}: this kvfold reads format {FORMAT}: update kvfold or write the layout again"
             )
         try:
@@ -256,7 +257,7 @@ class KVLayout:
                 bits=tuple(BitsSpec.parse(text) for text in data["bits"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"layout with a missing or unknown part ({error}): it has layers, time, bits: write it again"
             ) from error
 
@@ -266,12 +267,12 @@ class KVLayout:
         named: dict[int, Spec] = {}
         for layers, value in parts:
             if layers[-1] >= self.num_layers:
-                raise ValueError(
+                raise UserError(
                     f"'{text}': there is no layer {layers[-1]}: the model has layers 0 to {self.num_layers - 1}"
                 )
             owners = [owner for owner in self.owners if owner in layers]
             if not owners:
-                raise ValueError(
+                raise UserError(
                     f"'{text}': layer {layers[0]} stores nothing, it reads layer {self.owner_of(layers[0])}: "
                     f"name an owner: {', '.join(map(str, self.owners))}"
                 )

@@ -16,6 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from kvfold.cache.hf import FoldCache
 from kvfold.cache.training import TrainingView
 from kvfold.cache.views import KVView
+from kvfold.errors import UserError
 from kvfold.layout.planner import PAGE_SLOTS
 from kvfold.models.adapters import gates_for_cache
 from kvfold.models.blocks import FoldLayer, FoldRMSNorm
@@ -60,7 +61,7 @@ class FoldPreTrainedModel(PreTrainedModel):
 
         `time` and `bits` hold for this cache alone, in place of the config's. `gates`: what decides under a learned method:
         None = the model's own, an adapter's folder or name, a `GateSet`, or `channel` = the published freed channel.
-        Raises `ValueError` for a learned method without gates.
+        Raises `UserError` for a learned method without gates.
         """
         layout = self.config.layout
         layout = layout if time is None else layout.with_time(time)
@@ -171,11 +172,11 @@ class FoldModel(FoldPreTrainedModel):
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids and inputs_embeds: a call takes one of the two: give the other up")
+            raise UserError("input_ids and inputs_embeds: a call takes one of the two: give the other up")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if hidden.ndim != 3 or not hidden.shape[1]:
             shape = tuple(hidden.shape[:-1])
-            raise ValueError(f"an input of shape {shape}: a call takes [rows, tokens] with 1 token or more: feed some")
+            raise UserError(f"an input of shape {shape}: a call takes [rows, tokens] with 1 token or more: feed some")
         multiplier = self.config.embedding_multiplier
         # Rounded to the dtype first, as the families that have one were trained.
         return hidden if multiplier == 1.0 else hidden * torch.tensor(multiplier, dtype=hidden.dtype).item()
@@ -205,7 +206,7 @@ class FoldModel(FoldPreTrainedModel):
         """Who owns can't change under the weights, what is kept can."""
         layout, built = self.config.layout, tuple(sorted({layer.owner for layer in self._layers}))
         if layout.owners != built:
-            raise ValueError(
+            raise UserError(
                 f"the layout was changed to owners {layout.owners}, the weights have owners {built}: "
                 "a model's layers are fixed once it is built: use `kvfold convert`"
             )
@@ -217,7 +218,7 @@ class FoldModel(FoldPreTrainedModel):
         self._check_layout()
         if options.sharing is not None:
             if given is not None:
-                raise ValueError(
+                raise UserError(
                     "past_key_values while layers share for a while: convert the model, or leave the cache out"
                 )
             return None
@@ -227,16 +228,16 @@ class FoldModel(FoldPreTrainedModel):
             fresh = wanted and not self.training and not torch.is_grad_enabled()
             return self.new_cache(rows=rows) if fresh else None
         if not isinstance(given, FoldCache):
-            raise ValueError(
+            raise UserError(
                 f"past_key_values is a {type(given).__name__}: a kvfold model needs its own cache: "
                 "pass model.new_cache(rows=...) or leave it out"
             )
         if given.layout.layers != self.config.layout.layers:
-            raise ValueError(
+            raise UserError(
                 "past_key_values was made for a model of other layers or heads: make one with new_cache of the model that uses it"
             )
         if self.training and torch.is_grad_enabled():
-            raise ValueError(
+            raise UserError(
                 "past_key_values in training: no gradient passes through a cache: leave it out, or call model.eval()"
             )
         return given
@@ -272,7 +273,7 @@ class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GatedModel, Generatio
         of the tokens wanted. What `kwargs` holds goes to the loss function, as in transformers. The rest as in `FoldModel`.
         """
         if kwargs.pop("output_attentions", None):
-            raise ValueError("output_attentions: attention weights are not kept: leave it out")
+            raise UserError("output_attentions: attention weights are not kept: leave it out")
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
             inputs_embeds=inputs_embeds, use_cache=use_cache, output_hidden_states=output_hidden_states,
@@ -299,7 +300,7 @@ def _real_tokens(attention_mask: Tensor, rows: int, tokens: int) -> Tensor | Non
     """The call's own columns of the mask, bool [B, T]; None where nothing is padding."""
     shape = tuple(getattr(attention_mask, "shape", ()))
     if len(shape) != 2 or shape[0] != rows or shape[1] < tokens:
-        raise ValueError(
+        raise UserError(
             f"attention_mask of shape {shape} for {rows} rows of {tokens} tokens: it is [rows, columns], 1 where real: give that"
         )
     real = attention_mask[:, -tokens:].bool()

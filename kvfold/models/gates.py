@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.base import Method
 from kvfold.methods.gates import GateConfig
@@ -128,7 +129,7 @@ def gate_table(given: GateConfig | None, layout: KVLayout, *, freed_owners: tupl
     """The gates of a layout's layers, all of which come from `given`. `freed_owners`: those in whose groups the decision
     channel was written out of the weights.
 
-    Raises `ValueError` for a learned method that `given` does not decide for.
+    Raises `UserError` for a learned method that `given` does not decide for.
     """
     owners = [layout.owner_of(layer) for layer in range(layout.num_layers)]
     configs = tuple(_gates_of(given, layout.time_of(owner)) for owner in owners)
@@ -143,7 +144,7 @@ def _gates_of(given: GateConfig | None, method: Method) -> GateConfig | None:
         return None
     if given is None or given.method != method.name:
         has = "no gates" if given is None else f"gates of {given.method}"
-        raise ValueError(
+        raise UserError(
             f"time '{method.format()}': the model has {has}, and {method.name} is learned: give it an adapter that was trained "
             "for it, or gates='channel' for the published freed channel as it stands"
         )

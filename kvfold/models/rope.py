@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from kvfold.errors import UserError
 from kvfold.models.config import FoldConfig
 from kvfold.ops.rotation import Rotation
 
@@ -59,7 +60,7 @@ class RopeGroup:
             return length if length > self.max_position_embeddings else None
         border = self.rope_parameters["original_max_position_embeddings"]
         if continued and length > border and int(position_BT[:, 0].max()) <= border:
-            raise ValueError(
+            raise UserError(
                 f"a text of {length} tokens that was begun in an earlier call: beyond {border} tokens this model turns all keys "
                 "otherwise, those already stored included: feed the whole text in one call"
             )
