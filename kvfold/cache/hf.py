@@ -142,7 +142,7 @@ class FoldCache(Cache):
 
     @property
     def full_bytes(self) -> int:
-        """Bytes that the same tokens take under the same sharing of layers and heads with nothing dropped or quantised."""
+        """Bytes that the same tokens take under the same sharing of layers and heads with nothing evicted or quantised."""
         return self.store.bytes_under(self.layout.base(), self.rows)
 
     @property
@@ -236,7 +236,7 @@ class FoldCache(Cache):
         return False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns fed so far, padding included: what was dropped has been fed all the same."""
+        """Columns fed so far, padding included: what was evicted has been fed all the same."""
         return self.columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
@@ -273,7 +273,7 @@ class FoldCache(Cache):
         self.select_rows(torch.arange(len(self.rows))[indices.cpu()].tolist())
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: pages are written in place, and a lossy method could not bring back what it dropped."""
+        """Refused: pages are written in place, and a lossy method could not bring back what it evicted."""
         raise UserError("a kvfold cache can't be cut back: keep a copy with copy(), or start again from a new cache")
 
     def copy(self) -> "FoldCache":
@@ -287,7 +287,7 @@ class FoldCache(Cache):
         return self.copy()
 
     def free(self) -> None:
-        """Give back all pages now; the cache is empty and has no rows."""
+        """Free all pages now; the cache is empty and has no rows."""
         self.store.free(self.rows)
         self.rows, self.columns = [], 0
 

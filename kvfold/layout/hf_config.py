@@ -241,7 +241,7 @@ def _rope_kinds(config: Config, windows: Sequence[int | None]) -> list[str]:
         raise UserError(
             f"no_rope_layers names {len(flags)} layers of {len(windows)}: it names each once: correct config.json"
         )
-    without, types = {layer for layer, turned in enumerate(flags or ()) if not turned}, config.get("layer_types")
+    without, types = {layer for layer, rotated in enumerate(flags or ()) if not rotated}, config.get("layer_types")
     return rope_kinds(without, None if isinstance(types, str) else types, config.get("rope_parameters"), windows)
 
 

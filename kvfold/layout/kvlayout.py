@@ -1,6 +1,6 @@
 """KVLayout, who keeps what: which layers own keys and values, how many heads, what each owner keeps, how it is stored.
 
-The noun that every other room turns on. It moves no bytes and knows no model family; it is frozen, checked, and writes
+The noun that every other package turns on. It moves no bytes and knows no model family; it is frozen, checked, and writes
 itself into a checkpoint's config.json. Owner maps by name live in patterns.py, other projects' grammars in sharing_formats.py.
 """
 
@@ -66,7 +66,7 @@ class LayerKV:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVLayout:
-    """The KV cache of one model: one `LayerKV` per layer; one time spec and one storage per owner."""
+    """The KV cache of one model: one `LayerKV` per layer; one method along time and one storage per owner."""
 
     layers: tuple[LayerKV, ...]
     """One per decoder layer, from the bottom up."""
@@ -103,13 +103,13 @@ class KVLayout:
         object.__setattr__(self, "_place", {owner: place for place, owner in enumerate(self.owners)})
         object.__setattr__(self, "_readers", {owner: tuple(group) for owner, group in readers.items()})
         pairs = zip(self.owners, self.time, strict=True)
-        object.__setattr__(self, "_in_force", {o: _in_force(spec, self.layers[o].window) for o, spec in pairs})
+        object.__setattr__(self, "_in_force", {o: _in_force(method, self.layers[o].window) for o, method in pairs})
 
     @classmethod
     def plain(
         cls, num_layers: int, num_kv_heads: int, head_dim: int, windows: Sequence[int | None] | None = None
     ) -> Self:
-        """Every layer an owner, nothing dropped or quantised; `windows` = the architecture's own, one per layer."""
+        """Every layer an owner, nothing evicted or quantised; `windows` = the architecture's own, one per layer."""
         windows = [None] * num_layers if windows is None else windows
         return cls(
             layers=tuple(
@@ -138,7 +138,7 @@ class KVLayout:
         return self._readers[owner]
 
     def last_reader(self, owner: int) -> int:
-        """The last layer of the group: after it has attended, what the step drops may go."""
+        """The last layer of the group: after it has attended, what the step evicts may go."""
         return self._readers[owner][-1]
 
     def index_of(self, owner: int) -> int:
@@ -146,7 +146,7 @@ class KVLayout:
         return self._place[owner]
 
     def time_of(self, owner: int) -> Method:
-        """The time spec in force: of a sliding owner that was asked for nothing, its own window without sinks."""
+        """The method in force: of a sliding owner under `full`, its own window without sinks."""
         return self._in_force[owner]
 
     def bits_of(self, owner: int) -> BitsSpec:
@@ -154,7 +154,7 @@ class KVLayout:
         return self.bits[self._place[owner]]
 
     def base(self) -> Self:
-        """The same owners and heads with nothing dropped and nothing quantised."""
+        """The same owners and heads with nothing evicted and nothing quantised."""
         return replace(self, time=(FULL,) * len(self.owners), bits=(MODEL_BITS,) * len(self.owners))
 
     @classmethod
@@ -164,7 +164,7 @@ class KVLayout:
         return base.with_owners(owner_map(text, [layer.kind for layer in base.layers], slides))
 
     def with_owners(self, owners: Sequence[int]) -> Self:
-        """The same model with other owners, one per layer: heads, windows and each remaining owner's specs stay."""
+        """The same model with other owners, one per layer: heads, windows and each remaining owner's method and storage stay."""
         if len(owners) != self.num_layers:
             raise UserError(f"{len(owners)} owners for {self.num_layers} layers: give one per layer")
         kept = sorted(set(owners))
@@ -222,14 +222,14 @@ class KVLayout:
     def time_text(self) -> str:
         """What was asked for along time as a `--time` text: `with_time` of it gives this layout again."""
         full_owners = [i for i, owner in enumerate(self.owners) if self.layers[owner].window is None]
-        texts = [spec.format() for spec in self.time]
+        texts = [method.format() for method in self.time]
         rest = most_common([texts[i] for i in full_owners]) or FULL.format()
         given = [rest if i in full_owners else FULL.format() for i in range(len(texts))]
         return join_per_owner(rest, given, texts, self.owners)
 
     def bits_text(self) -> str:
         """The storage as a `--bits` text: `with_bits` of it gives this layout again."""
-        texts = [spec.format() for spec in self.bits]
+        texts = [storage.format() for storage in self.bits]
         rest = most_common(texts)
         return join_per_owner(rest, [rest] * len(texts), texts, self.owners)
 
@@ -238,8 +238,8 @@ class KVLayout:
         return {
             "format": FORMAT,
             "layers": [one.to_json() for one in self.layers],
-            "time": [spec.format() for spec in self.time],
-            "bits": [spec.format() for spec in self.bits],
+            "time": [method.format() for method in self.time],
+            "bits": [storage.format() for storage in self.bits],
         }
 
     @classmethod
@@ -280,7 +280,7 @@ class KVLayout:
         return None if rest is None else parse(rest), named
 
 
-def _in_force(spec: Method, window: int | None) -> Method:
-    if window is not None and spec == FULL:
+def _in_force(method: Method, window: int | None) -> Method:
+    if window is not None and method == FULL:
         return Window(recent=Budget(fixed=window), sinks=0)
-    return spec
+    return method

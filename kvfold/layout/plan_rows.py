@@ -17,7 +17,7 @@ class PlanRow:
     layout: KVLayout
     """The layout."""
     bytes_per_token: int
-    """K and V of one more token while nothing is dropped."""
+    """K and V of one more token while nothing is evicted."""
     context_bytes: int
     """All rows at the context asked for; for DMC and DMS the most it may be, or what their compression makes it."""
     max_rows: int | None

@@ -105,7 +105,7 @@ def _kept(method: Method, seen: int, compression: float | None) -> int:
 
 
 def token_bytes(layout: KVLayout, model_bytes: int) -> int:
-    """K and V of one more token while nothing is dropped or merged: payload alone, without pages and positions."""
+    """K and V of one more token while nothing is evicted or merged: payload alone, without pages and positions."""
     return sum(
         layout.layers[owner].num_kv_heads
         * sum(layout.bits_of(owner).slot_bytes(layout.layers[owner].head_dim, model_bytes))
@@ -134,7 +134,7 @@ class Plan:
 
     @property
     def bytes_per_token(self) -> int:
-        """K and V of one more token while nothing is dropped or merged, without pages and positions."""
+        """K and V of one more token while nothing is evicted or merged, without pages and positions."""
         return token_bytes(self.layout, self.model_bytes)
 
     def bytes(self, seen_tokens: Sequence[int]) -> int:
@@ -205,7 +205,7 @@ def plan(
         layout = layout.with_time(time)
     if bits is not None:
         layout = layout.with_bits(bits)
-    if compression is not None and not any(spec.trained for spec in layout.time):
+    if compression is not None and not any(method.trained for method in layout.time):
         raise UserError(
             f"compression {compression:g} with time '{layout.time_text()}': only what dmc and dms keep is learned: "
             "add one of them, or leave it out"

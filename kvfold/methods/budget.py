@@ -1,7 +1,7 @@
 """How many tokens a head may keep: a fixed number, or a share of what has been seen.
 
-A share grows with the text, but what was dropped stays dropped. Shares are counted in integers, so that every
-machine and every room rounds alike.
+A share grows with the text, but what was evicted stays evicted. Shares are counted in integers, so that every
+machine and every package rounds alike.
 """
 
 from __future__ import annotations

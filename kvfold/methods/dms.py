@@ -126,7 +126,7 @@ class MarkedStep(StepPlan):
         self.streams.state_X[self.streams.id_OBK, self._column_B1] = place_OBK.int()
 
     def enter(self, owner: int, gates: Gates | None, k_BKD: Tensor, v_BKD: Tensor) -> Entered | None:
-        """Take down what the gate of one owner decided at this token."""
+        """Record what the gate of one owner decided at this token."""
         import torch
 
         if gates is None or gates.alpha_BTK is None:

@@ -28,9 +28,9 @@ class Window(Method):
     lossy: ClassVar[bool] = True
 
     recent: Budget
-    """Newest tokens kept; a share grows by at most one token a token, so it never asks for one already dropped."""
+    """Newest tokens kept; a share grows by at most one token a token, so it never asks for one already evicted."""
     sinks: int = 0
-    """First tokens of the text, kept for good. A fixed number: a share would grow into tokens already dropped."""
+    """First tokens of the text, kept for good. A fixed number: a share would grow into tokens already evicted."""
 
     def __post_init__(self) -> None:
         if self.sinks < 0:

@@ -67,7 +67,7 @@ class AdapterAbout:
 
     base: Base
     time: str | None = None
-    """The method's text form; None where nothing is dropped or merged."""
+    """The method's text form; None where nothing is evicted or merged."""
     gates: dict[str, Any] | None = None
     """`GateConfig` as plain values."""
     lora: dict[str, Any] | None = None

@@ -116,7 +116,7 @@ class FoldConfig(PreTrainedConfig):
 
     @property
     def base_layout(self) -> KVLayout:
-        """The layout before conversion; of a model that was never converted, its own with nothing dropped."""
+        """The layout before conversion; of a model that was never converted, its own with nothing evicted."""
         return self._layout.base() if self._base_layout is None else self._base_layout
 
     @base_layout.setter

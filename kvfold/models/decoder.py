@@ -119,14 +119,14 @@ class FoldModel(FoldPreTrainedModel):
         # A wrong number of rows is the cache's to refuse.
         begun = cache is not None and cache.columns > 0 and len(cache.rows) == rows
         rotations = self._rotations(position_ids, real, cache.seen_tokens if begun else None, hidden)
-        asked = {"noise_key": noise_key, "records": output_decisions, "keep": output_hidden_states}
+        run_options = {"noise_key": noise_key, "records": output_decisions, "keep": output_hidden_states}
         if cache is None or tokens == 1:
-            return self._run(hidden, real, rotations, cache, options, **asked)
+            return self._run(hidden, real, rotations, cache, options, **run_options)
         parts = []
         for start, end in cache.pieces(real, num_rows=rows, num_tokens=tokens):
-            turns = [turn and turn.part(start, end) for turn in rotations]
+            piece_rotations = [rotation and rotation.part(start, end) for rotation in rotations]
             piece = None if real is None else real[:, start:end]
-            parts.append(self._run(hidden[:, start:end], piece, turns, cache, options, **asked))
+            parts.append(self._run(hidden[:, start:end], piece, piece_rotations, cache, options, **run_options))
         return joined(parts)
 
     def _run(
@@ -139,14 +139,15 @@ class FoldModel(FoldPreTrainedModel):
         if cache.gate_table is None:
             config = self.config.gate_config if cache.gates is None else cache.gates.config
             cache.gate_table = gate_table(config, cache.layout, freed_owners=self.config.freed_owners)
-        asked = cache.gate_table, self.training, options, noise_key, records, cache.gates
-        gates = None if cache.gate_table.is_empty else GateCall.of(*asked)
+        gates = None
+        if not cache.gate_table.is_empty:
+            gates = GateCall.of(cache.gate_table, self.training, options, noise_key, records, cache.gates)
         # Pages are written in place, so no gradient could pass through them.
         call = cache.call(real, num_rows=hidden.shape[0], num_tokens=hidden.shape[1], **self.attention_options)
         with torch.no_grad(), call as view:
             hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
-        told = recorded(gates, cache.layout.owners) if records else {}
-        return FoldOutput(last_hidden_state=hidden, past_key_values=cache, hidden_states=states, **told)
+        decided = recorded(gates, cache.layout.owners) if records else {}
+        return FoldOutput(last_hidden_state=hidden, past_key_values=cache, hidden_states=states, **decided)
 
     def _run_freely(
         self, hidden: Tensor, real: Tensor | None, rotations: list[Rotation | None], options: CallOptions,
@@ -160,8 +161,8 @@ class FoldModel(FoldPreTrainedModel):
         gates = None if table.is_empty else GateCall.of(table, self.training, options, noise_key, records, None)
         view = TrainingView(layout, real_BT=real, **self.attention_options)
         hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
-        told = recorded(gates, layout.owners) if records else {}
-        return FoldOutput(last_hidden_state=hidden, past_key_values=None, hidden_states=states, **told)
+        decided = recorded(gates, layout.owners) if records else {}
+        return FoldOutput(last_hidden_state=hidden, past_key_values=None, hidden_states=states, **decided)
 
     def opened(self, ids_BT: Tensor) -> tuple[Tensor, list[Rotation | None]]:
         """Of texts without padding: the residual stream before the first layer, and each layer's rotation, for those who run the
@@ -243,12 +244,12 @@ class FoldModel(FoldPreTrainedModel):
         return given
 
     def _warn_of_steps(self) -> None:
-        """Once for training, once for inference: without a cache, methods that drop between calls drop nothing."""
-        steps = sorted({spec.title for spec in self.config.layout.time if not spec.chunk_invariant})
+        """Once for training, once for inference: without a cache, methods that evict between calls evict nothing."""
+        steps = sorted({method.title for method in self.config.layout.time if not method.chunk_invariant})
         if steps and self.training not in self._warned:
             self._warned.add(self.training)
             rule = "it is off in training" if self.training else "a call without a cache reads its own tokens whole"
-            warnings.warn(f"{' and '.join(steps)} drops tokens between calls: {rule}", stacklevel=3)
+            warnings.warn(f"{' and '.join(steps)} evicts tokens between calls: {rule}", stacklevel=3)
 
 
 class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GatedModel, GenerationMixin):

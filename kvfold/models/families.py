@@ -116,7 +116,9 @@ def fold_config(theirs: PreTrainedConfig) -> FoldConfig:
         value = getattr(theirs, name)
         values[ours] = value if power == 1 else value**power
     if family.rope_flags is not None:
-        values["nope_layers"] = [layer for layer, turned in enumerate(getattr(theirs, family.rope_flags)) if not turned]
+        values["nope_layers"] = [
+            layer for layer, rotated in enumerate(getattr(theirs, family.rope_flags)) if not rotated
+        ]
     config = FoldConfig(
         family=theirs.model_type,
         rope_parameters=_rope_parameters(family, theirs),

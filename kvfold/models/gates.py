@@ -163,7 +163,7 @@ class GateCall:
     factor: float | None = None
     """Of the freed channel in a zero-out stage; None = 0 where gates decide."""
     records: bool = True
-    """Take down what gates decide."""
+    """Record what gates decide."""
     noise_key: Tensor | None = None
     """int64 [B]; the noise is a function of a row's key and the layer. None = no noise."""
     gate_set: GateSet | None = None
@@ -220,7 +220,7 @@ def decide(
     logit = _logit(config, q_BTHD, k_BTKD, adapted_BTX)
     alpha, log_stay = _soft(config, call, layer, logit) if call.training else hard_alpha(logit)
     if call.records:
-        _take_down(config, call, layer, logit, alpha)
+        _record(config, call, layer, logit, alpha)
     if config.form.weighs:
         more["weight_BTK"] = _importance(config, q_BTHD, k_BTKD.shape[2])
     return Gates(alpha_BTK=alpha, log_stay_BTK=log_stay, from_next=config.reads == "next", **more)
@@ -246,7 +246,7 @@ def _soft(config: GateConfig, call: GateCall, layer: int, logit: Tensor) -> tupl
     return soft_alpha((logit + noise) / config.tau)
 
 
-def _take_down(config: GateConfig, call: GateCall, layer: int, logit: Tensor, alpha: Tensor) -> None:
+def _record(config: GateConfig, call: GateCall, layer: int, logit: Tensor, alpha: Tensor) -> None:
     """For those who asked what gates decide."""
     call.record.probabilities[layer] = alpha if call.training else (logit / config.tau).sigmoid()
     call.record.decisions[layer] = (alpha.detach() > 0.5) + (alpha - alpha.detach())

@@ -1,6 +1,6 @@
 """What `generate` needs of a kvfold model beyond a plain forward: its own cache, and no padding after a row has ended.
 
-transformers goes on feeding padding, marked as real, to rows that have ended. A cache that merges or drops would lose
+transformers goes on feeding padding, marked as real, to rows that have ended. A cache that merges or evicts would lose
 real tokens to it, so here such tokens reach the store as what they are.
 """
 
@@ -41,9 +41,9 @@ class FoldGeneration:
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """transformers' `generate`; what a kvfold cache can't do is refused before anything runs."""
-        asked = kwargs.get("cache_implementation") or getattr(generation_config, "cache_implementation", None)
-        if asked is not None:
-            raise UserError(f"cache_implementation='{asked}': a kvfold model has its own cache: leave it out")
+        implementation = kwargs.get("cache_implementation") or getattr(generation_config, "cache_implementation", None)
+        if implementation is not None:
+            raise UserError(f"cache_implementation='{implementation}': a kvfold model has its own cache: leave it out")
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if ids is not None and ids.numel() == 0:
             raise UserError(

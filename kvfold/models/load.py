@@ -68,12 +68,12 @@ def load(
         check_source(found)
         theirs = _read_config(found)
         config = theirs if isinstance(theirs, FoldConfig) else fold_config(theirs)
-        asked = _folded(config.layout, time, bits)
+        layout = _folded(config.layout, time, bits)
         if gates is not None:
-            _add_channel_gates(config, asked)
+            _add_channel_gates(config, layout)
         if adapter is None:
-            config.layout = asked
-            gate_table(config.gate_config, asked, freed_owners=config.freed_owners)
+            config.layout = layout
+            gate_table(config.gate_config, layout, freed_owners=config.freed_owners)
         read = _read_kvfold if theirs is config else _read_foreign
         model, report = read(found, theirs, config, dtype)
     _check_report(found, report, strict=theirs is config)
