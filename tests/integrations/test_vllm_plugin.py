@@ -6,6 +6,7 @@ import types
 import warnings
 from dataclasses import replace
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 
@@ -145,6 +146,11 @@ def test_an_untested_version_is_warned_of_with_the_range(version):
         UserWarning, match=rf"vLLM {version}: kvfold's plugin is tested with 0\.32 up to, not including, 0\.33"
     ):
         plugin.warn_untested(version)
+
+
+def test_the_docs_say_which_versions_are_tested():
+    text = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text()
+    assert f"The plugin is tested with vLLM {plugin.TESTED[0]} (" in text
 
 
 def test_hooks_refuse_before_anything_is_built(monkeypatch):
