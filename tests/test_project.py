@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "kvfold").rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-MAX_FILE_LINES = 300
+MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 50
 SHAPELESS = {"utils", "util", "helpers", "helper", "common", "misc"}
 # Parts of torch's build for CUDA, and of Python itself: not ours to pin.

@@ -93,7 +93,8 @@ class SequenceCost:
     def bytes(self, seen: int, *, high: bool = False) -> int:
         """Bytes after `seen` tokens; `high`: the 95 % quantile where gates decide, else what is likely."""
         seen = -(-seen // self.page_slots) * self.page_slots  # at most a page more, and far fewer sums to remember
-        if (seen, high) not in self._memo:
+        total = self._memo.get((seen, high))
+        if total is None:
             exact: dict[tuple[TimeSpec, int], int] = {}
             learned = iter(self._shares(seen, high))
             total = self.state_bytes
@@ -106,7 +107,7 @@ class SequenceCost:
                     exact[spec, page] = page * self._pages(spec.max_kept(seen))
                 total += exact[spec, page]
             self._memo[seen, high] = total
-        return self._memo[seen, high]
+        return total
 
     def most(self, seen: int) -> int:
         """Bytes after `seen` tokens if gates let everything stay."""
@@ -188,20 +189,18 @@ class Budget:
 
     def growth(self, request: Request, held: int, *, whole: bool = False) -> int:
         """Bytes that a request may take beyond the `held` ones it has, over the next `horizon` tokens or, `whole`, to its end."""
-        cost = self.costs[request.method]
-        ahead = (
-            request.final_tokens
-            if whole
-            else max(request.seen, request.read_until, request.prompt_tokens) + self.horizon
-        )
-        end = min(request.final_tokens, ahead)
+        cost, factor = self.costs[request.method], self.scale
+        end = request.final_tokens
+        if not whole:
+            start = max(request.seen, request.read_until, request.prompt_tokens)
+            end, factor = min(end, start + self.horizon), factor * self.safety
         if cost.learned and request.handle is not None and request.seen >= LENGTHS[0]:
             # Its own text has shown how much it keeps.
             now = cost.bytes(request.seen)
-            more = (cost.bytes(end) - now) * min(4.0, max(0.5, held / now)) * self.safety
+            more = (cost.bytes(end) - now) * min(4.0, max(0.5, held / now))
         else:
-            more = cost.bytes(end, high=True) * (self.safety if cost.learned else 1.0) - held
-        return max(0, int(more * self.scale))
+            more = cost.bytes(end, high=True) - held
+        return max(0, int(more * factor))
 
     def transient(self, methods: Iterable[str]) -> int:
         """Bytes that one prefill group may take for a while beyond what it keeps: what gates decide is known only behind them."""
@@ -250,9 +249,9 @@ class Budget:
         self.safety = max(1.0, self.safety * SAFETY_DECAY)
         self.costs[request.method].observe(request.seen, kept)
 
-    def was_read(self, request: Request, held: int) -> None:
-        """A prompt was read and holds so many bytes: how far off was the estimate?"""
-        if request.predicted_bytes and self.costs[request.method].learned:
-            self.estimates += 1
-            error = abs(request.predicted_bytes / max(1, held) - 1)
-            self.mean_error += (error - self.mean_error) / self.estimates
+    def was_read(self, request: Request, held: int, kept: Sequence[float]) -> None:
+        """A prompt was read and holds so many bytes: how far off was the estimate? Learn from what its KV streams hold."""
+        self.estimates += 1
+        error = abs(request.predicted_bytes / max(1, held) - 1)
+        self.mean_error += (error - self.mean_error) / self.estimates
+        self.costs[request.method].observe(request.seen, kept)

@@ -9,13 +9,16 @@ import hashlib
 import json
 import queue
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kvfold.engine.engine import Answer, Engine, Piece
+from kvfold.engine.answers import Answer, Piece
+from kvfold.engine.engine import Engine
 
 LOOKAHEAD = 1024
 """Lines that are read and submitted ahead of the first one that is not answered yet."""
@@ -114,18 +117,21 @@ class _Run:
 
     def records(self, source: Path, skipped: int) -> Iterator[dict[str, Any]]:
         """One record for each line behind the `skipped` ones, in order."""
-        waiting = [line for place, line in enumerate(_lines(source)) if place >= skipped]
-        ahead = 0
+        lines, ahead = islice(enumerate(_lines(source)), skipped, None), deque()
         try:
-            for place, (number, line) in enumerate(waiting):
-                while ahead < min(len(waiting), place + LOOKAHEAD):
-                    self._ask(ahead, waiting[ahead][1])
-                    ahead += 1
+            while True:
+                for place, (number, line) in islice(lines, LOOKAHEAD - len(ahead)):
+                    self._ask(place, line)
+                    ahead.append((place, number, line))
+                if not ahead:
+                    return
+                place, number, line = ahead.popleft()
                 while self._left[place]:
                     at, piece = self._outbox.get()
                     self._answers[at][piece.index].add(piece)
-                    self._left[at] -= piece.finish_reason is not None
+                    self._left[at] -= 1
                 self._jobs.pop(place, None)
+                del self._left[place]
                 yield _record(number, line, self._answers.pop(place))
         finally:
             for job in self._jobs.values():

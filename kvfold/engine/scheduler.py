@@ -124,8 +124,9 @@ class Scheduler:
     def was_read(self, request: Request) -> None:
         """A part of a prompt was read: keep a snapshot where one is wanted."""
         method = request.method
-        if not request.is_reading:
-            self.budget.was_read(request, self.memory.held_bytes(method, request.handle))
+        if not request.is_reading and self.budget.costs[method].learned:
+            held, kept = self.memory.held_bytes(method, request.handle), self.memory.kept(method, request.handle)
+            self.budget.was_read(request, held, kept)
         if request.reuse and self._wants_snapshot(request):
             copy = self.memory.fork(method, request.handle)
             if copy is not None and not self.prefixes.insert(method, request.tokens[: request.seen], copy):
@@ -247,8 +248,11 @@ class Scheduler:
     def _admit(self, step: Step, now: float) -> None:
         """Start waiting requests in their order, until one does not fit or the prefill group is full."""
         growths: int | None = None
-        for request in sorted(self.waiting, key=lambda one: self._rank(one, now)):
-            if len(self.running) >= self.max_running or self._follows_a_reader(request):
+        ordered = self.waiting if len(self.running) < self.max_running else ()
+        for request in sorted(ordered, key=lambda one: self._rank(one, now)):
+            if len(self.running) >= self.max_running:
+                return
+            if self._follows_a_reader(request):
                 continue
             rank = self._rank(request, now)
             request.read_until = len(request.tokens) if self._invariant[request.method] else request.prompt_tokens

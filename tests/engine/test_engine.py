@@ -36,7 +36,7 @@ def draw_requests(number, *, seed=0, methods=METHODS, longest=60):
     for _ in range(number):
         prompt = shared[: rng.choice([0, 0, 70])] + [rng.randrange(250) for _ in range(rng.randint(1, longest))]
         requests.append({
-            "prompt": prompt, "max_tokens": rng.randint(1, 24), "time": rng.choice(methods), "seed": rng.randrange(999),
+            "prompt": prompt, "max_tokens": rng.randint(1, 20), "time": rng.choice(methods), "seed": rng.randrange(999),
             "temperature": rng.choice([0, 0, 1.0]), "priority": rng.randrange(3), "ignore_eos": rng.random() < 0.5,
         })  # fmt: skip
     return requests
@@ -51,7 +51,7 @@ def draw_requests(number, *, seed=0, methods=METHODS, longest=60):
     ],
 )
 def test_every_answer_is_that_of_its_request_alone(methods, gates, options):
-    requests = draw_requests(24, methods=methods)
+    requests = draw_requests(18, methods=methods)
     with new_engine(methods=methods, model=tiny_model(gates), **options) as engine:
         answers = engine.generate(requests)
         assert [one.error for one in answers] == [None] * len(answers)
@@ -152,6 +152,44 @@ def test_a_call_that_fails_ends_its_requests_alone():
         bad, fine = engine.generate([GREEDY | {"prompt": "hello", "time": "dms:8"}, GREEDY | {"prompt": "hello"}])
         assert bad.error == "the model failed: RuntimeError: out of memory" and len(fine.token_ids) == 8
         assert_all_free(engine)
+
+
+def test_a_tokenizer_that_fails_ends_its_answer_alone(monkeypatch):
+    def failing(self, token, **options):
+        if token == first.token_ids[0]:
+            raise RuntimeError("invalid\nprefix")
+        return ""
+
+    asked = [{"prompt": text, "temperature": 0, "max_tokens": 3} for text in ("hello", "world")]
+    with new_engine() as engine:
+        first, second = engine.generate(asked)
+        assert first.token_ids[0] not in second.token_ids
+        monkeypatch.setattr("kvfold.engine.answers.TextStream.add", failing)
+        bad, fine = engine.generate(asked)
+        assert bad.error == "RuntimeError: invalid prefix" and fine.token_ids == second.token_ids
+        assert_all_free(engine)
+
+
+def test_requests_sent_while_it_stops_are_answered():
+    """Nobody waits for ever: an answer comes, or the engine says that it takes nothing."""
+    engine, said = new_engine(), []
+
+    def ask():
+        try:
+            said.append([one.finish_reason for one in engine.generate([GREEDY | {"prompt": "hello"}] * 3)])
+        except RuntimeError as error:
+            said.append(str(error))
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    engine.close()
+    for thread in threads:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+    assert len(said) == 6 and engine.stats()["free_bytes"] == engine.stats()["pool_bytes"]
+    with pytest.raises(RuntimeError, match="can't take requests: it is closed"):
+        engine.generate(["hello"])
 
 
 def test_an_engine_that_breaks_tells_everybody():

@@ -79,7 +79,7 @@ requests_strategy = st.lists(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 @given(
     drawn=requests_strategy, scale=st.sampled_from([1.0, 0.25]), spare=st.floats(1.0, 4.0),
     places=st.sampled_from([3, 64]), seed=st.integers(0, 99),
