@@ -8,6 +8,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from openai.types import Model
 from pydantic import BaseModel
+from starlette.types import ASGIApp
 
 import kvfold
 from kvfold.engine.engine import Engine
@@ -31,13 +32,12 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
         yield
         serving.jobs.close()
 
-    app = FastAPI(
+    app = _GuardedApp(
         title="kvfold", version=kvfold.__version__, max_body_size=settings.max_body_bytes, lifespan=lifespan,
         redoc_url=None, docs_url=None, generate_unique_id_function=lambda route: route.name,
     )  # fmt: skip
     app.state.serving = serving
     add_handlers(app)
-    app.add_middleware(Guard, settings=settings, responded=serving.metrics.responded)
     router = APIRouter()
     completions.add_routes(router, serving, takes(CompletionRequest))
     chat.add_routes(router, serving, takes(ChatRequest))
@@ -49,6 +49,15 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
     live.add_routes(router, serving)
     app.include_router(router)
     return app
+
+
+class _GuardedApp(FastAPI):
+    """Guarded outside of FastAPI's own middleware, so that no response leaves unseen."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """See Starlette."""
+        serving: Serving = self.state.serving
+        return Guard(super().build_middleware_stack(), serving.settings, serving.metrics.responded)
 
 
 def takes(kind: type[BaseModel]) -> dict[str, Any]:

@@ -7,15 +7,18 @@ knows is ignored, as OpenAI's servers do; one that would change the answer and c
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, Strict
 
 from kvfold.serve.errors import ApiError, unsupported
 
 MAX_STOPS = 64
 MAX_TOOLS = 128
 
+Int = Annotated[int, Strict()]
+Number = Annotated[float, Strict()]
+"""A whole number is one too; a text or a truth value is none."""
 Texts = Annotated[list[Annotated[str, Field(max_length=4096)]], Field(max_length=MAX_STOPS)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=8192)]
+TokenIds = Annotated[list[Annotated[int, Strict(), Field(ge=0)]], Field(max_length=8192)]
 
 _NEUTRAL = (None, False, 0, [], {}, "")
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -82,16 +85,18 @@ class Base(BaseModel):
 
     model: str | None = Field(None, description="One of the names under /v1/models; none = the first.")
     stream: bool | None = Field(None, description="Send the answer as it is made, as server-sent events.")
-    temperature: float | None = Field(None, description="0 = the likeliest token.")
-    top_p: float | None = Field(None, description="Draw from the likeliest tokens that together have this probability.")
-    top_k: int | None = Field(None, description="Draw from the k likeliest tokens; 0 or -1 = from all.")
-    min_p: float | None = Field(
+    temperature: Number | None = Field(None, description="0 = the likeliest token.")
+    top_p: Number | None = Field(
+        None, description="Draw from the likeliest tokens that together have this probability."
+    )
+    top_k: Int | None = Field(None, description="Draw from the k likeliest tokens; 0 or -1 = from all.")
+    min_p: Number | None = Field(
         None, description="Draw from tokens with this share of the likeliest one's probability."
     )
-    presence_penalty: float | None = Field(None, description="Subtracted from the logit of tokens generated before.")
-    frequency_penalty: float | None = Field(None, description="Subtracted once for each time a token was generated.")
-    repetition_penalty: float | None = Field(None, description="Divides logits of tokens in the prompt or the answer.")
-    logit_bias: dict[str, float] | None = Field(None, max_length=1024, description="Added to the logits of these ids.")
+    presence_penalty: Number | None = Field(None, description="Subtracted from the logit of tokens generated before.")
+    frequency_penalty: Number | None = Field(None, description="Subtracted once for each time a token was generated.")
+    repetition_penalty: Number | None = Field(None, description="Divides logits of tokens in the prompt or the answer.")
+    logit_bias: dict[str, Number] | None = Field(None, max_length=1024, description="Added to the logits of these ids.")
     allowed_token_ids: TokenIds | None = Field(None, description="The only tokens that may be drawn.")
     bad_words: Texts | None = Field(None, description="Texts that the answer must not contain.")
     stop: str | Texts | None = Field(None, description="Strings that end the answer.")
@@ -99,13 +104,13 @@ class Base(BaseModel):
     include_stop_str_in_output: bool | None = Field(None, description="Leave the stop string in the text.")
     ignore_eos: bool | None = Field(None, description="Go on after the model's end tokens.")
     skip_special_tokens: bool | None = Field(None, description="Leave end tokens and their like out of the text.")
-    min_tokens: int | None = Field(None, description="Tokens before which nothing ends the answer.")
-    seed: int | None = Field(None, description="The same seed draws the same answer.")
-    n: int | None = Field(None, description="Answers to one prompt.")
-    prompt_logprobs: int | None = Field(None, description="Log probabilities of the prompt's tokens.")
+    min_tokens: Int | None = Field(None, description="Tokens before which nothing ends the answer.")
+    seed: Int | None = Field(None, description="The same seed draws the same answer.")
+    n: Int | None = Field(None, description="Answers to one prompt.")
+    prompt_logprobs: Int | None = Field(None, description="Log probabilities of the prompt's tokens.")
     response_format: dict[str, Any] | None = Field(None, description="text, json_object or json_schema.")
     structured_outputs: dict[str, Any] | None = Field(None, description="json, regex, choice, grammar or json_object.")
-    priority: int | None = Field(None, description="Lower ones run first.")
+    priority: Int | None = Field(None, description="Lower ones run first.")
     stream_options: StreamOptions | None = None
     request_id: str | None = Field(None, max_length=128, description="A name for the request; default: X-Request-Id.")
     return_token_ids: bool | None = Field(None, description="Give the ids of prompt and answer too.")
@@ -142,8 +147,8 @@ class CompletionRequest(Base):
             ]
         },
     )  # fmt: skip
-    max_tokens: int | None = Field(None, description="Tokens of the answer at most; default 16.")
-    logprobs: int | None = Field(None, description="Log probabilities of the chosen and of so many likeliest tokens.")
+    max_tokens: Int | None = Field(None, description="Tokens of the answer at most; default 16.")
+    logprobs: Int | None = Field(None, description="Log probabilities of the chosen and of so many likeliest tokens.")
     echo: bool | None = Field(None, description="Begin the answer with the prompt.")
     add_special_tokens: bool | None = Field(None, description="Add the tokenizer's own special tokens; default true.")
 
@@ -152,10 +157,10 @@ class ChatRequest(Base):
     """Body of /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=4096, description="The conversation so far.")
-    max_tokens: int | None = Field(None, description="Tokens of the answer at most; default: all that fit.")
-    max_completion_tokens: int | None = Field(None, description="OpenAI's newer name of max_tokens.")
+    max_tokens: Int | None = Field(None, description="Tokens of the answer at most; default: all that fit.")
+    max_completion_tokens: Int | None = Field(None, description="OpenAI's newer name of max_tokens.")
     logprobs: bool | None = Field(None, description="Give log probabilities.")
-    top_logprobs: int | None = Field(None, description="Of so many likeliest tokens at each position.")
+    top_logprobs: Int | None = Field(None, description="Of so many likeliest tokens at each position.")
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, description="Functions the model may call.")
     tool_choice: str | dict[str, Any] | None = Field(None, description="auto, none, required, or one function.")
     parallel_tool_calls: bool | None = Field(None, description="Whether several calls may come in one answer.")
@@ -180,14 +185,14 @@ class ResponsesRequest(Base):
 
     input: str | list[dict[str, Any]] = Field(description="A text, or the items of the conversation so far.")
     instructions: str | None = Field(None, description="What a system message would say.")
-    max_output_tokens: int | None = Field(None, description="Tokens of the answer at most; default: all that fit.")
+    max_output_tokens: Int | None = Field(None, description="Tokens of the answer at most; default: all that fit.")
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, description="Functions the model may call.")
     tool_choice: str | dict[str, Any] | None = Field(None, description="auto, none, required, or one function.")
     parallel_tool_calls: bool | None = Field(None, description="Whether several calls may come in one answer.")
     text: dict[str, Any] | None = Field(None, description="format: text, json_object or json_schema.")
     reasoning: dict[str, Any] | None = Field(None, description="effort, for templates that read it.")
     include: list[str] | None = Field(None, max_length=32)
-    top_logprobs: int | None = Field(None, description="Of so many likeliest tokens at each position.")
+    top_logprobs: Int | None = Field(None, description="Of so many likeliest tokens at each position.")
     metadata: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="More variables for the chat template.")
 

@@ -17,6 +17,7 @@ from kvfold.serve.jobs import Job, Jobs
 from kvfold.serve.metrics import Metrics
 from kvfold.serve.prompts import ChatTemplate
 from kvfold.serve.settings import ServerSettings
+from kvfold.serve.structured import check_structured
 from kvfold.serve.tokens import Tokens
 
 log = logging.getLogger("kvfold.serve")
@@ -98,6 +99,7 @@ class Serving:
                 f"{self.max_model_len}, got {most}", param="max_tokens", code="context_length_exceeded",
             )  # fmt: skip
         asked["timeout"] = self.settings.request_timeout_s
+        check_structured(asked)
         return asked
 
     def log_text(self, name: str, what: str, text: object) -> None:
