@@ -88,12 +88,18 @@ class AnswerReader:
     def _in_reasoning(self, last: bool) -> Iterator[Part]:
         before, marker, after = self._text.partition(REASONING[1])
         if marker:
-            self._text, self._step = after.lstrip("\n"), self._begin_content
+            self._text, self._step = after, self._after_reasoning
             yield Part(kind="reasoning", text=before)
             return
         certain = len(before) - (0 if last else held_back(before, REASONING[1]))
         self._text = before[certain:]
         yield Part(kind="reasoning", text=before[:certain])
+
+    def _after_reasoning(self, last: bool) -> Iterator[Part]:
+        self._text = self._text.lstrip("\n")
+        if self._text or last:
+            self._step = self._begin_content
+        yield from ()
 
     # -- content -------------------------------------------------------------------------------------------------
 
@@ -116,12 +122,11 @@ class AnswerReader:
         before, marker, after = self._text.partition(CALL[0])
         if marker:
             self._text, self._calls, self._step = after, JsonCalls(), self._tagged
-            if before.strip():
-                yield Part(kind="content", text=before)
+            yield Part(kind="content", text=before.rstrip())
             return
-        certain = len(before) - (0 if last else held_back(before, CALL[0]))
-        if not last and not before[:certain].strip():
-            certain = 0  # blank lines between calls are no content
+        certain = len(before)
+        if not last:  # blank lines before a call are no content
+            certain = len(before[: certain - held_back(before, CALL[0])].rstrip())
         text, self._text = before[:certain], before[certain:]
         if text.strip() or not self.num_calls:
             yield Part(kind="content", text=text)
