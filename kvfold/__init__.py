@@ -7,28 +7,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvfold.cache.allocator import CacheFull
     from kvfold.cache.hf import FoldCache
-    from kvfold.cache.pages import CacheFull
-    from kvfold.layout import KVLayout
+    from kvfold.engine.engine import Engine
+    from kvfold.layout.kvlayout import KVLayout
+    from kvfold.layout.planner import Plan, plan
+    from kvfold.methods.registry import parse_time
     from kvfold.models.config import FoldConfig
     from kvfold.models.decoder import FoldForCausalLM
     from kvfold.models.load import load, load_tokenizer
-    from kvfold.planner import Plan, plan
-    from kvfold.specs.registry import parse_time
+    from kvfold.models.options import CallOptions
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CacheFull": "kvfold.cache.pages",
+    "CallOptions": "kvfold.models.options",
+    "CacheFull": "kvfold.cache.allocator",
+    "Engine": "kvfold.engine.engine",
     "FoldCache": "kvfold.cache.hf",
     "FoldConfig": "kvfold.models.config",
     "FoldForCausalLM": "kvfold.models.decoder",
-    "KVLayout": "kvfold.layout",
-    "Plan": "kvfold.planner",
+    "KVLayout": "kvfold.layout.kvlayout",
+    "Plan": "kvfold.layout.planner",
     "load": "kvfold.models.load",
     "load_tokenizer": "kvfold.models.load",
-    "parse_time": "kvfold.specs.registry",
-    "plan": "kvfold.planner",
+    "parse_time": "kvfold.methods.registry",
+    "plan": "kvfold.layout.planner",
 }
 
 __all__ = [*_HOMES, "register"]

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ from kvfold.cli_model import (
     Bits,
     Device,
     Dtype,
+    Gates,
     Json,
     Model,
     Out,
@@ -72,9 +73,9 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """What the cache of a model costs, and what each axis saves, alone and together. Needs no weights."""
-    from kvfold.plan_rows import plan_rows
+    from kvfold.layout.plan_rows import plan_rows
+    from kvfold.layout.units import parse_count, parse_size
     from kvfold.report.tables import plan_table
-    from kvfold.sizes import parse_count, parse_size
 
     tokens = parse_count(context)
     rows = plan_rows(
@@ -103,6 +104,13 @@ def plan(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from; - reads stdin.")] = "-",
+    source: Annotated[
+        Path | None, typer.Option("--input", help="Requests as JSON lines, OpenAI's field names: all run at once.")
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Option("--output", help="Their answers, line by line; resumed where it stopped.")
+    ] = None,
+    kv_memory: Annotated[str, typer.Option(help="Bytes of the cache, with --input.")] = "2GB",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write, at most.")] = 128,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 takes the likeliest token, more is more daring.")
@@ -111,6 +119,7 @@ def generate(
     time: Time = None,
     bits: Bits = None,
     adapter: Adapter = None,
+    gates: Gates = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: Json = False,
@@ -120,10 +129,17 @@ def generate(
 
     from kvfold.report.numbers import count, size
 
+    if (source is None) != (target is None):
+        raise ValueError("--input and --output: a file of requests needs a file for its answers: give both")
+    if source is not None and target is not None:
+        loaded = load_model(model, time, bits, adapter, dtype, device, gates)
+        defaults = {"max_tokens": max_new_tokens, "temperature": temperature}
+        _answer_file(loaded, source, target, kv_memory=kv_memory, defaults=defaults, seed=seed, as_json=as_json)
+        return
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise ValueError("an empty prompt: give some text to go on from")
-    weights, tokenizer = load_model(model, time, bits, adapter, dtype, device)
+    weights, tokenizer = load_model(model, time, bits, adapter, dtype, device, gates)
     inputs = tokenizer(text, return_tensors="pt").to(weights.device)
     length, most = inputs["input_ids"].shape[1], weights.config.max_position_embeddings
     if length + max_new_tokens > most:
@@ -144,6 +160,30 @@ def generate(
         held = f"{size(cache.allocated_bytes)} held where a full cache takes {size(cache.full_bytes)}"
         say(
             f"{method}: {count(seen)} tokens seen, {count(round(kept[kept >= 0].float().mean().item()))} kept a head, {held}"
+        )
+
+
+def _answer_file(
+    loaded: tuple, source: Path, target: Path, *, kv_memory: str, defaults: dict[str, Any], seed: int, as_json: bool
+) -> None:
+    """All requests of a file on one engine, with a bar."""
+    from kvfold.engine.engine import Engine
+    from kvfold.engine.offline import answer_file
+
+    weights, tokenizer = loaded
+    if defaults["temperature"]:
+        defaults = defaults | {"seed": seed}
+    with Engine(weights, tokenizer, kv_memory=kv_memory) as engine, progress() as bar:
+        counts = answer_file(
+            engine, source, target, defaults=defaults,
+            report=lambda facts: bar("answering", facts["done"], facts["total"]),
+        )  # fmt: skip
+        stats = engine.stats()
+    if as_json:
+        show_json(counts | {"output": str(target), "stats": stats})
+    else:
+        say(
+            f"{target}: {counts['answered']} answered, {counts['errors']} with an error, {counts['skipped']} were there"
         )
 
 
@@ -191,6 +231,7 @@ def bench_decoding(
     out: Out = None,
     bits: Bits = None,
     adapter: Adapter = None,
+    gates: Gates = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: Json = False,
@@ -212,7 +253,7 @@ def bench_decoding(
         if batch is None
         else (Point(name=f"{batch} x ({prompt} + {new})", batch=batch, prompt_tokens=prompt, new_tokens=new),)
     )
-    ours, tokenizer = load_model(model, None, bits, adapter, dtype, device)
+    ours, tokenizer = load_model(model, None, bits, adapter, dtype, device, gates, time or ())
     theirs = None if peers == "none" else load_theirs(model, dtype=ours.dtype, device=ours.device)
     with progress() as report:
         result = bench_decode(

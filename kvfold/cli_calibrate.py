@@ -7,7 +7,7 @@ import typer
 
 from kvfold.cli_model import SAMPLE, Device, Dtype, Json, Model, load_model
 from kvfold.console import clear_errors, progress, say, show_json, waiting
-from kvfold.sizes import parse_count
+from kvfold.layout.units import parse_count
 
 Data = Annotated[list[str] | None, typer.Option(help="Text to go by; several times: all. Default: a novel.")]
 Context = Annotated[str, typer.Option(help="Tokens of a sequence, at whose end the compression holds.")]

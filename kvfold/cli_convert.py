@@ -1,5 +1,6 @@
 """`kvfold convert`: parse, call, print. What it does lives in models/convert.py."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,11 @@ import typer
 
 from kvfold.cli_model import SAMPLE, Bits, Device, Json
 from kvfold.console import clear_errors, progress, say, show_json, waiting
-from kvfold.sizes import parse_count
+from kvfold.layout.units import parse_count
 
 if TYPE_CHECKING:
+    from kvfold.convert.conversion import Conversion
     from kvfold.models.config import FoldConfig
-    from kvfold.models.convert import Conversion
 
 _WINDOW_TOKENS = 1024
 """Tokens of a calibration window, where the model reads as many."""
@@ -61,11 +62,11 @@ def convert(
     """A model with fewer KV heads or with shared layers, as a checkpoint of its own."""
     from transformers.utils import logging
 
+    from kvfold.convert.conversion import Conversion, new_config
+    from kvfold.convert.conversion import convert as run
+    from kvfold.layout.patterns import best_of
     from kvfold.models.checkpoint_files import check_folder
-    from kvfold.models.convert import Conversion, new_config
-    from kvfold.models.convert import convert as run
     from kvfold.models.load import load_config
-    from kvfold.patterns import best_of
 
     logging.set_verbosity_error()
     wanted = Conversion(
@@ -94,8 +95,8 @@ def convert(
 
 def _check(before: "FoldConfig", wanted: "Conversion", owners: int | None) -> None:
     """Raises `ValueError` for what can't be done, before anything takes long."""
-    from kvfold.eval.chosen_layers import check_choice
-    from kvfold.models.convert import new_config
+    from kvfold.convert.chosen_layers import check_choice
+    from kvfold.convert.conversion import new_config
 
     if owners is None:
         new_config(before, wanted)
@@ -112,7 +113,7 @@ def _with_choice(
     source: str, out: Path, wanted: "Conversion", owners: int, ids: Any, device: str | None, report: Any
 ) -> "Conversion":
     """With the layers that may share at the least cost; what was measured waits beside `out` until that is written."""
-    from kvfold.eval.chosen_layers import chosen_layers
+    from kvfold.convert.chosen_layers import chosen_layers
     from kvfold.models.load import load
 
     model = load(source, dtype="float32", device=device)
@@ -120,7 +121,7 @@ def _with_choice(
 
 
 def _costs_folder(out: Path) -> Path:
-    out = out.expanduser()
+    out = Path(os.path.expanduser(out))
     return out.with_name(f".{out.name}.layers")
 
 
@@ -128,12 +129,12 @@ def _keep_costs(out: Path) -> None:
     """What was measured of layers goes with the model that came of it."""
     folder = _costs_folder(out)
     for file in folder.iterdir():
-        shutil.move(file, out.expanduser() / file.name)
+        shutil.move(file, Path(os.path.expanduser(out)) / file.name)
     folder.rmdir()
 
 
 def _calibration(source: str, files: list[Path], tokens: int, config: "FoldConfig") -> Any:
-    from kvfold.models.calibration import calibration_windows
+    from kvfold.convert.calibration import calibration_windows
     from kvfold.models.load import load_tokenizer
 
     context = min(_WINDOW_TOKENS, config.max_position_embeddings)
@@ -152,7 +153,7 @@ def _tell(result: dict[str, Any], as_json: bool) -> None:
 
 def _summary(before: "FoldConfig", after: "FoldConfig", out: Path, init: str) -> dict[str, Any]:
     """What changed, old and new; with a note where little of the model is left."""
-    from kvfold.planner import plan
+    from kvfold.layout.planner import plan
 
     old, new = before.layout, after.layout
     if init != "fitted" and len(new.owners) < len(old.owners):

@@ -1,6 +1,5 @@
 """`kvfold eval`: parse, call, print. What it measures lives in eval/."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvfold.cli_model import SAMPLE, Adapter, Bits, Device, Dtype, Json, Model, Out, Times, load_model, model_name
+from kvfold.cli_model import (
+    SAMPLE,
+    Adapter,
+    Bits,
+    Device,
+    Dtype,
+    Gates,
+    Json,
+    Model,
+    Out,
+    Times,
+    load_model,
+    model_name,
+)
 from kvfold.console import check_out, clear_errors, hand_over, progress, say
 
 if TYPE_CHECKING:
@@ -81,6 +93,7 @@ def evaluate(
     out: Out = None,
     bits: Bits = None,
     adapter: Adapter = None,
+    gates: Gates = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: Json = False,
@@ -105,7 +118,7 @@ def evaluate(
         task_settings={"folder": task_folder, "lengths": task_length or (), "limit": limit, "rows": batch},
         peer=peer, beside=_beside(beside or [], model, dtype, device), cells=Cells(_cells(), fresh=fresh),
     )  # fmt: skip
-    weights, tokenizer = load_model(model, None, bits, adapter, dtype, device)
+    weights, tokenizer = load_model(model, None, bits, adapter, dtype, device, gates, time or ())
     _note_changed_base(adapter)
     kind, result, tables = _measure(weights, tokenizer, model_name(model), asked)
     hand_over(kind, result, tables, out=out, as_json=as_json)
@@ -238,4 +251,6 @@ def _beside(texts: list[str], source: str, dtype: str | None, device: str | None
 
 def _cells() -> Path:
     """Where finished measurements wait to be used again."""
-    return Path(os.environ.get("KVFOLD_CACHE") or Path.home() / ".cache" / "kvfold") / "cells"
+    from kvfold.ops.native import cache_folder
+
+    return cache_folder() / "cells"

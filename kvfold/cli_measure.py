@@ -4,7 +4,20 @@ from typing import Annotated
 
 import typer
 
-from kvfold.cli_model import SAMPLE, Adapter, Bits, Device, Dtype, Json, Model, Out, Times, load_model, model_name
+from kvfold.cli_model import (
+    SAMPLE,
+    Adapter,
+    Bits,
+    Device,
+    Dtype,
+    Gates,
+    Json,
+    Model,
+    Out,
+    Times,
+    load_model,
+    model_name,
+)
 from kvfold.console import check_out, check_packages, clear_errors, hand_over, progress
 
 
@@ -71,6 +84,7 @@ def inspect(
     out: Out = None,
     bits: Bits = None,
     adapter: Adapter = None,
+    gates: Gates = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: Json = False,
@@ -84,7 +98,7 @@ def inspect(
     check_out(out)
     heads = [_head(one) for one in head or []]
     file = read_text_file(text or SAMPLE)
-    weights, tokenizer = load_model(model, None, bits, adapter, dtype, device)
+    weights, tokenizer = load_model(model, None, bits, adapter, dtype, device, gates, time or ())
     check_heads(weights.config.layout, heads)
     ids, pieces = text_beginning(file, tokenizer, tokens=tokens)
     with progress() as report:

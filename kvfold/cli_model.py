@@ -1,5 +1,6 @@
 """What commands that read a model share: its options, how it is loaded, and what it is called in results."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +12,16 @@ METHODS = "full | window:W+S | h2o:R+Y | tova:N, in tokens or percent; trained: 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file or a hub name.")]
 Time = Annotated[str | None, typer.Option(help=f"{METHODS}. Default: the checkpoint's own.")]
 Times = Annotated[list[str] | None, typer.Option("--time", help=f"{METHODS}; given several times: a row each.")]
-Bits = Annotated[str | None, typer.Option(help="model; fp8, int8 and int4 are planned.")]
+Bits = Annotated[
+    str | None,
+    typer.Option(
+        help="How kept entries are stored: model | fp8 | int8 | int4, or keys and values apart, as int8,int4."
+    ),
+]
 Adapter = Annotated[str | None, typer.Option(help="A folder that `kvfold retrofit` wrote.")]
+Gates = Annotated[
+    str | None, typer.Option(help="channel: a learned method reads its published freed channel, as it stands.")
+]
 Dtype = Annotated[
     str | None, typer.Option(help="float32 | bfloat16 | float16. Default: float32 on a CPU, else the checkpoint's.")
 ]
@@ -23,19 +32,27 @@ Data = Annotated[list[str] | None, typer.Option(help="Text, .jsonl, .gz, .parque
 Rate = Annotated[float | None, typer.Option(help="The learning rate at its highest.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any key of a recipe, as key=value; several times.")]
 
-SAMPLE = Path(__file__).with_name("sample") / "persuasion.txt"
+SAMPLE = Path(__file__).with_name("assets") / "sample" / "persuasion.txt"
 """The novel that comes with kvfold: what is read where no text is named."""
 
 
 def load_model(
-    source: str, time: str | None, bits: str | None, adapter: str | None, dtype: str | None, device: str | None
+    source: str, time: str | None, bits: str | None, adapter: str | None, dtype: str | None, device: str | None,
+    gates: str | None = None, times: Sequence[str] = (),
 ):  # fmt: skip
-    """The model and its tokenizer, with a sign of life meanwhile."""
+    """The model and its tokenizer, with a sign of life meanwhile. `times`: methods that it will be measured under; one that is
+    learned says what `gates` are for.
+    """
+    from kvfold.methods.registry import parse_time
     from kvfold.models.load import load, load_tokenizer
 
     quiet_transformers()
+    if gates is not None and time is None:
+        learned = [one for one in times if ";" not in one and parse_time(one).trained]
+        time = learned[0] if learned else None
     with waiting(f"loading {source}"):
-        return load(source, time=time, bits=bits, adapter=adapter, dtype=dtype, device=device), load_tokenizer(source)
+        model = load(source, time=time, bits=bits, adapter=adapter, gates=gates, dtype=dtype, device=device)
+        return model, load_tokenizer(source)
 
 
 def quiet_transformers() -> None:

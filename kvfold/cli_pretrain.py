@@ -50,7 +50,7 @@ def train(
         return
     if recipe is None:
         raise ValueError("no recipe: give a name that `kvfold train --list` shows, or a .yaml file")
-    from kvfold.sizes import parse_count
+    from kvfold.layout.units import parse_count
 
     given = {
         "data": data, "valid": valid, "tokens": None if tokens is None else parse_count(tokens),

@@ -96,7 +96,7 @@ def _trains(adapter: bool, lora: int | None, full: bool) -> dict[str, Any]:
 
 
 def _count(text: str | None) -> int | None:
-    from kvfold.sizes import parse_count
+    from kvfold.layout.units import parse_count
 
     return None if text is None else parse_count(text)
 

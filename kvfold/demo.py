@@ -28,7 +28,7 @@ MODEL_NAME = "SmolLM2-135M-Instruct.Q4_1"
 MODEL_NOTE = "instruct-tuned, dequantised from 4 bits to fp32"
 ADAPTER = "smollm2-135m-dms-4x"
 """Among the adapters that come with kvfold."""
-SAMPLE = Path(__file__).with_name("sample") / "persuasion.txt"
+SAMPLE = Path(__file__).with_name("assets") / "sample" / "persuasion.txt"
 
 PROTOCOL = Protocol(windows=10, context_tokens=384, batch=10)
 """About 4k tokens a method: minutes on two cores, and enough for a picture, not for a verdict."""

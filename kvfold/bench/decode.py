@@ -20,10 +20,10 @@ from transformers.generation.streamers import BaseStreamer
 from kvfold.bench.peak import PeakMemory
 from kvfold.data.texts import TextFile
 from kvfold.data.windows import text_windows
-from kvfold.eval.folding import folded, method_about, method_layouts
+from kvfold.eval.folding import method_about, method_layouts
 from kvfold.eval.progress import Report, silent
 from kvfold.eval.reading import entry_bytes, kept_shares
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 
 _WARM_UP_TOKENS = 4
@@ -255,11 +255,10 @@ def _run_theirs(model: PreTrainedModel, prompt: tuple[Tensor, Tensor | None], ne
 
 
 def _run_ours(model: FoldForCausalLM, layout: KVLayout, prompt: tuple[Tensor, Tensor | None], new_tokens: int) -> _Run:
-    with folded(model, layout):
-        cache = model.new_cache(rows=prompt[0].shape[0])
-        run = _run(model, cache, lambda: cache.allocated_bytes, prompt, new_tokens)
-        kept = kept_shares(cache, entry_bytes(layout, model.dtype.itemsize, model.device)).mean().item()
-        cache.free()
+    cache = model.new_cache(rows=prompt[0].shape[0], time=layout.time_text(), bits=layout.bits_text())
+    run = _run(model, cache, lambda: cache.allocated_bytes, prompt, new_tokens)
+    kept = kept_shares(cache, entry_bytes(layout, model.dtype.itemsize, model.device)).mean().item()
+    cache.free()
     return replace(run, compression=1 / kept)
 
 

@@ -14,11 +14,9 @@ from kvfold.bench.held import looks
 from kvfold.eval.folding import folded_cache, method_about, method_layouts
 from kvfold.eval.progress import Report, silent
 from kvfold.eval.reading import entry_bytes, kept_shares
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.methods.base import Method
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.specs.base import TimeSpec
-from kvfold.specs.dmc import DMCSpec
-from kvfold.specs.dms import DMSSpec
 
 KEPT, GONE, MERGED, WAITING = "kgmw"
 """What became of a token: it has an entry, or its position is that of the entry it was merged into last; nothing is left of
@@ -78,7 +76,7 @@ def chosen_heads(owners: Sequence[int], kept: Sequence[Sequence[int]]) -> list[H
     return [ranked[place][1:] for place in places]
 
 
-def token_states(positions: Sequence[int], tokens: int, spec: TimeSpec) -> str:
+def token_states(positions: Sequence[int], tokens: int, spec: Method) -> str:
     """A letter for each token, from the positions that one head holds after `tokens` tokens: see `KEPT` and the others.
 
     An entry of DMC stands at the position of its newest token and holds what came since the entry before it, at most the
@@ -86,13 +84,13 @@ def token_states(positions: Sequence[int], tokens: int, spec: TimeSpec) -> str:
     """
     held = set(positions)
     states = [KEPT if token in held else GONE for token in range(tokens)]
-    if isinstance(spec, DMSSpec):
-        first = max(0, tokens - 1 - spec.delay)
+    if spec.eviction_delay is not None:
+        first = max(0, tokens - 1 - spec.eviction_delay)
         states[first:] = [WAITING if state == KEPT else state for state in states[first:]]
-    elif isinstance(spec, DMCSpec):
+    elif spec.merges_tokens:
         start = 0
         for newest in sorted(held):
-            oldest = start if spec.window is None else max(start, newest + 1 - spec.window)
+            oldest = start if spec.merge_window is None else max(start, newest + 1 - spec.merge_window)
             states[oldest:newest] = MERGED * (newest - oldest)
             start = newest + 1
     return "".join(states)
@@ -102,7 +100,7 @@ def _is_lossy(layout: KVLayout) -> bool:
     return any(layout.time_of(owner).lossy for owner in layout.owners)
 
 
-def _told(positions: list[int], tokens: int, spec: TimeSpec) -> dict[str, Any]:
+def _told(positions: list[int], tokens: int, spec: Method) -> dict[str, Any]:
     return {"kept_tokens": len(positions), "states": token_states(positions, tokens, spec)}
 
 

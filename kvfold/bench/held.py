@@ -11,7 +11,7 @@ from torch import Tensor
 from kvfold.cache.hf import FoldCache
 from kvfold.eval.folding import calls, folded_cache, method_about, method_layouts
 from kvfold.eval.progress import Report, silent
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 
 EVERY_TOKENS = 16

@@ -21,9 +21,8 @@ from torch.utils.data import default_collate
 
 from kvfold.eval.folding import method_about
 from kvfold.eval.progress import Report, silent
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.gates import GateConfig
 from kvfold.train.calibrate import shift_gates
 from kvfold.train.data import TrainingOrder
 from kvfold.train.loop import ignored_tokens
@@ -133,7 +132,7 @@ def _fire(model: FoldForCausalLM, settings: RetrofitSettings) -> None:
     than one that stays (`flush_denormals`).
     """
     share = share_for(settings.compression, settings.sequence_tokens, settings.spec)
-    shift_gates(model, GateConfig.from_json(model.config.gates).offset + math.log(share / (1 - share)))
+    shift_gates(model, model.config.gate_config.offset + math.log(share / (1 - share)))
 
 
 def control_of(settings: RetrofitSettings) -> RetrofitSettings:

@@ -4,20 +4,21 @@ Columns fed (padding included) are what transformers counts; tokens seen are the
 store holds. Letters: B rows, T columns of a call.
 """
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvfold.cache.attend import CallView, StepView
-from kvfold.cache.store import Store
+from kvfold.cache.call import view_of
+from kvfold.cache.decode import DecodeSegment
+from kvfold.cache.store import Batch, Store
 from kvfold.cache.usage import Usage, usage_of
 from kvfold.cache.views import KVView
-from kvfold.layout import KVLayout
-from kvfold.planner import PAGE_SLOTS
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import PAGE_SLOTS
 
 
 class _LayerFace(CacheLayerMixin):
@@ -37,7 +38,7 @@ class _LayerFace(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Refused: a model of another library would not say which tokens are padding, nor attend as the policies need."""
+        """Refused: a model of another library would not say which tokens are padding, nor attend as the methods need."""
         raise ValueError("a kvfold cache is filled by a kvfold model only: load this one with kvfold.load")
 
     def get_seq_length(self) -> int:
@@ -59,29 +60,40 @@ class FoldCache(Cache):
     def __init__(
         self, layout: KVLayout, *, dtype: torch.dtype, device: torch.device | str = "cpu", rows: int = 1,
         memory_bytes: int | None = None, page_slots: int = PAGE_SLOTS, base_layout: KVLayout | None = None,
-        poison: bool = False,
+        gates: Any = None, poison: bool = False,
     ):  # fmt: skip
-        """`rows`: expected; the first call may bring another number. `memory_bytes`: reserved once, never exceeded."""
+        """`rows`: expected; the first call may bring another number. `memory_bytes`: reserved once, never exceeded.
+        `gates`: whatever the model that fills this cache takes its decisions from; None = the model's own.
+        """
         super().__init__(layers=[])
-        self.layout, self._base_layout = layout, base_layout or layout.base()
+        if rows < 0:
+            raise ValueError(
+                f"rows {rows}: there are none or more: say how many, or 0 where the first call brings them"
+            )
+        self.layout, self._base_layout, self.gates = layout, base_layout or layout.base(), gates
+        self.gate_table: Any = None
+        """What the model worked out from them for this layout."""
         self.store = Store(
             layout,
             dtype=dtype,
             device=device,
             memory_bytes=memory_bytes,
-            rows=rows,
+            sequences=rows,
             page_slots=page_slots,
             poison=poison,
         )
-        self.rows: list[int] = self.store.new_rows(rows)
+        self.rows: list[int] = self.store.new_sequences(rows)
+        """Handles of the store, one for each row."""
         self.columns = 0
         self.padding_B: Tensor | None = None
         """Of the present `generate`: rows that have ended and are fed padding, bool [B]."""
 
     def __del__(self):
-        # A copy shares its store with others: its pages go back when it goes.
-        if getattr(self, "rows", None) and not sys.is_finalizing():
-            self.store.free_rows(self.rows)
+        # A copy shares its store with others: its pages are free when it goes. A finaliser may run inside anything, so
+        # here they are only queued.
+        rows, store = self.__dict__.get("rows"), self.__dict__.get("store")
+        if rows and store is not None:
+            store.queue_free(rows)
 
     # -- what users ask ------------------------------------------------------------------------------------------
 
@@ -97,8 +109,8 @@ class FoldCache(Cache):
         most = max(self.layout.layers[owner].num_kv_heads for owner in owners)
         kept = torch.full((len(owners), len(self.rows), most), -1, dtype=torch.int64, device=self.store.device)
         for number, owner in enumerate(owners):
-            bank, place = self.store.place_of[owner]
-            kept[number, :, : bank.num_kv_heads] = bank.length[place][index].long()
+            group, place = self.store.place_of[owner]
+            kept[number, :, : group.num_kv_heads] = group.length[place][index].long()
         return kept
 
     @property
@@ -106,10 +118,10 @@ class FoldCache(Cache):
         """Positions held, ascending: [owner][row][kv head], for pictures and tests."""
         held = []
         for owner in self.layout.owners:
-            bank, place = self.store.place_of[owner]
-            lanes = bank.lanes(self._rows_index())[place]
-            flat, filled = bank.stored_slots(lanes, int(bank.length.max()) if bank.length.numel() else 0)
-            position = bank.pool.position.view(-1)[flat]
+            group, place = self.store.place_of[owner]
+            ids = group.ids(self._rows_index())[place]
+            slot, filled = group.stored_slots(ids, int(group.length.max()) if group.length.numel() else 0)
+            position = group.pool.position.view(-1)[slot]
             held.append([[sorted(p[f].tolist()) for p, f in zip(*pair, strict=True)]
                          for pair in zip(position, filled, strict=True)])  # fmt: skip
         return held
@@ -150,11 +162,12 @@ class FoldCache(Cache):
         """Column ranges of a call, to be run one by one as they come: one, but under learned gates as many as it takes for
         each to fit whatever the gates decide. The last may still meet `CacheFull`; the rows then stand where it begins.
         """
-        self._fit_rows(num_rows)
+        if num_rows != len(self.rows):
+            self._fit_rows(num_rows, num_tokens)
         start = 0
         while start < num_tokens:
             end = num_tokens
-            while self.store.is_gated and end - start > 1 and not self._fits(real_BT, start, end):
+            while self.store.may_cut_calls and end - start > 1 and not self._fits(real_BT, start, end):
                 end = start + (end - start) // 2
             yield start, end
             start = end
@@ -170,34 +183,34 @@ class FoldCache(Cache):
 
         `real_BT`: bool, False at padding; None = no padding. An error inside leaves the rows unusable until `reset`.
         """
+        if num_rows != len(self.rows) or num_tokens < 1:
+            self._fit_rows(num_rows, num_tokens)
+        added = [num_tokens] * num_rows if real_BT is None else real_BT.sum(dim=1).tolist()
+        self.store.begin(self.rows, added)
+        batch = Batch(self.store, self.rows, added, real_BT, num_tokens, scale=scale, softcap=softcap)
+        view = DecodeSegment(self.store, batch) if num_tokens == 1 == min(added) else view_of(self.store, batch)
+        try:
+            yield view
+            view.close()
+        except BaseException:
+            view.abandon()
+            raise
+        self.store.commit(self.rows, added)
+        self.columns += num_tokens
+
+    def _fit_rows(self, num_rows: int, num_tokens: int) -> None:
         if num_tokens < 1 or num_rows < 1:
             raise ValueError(
                 f"a call of {num_rows} rows and {num_tokens} tokens: a call brings 1 or more of each: feed some"
             )
-        self._fit_rows(num_rows)
-        index, before = self._rows_index(), [self.store.seen_tokens(row) for row in self.rows]
-        added = [num_tokens] * num_rows if real_BT is None else real_BT.sum(dim=1).tolist()
-        self.store.begin(self.rows, added)
-        if num_tokens == 1:
-            view = StepView(self.store, index, real_BT, before, scale, softcap)
-        else:
-            view = CallView(self.store, index, real_BT, num_tokens, before, scale, softcap)
-        yield view
-        view.close()
-        self.store.commit(self.rows, added)
-        self.columns += num_tokens
-
-    def _fit_rows(self, num_rows: int) -> None:
-        if num_rows == len(self.rows):
-            return
         if self.columns:
             raise ValueError(
                 f"the cache holds {len(self.rows)} rows and the call brings {num_rows}: give it as many rows"
             )
         self.store.split_anew(num_rows)
         surplus, self.rows = self.rows[num_rows:], self.rows[:num_rows]
-        self.store.free_rows(surplus)
-        self.rows = self.rows + self.store.new_rows(num_rows - len(self.rows))
+        self.store.free(surplus)
+        self.rows = self.rows + self.store.new_sequences(num_rows - len(self.rows))
 
     def _rows_index(self) -> Tensor:
         return torch.tensor(self.rows, dtype=torch.int64, device=self.store.device)
@@ -243,8 +256,8 @@ class FoldCache(Cache):
 
     def select_rows(self, rows: list[int]) -> None:
         """Go on with these rows of the present ones, in this order; one may stand several times or not at all."""
-        copies = self.store.fork_rows([self.rows[row] for row in rows])
-        self.store.free_rows(self.rows)
+        copies = self.store.fork([self.rows[row] for row in rows])
+        self.store.free(self.rows)
         self.rows = copies
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -268,7 +281,7 @@ class FoldCache(Cache):
         """A second cache that continues from the same tokens in the same store; pages are shared until one side writes."""
         twin = object.__new__(FoldCache)
         twin.__dict__.update(self.__dict__ | {"rows": []})
-        twin.rows = self.store.fork_rows(self.rows)
+        twin.rows = self.store.fork(self.rows)
         return twin
 
     def __copy__(self) -> "FoldCache":
@@ -276,11 +289,11 @@ class FoldCache(Cache):
 
     def free(self) -> None:
         """Give back all pages now; the cache is empty and has no rows."""
-        self.store.free_rows(self.rows)
+        self.store.free(self.rows)
         self.rows, self.columns = [], 0
 
     def reset(self) -> None:
         """Forget all tokens; the pages are free again."""
         number = len(self.rows)
         self.free()
-        self.rows = self.store.new_rows(number)
+        self.rows = self.store.new_sequences(number)

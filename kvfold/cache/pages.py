@@ -1,52 +1,214 @@
-"""Counting pages: how many a pool has, how many are free, how far it may grow. Plain numbers, no torch.
+"""The tensors of one page class: keys, values, positions and slot state of P pages, and the list of free ones.
 
-The tensors that the pages are made of live in pool.py.
+Every array is declared once, in `PageClass.arrays`: a page id indexes all of them alike, so what belongs to a slot is
+copied, counted, poisoned and freed together. Which stream holds which page is the business of group.py.
+Letters: P pages, N slots a page, D head dim, X any number of slots.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-GROWTH = 1.5
-"""A pool without a budget grows by half, so that every byte is copied a bounded number of times."""
+import torch
+from torch import Tensor
+
+from kvfold.cache.allocator import PageBook
+from kvfold.methods.bits import Storage
+from kvfold.ops.quantised import dequantise, page_width, quantise, scale_groups, storage_dtype
 
 
-class CacheFull(RuntimeError):
-    """The cache can't hold what a call would add. Raised before anything is written: the rows stand as they were."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PageClass:
+    """What pages of one kind hold; owners with equal classes draw from one pool."""
+
+    head_dim: int
+    k: Storage
+    v: Storage
+    dtype: torch.dtype
+    """Of the model: what `model` storage means, and what is read back."""
+    slot_arrays: tuple[tuple[str, str], ...] = ()
+    """What methods keep with each slot: name, dtype."""
+
+    @property
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Every array of a slot: its shape within the slot, and its dtype."""
+        found = {"position": ((), torch.int32)}
+        for name, storage in (("k", self.k), ("v", self.v)):
+            found[name] = (page_width(storage, self.head_dim),), storage_dtype(storage, self.dtype)
+            if storage in ("int8", "int4"):
+                found[f"{name}_scale"] = (scale_groups(self.head_dim),), torch.float16
+        return found | {name: ((), getattr(torch, dtype)) for name, dtype in self.slot_arrays}
 
 
-def pages_for(entries: int, page_slots: int) -> int:
-    """Pages that hold so many entries of one head."""
-    return -(-entries // page_slots)
+class PagePool:
+    """P pages of N slots. Without `limit` it grows, which copies its arrays once."""
+
+    @torch.inference_mode(False)
+    def __init__(
+        self, page_class: PageClass, *, slots: int, device: torch.device, pages: int, limit: int | None,
+        poison: bool = False,
+    ):  # fmt: skip
+        """`poison`: fill fresh and freed pages with NaN, so that a read of what was evicted shows (tests)."""
+        self.page_class, self.slots, self.device, self._poison = page_class, slots, device, poison
+        self.book = PageBook(capacity=0, free=0, limit=limit, count_free=lambda: int(self._top))
+        self.arrays: dict[str, Tensor] = {
+            name: torch.empty((0, slots, *shape), dtype=dtype, device=device)
+            for name, (shape, dtype) in page_class.arrays.items()
+        }
+        self.references = torch.zeros(0, dtype=torch.int32, device=device)
+        # A stack; one place more than there are pages takes what a masked write must not touch.
+        self.free_list = torch.zeros(1, dtype=torch.int32, device=device)
+        self._top = torch.zeros((), dtype=torch.int64, device=device)
+        self._resize(pages)
+
+    @property
+    def k(self) -> Tensor:
+        """Keys as they are stored, [P, N, width]."""
+        return self.arrays["k"]
+
+    @property
+    def v(self) -> Tensor:
+        """Values as they are stored, [P, N, width]."""
+        return self.arrays["v"]
+
+    @property
+    def position(self) -> Tensor:
+        """int32 [P, N]."""
+        return self.arrays["position"]
+
+    def slot_array(self, name: str | None) -> Tensor | None:
+        """A slot array [P, N, ...]; None where the class has none of that name."""
+        return self.arrays.get(name)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes reserved from the device."""
+        books = self.references.nbytes + self.free_list.nbytes + self._top.nbytes
+        return sum(array.nbytes for array in self.arrays.values()) + books
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one entry with everything that is kept for it."""
+        return sum(array.itemsize * array.stride(0) // self.slots for array in self.arrays.values())
+
+    @property
+    def held_pages(self) -> int:
+        """Pages that some stream holds; one that several share counts once."""
+        return self.book.capacity - self.book.exact_free()
+
+    # -- pages ---------------------------------------------------------------------------------------------------
+
+    def reserve(self, pages: int) -> None:
+        """Make sure that so many pages are free, growing if allowed. Raises `CacheFull` with nothing changed."""
+        capacity = self.book.grown_capacity(pages)
+        if capacity > self.book.capacity:
+            self._resize(capacity)
+
+    def allocate(self, count: int) -> Tensor:
+        """Ids of `count` free pages, int32, ascending where they were never used: a contiguous run."""
+        self.book.allocated(count)
+        self._top -= count
+        ids = self.free_list[self._top + torch.arange(count, device=self.device)]
+        self.references[ids.long()] = 1
+        return ids
+
+    def unused(self, ids_X: Tensor, unused_X: Tensor) -> None:
+        """Of pages that were allocated ahead, those marked were not needed: free again, without asking how many."""
+        order = unused_X.cumsum(0)
+        place = torch.where(unused_X, self._top + order - 1, self.free_list.shape[0] - 1)
+        self.free_list[place] = ids_X
+        self.references.index_add_(0, ids_X.long(), -unused_X.int())
+        if ids_X.numel():
+            self._top += order[-1]
+            self.book.freed(None)
+
+    def share(self, ids: Tensor) -> None:
+        """One more stream holds each of these pages."""
+        self.references.index_add_(0, ids.reshape(-1).long(), torch.ones_like(ids.reshape(-1), dtype=torch.int32))
+
+    def free(self, ids: Tensor) -> None:
+        """One stream less holds each of these pages (an id may stand several times); the ones nobody holds are free."""
+        ids = ids.reshape(-1).long()
+        self.references.index_add_(0, ids, ids.new_full(ids.shape, -1, dtype=torch.int32))
+        free = ids[self.references[ids] == 0].unique()
+        self.free_list[self._top + torch.arange(free.numel(), device=self.device)] = free.int()
+        self._top += free.numel()
+        self.book.freed(free.numel())
+        if self._poison:
+            for array in self.arrays.values():
+                if array.is_floating_point():
+                    _movable(array)[free] = _movable(array.new_full((), torch.nan))
+
+    def copy_pages(self, source: Tensor, target: Tensor) -> None:
+        """Copy whole pages with all that belongs to their slots."""
+        source, target = source.long(), target.long()
+        for array in map(_movable, self.arrays.values()):
+            array[target] = array[source]
+
+    # -- slots ---------------------------------------------------------------------------------------------------
+
+    def write(self, slot_X: Tensor, k_XD: Tensor, v_XD: Tensor) -> None:
+        """Store keys and values at flat slots (page * N + slot)."""
+        for name, storage, new in (("k", self.page_class.k, k_XD), ("v", self.page_class.v, v_XD)):
+            array = self.arrays[name]
+            codes, scales = quantise(new.to(self.page_class.dtype), storage)
+            _movable(array).flatten(0, 1).index_copy_(0, slot_X, _movable(codes))
+            if scales is not None:
+                self.arrays[f"{name}_scale"].flatten(0, 1).index_copy_(0, slot_X, scales)
+
+    def read(self, name: str, slot: Tensor) -> Tensor:
+        """Keys (`k`) or values (`v`) at flat slots of any shape, [..., D] in the model's dtype."""
+        storage = self.page_class.k if name == "k" else self.page_class.v
+        array = self.arrays[name]
+        codes = _movable(array).flatten(0, 1)[slot].view(array.dtype)
+        if storage == "model":
+            return codes
+        scales = self.slot_array(f"{name}_scale")
+        scales = None if scales is None else scales.flatten(0, 1)[slot]
+        return dequantise(codes, scales, storage, self.page_class.head_dim, self.page_class.dtype)
+
+    def write_state(self, slot_X: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Store slot state at flat slots; arrays that are not named become 0."""
+        for name, _ in self.page_class.slot_arrays:
+            array = self.arrays[name].view(-1)
+            new = values.get(name)
+            new = torch.zeros_like(slot_X, dtype=array.dtype) if new is None else new.to(array.dtype)
+            array.index_copy_(0, slot_X, new)
+
+    def move(self, source_X: Tensor, target_X: Tensor) -> None:
+        """Copy entries from flat slots to others, with all that belongs to them."""
+        for array in map(_movable, self.arrays.values()):
+            flat = array.flatten(0, 1)
+            flat.index_copy_(0, target_X, flat[source_X])
+
+    def release(self) -> None:
+        """Give the arrays back to the device; the pool is of no more use."""
+        assert not self.held_pages
+        self.arrays, self.references, self.free_list = {}, None, None
+
+    # Here and wherever arrays are made: inference tensors could not be written outside inference mode later on.
+    @torch.inference_mode(False)
+    def _resize(self, capacity: int) -> None:
+        book = self.book
+        old, free = book.capacity, book.exact_free()
+        for name, array in self.arrays.items():
+            if array.is_floating_point():
+                grown = array.new_empty((capacity, *array.shape[1:]))
+                if self._poison:
+                    grown.fill_(torch.nan)
+            else:
+                grown = array.new_zeros((capacity, *array.shape[1:]))
+            grown[:old] = array
+            self.arrays[name] = grown
+        references = self.references.new_zeros(capacity)
+        references[:old] = self.references
+        fresh = torch.arange(old, capacity, dtype=torch.int32, device=self.device)
+        free_list = self.free_list.new_zeros(capacity + 1)
+        free_list[: free + fresh.numel()] = torch.cat((self.free_list[:free], fresh))
+        self.references, self.free_list = references, free_list
+        self._top = self._top + fresh.numel()
+        book.capacity, book.free = capacity, free + fresh.numel()
 
 
-@dataclass(kw_only=True, slots=True)
-class PageBook:
-    """The books of one pool. `limit` is the largest capacity allowed, None where only the machine's memory limits it."""
-
-    capacity: int
-    free: int
-    limit: int | None = None
-
-    def grown_capacity(self, needed: int) -> int:
-        """The capacity that leaves `needed` pages free: today's if it does already. Raises `CacheFull` past the limit."""
-        missing = needed - self.free
-        if missing <= 0:
-            return self.capacity
-        if self.limit is not None and self.capacity + missing > self.limit:
-            raise CacheFull(
-                f"the call needs {needed} more pages and {self.free} of {self.capacity} are free: "
-                "free rows, shorten the text, or give the cache more memory_bytes"
-            )
-        grown = max(self.capacity + missing, int(self.capacity * GROWTH))
-        return grown if self.limit is None else min(grown, self.limit)
-
-    def take(self, count: int) -> slice:
-        """The places of the free list that hand out `count` pages."""
-        assert count <= self.free, "pages are reserved before they are taken"
-        self.free -= count
-        return slice(self.free, self.free + count)
-
-    def give_back(self, count: int) -> slice:
-        """The places of the free list that take `count` pages in."""
-        assert self.free + count <= self.capacity, "a page was given back twice"
-        self.free += count
-        return slice(self.free - count, self.free)
+def _movable(array: Tensor) -> Tensor:
+    """The array in a dtype that can be indexed: torch moves fp8 about only as bytes."""
+    return array.view(torch.uint8) if array.dtype == torch.float8_e4m3fn else array

@@ -1,30 +1,33 @@
-"""The store: banks of lanes over pools of pages under one byte budget, and the rows that live in them.
+"""The store: cache groups over pools of pages under one byte budget, and the sequences that live in them.
 
-The store knows no batch: rows are handles that are made, forked, continued and freed one by one, and every call names
-its rows. A call is a transaction: `begin` refuses before anything is written, or books the call; `commit` ends it.
-Letters: B rows of a call, T its tokens.
+The store knows no batch: sequences are handles that are made, forked, continued and freed one by one, and every call names
+its own. A call is a transaction: `begin` refuses before anything is written, or opens the call; `commit` ends it.
+Whoever drops sequences where nothing may be freed (a finaliser, inside an allocation) queues them: whoever reads the books
+frees what is queued first.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from kvfold.cache.bank import Bank
-from kvfold.cache.pages import CacheFull, pages_for
-from kvfold.cache.pool import PageClass, PagePool
-from kvfold.layout import KVLayout
-from kvfold.planner import (
+from kvfold.cache.allocator import CacheFull, pages_for
+from kvfold.cache.group import CacheGroup
+from kvfold.cache.pages import PageClass, PagePool
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import (
     LENGTH_BYTES,
     PAGE_OVERHEAD_BYTES,
     PAGE_SLOTS,
-    ROW_BYTES,
+    SEQUENCE_BYTES,
     layout_bytes,
     page_bytes,
     page_class,
     page_classes,
+    slot_arrays,
 )
-from kvfold.planner import PageClass as PlannedClass
+from kvfold.layout.planner import PageClass as PlannedClass
 
 TABLE_BYTES = PAGE_OVERHEAD_BYTES - 8
 """Of the overhead of a page, what is for tables: all but its reference count and its entry in the free list."""
@@ -34,21 +37,41 @@ LONGEST_TEXT = 2**40
 """Tokens; where even these fit, every method has a fixed budget."""
 
 
-class Store:
-    """Keys and values of rows of one model, as its layout says."""
+class Batch:
+    """What a call brings, and how attention is scaled: made once, read by all layers."""
 
     def __init__(
-        self,
-        layout: KVLayout,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        memory_bytes: int | None = None,
-        rows: int = 1,
-        page_slots: int = PAGE_SLOTS,
+        self, store: "Store", sequences: list[int], added: list[int], real_BT: Tensor | None, columns: int, *, scale: float,
+        softcap: float | None,
+    ):  # fmt: skip
+        """`sequences`: handles of the store, one for each row; `added`: real tokens of each; `real_BT`: bool, False at padding,
+        None = no padding.
+        """
+        self.sequences, self.added, self.real_BT, self.columns = sequences, added, real_BT, columns
+        self.scale, self.softcap = scale, softcap
+        self.before = [store.seen_tokens(one) for one in sequences]
+        self.index_B = torch.tensor(sequences, dtype=torch.int64, device=store.device)
+        self.position_B = store.seen[self.index_B]
+
+    def segment(self, store: "Store", rows: list[int]) -> "Batch":
+        """Some of the rows, as a call of their own."""
+        return Batch(
+            store, [self.sequences[row] for row in rows], [self.added[row] for row in rows],
+            None if self.real_BT is None else self.real_BT[rows], self.columns, scale=self.scale, softcap=self.softcap,
+        )  # fmt: skip
+
+
+class Store:
+    """Keys and values of sequences of one model, as its layout says."""
+
+    def __init__(
+        self, layout: KVLayout, *, dtype: torch.dtype, device: torch.device | str = "cpu", memory_bytes: int | None = None,
+        sequences: int = 1, page_slots: int = PAGE_SLOTS, pools: Mapping[PlannedClass, PagePool] | None = None,
         poison: bool = False,
-    ):
-        """`memory_bytes`: reserved at once and never exceeded; None = grow as needed. `rows`: expected, a hint."""
+    ):  # fmt: skip
+        """`memory_bytes`: reserved at once and never exceeded; None = grow as needed. `sequences`: expected, a hint. `pools`:
+        of each page class, where several stores draw from the same ones.
+        """
         self.layout, self.dtype, self.device, self.page_slots = layout, dtype, torch.device(device), page_slots
         self.memory_bytes = memory_bytes
         self._page_bytes = {
@@ -56,48 +79,55 @@ class Store:
             for one, state in page_classes(layout).items()
         }
         self._poison = poison
-        self._pools = self._make_pools(self._limits(rows))
-        self.banks, self.place_of = self._make_banks()
+        if pools is None:
+            self._pools = self._make_pools(self._limits(max(1, sequences)))
+        else:
+            self._pools = [pools[one] for one in self._page_bytes]
+        self.groups, self.place_of = self._make_groups()
         with torch.inference_mode(False):
             self.seen = torch.zeros(0, dtype=torch.int64, device=self.device)
         self._seen: list[int] = []
-        self._free_rows: list[int] = []
+        self._free: list[int] = []
+        self._queued = deque[int]()
         self._in_call: set[int] = set()
-        self._grow_rows(rows)
+        self._grow(sequences)
 
     # -- making --------------------------------------------------------------------------------------------------
 
-    def _limits(self, rows: int) -> list[int | None]:
-        """Pages of each class: a budget is split by what `rows` rows take in each."""
+    def _limits(self, sequences: int) -> list[int | None]:
+        """Pages of each class: a budget is split by what `sequences` sequences take in each."""
         if self.memory_bytes is None:
             return [None] * len(self._page_bytes)
-        left = max(0, self.memory_bytes - rows * self._row_bytes())
-        needs = self._needs(left, rows)
+        left = max(0, self.memory_bytes - sequences * self._sequence_bytes())
+        needs = self._needs(left, sequences)
         limits = [left * need // sum(needs.values()) // self._page_bytes[one] for one, need in needs.items()]
         if min(limits) < 1:
             raise ValueError(
-                f"memory_bytes={self.memory_bytes}: not one page fits beside the books of {rows} rows: give more memory"
+                f"memory_bytes={self.memory_bytes}: not one page fits beside the books of {sequences} rows: give more memory"
             )
         return limits
 
     def _make_pools(self, limits: list[int | None]) -> list[PagePool]:
         return [
             PagePool(
-                PageClass(head_dim=one.head_dim, dtype=self.dtype, scored=state > 0), slots=self.page_slots,
-                device=self.device, pages=FIRST_PAGES if limit is None else limit, limit=limit, poison=self._poison,
+                PageClass(
+                    head_dim=one.head_dim, k=one.k, v=one.v, dtype=self.dtype, slot_arrays=tuple(arrays.items())
+                ),
+                slots=self.page_slots, device=self.device, pages=FIRST_PAGES if limit is None else limit, limit=limit,
+                poison=self._poison,
             )
-            for (one, state), limit in zip(page_classes(self.layout).items(), limits, strict=True)
+            for (one, arrays), limit in zip(slot_arrays(self.layout).items(), limits, strict=True)
         ]  # fmt: skip
 
-    def _needs(self, memory_bytes: int, rows: int) -> dict[PlannedClass, int]:
-        """Bytes of pages in each class for `rows` rows as long as the memory allows: the shares of the classes in it."""
+    def _needs(self, memory_bytes: int, sequences: int) -> dict[PlannedClass, int]:
+        """Bytes of pages in each class for so many sequences as long as the memory allows: the shares of the classes in it."""
 
         def needs(seen: int) -> dict[PlannedClass, int]:
             found = dict.fromkeys(self._page_bytes, 0)
             for owner in self.layout.owners:
                 one, heads = page_class(self.layout, owner), self.layout.layers[owner].num_kv_heads
                 pages = pages_for(self.layout.time_of(owner).max_kept(seen), self.page_slots)
-                found[one] += rows * heads * pages * self._page_bytes[one]
+                found[one] += sequences * heads * pages * self._page_bytes[one]
             return found
 
         seen = 1
@@ -109,192 +139,276 @@ class Store:
                 seen += step
         return needs(seen)
 
-    def _make_banks(self) -> tuple[list[Bank], dict[int, tuple[Bank, int]]]:
-        """Banks of like owners, and for each owner its bank and its place there."""
+    def _make_groups(self) -> tuple[list[CacheGroup], dict[int, tuple[CacheGroup, int]]]:
+        """Groups of like owners, and for each owner its group and its place there."""
         alike: dict[tuple, list[int]] = {}
         pools = dict(zip(self._page_bytes, self._pools, strict=True))
         for owner in self.layout.owners:
-            layer, spec = self.layout.layers[owner], self.layout.time_of(owner)
-            implied = layer.window is None or spec != self.layout.time[self.layout.index_of(owner)]
-            key = (page_class(self.layout, owner), spec, layer.num_kv_heads, None if implied else layer.window)
+            layer, method = self.layout.layers[owner], self.layout.time_of(owner)
+            implied = layer.window is None or method != self.layout.time[self.layout.index_of(owner)]
+            key = (page_class(self.layout, owner), method, layer.num_kv_heads, None if implied else layer.window)
             alike.setdefault(key, []).append(owner)
-        banks, place_of = [], {}
-        for (one, spec, heads, window), owners in alike.items():
-            bank = Bank(owners=tuple(owners), spec=spec, window=window, num_kv_heads=heads, pool=pools[one])
-            banks.append(bank)
-            place_of.update({owner: (bank, index) for index, owner in enumerate(owners)})
-        return banks, place_of
+        groups, place_of = [], {}
+        for (one, method, heads, window), owners in alike.items():
+            group = CacheGroup(
+                owners=tuple(owners), method=method, window=window, num_kv_heads=heads, pool=pools[one],
+                is_bounded=self.memory_bytes is not None,
+            )  # fmt: skip
+            groups.append(group)
+            place_of.update({owner: (group, index) for index, owner in enumerate(owners)})
+        self.place_of_layer = [place_of[self.layout.owner_of(layer)] for layer in range(self.layout.num_layers)]
+        return groups, place_of
 
-    def _row_bytes(self) -> int:
-        layout, lanes = self.layout, 0
+    def _sequence_bytes(self) -> int:
+        layout, streams = self.layout, 0
         for owner in layout.owners:
             layer = layout.layers[owner]
-            lanes += layer.num_kv_heads * (LENGTH_BYTES + layout.time_of(owner).lane_state_bytes(layer.head_dim))
-        return ROW_BYTES + lanes
+            streams += layer.num_kv_heads * (LENGTH_BYTES + layout.time_of(owner).stream_state_bytes(layer.head_dim))
+        return SEQUENCE_BYTES + streams
 
-    def split_anew(self, rows: int) -> None:
-        """Divide the budget between the page classes for so many rows; only while nothing is held."""
+    def split_anew(self, sequences: int) -> None:
+        """Divide the budget between the page classes for so many sequences; only while nothing is held."""
+        self.drain()
         if self.memory_bytes is None or len(self._pools) == 1 or any(pool.held_pages for pool in self._pools):
             return
-        limits = self._limits(rows)
+        limits = self._limits(max(1, sequences))
         for pool in self._pools:
             pool.release()
         self._pools = self._make_pools(limits)
         pools = dict(zip(self._page_bytes, self._pools, strict=True))
-        for bank in self.banks:
-            bank.pool = pools[page_class(self.layout, bank.owners[0])]
+        for group in self.groups:
+            group.pool = pools[page_class(self.layout, group.owners[0])]
 
     # -- bytes ---------------------------------------------------------------------------------------------------
 
     @property
+    def pools(self) -> list[PagePool]:
+        """One for each page class."""
+        self.drain()
+        return self._pools
+
+    @property
     def pool_bytes(self) -> int:
         """Bytes reserved from the device; room for the tables of every page is set aside even while they are smaller."""
-        pages = sum(pool.book.capacity for pool in self._pools)
-        tables = max(sum(bank.table.nbytes for bank in self.banks), TABLE_BYTES * pages)
-        lengths = sum(bank.num_bytes - bank.table.nbytes for bank in self.banks)
+        pages = sum(pool.book.capacity for pool in self.pools)
+        held = sum(group.tables.num_bytes for group in self.groups)
+        tables = max(held, TABLE_BYTES * pages)
+        lengths = sum(group.num_bytes for group in self.groups) - held
         reserved = sum(pool.num_bytes for pool in self._pools) + tables + lengths + self.seen.nbytes
         return reserved if self.memory_bytes is None else min(reserved, self.memory_bytes)
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes that the rows hold: pages (whole ones, shared ones once), tables, lengths, state."""
+        """Bytes that the sequences hold: pages (whole ones, shared ones once), tables, lengths, state."""
         sizes = self._page_bytes.values()
-        pages = sum(pool.held_pages * size for pool, size in zip(self._pools, sizes, strict=True))
-        return pages + self.num_rows * self._row_bytes()
+        pages = sum(pool.held_pages * size for pool, size in zip(self.pools, sizes, strict=True))
+        return pages + self.num_sequences * self._sequence_bytes()
 
     @property
     def free_pages(self) -> int:
         """Pages that are reserved and held by nobody."""
-        return sum(pool.book.free for pool in self._pools)
+        return sum(pool.book.exact_free() for pool in self.pools)
 
     @property
-    def num_rows(self) -> int:
-        """Rows alive."""
-        return len(self._seen) - len(self._free_rows)
+    def num_sequences(self) -> int:
+        """Sequences alive."""
+        self.drain()
+        return len(self._seen) - len(self._free)
 
-    def bytes_under(self, layout: KVLayout, rows: Sequence[int]) -> int:
-        """Bytes that the same tokens of these rows would take under another layout."""
-        return layout_bytes(layout, [self._seen[row] for row in rows], self.dtype.itemsize, self.page_slots)
+    def bytes_under(self, layout: KVLayout, sequences: Sequence[int]) -> int:
+        """Bytes that the same tokens of these sequences would take under another layout."""
+        return layout_bytes(layout, [self._seen[one] for one in sequences], self.dtype.itemsize, self.page_slots)
 
-    # -- rows ----------------------------------------------------------------------------------------------------
+    # -- sequences -----------------------------------------------------------------------------------------------
 
-    def new_rows(self, number: int) -> list[int]:
-        """Handles of so many empty rows."""
-        missing = number - len(self._free_rows)
+    @property
+    def free_places(self) -> int:
+        """Sequences that can be made without growing tables."""
+        self.drain()
+        return len(self._free)
+
+    def new_sequences(self, number: int) -> list[int]:
+        """Handles of so many empty sequences."""
+        self.drain()
+        missing = number - len(self._free)
         if missing > 0:
-            self._grow_rows(missing)
-        self._free_rows.sort()
-        taken, self._free_rows = self._free_rows[:number], self._free_rows[number:]
+            self._grow(missing)
+        self._free.sort()
+        taken, self._free = self._free[:number], self._free[number:]
         return taken
 
-    def free_rows(self, rows: Sequence[int]) -> None:
-        """End these rows; their pages are free at once."""
-        assert not set(rows) & set(self._free_rows), "a row is freed once"
-        index = self._index(rows)
-        for bank in self.banks:
-            bank.free(index)
-        self.seen[index] = 0
-        for row in rows:
-            self._seen[row] = 0
-        self._in_call.difference_update(rows)
-        self._free_rows.extend(rows)
-        if not self._in_call:
-            for bank in self.banks:
-                bank.shrink()
+    def free(self, sequences: Sequence[int]) -> None:
+        """End these sequences; their pages are free at once."""
+        self.drain()
+        self._free_now(sequences)
 
-    def fork_rows(self, rows: Sequence[int]) -> list[int]:
-        """New rows that continue from the same tokens; pages are shared until one side writes."""
-        self._check_usable(rows)
-        copies = self.new_rows(len(rows))
-        source, target = self._index(rows), self._index(copies)
-        for bank in self.banks:
-            bank.fork(source, target)
-        self.seen[target] = self.seen[source]
-        for copy, row in zip(copies, rows, strict=True):
-            self._seen[copy] = self._seen[row]
+    def queue_free(self, sequences: Sequence[int]) -> None:
+        """End these sequences before anybody looks at the books again. Safe in a finaliser: nothing is computed here."""
+        self._queued.extend(sequences)
+
+    def drain(self) -> None:
+        """Free what was queued, and what is queued meanwhile."""
+        while self._queued:
+            # One by one out of the queue: a finaliser may run in another thread.
+            self._free_now([self._queued.popleft() for _ in range(len(self._queued))])
+
+    def _free_now(self, sequences: Sequence[int]) -> None:
+        sequences = list(sequences)
+        assert not set(sequences) & set(self._free), "a sequence is freed once"
+        self._in_call.difference_update(sequences)
+        for group in self.groups:
+            group.free(sequences, compact=not self._in_call)
+        self.seen[self._index(sequences)] = 0
+        for one in sequences:
+            self._seen[one] = 0
+        self._free.extend(sequences)
+
+    def fork(self, sequences: Sequence[int]) -> list[int]:
+        """New sequences that continue from the same tokens; pages are shared until one side writes."""
+        self._refuse_torn(sequences)
+        copies = self.new_sequences(len(sequences))
+        widths = [
+            {copy: group.tables.width[one] for one, copy in zip(sequences, copies, strict=True)}
+            for group in self.groups
+        ]
+        try:
+            self._check_books(len(self._seen), widths)
+        except CacheFull:
+            self._free.extend(copies)
+            raise
+        for group in self.groups:
+            group.fork(list(sequences), copies)
+        self.seen[self._index(copies)] = self.seen[self._index(sequences)]
+        for copy, one in zip(copies, sequences, strict=True):
+            self._seen[copy] = self._seen[one]
         return copies
 
-    def seen_tokens(self, row: int) -> int:
-        """Real tokens that a row has seen."""
-        return self._seen[row]
+    def seen_tokens(self, sequence: int) -> int:
+        """Real tokens that a sequence has seen."""
+        return self._seen[sequence]
 
-    def _index(self, rows: Sequence[int]) -> Tensor:
-        return torch.tensor(list(rows), dtype=torch.int64, device=self.device)
+    @property
+    def alive(self) -> list[int]:
+        """Handles of all sequences, ascending."""
+        self.drain()
+        return sorted(set(range(len(self._seen))) - set(self._free))
+
+    def pages_needed(self, sequences: Sequence[int], added: Sequence[int]) -> list[int]:
+        """Pages that a call may take from each pool, at most."""
+        self.drain()
+        return self._needed(sequences, added)[0]
+
+    def held_bytes(self, sequences: Sequence[int]) -> int:
+        """Bytes that these sequences hold; a page that they share with others counts whole."""
+        self.drain()
+        total = len(sequences) * self._sequence_bytes()
+        for group in self.groups:
+            size = self._page_bytes[page_class(self.layout, group.owners[0])]
+            total += size * group.held_pages(group.ids(self._index(sequences)))
+        return total
+
+    def _index(self, sequences: Sequence[int]) -> Tensor:
+        return torch.tensor(list(sequences), dtype=torch.int64, device=self.device)
 
     @torch.inference_mode(False)
-    def _grow_rows(self, number: int) -> None:
-        rows = len(self._seen) + number
-        self._check_books(rows, [0] * len(self.banks))
-        for bank in self.banks:
-            bank.resize(rows, 0)
-        self._free_rows.extend(range(len(self._seen), rows))
+    def _grow(self, number: int) -> None:
+        places = len(self._seen) + number
+        self._check_books(places, [{}] * len(self.groups))
+        for group in self.groups:
+            group.resize(places)
+        self._free.extend(range(len(self._seen), places))
         self._seen.extend([0] * number)
         self.seen = torch.cat((self.seen, self.seen.new_zeros(number)))
 
-    def _check_books(self, rows: int, pages: Sequence[int]) -> None:
-        """Refuse tables for so many rows and pages a lane that the budget does not hold."""
+    def _check_books(self, places: int, pages: Sequence[dict[int, int]]) -> None:
+        """Refuse books for so many sequences and pages a stream that the budget does not hold."""
         if self.memory_bytes is None:
             return
-        books = sum(bank.resized_bytes(rows, most) for bank, most in zip(self.banks, pages, strict=True))
-        total = sum(pool.num_bytes for pool in self._pools) + books + rows * self.seen.itemsize
+        books = sum(group.bytes_with(places, most) for group, most in zip(self.groups, pages, strict=True))
+        total = sum(pool.num_bytes for pool in self._pools) + books + places * self.seen.itemsize
         if total > self.memory_bytes:
             raise CacheFull(
-                f"the tables of {rows} rows exceed memory_bytes={self.memory_bytes}: fewer rows, or more memory"
+                f"the tables of {places} rows exceed memory_bytes={self.memory_bytes}: fewer rows, or more memory"
             )
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
     @property
-    def is_gated(self) -> bool:
-        """Whether what a call needs is known only behind gates, so that a call may be cut into pieces that surely fit."""
-        prefix = all(bank.spec.state_of == "prefix" for bank in self.banks)
-        return prefix and any(bank.policy.gate is not None for bank in self.banks)
+    def may_cut_calls(self) -> bool:
+        """Whether what a call needs is known only behind gates, so that it may be cut into pieces that surely fit."""
+        methods = [group.method for group in self.groups]
+        return all(one.chunk_invariant for one in methods) and any(one.trained for one in methods)
 
-    def fits(self, rows: Sequence[int], added: Sequence[int]) -> bool:
+    def fits(self, sequences: Sequence[int], added: Sequence[int]) -> bool:
         """Whether `begin` would take this call."""
+        self.drain()
         try:
-            needed, _ = self._needed(rows, added)
+            needed, _ = self._needed(sequences, added)
             for pool, pages in zip(self._pools, needed, strict=True):
                 pool.book.grown_capacity(pages)
         except CacheFull:
             return False
         return True
 
-    def begin(self, rows: Sequence[int], added: Sequence[int]) -> None:
-        """Open a call that brings `added` real tokens to each row. Raises `CacheFull` with the rows as they were."""
-        self._check_usable(rows)
-        needed, most = self._needed(rows, added)
+    def begin(self, sequences: Sequence[int], added: Sequence[int]) -> None:
+        """Open a call that brings `added` real tokens to each sequence. Raises `CacheFull` with all as it was."""
+        if self._queued:
+            self.drain()
+        if self._in_call.intersection(sequences):
+            self._refuse_torn(sequences)
+        if not self._surely_fits(sequences, added):
+            self._make_room(sequences, added)
+        self._in_call.update(sequences)
+
+    def _surely_fits(self, sequences: Sequence[int], added: Sequence[int]) -> bool:
+        """Whether a call of one token a sequence finds room in pages and tables at hand, without asking how full they are."""
+        free = {id(pool): pool.book.free for pool in self._pools}
+        for group in self.groups:
+            # Each stream takes a page at the most.
+            free[id(group.pool)] -= len(group.owners) * group.num_kv_heads * len(sequences)
+            narrow = any(
+                group.most_stored(one, self._seen[one] + 1, 1) > group.tables.width[one] * self.page_slots
+                for one in sequences
+            )
+            if narrow or group.has_shared or free[id(group.pool)] < 0:
+                return False
+        return max(added) <= 1
+
+    def _make_room(self, sequences: Sequence[int], added: Sequence[int]) -> None:
+        """Reserve what a call may need, or raise `CacheFull` before anything is written."""
+        needed, most = self._needed(sequences, added)
         for pool, pages in zip(self._pools, needed, strict=True):
             pool.book.grown_capacity(pages)
         for pool, pages in zip(self._pools, needed, strict=True):
             pool.reserve(pages)
-        for bank, pages in zip(self.banks, most, strict=True):
-            bank.resize(0, pages)
-        self._in_call.update(rows)
+        for group, pages in zip(self.groups, most, strict=True):
+            group.tables.widen(pages)
 
-    def _needed(self, rows: Sequence[int], added: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Pages that a call may take from each pool, and of each bank the pages of its longest lane after it."""
-        after = [self._seen[row] + more for row, more in zip(rows, added, strict=True)]
-        index, needed = self._index(rows), [0] * len(self._pools)
-        after_all = [bank.pages_after(index, after, list(added)) for bank in self.banks]
-        # A table is never without width: a dead row's place is looked up too.
-        most = [longest or 1 for _, longest in after_all]
+    def _needed(self, sequences: Sequence[int], added: Sequence[int]) -> tuple[list[int], list[dict[int, int]]]:
+        """Pages that a call may take from each pool, and of each group the pages of each sequence's longest stream after it."""
+        sequences, added = list(sequences), list(added)
+        after = [self._seen[one] + more for one, more in zip(sequences, added, strict=True)]
+        needed = [0] * len(self._pools)
+        after_all = [group.pages_after(sequences, after, added) for group in self.groups]
+        most = [longest for _, longest in after_all]
         self._check_books(len(self._seen), most)
-        for bank, (pages, _) in zip(self.banks, after_all, strict=True):
-            lanes = bank.lanes(index)
-            number = self._pools.index(bank.pool)
-            needed[number] += max(0, pages - bank.held_pages(lanes)) + bank.copies_ahead(lanes)
+        index = self._index(sequences)
+        for group, (pages, _) in zip(self.groups, after_all, strict=True):
+            ids = group.ids(index)
+            needed[self._pools.index(group.pool)] += max(0, pages - group.held_pages(ids)) + group.copies_ahead(ids)
         return needed, most
 
-    def commit(self, rows: Sequence[int], added: Sequence[int]) -> None:
+    def commit(self, sequences: Sequence[int], added: Sequence[int]) -> None:
         """The call is done: its tokens count as seen."""
-        for row, more in zip(rows, added, strict=True):
-            self._seen[row] += more
-        index = self._index(rows)
-        self.seen[index] = self._index([self._seen[row] for row in rows])
-        self._in_call.difference_update(rows)
+        for one, more in zip(sequences, added, strict=True):
+            self._seen[one] += more
+        self.seen[self._index(sequences)] = self._index([self._seen[one] for one in sequences])
+        for group in self.groups:
+            if group.is_gated:
+                group.grown(sequences, added)
+        self._in_call.difference_update(sequences)
 
-    def _check_usable(self, rows: Sequence[int]) -> None:
-        torn = self._in_call.intersection(rows)
+    def _refuse_torn(self, sequences: Sequence[int]) -> None:
+        torn = sorted(self._in_call.intersection(sequences))
         if torn:
-            raise RuntimeError(f"rows {sorted(torn)} were left half-written by a call that failed: free or reset them")
+            raise RuntimeError(f"rows {torn} were left half-written by a call that failed: free or reset them")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvfold.cache.bank import Bank
+from kvfold.cache.group import CacheGroup
 from kvfold.cache.store import Store
 
 
@@ -16,7 +16,7 @@ class Usage:
     entries: int
     """Entries that stay, each with its position."""
     waiting: int
-    """Entries that a gate has let go and that are seen until their delay is over."""
+    """Entries that a gate has marked and that are seen until their delay is over."""
     rounding: int
     """Places of pages that no entry fills: pages are held whole."""
     rings: int
@@ -31,34 +31,36 @@ class Usage:
 
 
 def usage_of(store: Store) -> Usage:
-    """Bytes that the rows of a store hold, by use; a page that rows share counts once."""
+    """Bytes that the sequences of a store hold, by use; a page that they share counts once."""
     entries = waiting = rounding = rings = 0
-    for bank in store.banks:
-        held, filled = _places(bank)
-        leaving = _leaving(bank)
-        entries += (filled - leaving) * bank.pool.slot_bytes
-        waiting += leaving * bank.pool.slot_bytes
-        rounding += (held * bank.pool.slots - filled) * bank.pool.slot_bytes
-        if bank.state:
-            rings += bank.state.bytes_for(store.num_rows)
-    books = store.allocated_bytes - entries - waiting - rounding - rings
+    held_bytes = store.allocated_bytes
+    for group in store.groups:
+        held, filled = _places(group)
+        leaving, slot_bytes = _leaving(group), group.pool.slot_bytes
+        entries += (filled - leaving) * slot_bytes
+        waiting += leaving * slot_bytes
+        rounding += (held * group.pool.slots - filled) * slot_bytes
+        rings += group.state_bytes(store.num_sequences)
+    books = held_bytes - entries - waiting - rounding - rings
     return Usage(entries=entries, waiting=waiting, rounding=rounding, rings=rings, books=books)
 
 
-def _places(bank: Bank) -> tuple[int, int]:
-    """Pages that the lanes of a bank hold, and the places filled in them; shared ones once."""
-    lanes = torch.arange(bank.length.numel(), device=bank.length.device)
-    lane, index, page = bank.page_ids(lanes)
-    there = (bank.length.view(-1)[lane].long() - index * bank.pool.slots).clamp(max=bank.pool.slots)
+def _places(group: CacheGroup) -> tuple[int, int]:
+    """Pages that the streams of a group hold, and the places filled in them; shared ones once."""
+    streams = torch.arange(group.length.numel(), device=group.length.device)
+    stream, index, page = group.page_ids(streams)
+    there = (group.lengths(stream).long() - index * group.pool.slots).clamp(max=group.pool.slots)
     ids, holder = page.long().unique(return_inverse=True)
     filled: Tensor = torch.zeros_like(ids).scatter_reduce(0, holder, there, "amax")
     return ids.numel(), int(filled.sum())
 
 
-def _leaving(bank: Bank) -> int:
-    """Places of entries that are flagged, those in shared pages once."""
-    if not bank.state:
+def _leaving(group: CacheGroup) -> int:
+    """Places of entries that are marked and still there, those in shared pages once."""
+    found = group.method.marked(group.flat_state)
+    if found is None:
         return 0
-    lane, slot = bank.state.flagged()
-    page = bank.table_flat()[lane, slot // bank.pool.slots].long()
-    return (page * bank.pool.slots + slot % bank.pool.slots).unique().numel()
+    stream, slot = found
+    slots = group.pool.slots
+    page = group.tables.flat[group.starts(stream) + slot // slots].long()
+    return (page * slots + slot % slots).unique().numel()

@@ -1,7 +1,7 @@
 """The seam between decoder and cache: what a layer hands over (q, k, v before rotary positions, and what its gate decided)
 and what it gets back.
 
-`KVView` is the contract. The training view lives in dense.py, the store view in attend.py.
+`KVView` is the contract. The training view lives in training.py, the store view in call.py.
 Letters: B rows, T tokens of this call, H query heads, K kv heads, D head dim.
 """
 

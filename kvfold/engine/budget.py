@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from kvfold.engine.request import Request
-from kvfold.layout import KVLayout
-from kvfold.planner import LENGTH_BYTES, ROW_BYTES, page_bytes, page_class, page_classes
-from kvfold.specs.base import TimeSpec
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import LENGTH_BYTES, SEQUENCE_BYTES, page_bytes, page_class, page_classes
+from kvfold.methods.base import Method
 
 HORIZON = 512
 """Tokens ahead for which room is set aside for every request that runs."""
@@ -32,7 +32,7 @@ SAFETY_STEP, SAFETY_DECAY, SAFETY_MOST = 1.3, 0.97, 8.0
 """Estimates of what is to come are multiplied by a factor that each preemption raises and each finished request lowers."""
 
 
-def always_kept(spec: TimeSpec, seen: int) -> int:
+def always_kept(spec: Method, seen: int) -> int:
     """Entries that a stream holds whatever its gates decide."""
     return spec.expected_kept(seen, max(1, seen)) if spec.trained else spec.max_kept(seen)
 
@@ -70,16 +70,16 @@ class SequenceCost:
         with other methods. `ratios`: of the learned method's calibration.
         """
         states, streams = slot_state or page_classes(layout), []
-        self.page_slots, self.state_bytes = page_slots, ROW_BYTES
+        self.page_slots, self.state_bytes = page_slots, SEQUENCE_BYTES
         for owner in layout.owners:
             one, spec, layer = page_class(layout, owner), layout.time_of(owner), layout.layers[owner]
             page = page_bytes(one, page_slots, model_bytes=model_bytes, slot_state_bytes=states[one])
             streams += [(spec, page)] * layer.num_kv_heads
-            self.state_bytes += layer.num_kv_heads * (LENGTH_BYTES + spec.lane_state_bytes(layer.head_dim))
-        self.streams: list[tuple[TimeSpec, int]] = streams
+            self.state_bytes += layer.num_kv_heads * (LENGTH_BYTES + spec.stream_state_bytes(layer.head_dim))
+        self.streams: list[tuple[Method, int]] = streams
         self.learned = any(spec.trained for spec, _ in streams)
         self.lossless = not any(spec.lossy for spec, _ in streams)
-        self.chunk_invariant = all(spec.state_of == "prefix" for spec, _ in streams)
+        self.chunk_invariant = all(spec.chunk_invariant for spec, _ in streams)
         self._learned = [place for place, (spec, _) in enumerate(streams) if spec.trained]
         # Mean and mean absolute deviation of what is kept beyond `always_kept`, as a share; by length, then learned stream.
         self._lengths = LENGTHS if ratios is None else ratios.lengths
@@ -95,7 +95,7 @@ class SequenceCost:
         seen = -(-seen // self.page_slots) * self.page_slots  # at most a page more, and far fewer sums to remember
         total = self._memo.get((seen, high))
         if total is None:
-            exact: dict[tuple[TimeSpec, int], int] = {}
+            exact: dict[tuple[Method, int], int] = {}
             learned = iter(self._shares(seen, high))
             total = self.state_bytes
             for spec, page in self.streams:

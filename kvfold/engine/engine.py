@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kvfold.cache.pages import CacheFull
+from kvfold.cache.allocator import CacheFull
 from kvfold.engine.answers import Answer, Deliver, Live, Piece
 from kvfold.engine.budget import Budget, KeptRatios
 from kvfold.engine.params import Question, SamplingParams, parse_question
@@ -28,8 +28,8 @@ from kvfold.engine.sampler import SamplingState, sample, token_logprobs
 from kvfold.engine.scheduler import PREFILL_TOKENS, Scheduler
 from kvfold.engine.structured import Grammars
 from kvfold.engine.text import TextStream
+from kvfold.layout.units import parse_size
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.sizes import parse_size
 
 Asked = str | Sequence[int] | Mapping[str, Any]
 """A request: a text, token ids, or an object with OpenAI's field names (`params.SamplingParams`, `params.Question`)."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from json import dumps
 from typing import Any
 
-from kvfold.specs.names import unknown_name
+from kvfold.methods.names import unknown_name
 
 _RANGES: dict[str, tuple[float, float, str]] = {
     "max_tokens": (1, math.inf, "64"),

@@ -15,15 +15,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kvfold.cache.bank import Bank
+from kvfold.cache.group import CacheGroup
 from kvfold.cache.hf import FoldCache
-from kvfold.cache.pool import PageClass, PagePool
+from kvfold.cache.pages import PageClass, PagePool
 from kvfold.cache.store import Store
 from kvfold.engine.budget import KeptRatios, SequenceCost
 from kvfold.engine.scheduler import Call
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import PAGE_SLOTS, page_bytes, page_class, slot_arrays
+from kvfold.methods.base import DTYPE_BYTES
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.planner import PAGE_SLOTS, page_bytes, page_class, page_classes
 
 STATE_SHARE = 8
 """Per-sequence state takes at most one part in so many of the budget."""
@@ -34,6 +35,7 @@ class SequenceView(FoldCache):
 
     def __init__(self, store: Store, handles: Sequence[int]):
         self.layout, self._base_layout, self.store = store.layout, store.layout.base(), store
+        self.gates = self.gate_table = None
         self.rows, self.columns, self.padding_B = list(handles), 1, None
 
     def __del__(self):
@@ -50,10 +52,11 @@ class Runner:
         """`layouts` by method. `max_sequences`: running ones and snapshots, of each method. `ratios` as calibrated."""
         self.model, self.layouts, self._poison = model, dict(layouts), poison
         self._itemsize, self._slots = model.dtype.itemsize, page_slots
-        states: dict = {}
+        self._arrays: dict = {}
         for layout in layouts.values():
-            for one, state in page_classes(layout).items():
-                states[one] = max(states.get(one, 0), state)
+            for one, arrays in slot_arrays(layout).items():
+                self._arrays[one] = self._arrays.get(one, {}) | arrays
+        states = {one: sum(DTYPE_BYTES[dtype] for dtype in arrays.values()) for one, arrays in self._arrays.items()}
         self.costs = {
             name: SequenceCost(
                 layout,
@@ -89,7 +92,13 @@ class Runner:
                     f"kv_memory must hold a page beside {self.max_sequences} sequences, got {memory_bytes} bytes for pages: "
                     "give more (for example '2GB')"
                 )
-            kind = PageClass(head_dim=one.head_dim, dtype=self.model.dtype, scored=states[one] > 0)
+            kind = PageClass(
+                head_dim=one.head_dim,
+                k=one.k,
+                v=one.v,
+                dtype=self.model.dtype,
+                slot_arrays=tuple(self._arrays[one].items()),
+            )
             pool = PagePool(
                 kind, slots=self._slots, device=self.model.device, pages=pages, limit=pages, poison=self._poison
             )
@@ -97,12 +106,10 @@ class Runner:
         return pools
 
     def _make_store(self, layout: KVLayout) -> Store:
-        options = {"dtype": self.model.dtype, "device": self.model.device, "page_slots": self._slots}
-        store = Store(layout, rows=self.max_sequences, **options)
-        store._pools = [self._pools[one][0] for one in page_classes(layout)]
-        for bank in store.banks:
-            bank.pool = self._pools[page_class(layout, bank.owners[0])][0]
-        return store
+        return Store(
+            layout, dtype=self.model.dtype, device=self.model.device, page_slots=self._slots, sequences=self.max_sequences,
+            pools={one: pool for one, (pool, _) in self._pools.items()},
+        )  # fmt: skip
 
     # -- memory --------------------------------------------------------------------------------------------------
 
@@ -114,24 +121,24 @@ class Runner:
     @property
     def free_bytes(self) -> int:
         """Bytes of the pages that nobody holds."""
-        return sum(pool.book.free * size for pool, size in self._pools.values())
+        return sum(pool.book.exact_free() * size for pool, size in self._pools.values())
 
     def new(self, method: str) -> int | None:
         """See `Memory`."""
         self._sizes.clear()
         store = self.stores[method]
-        return store.new_rows(1)[0] if store._free_rows else None
+        return store.new_sequences(1)[0] if store.free_places else None
 
     def fork(self, method: str, handle: int) -> int | None:
         """See `Memory`."""
         self._sizes.clear()
         store = self.stores[method]
-        return store.fork_rows([handle])[0] if store._free_rows else None
+        return store.fork([handle])[0] if store.free_places else None
 
     def free(self, method: str, handle: int) -> None:
         """See `Memory`."""
         self._sizes.clear()
-        self.stores[method].free_rows([handle])
+        self.stores[method].free([handle])
 
     def seen(self, method: str, handle: int) -> int:
         """Tokens that a sequence has seen."""
@@ -141,7 +148,7 @@ class Runner:
         """See `Memory`."""
         store = self.stores[method]
         places = [store.place_of[owner] for owner in store.layout.owners]
-        return torch.cat([bank.length[place, handle] for bank, place in places]).tolist()
+        return torch.cat([group.length[place, handle] for group, place in places]).tolist()
 
     def held_bytes(self, method: str, handle: int) -> int:
         """See `Memory`."""
@@ -155,33 +162,33 @@ class Runner:
         """Bytes held and owed by handle, of all sequences of a method at once; remembered until something changes."""
         if method not in self._sizes:
             store = self.stores[method]
-            rows = sorted(set(range(len(store._seen))) - set(store._free_rows))
+            rows = store.alive
             held = torch.full((len(rows),), self.costs[method].state_bytes, dtype=torch.int64)
             owed = torch.zeros_like(held)
-            for bank in store.banks:
-                page = self._page_bytes[id(bank.pool)]
-                held += bank._pages(bank.length[:, rows]).sum(dim=(0, 2)).cpu() * page
-                if bank.has_shared and bank.spec.lossy:
-                    owed += self._shared_pages(bank, rows).cpu() * page
+            for group in store.groups:
+                page = self._page_bytes[id(group.pool)]
+                held += group.pages_of(rows).cpu() * page
+                if group.has_shared and group.method.lossy:
+                    owed += self._shared_pages(group, rows).cpu() * page
             self._sizes[method] = dict(zip(rows, zip(held.tolist(), owed.tolist(), strict=True), strict=True))
         return self._sizes[method]
 
     @staticmethod
-    def _shared_pages(bank: Bank, rows: Sequence[int]) -> Tensor:
+    def _shared_pages(group: CacheGroup, rows: Sequence[int]) -> Tensor:
         """Pages of each sequence that others hold too, int64."""
-        lanes = bank.lanes(torch.tensor(rows, device=bank.length.device))
-        lane, _, page = bank.page_ids(lanes)
-        row = lane[bank.pool.references[page.long()] > 1] // bank.num_kv_heads % bank.length.shape[1]
-        return torch.bincount(row, minlength=bank.length.shape[1])[rows]
+        ids = group.ids(torch.tensor(rows, device=group.length.device))
+        stream, _, page = group.page_ids(ids)
+        row = stream[group.pool.references[page.long()] > 1] // group.num_kv_heads % group.length.shape[1]
+        return torch.bincount(row, minlength=group.length.shape[1])[rows]
 
     def freeable_bytes(self, handles: Sequence[tuple[str, int]]) -> int:
         """See `Memory`."""
         pages: dict[int, list[Tensor]] = {id(pool): [] for pool, _ in self._pools.values()}
         for method, store in self.stores.items():
             rows = [handle for name, handle in handles if name == method]
-            for bank in store.banks if rows else ():
-                lanes = bank.lanes(torch.tensor(rows, device=bank.length.device))
-                pages[id(bank.pool)].append(bank.page_ids(lanes)[2].long())
+            for group in store.groups if rows else ():
+                ids = group.ids(torch.tensor(rows, device=group.length.device))
+                pages[id(group.pool)].append(group.page_ids(ids)[2].long())
         total = 0
         for pool, size in self._pools.values():
             if pages[id(pool)]:
@@ -195,10 +202,10 @@ class Runner:
         for method, store in self.stores.items():
             mine = [(handle, tokens) for name, handle, tokens in calls if name == method]
             if mine:
-                pages, _ = store._needed(*map(list, zip(*mine, strict=True)))
-                for pool, number in zip(store._pools, pages, strict=True):
+                pages = store.pages_needed(*map(list, zip(*mine, strict=True)))
+                for pool, number in zip(store.pools, pages, strict=True):
                     needed[id(pool)] += number
-        return all(needed[id(pool)] <= pool.book.free for pool, _ in self._pools.values())
+        return all(needed[id(pool)] <= pool.book.exact_free() for pool, _ in self._pools.values())
 
     # -- forward -------------------------------------------------------------------------------------------------
 
@@ -209,20 +216,13 @@ class Runner:
         shorter ones at the right. Raises `CacheFull` where the pages don't last; `seen` says how far each has come.
         """
         self._sizes.clear()
-        store, config, device = self.stores[method], self.model.config, self.model.device
+        store, device = self.stores[method], self.model.device
         longest = max(map(len, tokens))
         ids_BT = torch.tensor([[0] * (longest - len(row)) + list(row) for row in tokens], device=device)
         length_B = torch.tensor([len(row) for row in tokens], device=device)
         mask_BT = torch.arange(longest, device=device) >= (longest - length_B)[:, None]
-        before = config.layout
-        config.layout = store.layout  # today's gates ask the model's config, not the cache, for the method
-        try:
-            with torch.inference_mode():
-                return self.model(
-                    ids_BT,
-                    attention_mask=None if min(map(len, tokens)) == longest else mask_BT.long(),
-                    past_key_values=SequenceView(store, handles),
-                    logits_to_keep=0 if every else 1,
-                ).logits
-        finally:
-            config.layout = before
+        with torch.inference_mode():
+            return self.model(
+                ids_BT, attention_mask=None if min(map(len, tokens)) == longest else mask_BT.long(),
+                past_key_values=SequenceView(store, handles), logits_to_keep=0 if every else 1,
+            ).logits  # fmt: skip

@@ -16,7 +16,7 @@ from kvfold.eval.folding import calls, folded_cache
 from kvfold.eval.progress import Report, silent
 from kvfold.eval.reading import entry_bytes, kept_shares, padded
 from kvfold.eval.scoring import likelihoods
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 
 Pair = tuple[Sequence[int], Sequence[int]]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kvfold.data.whole_file import write_whole_file
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 
 _FORMAT = 1
 _VOLATILE = ("trained_tokens", "transformers_version", "_name_or_path", "layout", "base_layout")

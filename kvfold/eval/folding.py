@@ -1,4 +1,4 @@
-"""One model under many methods: the weights stay, the layout of the cache changes."""
+"""One model under many methods: the weights stay, each cache has a layout of its own."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,27 +7,16 @@ import torch
 
 from kvfold.cache.hf import FoldCache
 from kvfold.eval.protocol import CALL_TOKENS
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.policies.registry import policy_of
-
-
-@contextmanager
-def folded(model: FoldForCausalLM, layout: KVLayout) -> Iterator[None]:
-    """Inside, the model's new caches have this layout; afterwards its own is back."""
-    own = model.config.layout
-    model.config.layout = layout
-    try:
-        yield
-    finally:
-        model.config.layout = own
+from kvfold.models.gates import gate_table
 
 
 @contextmanager
 def folded_cache(model: FoldForCausalLM, layout: KVLayout, rows: int) -> Iterator[FoldCache]:
     """An empty cache of this layout to read text into, freed at the end; inside, torch keeps nothing for gradients."""
-    with folded(model, layout), torch.inference_mode():
-        cache = model.new_cache(rows=rows)
+    with torch.inference_mode():
+        cache = model.new_cache(rows=rows, time=layout.time_text(), bits=layout.bits_text())
         try:
             yield cache
         finally:
@@ -38,8 +27,7 @@ def method_layouts(model: FoldForCausalLM, methods: Sequence[str]) -> list[KVLay
     """The model's layout under each `--time` text, each once. Raises `ValueError` for a method that can't be run."""
     layouts = list(dict.fromkeys(model.config.layout.with_time(method) for method in methods))
     for layout in layouts:
-        for spec in set(layout.time):
-            policy_of(spec)
+        gate_table(model.config.gate_config, layout, channel_freed=model.config.channel_freed)
     return layouts
 
 
@@ -56,7 +44,7 @@ def calls(layout: KVLayout, tokens: int, size: int | None = None, begun: int = 0
     Under a steps method the cut matters once a budget is exceeded: from there on calls bring one token. Before, all is
     kept and all weights are counted, however the text is cut.
     """
-    steps = [spec for spec in layout.time if spec.state_of == "steps"]
+    steps = [spec for spec in layout.time if not spec.chunk_invariant]
     start = begun
     while start < tokens:
         stop = min(start + (size or CALL_TOKENS), tokens)

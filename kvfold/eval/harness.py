@@ -19,7 +19,7 @@ from kvfold.eval.answers import score_answers
 from kvfold.eval.folding import calls, folded_cache
 from kvfold.eval.progress import Report, progress_bars
 from kvfold.eval.reading import entry_bytes, kept_shares
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.load import load, load_tokenizer
 

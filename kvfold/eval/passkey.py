@@ -18,7 +18,7 @@ from kvfold.eval.cells import Cells, ids_key, layout_key, model_key
 from kvfold.eval.folding import calls, folded_cache, method_layouts, with_unfolded
 from kvfold.eval.progress import Report, silent
 from kvfold.eval.reading import padded
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 
 DEPTHS = (0.1, 0.5, 0.9)

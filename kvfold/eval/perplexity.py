@@ -24,7 +24,7 @@ from kvfold.eval.protocol import Protocol
 from kvfold.eval.reading import Reading, read_rows
 from kvfold.eval.rows import quality_row
 from kvfold.eval.scoring import score
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 
 _SCORED_COLUMNS = 16

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvfold.cache.hf import FoldCache
 from kvfold.cache.usage import Usage
 from kvfold.eval.folding import calls, folded_cache
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 
 OnStates = Callable[[Tensor, int], None]

@@ -24,7 +24,7 @@ from kvfold.eval.folding import method_about, method_layouts, with_unfolded
 from kvfold.eval.peer import PEER, Peer, largest_difference, likelihoods
 from kvfold.eval.progress import Report
 from kvfold.eval.rows import paired_difference
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 
 if TYPE_CHECKING:

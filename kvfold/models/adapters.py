@@ -5,22 +5,29 @@ to q, k, v and o where there are any: these are merged into the weights, so that
 Writing, and the card, are the business of training.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.gates import GateConfig
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.methods.gates import GateConfig
+from kvfold.models.blocks import new_adapter
+from kvfold.models.gates import GateSet, gate_table
 from kvfold.models.source import one_line
+
+if TYPE_CHECKING:
+    from kvfold.models.decoder import FoldForCausalLM, FoldPreTrainedModel
 
 FORMAT = 1
 """Version of adapter.json."""
@@ -75,7 +82,7 @@ class AdapterAbout:
 def adapter_folder(name: str | Path) -> Path:
     """The folder of an adapter; one that is not there may be the name of an adapter that comes with kvfold."""
     folder = Path(name)
-    bundled = Path(__file__).parents[1] / "adapters" / folder
+    bundled = Path(__file__).parents[1] / "assets" / "adapters" / folder
     return bundled if not folder.exists() and len(folder.parts) == 1 and bundled.is_dir() else folder
 
 
@@ -90,14 +97,65 @@ def apply_adapter(model: FoldForCausalLM, folder: str | Path, *, time: str | Non
         model.set_gates(GateConfig.from_json(about.gates), about.time if time is None else time)
     if about.lora is not None:
         _merge_lora(model, weights, about)
-    targets = dict(model.named_parameters())
     gates = {name: weight for name, weight in weights.items() if ".lora_" not in name}
-    expected = {name for name in targets if name.split(".")[-2] in ("fold_norm", "fold_proj")}
-    if gates.keys() != expected or any(gates[name].shape != targets[name].shape for name in gates):
+    own = {name: one for name, one in model.named_parameters() if name.split(".")[-2] in ("fold_norm", "fold_proj")}
+    _fill(own, gates, folder)
+
+
+CHANNEL = "channel"
+"""Asks for the published freed channel as it stands."""
+
+
+def gates_for_cache(model: FoldPreTrainedModel, gates: str | Path | GateSet | None, layout: KVLayout) -> GateSet | None:
+    """What decides for a cache of this layout: None = the model's own gates; an adapter's folder or name, or a gate set;
+    `channel` = the published freed channel. Raises `ValueError` where a learned method would have no gates.
+    """
+    if gates == CHANNEL:
+        learned = {layout.time_of(owner).name for owner in layout.owners if layout.time_of(owner).trained}
+        if len(learned) != 1:
+            raise ValueError(
+                f"gates 'channel' under time '{layout.time_text()}': it is for one learned method: leave gates out"
+            )
+        found = GateSet(CHANNEL, GateConfig.published_channel(learned.pop()), {})
+    else:
+        found = gates if gates is None or isinstance(gates, GateSet) else load_gates(model, gates)
+    freed = model.config.channel_freed
+    if found is not None and freed:
+        raise ValueError(
+            f"gates {found.name}: this model's own gates are written into its weights, so no others can decide: leave gates out"
+        )
+    gate_table(model.config.gate_config if found is None else found.config, layout, channel_freed=freed)
+    return found
+
+
+def load_gates(model: FoldPreTrainedModel, folder: str | Path) -> GateSet:
+    """The gates of an adapter, beside a model that keeps its own. Raises `ValueError` for one that changes weights too."""
+    about, weights = read_adapter(folder)
+    _check_base(model, about.base, Path(folder))
+    if about.gates is None or about.lora is not None:
+        has = "no gates" if about.gates is None else "low-rank additions to the weights beside its gates"
+        raise ValueError(f"gates {folder}: the adapter has {has}: load it with the model, as adapter=")
+    config, modules = GateConfig.from_json(about.gates), {}
+    for owner in model.config.layout.owners if config.source == "adapter" else ():
+        modules[owner] = new_adapter(config, model.config, owner)
+    found = GateSet(Path(folder).name, config, modules)
+    named = {
+        f"model.layers.{owner}.self_attn.{kind}.{name}": weight
+        for owner, (norm, projection) in modules.items()
+        for kind, module in (("fold_norm", norm), ("fold_proj", projection))
+        for name, weight in module.named_parameters()
+    }
+    _fill(named, weights, folder)
+    return found.requires_grad_(False).to(model.device)
+
+
+@torch.no_grad()
+def _fill(targets: dict[str, Tensor], weights: dict[str, Tensor], folder: str | Path) -> None:
+    """Write an adapter's weights over these, if they are just these."""
+    if weights.keys() != targets.keys() or any(weights[name].shape != targets[name].shape for name in weights):
         raise ValueError(f"adapter {folder}: its weights are not those that its {ABOUT} describes: fetch it again")
-    with torch.no_grad():
-        for name, weight in gates.items():
-            targets[name].copy_(weight)
+    for name, weight in weights.items():
+        targets[name].copy_(weight)
 
 
 def is_adapter(folder: str | Path) -> bool:

@@ -13,9 +13,10 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvfold.cache.views import KVView
+from kvfold.methods.gates import GateConfig
 from kvfold.models.config import FoldConfig
-from kvfold.models.gates import GateCall, GateConfig, GateProjection, decide
-from kvfold.ops.linear import SkinnyLinear
+from kvfold.models.gates import GateCall, GateNorm, GateProjection, decide
+from kvfold.ops.linear import PackableLinear, project
 from kvfold.ops.rotation import Rotation
 
 
@@ -58,10 +59,10 @@ class FoldAttention(nn.Module):
         q_width = config.num_attention_heads * config.head_dim
         kv_width = config.layout.layers[layer].num_kv_heads * config.head_dim
         owner = config.layout.is_owner(layer)
-        self.q_proj = SkinnyLinear(config.hidden_size, q_width, bias=config.qkv_bias)
-        self.k_proj = SkinnyLinear(config.hidden_size, kv_width, bias=config.qkv_bias) if owner else None
-        self.v_proj = SkinnyLinear(config.hidden_size, kv_width, bias=config.qkv_bias) if owner else None
-        self.o_proj = SkinnyLinear(q_width, config.hidden_size, bias=config.o_bias)
+        self.q_proj = PackableLinear(config.hidden_size, q_width, bias=config.qkv_bias)
+        self.k_proj = PackableLinear(config.hidden_size, kv_width, bias=config.qkv_bias) if owner else None
+        self.v_proj = PackableLinear(config.hidden_size, kv_width, bias=config.qkv_bias) if owner else None
+        self.o_proj = PackableLinear(q_width, config.hidden_size, bias=config.o_bias)
         self.q_norm, self.k_norm = _head_norm(config, q_width), _head_norm(config, kv_width) if owner else None
         self.query_layernorm = self.key_layernorm = None
         if config.qk_norm == "turned":
@@ -70,33 +71,39 @@ class FoldAttention(nn.Module):
         self.kv_norm = FoldRMSNorm(config.hidden_size, config) if config.kv_norm and owner else None
         self.fold_norm = self.fold_proj = None
         if owner and config.gates is not None:
-            self.add_adapter(GateConfig.from_json(config.gates), config)
+            self.add_adapter(config.gate_config, config)
 
     def add_adapter(self, gates: GateConfig, config: FoldConfig) -> None:
         """Give an owner the modules of its gate, where that is an adapter; a new one never fires."""
         if gates.source != "adapter":
             return
-        heads = config.layout.layers[self.layer].num_kv_heads
-        self.fold_norm = FoldRMSNorm(config.hidden_size, config)
-        self.fold_proj = GateProjection(config.hidden_size, heads, bias=gates.bias or config.qkv_bias)
+        self.fold_norm, self.fold_proj = new_adapter(gates, config, self.layer)
 
     def forward(
         self, normed_BTC: Tensor, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None, call: GateCall | None
     ) -> Tensor:
         """`normed_BTC` is the layer's input as the block takes it, `hidden_BTC` the residual stream itself."""
-        masked = None if call is None or not call.masks_base(self.layer) else call.configs[self.layer].channel
-        q = self._heads(self._projected(self.q_proj, normed_BTC, masked), self.q_norm)
-        k = v = gates = None
-        if self.k_proj is not None:
-            source = normed_BTC if self.kv_norm is None else self.kv_norm(hidden_BTC)
-            k = self._heads(self._projected(self.k_proj, source, masked), self.k_norm)
-            v = self._heads(self.v_proj(source), None)
-        if call is not None:
-            adapted = None
-            if self.fold_proj is not None and not call.off:
-                adapted = self.fold_proj(self.fold_norm(hidden_BTC))
-            gates = decide(call, self.layer, q, k, adapted)
-        return self.o_proj(view.attend(self.layer, q, k, v, self._with_gain(rotation), gates).flatten(2))
+        source = normed_BTC if self.kv_norm is None else self.kv_norm(hidden_BTC)
+        if self.kv_norm is None and self.k_proj is not None:
+            q, k, v = project(normed_BTC, self.q_proj, self.k_proj, self.v_proj)
+        else:
+            q = self.q_proj(normed_BTC)
+            k, v = (None, None) if self.k_proj is None else project(source, self.k_proj, self.v_proj)
+        if call is not None and not call.off and call.table.masked[self.layer] is not None:
+            q, k = self._masked(q, k, normed_BTC, source, call.table.masked[self.layer])
+        q, k, v = self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v, None)
+        gates = None if call is None else decide(call, self.layer, q, k, self._adapted(call, hidden_BTC))
+        rotation = rotation if self.query_layernorm is None else self._with_gain(rotation)
+        return self.o_proj(view.attend(self.layer, q, k, v, rotation, gates).flatten(2))
+
+    def _adapted(self, call: GateCall, hidden_BTC: Tensor) -> Tensor | None:
+        """What the layer's adapter gives, of the model's own gates or of those that came with the call."""
+        config = call.table.configs[self.layer]
+        if call.off or self.k_proj is None or config is None or config.source != "adapter":
+            return None
+        own = self.fold_norm, self.fold_proj
+        norm, projection = own if call.gate_set is None else call.gate_set.adapter(self.layer)
+        return projection(norm(hidden_BTC))
 
     def _with_gain(self, rotation: Rotation | None) -> Rotation | None:
         """For norms behind the turn, q and k come here without their gains: a turn keeps a head's size, so that this much of a
@@ -106,24 +113,38 @@ class FoldAttention(nn.Module):
         Source: arXiv 2411.02265 (Hunyuan-Large) norms turned keys in every layer of a group, with that layer's gain.
         Differs: the norm is taken once, before the keys are stored.
         """
-        if rotation is None or self.query_layernorm is None:
+        if rotation is None:
             return rotation
         return replace(rotation, query_gain_D=self.query_layernorm.weight * self.key_layernorm.weight)
 
-    def _projected(self, projection: nn.Module, x: Tensor, masked: int | None) -> Tensor:
-        """The projection; channel `masked` of each head is what a low-rank addition says alone, without the base weights."""
-        out = projection(x)
-        if masked is None:
-            return out
-        rows = torch.arange(out.shape[-1] // self.head_dim, device=x.device) * self.head_dim + masked % self.head_dim
-        return out.index_copy(-1, rows, _low_rank(projection, x, rows).to(out.dtype))
+    def _masked(
+        self, q: Tensor, k: Tensor | None, normed_BTC: Tensor, source_BTC: Tensor, channel: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """q and k; channel `channel` of each head is what a low-rank addition gives alone, without the base weights."""
+        found = []
+        for out, projection, x in ((q, self.q_proj, normed_BTC), (k, self.k_proj, source_BTC)):
+            if out is not None:
+                heads = torch.arange(out.shape[-1] // self.head_dim, device=x.device)
+                rows = heads * self.head_dim + channel % self.head_dim
+                out = out.index_copy(-1, rows, _low_rank(projection, x, rows).to(out.dtype))
+            found.append(out)
+        return found[0], found[1]
 
-    def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
-        """[B, T, heads * D] -> [B, T, heads, D], normed over all heads or over each."""
+    def _heads(self, x: Tensor | None, norm: nn.Module | None) -> Tensor | None:
+        """[B, T, heads * D] -> [B, T, heads, D], normed over all heads or over each; None (of a reader) stays None."""
+        if x is None:
+            return None
         if norm is not None and self.norm_whole:
             x = norm(x)
         x = x.view(*x.shape[:2], -1, self.head_dim)
         return x if norm is None or self.norm_whole else norm(x)
+
+
+def new_adapter(gates: GateConfig, config: FoldConfig, layer: int) -> tuple[GateNorm, GateProjection]:
+    """The modules of one owner's gate; new ones never fire."""
+    outputs = config.layout.layers[layer].num_kv_heads * gates.form.outputs
+    norm = GateNorm(config.hidden_size, config.rms_norm_eps, offset=config.norm_offset)
+    return norm, GateProjection(config.hidden_size, outputs, bias=gates.bias or config.qkv_bias)
 
 
 def _head_norm(config: FoldConfig, width: int) -> nn.Module | None:
@@ -154,14 +175,15 @@ class FoldMLP(nn.Module):
 
     def __init__(self, config: FoldConfig):
         super().__init__()
-        self.gate_proj = SkinnyLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = SkinnyLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = SkinnyLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = PackableLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = PackableLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = PackableLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """Same shape as its input."""
-        return self.down_proj(self.act(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
+        gate, up = project(x_BTC, self.gate_proj, self.up_proj)
+        return self.down_proj(self.act(gate) * up)
 
 
 class FoldLayer(GradientCheckpointingLayer):

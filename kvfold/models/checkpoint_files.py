@@ -20,6 +20,8 @@ _TOKENIZER_FILES = (
 
 def check_folder(out: Path) -> None:
     """Refuse a place where no new folder can be, before any work is done."""
+    if out.parts[:1] == ("~",):
+        raise ValueError(f"{out}: no home folder is known: write the whole path")
     if out.is_file() or any(parent.is_file() for parent in out.parents):
         raise ValueError(f"{out}: a file is in the way: name a folder that is not there yet")
     if out.is_dir() and any(out.iterdir()):

@@ -2,11 +2,14 @@
 from Llama, and the layout. How a family's own config maps to it stands in families.py.
 """
 
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from kvfold.layout import KVLayout
+from kvfold.layout.hf_config import rope_kinds
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.methods.gates import GateConfig
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 """The attention types, in transformers' words."""
@@ -69,7 +72,7 @@ class FoldConfig(PreTrainedConfig):
     nope_layers: list[int] | None = None
     """Layers without rotary positions."""
     gates: dict[str, Any] | None = None
-    """Where the decisions of DMC or DMS come from (`models.gates.GateConfig`); None = the published channel form."""
+    """Where the decisions of a learned method come from (a `GateConfig` as plain values); None = the model has no gates."""
     trained_tokens: int | None = None
     """Tokens that the weights were trained or fitted on since they left their own family's checkpoint; None = none noted."""
     channel_freed: bool = False
@@ -94,6 +97,11 @@ class FoldConfig(PreTrainedConfig):
     @layout.setter
     def layout(self, layout: KVLayout | dict) -> None:
         self._layout = self._checked(layout)
+
+    @property
+    def gate_config(self) -> GateConfig | None:
+        """`gates` as they are checked and used."""
+        return None if self.gates is None else _parsed(tuple(self.gates.items()))
 
     @property
     def base_layout(self) -> KVLayout:
@@ -139,9 +147,12 @@ class FoldConfig(PreTrainedConfig):
                     f"layer {index} has {entry.num_kv_heads} KV heads of {entry.head_dim} channels in the layout: KV heads "
                     f"divide the {self.num_attention_heads} query heads and have {self.head_dim} channels: give its own layout"
                 )
-            if (index in self.nope_layers) != (entry.owner in self.nope_layers):
-                raise ValueError(
-                    f"layer {index} reads layer {entry.owner} in the layout, and one of the two has no rotary positions: shared "
-                    "keys are rotated or not for all who read them: share within a kind, such as '0_1_0_1...'"
-                )
-        return layout
+        # Layouts that were made elsewhere may not say which layers turn alike.
+        windows = [entry.window for entry in layout.layers]
+        return layout.with_rope(rope_kinds(self.nope_layers, self.layer_types, self.rope_parameters, windows))
+
+
+@lru_cache(maxsize=64)
+def _parsed(items: tuple[tuple[str, Any], ...]) -> GateConfig:
+    """Checked once, not once a call."""
+    return GateConfig.from_json(dict(items))

@@ -5,7 +5,6 @@ Letters: B rows, T tokens of this call, C model width, V vocabulary.
 """
 
 import warnings
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -14,19 +13,20 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
-from kvfold.cache.dense import DenseView
 from kvfold.cache.hf import FoldCache
+from kvfold.cache.training import TrainingView
 from kvfold.cache.views import KVView
+from kvfold.layout.planner import PAGE_SLOTS
+from kvfold.models.adapters import gates_for_cache
 from kvfold.models.blocks import FoldLayer, FoldRMSNorm
 from kvfold.models.config import FoldConfig
-from kvfold.models.gated import FoldCausalLMOutput, FoldOutput, GatedDecoder, GatedModel, joined
-from kvfold.models.gates import GateCall, GateProjection
+from kvfold.models.gated import FoldCausalLMOutput, FoldOutput, GatedModel, joined, recorded
+from kvfold.models.gates import GateCall, GateNorm, GateProjection, GateSet, gate_table
 from kvfold.models.generation import FoldGeneration
+from kvfold.models.options import PLAIN, CallOptions
 from kvfold.models.rope import Rope
-from kvfold.models.sharing import SharingDecoder, SharingModel
-from kvfold.ops.linear import SkinnyLinear
+from kvfold.ops.linear import PackableLinear
 from kvfold.ops.rotation import Rotation
-from kvfold.planner import PAGE_SLOTS
 
 
 class FoldPreTrainedModel(PreTrainedModel):
@@ -39,31 +39,46 @@ class FoldPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["FoldLayer"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["fold_norm", "fold_proj"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, FoldRMSNorm) and module.offset:
-            init.zeros_(module.weight)
+        if isinstance(module, FoldRMSNorm | GateNorm):
+            (init.zeros_ if module.offset else init.ones_)(module.weight)
         if isinstance(module, GateProjection):
             init.zeros_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
 
-    def new_cache(self, rows: int, memory_bytes: int | None = None, page_slots: int = PAGE_SLOTS) -> FoldCache:
+    def new_cache(
+        self, rows: int, *, time: str | None = None, bits: str | None = None, gates: str | GateSet | None = None,
+        memory_bytes: int | None = None, page_slots: int = PAGE_SLOTS,
+    ) -> FoldCache:  # fmt: skip
         """An empty cache for `rows` texts, a transformers `Cache`. With `memory_bytes` it reserves that much at once and never
         takes more; without, it grows.
+
+        `time` and `bits` hold for this cache alone, in place of the config's. `gates`: what decides under a learned method:
+        None = the model's own, an adapter's folder or name, a `GateSet`, or `channel` = the published freed channel.
+        Raises `ValueError` for a learned method without gates.
         """
+        layout = self.config.layout
+        layout = layout if time is None else layout.with_time(time)
+        layout = layout if bits is None else layout.with_bits(bits)
+        found = gates_for_cache(self, gates, layout)
         return FoldCache(
-            self.config.layout,
+            layout,
             dtype=self.dtype,
             device=self.device,
             rows=rows,
             memory_bytes=memory_bytes,
             page_slots=page_slots,
             base_layout=self.config.base_layout,
+            gates=found,
         )
 
 
-class FoldModel(FoldPreTrainedModel, GatedDecoder, SharingDecoder):
+class FoldModel(FoldPreTrainedModel):
     """The decoder without its head."""
 
     def __init__(self, config: FoldConfig):
@@ -72,68 +87,80 @@ class FoldModel(FoldPreTrainedModel, GatedDecoder, SharingDecoder):
         self.layers = nn.ModuleList(FoldLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = FoldRMSNorm(config.hidden_size, config)
         self.gradient_checkpointing = False
-        self._rope, self._owners, self._warned = Rope(config), config.layout.owners, set()
-        self._scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self._rope, self._layers, self._warned = Rope(config), config.layout.layers, set()
+        scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self.attention_options = {"scale": scale, "softcap": config.attention_softcap}
+        """As views take them."""
         self.post_init()
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: FoldCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        noise_key: Tensor | None = None,
-        output_decisions: bool = False,
-    ) -> FoldOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: FoldCache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
+        output_hidden_states: bool | None = None, noise_key: Tensor | None = None, output_decisions: bool = False,
+        options: CallOptions | None = None,
+    ) -> FoldOutput:  # fmt: skip
         """The residual stream after the last norm, [B, T, C]. `attention_mask` is [B, columns], 0 at padding; its last T columns
         are this call's. `position_ids` rules rotary positions only: order and windows follow the real tokens.
-        `noise_key`, int64 [B]: in training, decisions get noise that depends on it alone. `output_decisions`: tell what
-        the gates said.
+        `noise_key`, int64 [B]: in training, decisions get noise that depends on it alone. `output_decisions`: return what
+        the gates decided. `options`: whatever else this call asks for.
         """
-        hidden = self._embedded(input_ids, inputs_embeds)
+        hidden, options = self._embedded(input_ids, inputs_embeds), options or PLAIN
         rows, tokens = hidden.shape[:2]
-        real = _real_tokens(attention_mask, rows, tokens)
-        cache = self._cache_of(past_key_values, use_cache, rows)
-        self._check_layout()
+        real = None if attention_mask is None else _real_tokens(attention_mask, rows, tokens)
+        cache = past_key_values
+        if (
+            not (isinstance(cache, FoldCache) and cache.layout.layers is self._layers)
+            or self.training
+            or options.sharing
+        ):
+            cache = self._cache_of(past_key_values, use_cache, rows, options)
         # A wrong number of rows is the cache's to refuse.
-        begun = cache is not None and cache.columns > 0 and cache.batch_size == rows
+        begun = cache is not None and cache.columns > 0 and len(cache.rows) == rows
         rotations = self._rotations(position_ids, real, cache.seen_tokens if begun else None, hidden)
-        run = partial(self._run, cache=cache, noise_key=noise_key, tells=output_decisions, keep=output_hidden_states)
-        if cache is None:
-            output = run(hidden, real, rotations)
-        else:
-            parts = []
-            for start, end in cache.pieces(real, num_rows=rows, num_tokens=tokens):
-                turns = [turn and turn.part(start, end) for turn in rotations]
-                parts.append(run(hidden[:, start:end], None if real is None else real[:, start:end], turns))
-            output = joined(parts)
-        return output
+        asked = {"noise_key": noise_key, "records": output_decisions, "keep": output_hidden_states}
+        if cache is None or tokens == 1:
+            return self._run(hidden, real, rotations, cache, options, **asked)
+        parts = []
+        for start, end in cache.pieces(real, num_rows=rows, num_tokens=tokens):
+            turns = [turn and turn.part(start, end) for turn in rotations]
+            piece = None if real is None else real[:, start:end]
+            parts.append(self._run(hidden[:, start:end], piece, turns, cache, options, **asked))
+        return joined(parts)
 
     def _run(
-        self, hidden: Tensor, real: Tensor | None, rotations: list[Rotation | None], *, cache: FoldCache | None,
-        noise_key: Tensor | None, tells: bool, keep: bool | None,
+        self, hidden: Tensor, real: Tensor | None, rotations: list[Rotation | None], cache: FoldCache | None,
+        options: CallOptions, *, noise_key: Tensor | None, records: bool, keep: bool | None,
     ) -> FoldOutput:  # fmt: skip
         """All layers over one piece of a call."""
-        gates, options = self.gate_call(noise_key, tells), self.attention_options
         if cache is None:
-            view = DenseView(self.dense_layout, real_BT=real, **options)
+            return self._run_freely(hidden, real, rotations, options, noise_key, records, keep)
+        if cache.gate_table is None:
+            config = self.config.gate_config if cache.gates is None else cache.gates.config
+            cache.gate_table = gate_table(config, cache.layout, channel_freed=self.config.channel_freed)
+        asked = cache.gate_table, self.training, options, noise_key, records, cache.gates
+        gates = None if cache.gate_table.is_empty else GateCall.of(*asked)
+        # Pages are written in place, so no gradient could pass through them.
+        call = cache.call(real, num_rows=hidden.shape[0], num_tokens=hidden.shape[1], **self.attention_options)
+        with torch.no_grad(), call as view:
             hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
-        else:
-            # Pages are written in place, so no gradient could pass through them.
-            call = cache.call(real, num_rows=hidden.shape[0], num_tokens=hidden.shape[1], **options)
-            with torch.no_grad(), call as view:
-                hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
-        said = self.said(gates) if tells else {}
-        return FoldOutput(last_hidden_state=hidden, past_key_values=cache, hidden_states=states, **said)
+        told = recorded(gates, cache.layout.owners) if records else {}
+        return FoldOutput(last_hidden_state=hidden, past_key_values=cache, hidden_states=states, **told)
 
-    @property
-    def attention_options(self) -> dict[str, float | None]:
-        """`scale` and `softcap`, as views take them."""
-        return {"scale": self._scale, "softcap": self.config.attention_softcap}
+    def _run_freely(
+        self, hidden: Tensor, real: Tensor | None, rotations: list[Rotation | None], options: CallOptions,
+        noise_key: Tensor | None, records: bool, keep: bool | None,
+    ) -> FoldOutput:  # fmt: skip
+        """Without a cache: the training view."""
+        layout, config = self.config.layout, self.config
+        if options.sharing is not None:
+            layout = layout.with_owners([one.owner for one in options.sharing.layers])
+        table = gate_table(config.gate_config, layout, channel_freed=config.channel_freed)
+        gates = None if table.is_empty else GateCall.of(table, self.training, options, noise_key, records, None)
+        view = TrainingView(layout, real_BT=real, **self.attention_options)
+        hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
+        told = recorded(gates, layout.owners) if records else {}
+        return FoldOutput(last_hidden_state=hidden, past_key_values=None, hidden_states=states, **told)
 
     def opened(self, ids_BT: Tensor) -> tuple[Tensor, list[Rotation | None]]:
         """Of texts without padding: the residual stream before the first layer, and each layer's rotation, for those who run the
@@ -147,9 +174,8 @@ class FoldModel(FoldPreTrainedModel, GatedDecoder, SharingDecoder):
             raise ValueError("input_ids and inputs_embeds: a call takes one of the two: give the other up")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if hidden.ndim != 3 or not hidden.shape[1]:
-            raise ValueError(
-                f"an input of shape {tuple(hidden.shape[:-1])}: a call takes [rows, tokens] with 1 token or more: feed some"
-            )
+            shape = tuple(hidden.shape[:-1])
+            raise ValueError(f"an input of shape {shape}: a call takes [rows, tokens] with 1 token or more: feed some")
         multiplier = self.config.embedding_multiplier
         # Rounded to the dtype first, as the families that have one were trained.
         return hidden if multiplier == 1.0 else hidden * torch.tensor(multiplier, dtype=hidden.dtype).item()
@@ -157,8 +183,7 @@ class FoldModel(FoldPreTrainedModel, GatedDecoder, SharingDecoder):
     def _run_layers(
         self, hidden: Tensor, view: KVView, rotations: list[Rotation | None], gates: GateCall | None, keep: bool | None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        keep = self.config.output_hidden_states if keep is None else keep
-        states = []
+        keep, states = self.config.output_hidden_states if keep is None else keep, []
         for layer, rotation in zip(self.layers, rotations, strict=True):
             if keep:
                 states.append(hidden)
@@ -171,29 +196,31 @@ class FoldModel(FoldPreTrainedModel, GatedDecoder, SharingDecoder):
     ) -> list[Rotation | None]:
         """Positions are the real tokens seen before, unless they were given."""
         if position_ids is None:
-            if real_BT is None:
-                position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
-            else:
-                position_ids = (real_BT.long().cumsum(dim=1) - 1).clamp(min=0)
-            if seen is not None:
-                position_ids = position_ids + seen.to(hidden.device)[:, None]
-        elif position_ids.ndim == 1:
-            position_ids = position_ids[None]
-        return self._rope.rotations(position_ids, hidden.dtype, continued=seen is not None)
+            order = torch.arange(hidden.shape[1], device=hidden.device)
+            order = order if real_BT is None else (real_BT.long().cumsum(dim=1) - 1).clamp(min=0)
+            position_ids = order if seen is None else order + seen[:, None]
+        return self._rope.rotations(torch.atleast_2d(position_ids), hidden.dtype, continued=seen is not None)
 
     def _check_layout(self) -> None:
         """Who owns can't change under the weights, what is kept can."""
-        layout = self.config.layout
-        if layout.owners != self._owners:
+        layout, built = self.config.layout, tuple(sorted({layer.owner for layer in self._layers}))
+        if layout.owners != built:
             raise ValueError(
-                f"the layout was changed to owners {layout.owners}, the weights have owners {self._owners}: "
+                f"the layout was changed to owners {layout.owners}, the weights have owners {built}: "
                 "a model's layers are fixed once it is built: use `kvfold convert`"
             )
 
-    def _cache_of(self, given: FoldCache | None, use_cache: bool | None, rows: int) -> FoldCache | None:
+    def _cache_of(
+        self, given: FoldCache | None, use_cache: bool | None, rows: int, options: CallOptions
+    ) -> FoldCache | None:
         """The cache of this call: the one given, a fresh one where one is to come back, or None for the training view."""
-        if self._sharing is not None:
-            return self.refuse_cache(given)
+        self._check_layout()
+        if options.sharing is not None:
+            if given is not None:
+                raise ValueError(
+                    "past_key_values while layers share for a while: convert the model, or leave the cache out"
+                )
+            return None
         if given is None:
             self._warn_of_steps()
             wanted = self.config.use_cache if use_cache is None else use_cache
@@ -216,14 +243,14 @@ class FoldModel(FoldPreTrainedModel, GatedDecoder, SharingDecoder):
 
     def _warn_of_steps(self) -> None:
         """Once for training, once for inference: without a cache, methods that drop between calls drop nothing."""
-        steps = sorted({spec.title for spec in self.config.layout.time if spec.state_of == "steps"})
+        steps = sorted({spec.title for spec in self.config.layout.time if not spec.chunk_invariant})
         if steps and self.training not in self._warned:
             self._warned.add(self.training)
             rule = "it is off in training" if self.training else "a call without a cache reads its own tokens whole"
             warnings.warn(f"{' and '.join(steps)} drops tokens between calls: {rule}", stacklevel=3)
 
 
-class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GatedModel, SharingModel, GenerationMixin):
+class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GatedModel, GenerationMixin):
     """The decoder with its language model head."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -231,65 +258,45 @@ class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GatedModel, SharingMo
     def __init__(self, config: FoldConfig):
         super().__init__(config)
         self.model = FoldModel(config)
-        self.lm_head = SkinnyLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = PackableLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: FoldCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        output_hidden_states: bool | None = None,
-        noise_key: Tensor | None = None,
-        output_decisions: bool = False,
-        **kwargs,
-    ) -> FoldCausalLMOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: FoldCache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+        use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, output_hidden_states: bool | None = None,
+        noise_key: Tensor | None = None, output_decisions: bool = False, options: CallOptions | None = None, **kwargs,
+    ) -> FoldCausalLMOutput:  # fmt: skip
         """Logits [B, T or fewer, V], and with `labels` the loss. `logits_to_keep`: the last so many (0 = all), or the indices
         of the tokens wanted. What `kwargs` holds goes to the loss function, as in transformers. The rest as in `FoldModel`.
         """
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions: attention weights are not kept: leave it out")
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            noise_key=noise_key,
-            output_decisions=output_decisions,
-            return_dict=True,
-        )
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, output_hidden_states=output_hidden_states,
+            noise_key=noise_key, output_decisions=output_decisions, options=options, return_dict=True,
+        )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         # Behind a cache only the head would still learn: no gradient at all is the honest answer.
         with torch.set_grad_enabled(torch.is_grad_enabled() and outputs.past_key_values is None):
-            logits = self._scaled(self.lm_head(outputs.last_hidden_state[:, kept]))
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+            scale, softcap = self.config.logit_scale, self.config.final_logit_softcap
+            logits = logits if scale == 1.0 else logits * scale
+            logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return FoldCausalLMOutput(loss=loss, logits=logits, **{name: outputs.get(name) for name in _PASSED_ON})
-
-    def _scaled(self, logits: Tensor) -> Tensor:
-        scale, softcap = self.config.logit_scale, self.config.final_logit_softcap
-        logits = logits if scale == 1.0 else logits * scale
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 _PASSED_ON = ("past_key_values", "hidden_states", "decisions", "gate_probs")
 """What the language model returns as its decoder gave it."""
 
 
-def _real_tokens(attention_mask: Tensor | None, rows: int, tokens: int) -> Tensor | None:
+def _real_tokens(attention_mask: Tensor, rows: int, tokens: int) -> Tensor | None:
     """The call's own columns of the mask, bool [B, T]; None where nothing is padding."""
-    if attention_mask is None:
-        return None
     shape = tuple(getattr(attention_mask, "shape", ()))
     if len(shape) != 2 or shape[0] != rows or shape[1] < tokens:
         raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from kvfold.exchange import read_sharing
+from kvfold.layout.sharing_formats import read_sharing
 from kvfold.models.config import FULL_ATTENTION, SLIDING_ATTENTION, FoldConfig
 from kvfold.models.official_dms import official_gates
 
@@ -104,7 +104,7 @@ def family_named(model_type: str | None) -> Family:
 
 def fold_config(theirs: PreTrainedConfig) -> FoldConfig:
     """The FoldConfig of a transformers config: the plain layout, or who reads whom where the config says so in a grammar of
-    exchange.py. Raises `ValueError` for what the decoder can't do.
+    sharing_formats.py. Raises `ValueError` for what the decoder can't do.
 
     Differs: dropout, which some configs ask for in training, is left out.
     """

@@ -1,18 +1,18 @@
-"""What a model with learned gates offers: its gates switched off, DMC's zero-out stage, new adapters, and what gates said.
+"""What a model with learned gates offers: putting it under a learned method, DMC's zero-out written into the weights, and what
+gates decided in a call.
 
 Where decisions come from stands in gates.py.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from kvfold.methods.gates import GateConfig
 from kvfold.models.blocks import FoldAttention
-from kvfold.models.gates import GateCall, GateConfig, freed_configs, gate_configs
+from kvfold.models.gates import GateCall, gate_table
 
 
 @dataclass
@@ -34,35 +34,15 @@ class FoldCausalLMOutput(CausalLMOutputWithPast):
     gate_probs: tuple[Tensor | None, ...] | None = None
 
 
-class GatedDecoder:
-    """Mixed into the bare decoder."""
-
-    _off = False
-    _factor: float | None = None
-
-    def gate_call(self, noise_key: Tensor | None, tells: bool) -> GateCall | None:
-        """How gates behave in a call that begins now; None where no owner has any."""
-        config = self.config
-        given = None if config.gates is None else GateConfig.from_json(config.gates)
-        configs = gate_configs(given, config.layout)
-        freed = freed_configs(given, config.layout, channel_freed=config.channel_freed)
-        if not any(configs) and not freed:
-            return None
-        return GateCall(
-            configs=configs, training=self.training, off=self._off, factor=self._factor, freed=freed,
-            noise_key=noise_key, tells=tells,
-        )  # fmt: skip
-
-    def said(self, call: GateCall | None) -> dict[str, tuple[Tensor | None, ...]]:
-        """The fields of `FoldOutput`."""
-        owners = self.config.layout.owners
-        found = {"decisions": {}, "gate_probs": {}}
-        if call is not None:
-            found = {"decisions": call.said.decisions, "gate_probs": call.said.probabilities}
-        return {
-            name: tuple(of[owner].transpose(1, 2) if owner in of else None for owner in owners)
-            for name, of in found.items()
-        }
+def recorded(call: GateCall | None, owners: tuple[int, ...]) -> dict[str, tuple[Tensor | None, ...]]:
+    """The fields of `FoldOutput` that tell what gates decided."""
+    found = {"decisions": {}, "gate_probs": {}}
+    if call is not None:
+        found = {"decisions": call.record.decisions, "gate_probs": call.record.probabilities}
+    return {
+        name: tuple(of[owner].transpose(1, 2) if owner in of else None for owner in owners)
+        for name, of in found.items()
+    }
 
 
 def joined(parts: list[FoldOutput]) -> FoldOutput:
@@ -82,39 +62,19 @@ def joined(parts: list[FoldOutput]) -> FoldOutput:
 class GatedModel:
     """Mixed into the language model."""
 
-    @contextmanager
-    def gates_off(self) -> Iterator[None]:
-        """Inside, nothing is merged or dropped and no channel is zeroed, unless the config says `channel_freed`."""
-        was, self.model._off = self.model._off, True
-        try:
-            yield
-        finally:
-            self.model._off = was
-
-    @contextmanager
-    def zero_out(self, factor: float) -> Iterator[None]:
-        """Inside, gates are off and the freed channel is multiplied by `factor` before and after rotary positions.
-
-        Source: arXiv 2403.09636, section 3.3 (the first stage of the official recipe).
-        Differs: none.
-        """
-        was, self.model._factor = self.model._factor, factor
-        try:
-            with self.gates_off():
-                yield
-        finally:
-            self.model._factor = was
-
     def set_gates(self, gates: GateConfig, time: str) -> None:
         """Put this model under a learned method: its text form, its gates, and fresh adapters where the gates are such."""
         self.config.layout = self.config.layout.with_time(time)
         self.config.gates = gates.to_json()
+        gate_table(
+            gates, self.config.layout, channel_freed=self.config.channel_freed
+        )  # refuses gates of another method
         for layer in self.model.layers:
             attention: FoldAttention = layer.self_attn
             attention.fold_norm = attention.fold_proj = None
             if attention.k_proj is not None:
                 attention.add_adapter(gates, self.config)
-                attention.to(device=self.device, dtype=self.dtype)
+                attention.to(device=self.device)
 
     @torch.no_grad()
     def free_channel(self) -> None:
@@ -125,8 +85,8 @@ class GatedModel:
         Differs: bias entries go with their rows; the official code knows none. Nor does it know norms on q and k: where a family
         has them, the size by which a head is divided loses this channel here at once, and not step by step.
         """
-        gates = GateConfig.from_json(self.config.gates)
-        channel, freed = gates.channel, freed_configs(gates, self.config.layout, channel_freed=True)
+        gates = self.config.gate_config
+        channel, freed = gates.channel, gate_table(gates, self.config.layout, channel_freed=True).freed
         for layer, ruled in zip(self.model.layers, freed, strict=True):
             if ruled is None:
                 continue

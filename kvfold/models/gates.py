@@ -1,20 +1,24 @@
-"""The gates of DMC and DMS: where a layer's decisions come from, as data and as code.
+"""How the gates of a learned method decide: from a freed channel of k or q, or from a small adapter on the residual stream.
 
-A decision is read from a freed channel of k (DMC) or of q (DMS), or from an adapter on the residual stream (DMS). What a
-decision does to keys and values is the views' business. All in fp32.
-Letters: B rows, T tokens of this call, H query heads, K kv heads, G = H // K, D head dim, C model width.
+Which token a decision governs and what it does to keys and values is the method's business (methods/), what the gates look
+like in one model stands in methods/gates.py. All in fp32, whatever the model's dtype: a decision is a threshold.
+Letters: B rows, T tokens of this call, H query heads, K kv heads, G = H // K, D head dim, C model width, F outputs a head.
 """
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Self
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvfold.layout import KVLayout
-from kvfold.ops.gating import Gates, hard_alpha, soft_alpha
-from kvfold.specs.base import TimeSpec
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.methods.base import Method
+from kvfold.methods.gates import GateConfig
+from kvfold.models.options import CallOptions
+from kvfold.ops.gating import STAY_NEVER, Gates
 
 IMPORTANCE_FLOOR = 2.0**-7
 """Added to every importance: the epsilon of bf16, whatever the dtype, as the official inference has it."""
@@ -24,91 +28,69 @@ _MIX = 0x9E3779B97F4A7C15
 """An odd 64-bit number without structure (from the golden ratio) that keeps the layers' noise apart."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GateConfig:
-    """Where the decisions of one method come from.
+class _InFloat32(nn.Module):
+    """Weights that stay in fp32 when the model around them is moved to another dtype: rounding would move thresholds."""
 
-    Source: arXiv 2403.09636, section 3 (DMC); arXiv 2506.05345, section 3 (DMS).
-    Differs: decisions are taken in fp32 (official: the model's dtype, or a kernel's rounding of it); DMS may read the
-    token's own decision (`reads="own"`) instead of the next token's.
-    """
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_InFloat32":
+        def kept(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-    method: Literal["dmc", "dms"]
-    """The method that the gates decide for."""
-    source: Literal["channel", "adapter"] = "channel"
-    """A freed channel, or a small module beside the layer (DMS alone)."""
-    reads: Literal["own", "next"] = "own"
-    """Which token's decision governs a token: its own, or that of the one after it (DMS; DMC's is always its own)."""
-    per: Literal["head", "layer"] = "head"
-    """Every KV head decides, or head 0 for all heads of its layer."""
-    channel: int = -1
-    """The freed channel."""
-    scale: float = 1.0
-    """Factor of the channels or of the adapter's output: the larger, the faster a gate learns beside other weights."""
-    offset: float = 5.0
-    """Subtracted from the scaled value, so that an untrained gate stays shut; calibration moves it."""
-    tau: float = 0.1
-    """Temperature of soft decisions in training."""
-    bias: bool = False
-    """The adapter has a bias for each head (always where the family's q, k, v have one)."""
-    base_masked: bool = False
-    """Trained as LoRA: what the base weights write into the freed channel is masked out; theirs stay as they are."""
+        return super()._apply(kept, recurse)
 
-    def __post_init__(self) -> None:
-        if self.method == "dmc" and (self.source, self.reads) != ("channel", "own"):
-            raise ValueError(f"gates of dmc from {self.source}, {self.reads}: DMC reads its own channel: give these up")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"gates: {name} '{getattr(self, name)}' is not known: use {' or '.join(known)}")
-        if not self.tau > 0:
-            raise ValueError(f"gates: tau {self.tau}: a temperature is above 0: write e.g. 0.1")
-
-    @classmethod
-    def official(cls, method: str) -> Self:
-        """The published channel form, for a model that says nothing of its gates."""
-        return cls(method="dmc") if method == "dmc" else cls(method="dms", reads="next", scale=100.0)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
-        """From config.json; raises `ValueError` at a key that is not known."""
-        unknown = sorted(set(values) - {one.name for one in fields(cls)})
-        if unknown or "method" not in values:
-            raise ValueError(
-                f"gates: {f'unknown key {unknown[0]}' if unknown else 'no method'}: "
-                "they were written by another version: fetch the checkpoint again"
-            )
-        return cls(**values)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        # `assign=True` would take over the dtype that a file has.
+        for name, weight in self.named_parameters():
+            if (found := state_dict.get(prefix + name)) is not None:
+                state_dict[prefix + name] = found.to(weight.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-_CHOICES = {
-    "method": ("dmc", "dms"),
-    "source": ("channel", "adapter"),
-    "reads": ("own", "next"),
-    "per": ("head", "layer"),
-}
+class GateNorm(_InFloat32):
+    """RMS norm of the residual stream before a gate's projection, with a gain of its own."""
 
-
-class GateProjection(nn.Linear):
-    """From the normed residual stream to one value a KV head. Starts at zero: a new adapter changes nothing."""
-
-    def reset_parameters(self) -> None:
-        """Zero weight and bias."""
-        nn.init.zeros_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+    def __init__(self, size: int, eps: float, *, offset: bool):
+        """`offset`: the gain is 1 + weight, as the family's own norms have it."""
+        super().__init__()
+        self.eps, self.offset = eps, offset
+        self.weight = nn.Parameter(torch.full((size,), 0.0 if offset else 1.0, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        """In fp32 whatever the dtype, under autocast too: a decision is a threshold."""
+        """fp32, same shape."""
+        gain = 1.0 + self.weight if self.offset else self.weight
+        return F.rms_norm(x.float(), self.weight.shape, gain, self.eps)
+
+
+class GateProjection(_InFloat32):
+    """From the normed residual stream to one value (or several) a KV head. Starts at zero: a new adapter changes nothing."""
+
+    def __init__(self, width: int, outputs: int, *, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros((outputs, width), dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(outputs, dtype=torch.float32)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, outputs], under autocast too in fp32."""
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+            return F.linear(x.float(), self.weight, self.bias)
+
+
+class GateSet(nn.Module):
+    """Gates beside a model that are not its own: given to a cache, they decide for what that cache keeps."""
+
+    def __init__(self, name: str, config: GateConfig, modules: dict[int, tuple[GateNorm, GateProjection]]):
+        """`modules`: of each owner whose gate is an adapter."""
+        super().__init__()
+        self.name, self.config = name, config
+        self.layers = nn.ModuleDict({str(owner): nn.ModuleList(pair) for owner, pair in modules.items()})
+
+    def adapter(self, layer: int) -> tuple[GateNorm, GateProjection] | None:
+        """Norm and projection of an owner; None where there is none."""
+        return tuple(self.layers[str(layer)]) if str(layer) in self.layers else None
 
 
 class GateRecord:
-    """What gates said. No dataclass on purpose: FSDP2 puts a copy in the place of any that holds tensors with gradients,
+    """What gates decided. No dataclass on purpose: FSDP2 puts a copy in the place of any that holds tensors with gradients,
     and what a layer took down there would be lost.
     """
 
@@ -119,39 +101,91 @@ class GateRecord:
         """The same before they are made hard."""
 
 
-@dataclass(kw_only=True, slots=True)
-class GateCall:
-    """How gates behave during one forward call, and what they said. Made anew for each call: modules hold nothing."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateTable:
+    """The gates of every layer under one layout: worked out once for a cache, or for all training calls."""
 
     configs: tuple[GateConfig | None, ...]
-    """The gates of each layer, a reader's those of its owner."""
+    """Of each layer, a reader's those of its owner; None where nothing is learned."""
+    freed: tuple[GateConfig | None, ...]
+    """Of each layer whose channel carries nothing but decisions: it stays zeroed where gates are off or another method rules.
+    Empty where no channel does."""
+
+    is_empty: bool = field(init=False, repr=False, compare=False)
+    """Whether no layer has anything to do with gates."""
+    masked: tuple[int | None, ...] = field(init=False, repr=False, compare=False)
+    """Of each layer, the channel in which what the base weights write is masked out; None = none."""
+
+    def __post_init__(self) -> None:
+        # Once, not once a call.
+        object.__setattr__(self, "is_empty", not any(self.configs) and not self.freed)
+        masked = tuple(one.channel if one is not None and one.base_masked else None for one in self.configs)
+        object.__setattr__(self, "masked", masked)
+
+
+@lru_cache(maxsize=64)
+def gate_table(given: GateConfig | None, layout: KVLayout, *, channel_freed: bool) -> GateTable:
+    """The gates of a layout's layers, all of which come from `given`. `channel_freed`: the decision channel was written out of
+    the weights.
+
+    Raises `ValueError` for a learned method that `given` does not decide for.
+    """
+    owners = [layout.owner_of(layer) for layer in range(layout.num_layers)]
+    configs = tuple(_gates_of(given, layout.time_of(owner)) for owner in owners)
+    freed: tuple[GateConfig | None, ...] = ()
+    if channel_freed and given is not None and given.form.zero_out:
+        freed = tuple(given if layout.layers[owner].window is None else None for owner in owners)
+    return GateTable(configs=configs, freed=freed)
+
+
+def _gates_of(given: GateConfig | None, method: Method) -> GateConfig | None:
+    if not method.trained:
+        return None
+    if given is None or given.method != method.name:
+        has = "no gates" if given is None else f"gates of {given.method}"
+        raise ValueError(
+            f"time '{method.format()}': the model has {has}, and {method.name} is learned: give it an adapter that was trained "
+            "for it, or gates='channel' for the published freed channel as it stands"
+        )
+    return given
+
+
+@dataclass(kw_only=True, slots=True)
+class GateCall:
+    """How gates behave during one forward call, and what they decided. Made anew for each call: modules hold nothing."""
+
+    table: GateTable
     training: bool
     """Soft decisions with noise; else hard ones."""
     off: bool = False
     """Decide nothing."""
     factor: float | None = None
-    """Of the freed channel in DMC's zero-out stage; None = 0 where gates decide."""
-    freed: tuple[GateConfig | None, ...] = ()
-    """The gates of each layer whose channel carries nothing but decisions: it stays zeroed where gates are off or another
-    method rules. Empty where no channel does."""
-    tells: bool = True
-    """Take down what gates say."""
+    """Of the freed channel in a zero-out stage; None = 0 where gates decide."""
+    records: bool = True
+    """Take down what gates decide."""
     noise_key: Tensor | None = None
     """int64 [B]; the noise is a function of a row's key and the layer. None = no noise."""
-    said: GateRecord = field(default_factory=GateRecord)
-    """What the gates of the call have said so far."""
+    gate_set: GateSet | None = None
+    """Where decisions come from if not from the model's own gates."""
+    record: GateRecord = field(default_factory=GateRecord)
+    """What the gates of the call have decided so far."""
+
+    @classmethod
+    def of(
+        cls, table: GateTable, training: bool, options: CallOptions, noise_key: Tensor | None, records: bool,
+        gate_set: GateSet | None,
+    ) -> "GateCall":  # fmt: skip
+        """As one call asks for."""
+        off, factor = options.gates == "off" or options.channel_factor is not None, options.channel_factor
+        return cls(table=table, training=training, off=off, factor=factor, records=records, noise_key=noise_key,
+                   gate_set=gate_set)  # fmt: skip
 
     @property
     def kept_share(self) -> float | None:
         """Factor of a freed channel in this call; None where it is left alone."""
         if self.factor is not None:
             return self.factor
-        return 0.0 if not self.off or self.freed else None
-
-    def masks_base(self, layer: int) -> bool:
-        """Whether what the base weights write into the freed channel is masked out in this layer."""
-        config = self.configs[layer]
-        return config is not None and config.base_masked and not self.off
+        return 0.0 if not self.off or self.table.freed else None
 
     def noise(self, layer: int, shape: tuple[int, int, int], device: torch.device) -> Tensor | float:
         """Difference of two Gumbel draws for each decision [B, T, K], the same on any device and process."""
@@ -165,79 +199,86 @@ class GateCall:
         return torch.stack(rows).float().to(device)
 
 
-def gate_config(given: GateConfig | None, spec: TimeSpec) -> GateConfig | None:
-    """The gates of an owner under a method; None where the method has none."""
-    if spec.name not in _CHOICES["method"]:
-        return None
-    return given if given is not None and given.method == spec.name else GateConfig.official(spec.name)
-
-
-def freed_configs(given: GateConfig | None, layout: KVLayout, *, channel_freed: bool) -> tuple[GateConfig | None, ...]:
-    """The gates of each layer whose channel DMC has freed: all but those with a sliding window of their own, which it does not
-    rule; empty where no channel is.
-    """
-    if not channel_freed or given is None or given.method != "dmc":
-        return ()
-    owners = (layout.owner_of(layer) for layer in range(layout.num_layers))
-    return tuple(given if layout.layers[owner].window is None else None for owner in owners)
-
-
-def gate_configs(given: GateConfig | None, layout: KVLayout) -> tuple[GateConfig | None, ...]:
-    """`gate_config` of every layer's owner."""
-    return tuple(gate_config(given, layout.time_of(layout.owner_of(layer))) for layer in range(layout.num_layers))
-
-
 def decide(
-    call: GateCall, layer: int, q_BTHD: Tensor, k_BTKD: Tensor | None, adapted_BTK: Tensor | None
+    call: GateCall, layer: int, q_BTHD: Tensor, k_BTKD: Tensor | None, adapted_BTX: Tensor | None
 ) -> Gates | None:
     """The gates of one layer; None where its method has none. q and k as they stand before rotary positions, k None in a
-    reader; `adapted_BTK` is the adapter's output.
+    reader; `adapted_BTX` is the adapter's output, F numbers for each KV head.
     """
-    config, off = call.configs[layer], call.off
-    if config is None and call.freed:
-        config, off = call.freed[layer], True
+    config, off = call.table.configs[layer], call.off
+    if config is None and call.table.freed:
+        config, off = call.table.freed[layer], True
     if config is None:
         return None
-    keep = _kept_channels(config, call, q_BTHD, k_BTKD)
+    more = {} if config.source == "adapter" else _channels(config, call, q_BTHD, k_BTKD)
     if off or k_BTKD is None:
-        return Gates(**keep)
-    logit = _logit(config, q_BTHD, k_BTKD, adapted_BTK)
-    if call.training:
-        noise = call.noise(layer, tuple(logit.shape), logit.device)
-        if config.per == "layer" and isinstance(noise, Tensor):
-            noise = noise[..., :1]
-        alpha, log_stay = soft_alpha((logit + noise) / config.tau)
-    else:
-        alpha, log_stay = hard_alpha(logit)
-    if call.tells:
-        call.said.probabilities[layer] = alpha if call.training else (logit / config.tau).sigmoid()
-        call.said.decisions[layer] = (alpha.detach() > 0.5) + (alpha - alpha.detach())
-    weight = None
-    if config.method == "dmc":
-        grouped = q_BTHD[..., config.channel].float().unflatten(2, (k_BTKD.shape[2], -1))
-        weight = (grouped.mean(dim=3) * config.scale + IMPORTANCE_OFFSET).sigmoid() + IMPORTANCE_FLOOR
-    return Gates(alpha_BTK=alpha, log_stay_BTK=log_stay, weight_BTK=weight, from_next=config.reads == "next", **keep)
+        return Gates(**more)
+    if adapted_BTX is not None and config.form.outputs > 1:
+        adapted_BTKF = adapted_BTX.unflatten(2, (k_BTKD.shape[2], -1))
+        adapted_BTX, more["outputs_BTKF"] = adapted_BTKF[..., 0], adapted_BTKF[..., 1:]
+    logit = _logit(config, q_BTHD, k_BTKD, adapted_BTX)
+    alpha, log_stay = _soft(config, call, layer, logit) if call.training else hard_alpha(logit)
+    if call.records:
+        _take_down(config, call, layer, logit, alpha)
+    if config.form.weighs:
+        more["weight_BTK"] = _importance(config, q_BTHD, k_BTKD.shape[2])
+    return Gates(alpha_BTK=alpha, log_stay_BTK=log_stay, from_next=config.reads == "next", **more)
+
+
+def hard_alpha(logit_BTK: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha = 1 where the logit is above 0, and log(1 - alpha), both fp32."""
+    fires = logit_BTK > 0
+    return fires.float(), torch.zeros_like(logit_BTK, dtype=torch.float32).masked_fill(fires, STAY_NEVER)
+
+
+def soft_alpha(logit_BTK: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha = sigmoid(logit) and log(1 - alpha), both fp32 and stable at either end."""
+    logit = logit_BTK.float()
+    return logit.sigmoid(), F.logsigmoid(-logit)
+
+
+def _soft(config: GateConfig, call: GateCall, layer: int, logit: Tensor) -> tuple[Tensor, Tensor]:
+    """Decisions of training: noisy, and between 0 and 1."""
+    noise = call.noise(layer, tuple(logit.shape), logit.device)
+    if config.per == "layer" and isinstance(noise, Tensor):
+        noise = noise[..., :1]
+    return soft_alpha((logit + noise) / config.tau)
+
+
+def _take_down(config: GateConfig, call: GateCall, layer: int, logit: Tensor, alpha: Tensor) -> None:
+    """For those who asked what gates decide."""
+    call.record.probabilities[layer] = alpha if call.training else (logit / config.tau).sigmoid()
+    call.record.decisions[layer] = (alpha.detach() > 0.5) + (alpha - alpha.detach())
+
+
+def _importance(config: GateConfig, q_BTHD: Tensor, kv_heads: int) -> Tensor:
+    """Of each token in a merge, fp32 [B, T, K]."""
+    grouped = q_BTHD[..., config.channel].float().unflatten(2, (kv_heads, -1))
+    return (grouped.mean(dim=3) * config.scale + IMPORTANCE_OFFSET).sigmoid() + IMPORTANCE_FLOOR
 
 
 def _logit(config: GateConfig, q_BTHD: Tensor, k_BTKD: Tensor, adapted_BTK: Tensor | None) -> Tensor:
     """The decision before its sigmoid, fp32 [B, T, K]."""
-    kv_heads = k_BTKD.shape[2]
-    if adapted_BTK is None:
-        source = k_BTKD if config.method == "dmc" else q_BTHD[:, :, :: q_BTHD.shape[2] // kv_heads]
-        adapted_BTK = source[..., config.channel]
-    logit = adapted_BTK.float() * config.scale - config.offset
-    return logit if config.per == "head" else logit[..., :1].expand(-1, -1, kv_heads)
+    value = _channel(config, q_BTHD, k_BTKD) if adapted_BTK is None else adapted_BTK
+    logit = value.float() * config.scale - config.offset
+    return logit if config.per == "head" else logit[..., :1].expand(-1, -1, k_BTKD.shape[2])
 
 
-def _kept_channels(config: GateConfig, call: GateCall, q_BTHD: Tensor, k_BTKD: Tensor | None) -> dict[str, Tensor]:
-    """Factors of the channels of q and k. DMC frees its channel in all heads of both, and of the readers' q; DMS that of
-    the first query head of each of the owner's groups alone.
+def _channel(config: GateConfig, q_BTHD: Tensor, k_BTKD: Tensor) -> Tensor:
+    """The freed channel, [B, T, K]: of the keys, or of the first query head of each group."""
+    source = k_BTKD if config.form.channel_of == "key" else q_BTHD[:, :, :: q_BTHD.shape[2] // k_BTKD.shape[2]]
+    return source[..., config.channel]
+
+
+def _channels(config: GateConfig, call: GateCall, q_BTHD: Tensor, k_BTKD: Tensor | None) -> dict[str, Tensor]:
+    """Factors of the channels of q and k: 0 (or the zero-out stage's factor) where a channel was freed. One that is freed in
+    keys is so in the readers' queries too.
     """
-    share = call.kept_share
-    if config.source == "adapter" or share is None or (config.method == "dms" and k_BTKD is None):
+    share, first = call.kept_share, config.form.frees == "first query"
+    if share is None or (first and k_BTKD is None):
         return {}
     q_keep = q_BTHD.new_ones(q_BTHD.shape[2:])
-    if config.method == "dms":
+    if first:
         q_keep[:: q_BTHD.shape[2] // k_BTKD.shape[2], config.channel] = share
         return {"q_keep_HD": q_keep}
     q_keep[:, config.channel] = share

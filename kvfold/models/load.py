@@ -15,15 +15,17 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from kvfold.layout import KVLayout
-from kvfold.models.adapters import apply_adapter, read_adapter
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.methods.gates import GateConfig
+from kvfold.models.adapters import CHANNEL, apply_adapter, read_adapter
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.families import fold_config
+from kvfold.models.gates import gate_table
 from kvfold.models.official_dms import official_weights
+from kvfold.models.packing import pack
 from kvfold.models.source import Source, check_source, find_source, one_line
 from kvfold.models.weights import fold_weights
-from kvfold.policies.registry import policy_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,17 +42,22 @@ def load(
     time: str | None = None,
     bits: str | None = None,
     adapter: str | None = None,
+    gates: str | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> FoldForCausalLM:
     """A model in eval mode, from a folder (kvfold's or any known family's), a hub name or a .gguf file.
 
     `time` and `bits` override what the checkpoint says, `time` also what the adapter says, a folder that `kvfold retrofit`
-    wrote. dtype None = the checkpoint's, and fp32 on a CPU (device None).
+    wrote. `gates="channel"` makes the published freed channel the model's own gates. dtype None = the checkpoint's, and fp32
+    on a CPU (device None); there a copy of the weights in a form that decodes faster is kept beside them
+    (`kvfold.models.packing`).
     Raises `ValueError`, in one line, for whatever can't be loaded.
     """
     if adapter is not None:
         read_adapter(adapter)  # before anything large is read
+    if gates is not None and (gates != CHANNEL or adapter is not None):
+        raise ValueError(f"gates '{gates}': a model is loaded with 'channel', or with an adapter: give one of the two")
     device = _wanted_device(device)
     dtype = _wanted_dtype(dtype, device)
     found = find_source(source)
@@ -58,7 +65,12 @@ def load(
         check_source(found)
         theirs = _read_config(found)
         config = theirs if isinstance(theirs, FoldConfig) else fold_config(theirs)
-        config.layout = _folded(config.layout, time, bits)
+        asked = _folded(config.layout, time, bits)
+        if gates is not None:
+            _add_channel_gates(config, asked)
+        if adapter is None:
+            config.layout = asked
+            gate_table(config.gate_config, asked, channel_freed=config.channel_freed)
         read = _read_kvfold if theirs is config else _read_foreign
         try:
             model, report = read(found, theirs, config, dtype)
@@ -70,7 +82,20 @@ def load(
     model = model.to(device)
     if adapter is not None:
         apply_adapter(model, adapter, time=time)
-    return model.eval()
+        model.config.layout = _folded(model.config.layout, None, bits)
+    model.eval()
+    if device.type == "cpu":
+        pack(model)
+    return model
+
+
+def _add_channel_gates(config: FoldConfig, layout: KVLayout) -> None:
+    """The published freed channel of the layout's learned method becomes the model's own gates."""
+    learned = {layout.time_of(owner).name for owner in layout.owners if layout.time_of(owner).trained}
+    if len(learned) != 1 or config.gates is not None:
+        why = "the checkpoint has gates of its own" if config.gates is not None else "it is for one learned method"
+        raise ValueError(f"gates 'channel' under time '{layout.time_text()}': {why}: leave gates out")
+    config.gates = GateConfig.published_channel(learned.pop()).to_json()
 
 
 def load_config(source: str | Path) -> FoldConfig:
@@ -154,19 +179,7 @@ def _check_report(found: Source, report: dict, *, strict: bool) -> None:
 
 def _folded(layout: KVLayout, time: str | None, bits: str | None) -> KVLayout:
     layout = layout if time is None else layout.with_time(time)
-    layout = layout if bits is None else layout.with_bits(bits)
-    check_runnable(layout)
-    return layout
-
-
-def check_runnable(layout: KVLayout) -> None:
-    """Raise `ValueError` for a method or a storage that no cache can do yet."""
-    for spec in layout.time:
-        policy_of(spec)
-    if layout.bits != layout.base().bits:
-        raise ValueError(
-            f"bits '{layout.bits_text()}': storage other than 'model' is planned, not there yet: leave it out"
-        )
+    return layout if bits is None else layout.with_bits(bits)
 
 
 def _wanted_device(device: str | torch.device | None) -> torch.device:

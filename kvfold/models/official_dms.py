@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from kvfold.models.gates import GateConfig
+from kvfold.methods.gates import GateConfig
 
 _DEFAULTS = {
     "dms_alpha_scale": 100.0,

@@ -26,21 +26,24 @@ class RopeGroup:
         self.hidden_size, self.num_attention_heads = config.hidden_size, config.num_attention_heads
         self.head_dim, self.max_position_embeddings = config.head_dim, config.max_position_embeddings
         self._kept: dict[tuple, Frequencies] = {}
+        self.fixed: dict[torch.device, Frequencies] = {}
+        """By device, where they are the same for every text."""
 
     def standardize_rope_params(self) -> None:
         """The functions call it; the parameters come standardised."""
 
     def frequencies(self, position_BT: Tensor, continued: bool) -> Frequencies:
         """Frequencies for these positions. Only `dynamic` and `longrope` look at how long the text is."""
-        length = None
-        if self.kind in ("dynamic", "longrope"):
+        device = position_BT.device
+        with torch.inference_mode(False):
+            if self.kind not in ("dynamic", "longrope"):
+                self.fixed[device] = self._compute(device, None)
+                return self.fixed[device]
             length = self._scaled_length(position_BT, continued)
-        key = (position_BT.device, length)
-        if key not in self._kept:
-            self._kept = {old: kept for old, kept in self._kept.items() if old[1] is None}
-            with torch.inference_mode(False):
-                self._kept[key] = self._compute(position_BT.device, length)
-        return self._kept[key]
+            if (device, length) not in self._kept:
+                self._kept = {old: kept for old, kept in self._kept.items() if old[1] is None}
+                self._kept[device, length] = self._compute(device, length)
+            return self._kept[device, length]
 
     def _compute(self, device: torch.device, length: int | None) -> Frequencies:
         if self.kind != "default":
@@ -82,7 +85,7 @@ class Rope:
         """
         turned = {None: None}
         for name, group in self._groups.items():
-            frequencies, factor = group.frequencies(position_BT, continued)
+            frequencies, factor = group.fixed.get(position_BT.device) or group.frequencies(position_BT, continued)
             angles = position_BT.unsqueeze(-1).float() * frequencies
             angles = torch.cat((angles, angles), dim=-1)
             cos, sin = angles.cos(), angles.sin()

@@ -1,6 +1,7 @@
 """What a model's source is, and whether it is whole: looked up before anything large is read."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class Source:
 
 def find_source(source: str | Path) -> Source:
     """What `source` names. A hub name is one or two words; raises `ValueError` where a path leads nowhere."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         return Source(name=str(path))
     if path.is_file():

@@ -20,22 +20,37 @@ def dense_attention(
     scale: float,
     softcap: float | None = None,
     mask: Tensor | None = None,
+    bias_BKE: Tensor | None = None,
 ) -> Tensor:
     """Attention output [B, T, H, D].
+
+    `bias_BKE`: fp32, added to each key's logits after scale and softcap.
 
     `mask`: bool [B or 1, 1 or K, T, E], True = the query sees the key; None = causal, which needs T == E.
     A query that sees nothing must not occur: give it its own key.
     """
-    if softcap is not None:
-        return weighed_attention(q_BTHD, k_BEKD, v_BEKD, scale=scale, softcap=softcap, mask=mask)[0]
+    if softcap is not None or bias_BKE is not None:
+        return weighed_attention(q_BTHD, k_BEKD, v_BEKD, scale=scale, softcap=softcap, mask=mask, bias_BKE=bias_BKE)[0]
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BEKD, v_BEKD))
     grouped = q.shape[1] != k.shape[1]
     if mask is not None and mask.shape[1] not in (1, q.shape[1]):
-        mask = mask.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        return _masked_by_head(q, k, v, mask, scale)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, scale=scale, enable_gqa=grouped
     )
     return out.transpose(1, 2)
+
+
+def _masked_by_head(q_BHTD: Tensor, k_BKED: Tensor, v_BKED: Tensor, mask_BKTE: Tensor, scale: float) -> Tensor:
+    """A mask of each kv head serves its G query heads without being repeated: every (sequence, kv head) is a batch of its own."""
+    batch, heads, num_queries, dim = q_BHTD.shape
+    kv_heads, entries = k_BKED.shape[1:3]
+    q = q_BHTD.reshape(batch * kv_heads, heads // kv_heads, num_queries, dim)
+    k, v = (x.reshape(batch * kv_heads, 1, entries, x.shape[-1]) for x in (k_BKED, v_BKED))
+    k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    mask = mask_BKTE.expand(batch, -1, -1, -1).reshape(batch * kv_heads, 1, num_queries, entries)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out.reshape(batch, heads, num_queries, -1).transpose(1, 2)
 
 
 def weighed_attention(
@@ -47,6 +62,7 @@ def weighed_attention(
     softcap: float | None = None,
     mask: Tensor | None = None,
     weigh_BT: Tensor | None = None,
+    bias_BKE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The plain form: output [B, T, H, D] and the weight each key received [B, K, E] in fp32, summed over the queries
     (those where `weigh_BT` is True) and over the G query heads of the kv head. Mask as in `dense_attention`.
@@ -62,6 +78,8 @@ def weighed_attention(
         logits = (q[:, :, :, start:stop] @ k) * scale
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
+        if bias_BKE is not None:
+            logits = logits + bias_BKE[:, :, None, None]
         seen = _mask_rows(mask, start, stop, entries, q.device)
         weights = logits.masked_fill(~seen.unsqueeze(2), -torch.inf).softmax(dim=-1, dtype=torch.float32)
         counted = weights if weigh_BT is None else weights * weigh_BT[:, None, None, start:stop, None]

@@ -4,7 +4,7 @@ How the logits come about (a freed channel, an adapter, noise) is the model's bu
 Letters: B rows, T tokens of this call, H query heads, K kv heads, D head dim.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -31,18 +31,24 @@ class Gates:
     """Factor of q's channels before and after rotary positions; None = 1."""
     k_keep_KD: Tensor | None = None
     """The same of k's."""
+    outputs_BTKF: Tensor | None = None
+    """What an adapter gives beside its decision, fp32; None where it gives nothing more."""
 
+    def rows(self, index: Tensor) -> "Gates":
+        """Those of some rows of the call."""
+        return self._with({name: getattr(self, name)[index] for name in self._tokens()})
 
-def hard_alpha(logit_BTK: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha = 1 where the logit is above 0, and log(1 - alpha), both fp32."""
-    fires = logit_BTK > 0
-    return fires.float(), torch.zeros_like(logit_BTK, dtype=torch.float32).masked_fill(fires, STAY_NEVER)
+    def column(self, column_B: Tensor) -> "Gates":
+        """Those of one token of each row."""
+        row = torch.arange(column_B.shape[0], device=column_B.device)
+        return self._with({name: getattr(self, name)[row, column_B].unsqueeze(1) for name in self._tokens()})
 
+    def _tokens(self) -> list[str]:
+        names = ("alpha_BTK", "log_stay_BTK", "weight_BTK", "outputs_BTKF")
+        return [name for name in names if getattr(self, name) is not None]
 
-def soft_alpha(logit_BTK: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha = sigmoid(logit) and log(1 - alpha), both fp32 and stable at either end."""
-    logit = logit_BTK.float()
-    return logit.sigmoid(), F.logsigmoid(-logit)
+    def _with(self, changed: dict[str, Tensor]) -> "Gates":
+        return replace(self, **changed)
 
 
 def next_real(real_BT: Tensor | None, tokens: int, device: torch.device) -> Tensor:

@@ -1,29 +1,183 @@
-"""A linear layer that stays quick for the handful of rows that decoding brings."""
+"""Linear layers that are quick for the few rows that decoding brings, by the libraries that torch comes with.
+
+At one row a product reads its weights once, and any form of them will do. From three rows on MKL first rearranges the
+weights of an ordinary product, at every call. `PackedWeights` is a copy of the weights of one or several layers that need
+not be rearranged: in fp32 blocks of output channels, each contiguous, multiplied as a batch; in bf16 and fp16 oneDNN's own
+format. Which layers are packed, and when, is decided in models/packing.py; `study/packed_products.py` measures the products.
+Letters: R rows, C input channels, N blocks of W output channels.
+"""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SKINNY_ROWS = range(8, 41)
-"""Rows for which MKL multiplies weight by input faster than input by weight: 1.2 to 2.6 times, measured on two x86 cores
-with weights of 576 x 192 to 4096 x 4096; below and above, as it comes."""
+BLOCK_WIDTHS = range(240, 79, -16)
+"""Output channels of a block, from best to worst: wider blocks fall back to the product that rearranges, narrower ones pay
+for more calls."""
+BLOCK_ROWS = range(3, 193)
+"""Rows for which the blocks win in fp32: below, memory is the limit; above, the rearranging no longer matters."""
+_LEAST_OUTPUTS = 64
+_PROBES = 4
+_ONEDNN_ROWS_HINT = 16
 
 
-class SkinnyLinear(nn.Linear):
-    """`nn.Linear` with the same weights and the same result up to rounding; in inference on a CPU with MKL the product of a
-    few rows is taken the other way round.
-    """
+class PackableLinear(nn.Linear):
+    """`nn.Linear` with the same weights and the same result up to rounding; quick for few rows once it is packed."""
+
+    packed: "PackedWeights | None" = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        rows = x.numel() // max(1, x.shape[-1])
-        if rows not in SKINNY_ROWS or torch.is_grad_enabled() or not _turns(x, self.weight):
+        if self.packed is None or not self.packed.serves((self,), x):
             return F.linear(x, self.weight, self.bias)
-        out = (self.weight @ x.reshape(rows, -1).t()).t()
-        if self.bias is not None:
-            out = out + self.bias
-        return out.reshape(*x.shape[:-1], -1).contiguous()
+        return self.packed(x)[0]
 
 
-def _turns(x: Tensor, weight: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and torch.backends.mkl.is_available()
+def project(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+    """What several layers make of one input; one product where their weights are packed together."""
+    packed = getattr(layers[0], "packed", None)
+    if packed is None or not packed.serves(layers, x):
+        return [layer(x) for layer in layers]
+    return packed(x)
+
+
+class PackedWeights:
+    """A copy of the weights of layers that share an input, in the form that is quickest for a few rows on this CPU.
+
+    It is made anew when a weight was replaced or written. An edit through `.data` leaves no trace in torch's version counter:
+    a few elements of each weight are compared, which shows whatever changes a weight as a whole (a merged low-rank
+    addition, another rounding); after an edit of single elements through `.data` the layers must be packed again.
+    Copies and pickles of a model leave it behind.
+    """
+
+    def __init__(self, layers: Sequence[PackableLinear]):
+        self._layers = tuple(layers)
+        self._outputs = [layer.out_features for layer in layers]
+        self._make()
+
+    @staticmethod
+    def helps(weight: Tensor) -> bool:
+        """Whether this CPU and torch have a quicker form for such a weight."""
+        if weight.device.type != "cpu" or weight.is_inference() or min(weight.shape) < _LEAST_OUTPUTS:
+            return False
+        if weight.dtype == torch.float32:
+            return torch.backends.mkl.is_available()
+        return _onednn_knows(weight.dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the copy takes in memory, on top of the weights."""
+        if self._blocks_NCW is not None:
+            return self._blocks_NCW.nbytes
+        return torch.ops.mkldnn._nbytes(self._onednn)
+
+    def serves(self, layers: Sequence[nn.Module], x: Tensor) -> bool:
+        """Whether `x` can go through the copy in place of these layers; a copy that is out of date is made anew."""
+        if torch.is_grad_enabled() or x.dtype != self._dtype or torch.compiler.is_compiling():
+            return False
+        if len(layers) != len(self._layers) or any(a is not b for a, b in zip(layers, self._layers, strict=True)):
+            return False
+        if self._blocks_NCW is not None and x.numel() // self._inputs not in BLOCK_ROWS:
+            return False
+        if x.shape[-1] != self._inputs or torch.is_autocast_enabled("cpu"):
+            return False
+        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+            return False
+        return self._fresh() or self._remade()
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """[..., C] -> [..., outputs] of each layer, in turn."""
+        if self._blocks_NCW is None:
+            out = torch.ops.mkldnn._linear_pointwise(x, self._onednn, None, "none", [], "")
+        else:
+            out = self._multiplied(x.reshape(-1, self._inputs)).view(*x.shape[:-1], -1)
+        parts = out.split(self._outputs, dim=-1) if len(self._outputs) > 1 else (out,)
+        for part, layer in zip(parts, self._layers, strict=True):
+            if layer.bias is not None:
+                part += layer.bias
+        return parts
+
+    def _multiplied(self, x_RC: Tensor) -> Tensor:
+        """[R, all outputs]; every block writes its own columns of the result."""
+        blocks, _, width = self._blocks_NCW.shape
+        rows = x_RC.shape[0]
+        out = x_RC.new_empty(rows, blocks, width)
+        torch.bmm(x_RC.expand(blocks, -1, -1), self._blocks_NCW, out=out.transpose(0, 1))
+        out, wanted = out.view(rows, -1), sum(self._outputs)
+        return out if blocks * width == wanted else out[:, :wanted].contiguous()
+
+    @torch.no_grad()
+    def _make(self) -> None:
+        weights = [layer.weight.detach() for layer in self._layers]
+        joint = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self._dtype, self._inputs = joint.dtype, joint.shape[1]
+        self._blocks_NCW = self._onednn = None
+        if self._dtype == torch.float32:
+            self._blocks_NCW = _blocks(joint)
+        else:
+            self._onednn = torch.ops.mkldnn._reorder_linear_weight(joint.contiguous(), _ONEDNN_ROWS_HINT)
+        self._marks = [_Mark(layer.weight) for layer in self._layers]
+
+    def _fresh(self) -> bool:
+        return all(mark.holds(layer.weight) for mark, layer in zip(self._marks, self._layers, strict=True))
+
+    def _remade(self) -> bool:
+        """The weights have changed: copy them again, or do without where this is no longer the place for it."""
+        weights = [layer.weight for layer in self._layers]
+        if len({weight.dtype for weight in weights}) > 1 or not all(map(self.helps, weights)):
+            for layer in self._layers:
+                layer.packed = None
+            return False
+        self._make()
+        return self._dtype == weights[0].dtype
+
+    def __reduce__(self):
+        return _nothing, ()
+
+
+class _Mark:
+    """What tells that a weight is still the one that was copied."""
+
+    def __init__(self, weight: Tensor):
+        self._weight, self._version, self._pointer = weight, weight._version, weight.data_ptr()
+        steps = [max(1, size // _PROBES) for size in weight.shape]
+        self._probe = weight.detach()[:: steps[0], :: steps[1]]
+        self._values = self._probe.clone()
+
+    def holds(self, weight: Tensor) -> bool:
+        """Neither another tensor, nor written, nor given other memory, nor edited behind torch's back."""
+        return (
+            weight is self._weight
+            and weight._version == self._version
+            and weight.data_ptr() == self._pointer
+            and torch.equal(self._probe, self._values)
+        )
+
+
+def _blocks(weight: Tensor) -> Tensor:
+    """[outputs, C] -> [N, C, W]. The last block is filled up with zeros where no good width divides the outputs; the number of
+    blocks is a multiple of the threads' where it can be.
+    """
+    outputs, inputs = weight.shape
+    threads = torch.get_num_threads()
+    widths = [width for width in BLOCK_WIDTHS if outputs % width == 0]
+    even = [width for width in widths if outputs // width % threads == 0]
+    width = next(iter(even or widths), min(192, outputs))
+    if outputs % width:
+        weight = F.pad(weight, (0, 0, 0, -outputs % width))
+    return weight.view(-1, width, inputs).transpose(1, 2).contiguous()
+
+
+def _onednn_knows(dtype: torch.dtype) -> bool:
+    """Whether the CPU multiplies in this dtype by instructions of its own; elsewhere oneDNN refuses to pack."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def _nothing() -> None:
+    """What a copied or unpickled model has in place of packed weights."""

@@ -1,7 +1,8 @@
-"""Compiles this folder's one C file on first use and keeps the result in the user's cache folder.
+"""Compiles this folder's C files on first use, for one instruction set, and keeps the results in the user's cache folder.
 
-No compiler, no compilation: `library()` gives None with one warning, and the plain torch form does the work.
-`KVFOLD_NATIVE=0` asks for that form; `KVFOLD_CACHE` names another cache folder.
+No compiler, no compilation: `library()` gives None with one warning, and plain torch does the work. Settings:
+`KVFOLD_NATIVE=0` asks for plain torch, `KVFOLD_ISA` for an instruction set below the CPU's best, `KVFOLD_CACHE` names
+another cache folder. Threads are those of the OpenMP that torch itself has loaded, so that a process has one pool of them.
 """
 
 import ctypes
@@ -13,64 +14,190 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("paged_cpu.c")
+import torch
+
+_FOLDER = Path(__file__).parent
 # Not -ffast-math: it would let the compiler forget that NaN exists, and switch the whole process to flush denormals.
-FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros",
-         "-fno-trapping-math")  # fmt: skip
-SECONDS_TO_COMPILE = 60
+FLAGS = ("-O2", "-std=gnu11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+_ISA_FLAGS = {
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "neon": (),
+    "generic": ("-DKVFOLD_GENERIC",),
+}
+KINDS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4")
+"""Storages of pages; their places are the numbers that C knows them by."""
+SECONDS_TO_COMPILE = 120
+_MADV_HUGEPAGE = 14
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Library:
+    """What was compiled for keys and values of one storage each; addresses are C's."""
+
+    isa: str
+    decode: ctypes._CFuncPtr
+    """`kvfold_decode` of paged_cpu.c."""
+    read: ctypes._CFuncPtr
+    """`kvfold_read` of paged_cpu.c."""
+    products: int
+    """`kvfold_products` of paged_tiles.c for the keys."""
+    sums: int
+    """`kvfold_sums` of paged_tiles.c for the values."""
+    parallel: int
+    """OpenMP's start of a parallel region, 0 where it is not found: one thread."""
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled library, or None where it is switched off or can't be built."""
+def library(k_kind: str = "fp32", v_kind: str = "fp32") -> Library | None:
+    """The compiled library for two of `KINDS`, or None where it is switched off or can't be built."""
     if os.environ.get("KVFOLD_NATIVE", "1") == "0":
         return None
+    isa = instruction_set()
     try:
-        return ctypes.CDLL(str(_built()))
+        driver, *tiles = _loaded(isa, ("driver", k_kind, v_kind))
     except (OSError, subprocess.SubprocessError) as problem:
-        reason = str(problem).splitlines()[0]
-        warnings.warn(
-            f"kvfold decodes with plain torch, which is slower: its C file was not built ({reason})", stacklevel=2
-        )
+        _warn(str(problem).splitlines()[0])
         return None
+    driver.kvfold_decode.argtypes = (ctypes.c_char_p,)
+    driver.kvfold_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+    driver.kvfold_read.restype = ctypes.c_float
+    return Library(
+        isa=isa, decode=driver.kvfold_decode, read=driver.kvfold_read, products=_address(tiles[0].kvfold_products),
+        sums=_address(tiles[-1].kvfold_sums), parallel=_openmp(),
+    )  # fmt: skip
 
 
-def _built() -> Path:
-    """The path of the compiled file, compiled now if it is not there yet."""
+def instruction_sets() -> tuple[str, ...]:
+    """Those that this CPU has, the best first."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return ("neon", "generic")
+    known = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
+    return (*known.get(torch.backends.cpu.get_cpu_capability(), ()), "generic")
+
+
+def instruction_set() -> str:
+    """The one to compile for: `KVFOLD_ISA`, or the best."""
+    at_hand = instruction_sets()
+    isa = os.environ.get("KVFOLD_ISA") or at_hand[0]
+    if isa not in at_hand:
+        raise ValueError(f"KVFOLD_ISA '{isa}': this CPU has {', '.join(at_hand)}: name one of them, or unset it")
+    return isa
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    """Once for each reason, however many storages are asked for."""
+    warnings.warn(
+        f"kvfold decodes with plain torch, which is slower: its C files were not built ({reason})", stacklevel=4
+    )
+
+
+def _address(function: ctypes._CFuncPtr) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+@functools.cache
+def _openmp() -> int:
+    """GOMP_parallel, which GNU's, LLVM's and Intel's OpenMP all have, of the library that torch has loaded; else 0."""
+    for path in _openmp_candidates():
+        try:
+            return _address(ctypes.CDLL(str(path)).GOMP_parallel)
+        except (OSError, AttributeError):
+            continue
+    return 0
+
+
+def _openmp_candidates() -> Iterator[Path]:
+    """Loaded libraries come first, and of these the one that torch brings."""
+    names = ("libgomp", "libiomp", "libomp")
+    home = Path(torch.__file__).parent
+    maps, loaded = Path("/proc/self/maps"), []
+    if maps.exists():
+        paths = {Path(line.split(maxsplit=5)[5].strip()) for line in maps.read_text().splitlines() if ".so" in line}
+        loaded = [path for path in paths if path.name.startswith(names)]
+    yield from sorted(loaded, key=lambda path: (not path.is_relative_to(home), path))
+    yield from sorted(path for path in (home / "lib").glob("lib*") if path.name.startswith(names))
+
+
+def _loaded(isa: str, parts: tuple[str, ...]) -> list[ctypes.CDLL]:
+    """The driver and tiles by name, compiled side by side where they are missing."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise OSError("no C compiler found: install gcc or clang")
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, compiler, _processor())).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("KVFOLD_CACHE") or Path.home() / ".cache" / "kvfold")
-    target = folder / f"paged_cpu-{key}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _compile(compiler, target)
-    return target
+    sources = b"".join(path.read_bytes() for path in sorted(_FOLDER.glob("paged_*.[ch]")))
+    flags = (*FLAGS, *_ISA_FLAGS[isa])
+    key = hashlib.sha256(sources + repr((flags, compiler, platform.machine())).encode()).hexdigest()[:16]
+    folder = cache_folder()
+    targets = {part: folder / f"paged_{part}-{isa}-{key}.so" for part in parts}
+    _compile(compiler, flags, {part: target for part, target in targets.items() if not target.exists()})
+    return [ctypes.CDLL(str(targets[part])) for part in parts]
 
 
-def _compile(compiler: str, target: Path) -> None:
-    """With OpenMP where the compiler has it, else on one core. Written aside and renamed: another process may do the same."""
-    handle, name = tempfile.mkstemp(dir=target.parent, suffix=".so")
-    os.close(handle)
+def _compile(compiler: str, flags: tuple[str, ...], missing: dict[str, Path]) -> None:
+    """All of `missing` at once. Written aside and renamed: another process may do the same."""
+    running = []
     try:
-        for extra in (("-fopenmp",), ()):
-            command = [compiler, *FLAGS, *extra, str(SOURCE), "-o", name, "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_COMPILE, check=False)
-            if done.returncode == 0:
-                os.replace(name, target)
-                return
-        raise OSError(f"{compiler} failed: {done.stderr.strip() or done.returncode}")
+        for part, target in missing.items():
+            handle, name = tempfile.mkstemp(dir=target.parent, suffix=".so")
+            os.close(handle)
+            source = (
+                ["paged_cpu.c"]
+                if part == "driver"
+                else ["paged_tiles.c", f"-DSTORAGE={part}", f"-DKIND={part.upper()}"]
+            )
+            command = [compiler, *flags, *source[1:], str(_FOLDER / source[0]), "-o", name, "-lm"]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            running.append((process, name, target))
+        for process, name, target in running:
+            _, errors = process.communicate(timeout=SECONDS_TO_COMPILE)
+            if process.returncode != 0:
+                lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
+                raise OSError(f"{compiler} failed: {next((line for line in lines if 'error' in line), lines[0])}")
+            os.replace(name, target)
     finally:
-        Path(name).unlink(missing_ok=True)
+        for process, name, _ in running:
+            process.kill()
+            process.communicate()
+            Path(name).unlink(missing_ok=True)
 
 
-def _processor() -> str:
-    """What -march=native depends on: a cache folder may be shared by machines of several kinds."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        kept = [line for line in info.read_text().splitlines() if line.startswith(("flags", "Features", "model name"))]
-        return "\n".join(sorted(set(kept)))
-    return platform.platform() + platform.processor()
+def huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """Asks Linux for large memory pages behind a CPU tensor, best before it is written for the first time; gives the tensor.
+
+    Shuffled cache pages of a KB or two are then read up to half again as fast: each of them lies in a memory page of its
+    own, whose address has to be looked up. Where it can't be had nothing happens.
+    """
+    if platform.system() == "Linux" and tensor.device.type == "cpu":
+        page = os.sysconf("SC_PAGESIZE")
+        first = -(-tensor.data_ptr() // page) * page
+        size = (tensor.data_ptr() + tensor.nbytes - first) // page * page
+        if size > 0:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_HUGEPAGE)
+    return tensor
+
+
+def cache_folder() -> Path:
+    """`KVFOLD_CACHE`, else ~/.cache/kvfold; one for temporary files where there is no home, or none that can be written."""
+    if os.environ.get("KVFOLD_CACHE"):
+        folder = Path(os.environ["KVFOLD_CACHE"])
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder
+    try:
+        folder = Path.home() / ".cache" / "kvfold"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (RuntimeError, OSError):
+        pass
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
+    folder = Path(tempfile.gettempdir()) / f"kvfold-{user}"
+    folder.mkdir(exist_ok=True, mode=0o700)
+    # Others can write to the parent: what lies in a folder of theirs must not be run.
+    if hasattr(os, "getuid") and (folder.is_symlink() or folder.stat().st_uid != user or folder.stat().st_mode & 0o022):
+        return Path(tempfile.mkdtemp(prefix="kvfold-"))
+    return folder

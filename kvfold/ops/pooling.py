@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from kvfold.ops.gating import real_first, reordered
+
 _LEAST_CHUNK = 32
 """Tokens averaged by one product of matrices; of its 32 + W - 1 columns each row uses W."""
 
@@ -42,6 +44,21 @@ def pooled(
         else:
             found = _pooled_window(x, weight, alpha, window, past)
     return found.to(x_BTKD.dtype)
+
+
+def pooled_real(
+    x_BTKD: Tensor, weight_BTK: Tensor, alpha_BTK: Tensor, window: int | None, real_BT: Tensor | None,
+    past: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """`pooled` over the real tokens of each row; what stands at padding is of no meaning, but finite."""
+    if real_BT is None:
+        return pooled(x_BTKD, weight_BTK, alpha_BTK, window, past)
+    # Padding goes behind, where it takes no place in a window; there it opens entries of its own.
+    order, back = real_first(real_BT)
+    pad = ~real_BT[..., None]
+    weight, alpha = weight_BTK.masked_fill(pad, 1.0), alpha_BTK.masked_fill(pad, 0.0)
+    found = pooled(reordered(x_BTKD, order), reordered(weight, order), reordered(alpha, order), window, past)
+    return reordered(found, back)
 
 
 def pooled_reference(

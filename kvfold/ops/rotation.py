@@ -35,6 +35,18 @@ class Rotation:
             return self
         return replace(self, cos_BTR=self.cos_BTR[:, start:end], sin_BTR=self.sin_BTR[:, start:end])
 
+    def rows(self, index: Tensor) -> "Rotation":
+        """That of some rows of the call."""
+        if self.cos_BTR.shape[0] == 1:
+            return self
+        return replace(self, cos_BTR=self.cos_BTR[index], sin_BTR=self.sin_BTR[index])
+
+    def column(self, column_B: Tensor) -> "Rotation":
+        """That of one token of each row."""
+        row = torch.arange(column_B.shape[0], device=column_B.device) if self.cos_BTR.shape[0] > 1 else 0
+        one = {name: getattr(self, name)[row, column_B].unsqueeze(1) for name in ("cos_BTR", "sin_BTR")}
+        return replace(self, **one)
+
     def apply(self, x_BTHD: Tensor) -> Tensor:
         """Rotate the first R dims of every head; the first half pairs with the second, as Llama checkpoints expect."""
         width = self._cos_BT1R.shape[-1]

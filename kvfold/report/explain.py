@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from inspect import getdoc
 
+from kvfold.methods.base import Method
+from kvfold.methods.registry import method_class
 from kvfold.report.markup import Markup, join, tag
 from kvfold.report.pieces import section
-from kvfold.specs.base import TimeSpec
-from kvfold.specs.registry import time_spec_class
 
 WORDS = {
     "KV cache": (
@@ -49,23 +49,23 @@ def methods_section(families: Iterable[str]) -> Markup | None:
     return section("The methods", tag("dl", *map(_method, specs), class_="words"))
 
 
-def _method(spec: type[TimeSpec]) -> Markup:
+def _method(spec: type[Method]) -> Markup:
     """Its title, the first sentence of its docstring, and in small: training, how it is read, where it was published."""
     does = _coded((getdoc(spec) or "").partition("\n\n")[0])
-    training = "The model is trained for it" if spec.trained else "No training"
+    training = "The model is trained for it" if spec.gate_form else "No training"
     cut = (
         "read one token a call when measured"
-        if spec.state_of == "steps"
+        if not spec.chunk_invariant
         else "the same however the text is cut into calls"
     )
     about = tag("dd", f"{training}; {cut}; {spec.source}.", class_="fine")
     return join([tag("dt", spec.title[:1].upper() + spec.title[1:]), tag("dd", does), about])
 
 
-def _spec(family: str) -> type[TimeSpec] | None:
+def _spec(family: str) -> type[Method] | None:
     """The method's spec; None for one that this installation doesn't know, or whose package is broken."""
     try:
-        return time_spec_class(family)
+        return method_class(family)
     except (ValueError, ImportError, AttributeError):
         return None
 

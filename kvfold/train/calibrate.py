@@ -14,8 +14,6 @@ from torch import Tensor
 
 from kvfold.eval.progress import Report, silent
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.gates import GateConfig
-from kvfold.specs.dms import DMSSpec
 from kvfold.train.reached import reached
 from kvfold.train.schedules import share_for
 from kvfold.train.settings import RetrofitSettings
@@ -64,7 +62,7 @@ def _between(proposed: float, tried: dict[float, float], target: float) -> float
 def read_gates(model: FoldForCausalLM, blocks_NT: Tensor, settings: RetrofitSettings) -> tuple[float, Tensor]:
     """The real compression of some blocks under hard decisions, and the logits of all decisions that reach a token, [number]."""
     gates, layout = model.config.gates, model.config.layout
-    from_next = gates["reads"] == "next" and gates["method"] == "dms"
+    from_next = gates["reads"] == "next"
     model.config.gates = gates | {"tau": _FLAT_TAU}
     shares, logits = [], []
     try:
@@ -81,10 +79,7 @@ def read_gates(model: FoldForCausalLM, blocks_NT: Tensor, settings: RetrofitSett
 
 def _governing(values_BKT: Tensor, settings: RetrofitSettings, from_next: bool) -> Tensor:
     """Of the decisions of a sequence, those that change what is kept at its end."""
-    if not isinstance(settings.spec, DMSSpec):
-        return values_BKT[:, :, 1:]
-    start, tokens = int(from_next), values_BKT.shape[2]
-    return values_BKT[:, :, start : start + max(0, tokens - 1 - settings.spec.delay)]
+    return values_BKT[:, :, settings.spec.governing(values_BKT.shape[2], from_next)]
 
 
 def _shift_for(logits: Tensor, share: float) -> float:
@@ -97,7 +92,7 @@ def _shift_for(logits: Tensor, share: float) -> float:
 @torch.no_grad()
 def shift_gates(model: FoldForCausalLM, shift: float) -> None:
     """Add `shift` to every logit: an adapter's biases have it, or the offset of gates that read a channel."""
-    gates = GateConfig.from_json(model.config.gates)
+    gates = model.config.gate_config
     if gates.source == "adapter":
         for name, weight in model.named_parameters():
             if name.endswith("fold_proj.bias"):

@@ -76,7 +76,7 @@ def _of_planned(facts: Mapping[str, Any]) -> str:
 
 
 def _decides(settings: RetrofitSettings) -> str:
-    if settings.time is not None and settings.time.startswith("dmc"):
+    if settings.gated and "next" not in settings.spec.gate_form.reads:
         return "each token's own"
     return "each token's own" if settings.reads == "own" else "the next token's"
 

@@ -6,7 +6,7 @@ Differs: readers and owners are those of a pattern, and a trained model is train
 
 import random
 
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 
 _SHARE = 0.5
 """How often a layer that may share does."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvfold.eval.progress import Report, silent
 from kvfold.models.decoder import FoldForCausalLM
+from kvfold.models.options import CallOptions
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import gate_config_of
 
@@ -38,8 +39,7 @@ def least_missed_channel(
         for channel in range(dim):
             report("finding the channel", channel, dim)
             model.set_gates(gate_config_of(settings.with_values(channel=channel, find_channel=False)), settings.time)
-            with model.zero_out(0.0):
-                found_NTV = _log_probabilities(model, ids_NT)
+            found_NTV = _log_probabilities(model, ids_NT, CallOptions(channel_factor=0.0))
             missed.append(float((expected_NTV.exp() * (expected_NTV - found_NTV)).sum(dim=-1).mean()))
         report("finding the channel", dim, dim)
     finally:
@@ -49,6 +49,6 @@ def least_missed_channel(
     return {"channel": best, "kl": missed[best], "kl_of_last": missed[-1], "kl_of_each": missed}
 
 
-def _log_probabilities(model: FoldForCausalLM, ids_NT: Tensor) -> Tensor:
+def _log_probabilities(model: FoldForCausalLM, ids_NT: Tensor, options: CallOptions | None = None) -> Tensor:
     """fp32 [N, T, V]."""
-    return model(ids_NT, use_cache=False).logits.float().log_softmax(dim=-1)
+    return model(ids_NT, use_cache=False, options=options).logits.float().log_softmax(dim=-1)

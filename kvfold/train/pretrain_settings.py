@@ -5,8 +5,8 @@ and weights come to. No torch.
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-from kvfold.layout import KVLayout
-from kvfold.planner import token_bytes
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import token_bytes
 from kvfold.train.numbers import check_numbers
 from kvfold.train.schedules import Stages, learning_rate_factor
 

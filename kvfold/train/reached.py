@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvfold.layout import KVLayout
-from kvfold.specs.base import TimeSpec
-from kvfold.specs.dms import DMSSpec
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.methods.base import Method
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,11 +44,8 @@ def reached(decisions: Sequence[Tensor | None], layout: KVLayout, *, from_next: 
     )
 
 
-def kept_tokens(decisions_BKT: Tensor, spec: TimeSpec, *, from_next: bool) -> Tensor:
+def kept_tokens(decisions_BKT: Tensor, spec: Method, *, from_next: bool) -> Tensor:
     """Entries that each head holds after the last token, fp32 [B, K]."""
     fired = (decisions_BKT > 0.5).float()
     tokens = fired.shape[2]
-    if isinstance(spec, DMSSpec):
-        governing = fired[:, :, 1:] if from_next else fired
-        return tokens - governing[:, :, : max(0, tokens - 1 - spec.delay)].sum(dim=2)
-    return tokens - fired[:, :, 1:].sum(dim=2)
+    return tokens - fired[:, :, spec.governing(tokens, from_next)].sum(dim=2)

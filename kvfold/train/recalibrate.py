@@ -8,10 +8,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvfold.eval.progress import Report, silent
+from kvfold.methods.gates import GateConfig
 from kvfold.models.adapters import ABOUT, WEIGHTS, adapter_folder, read_adapter
 from kvfold.models.checkpoint_files import whole_folder
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.gates import GateConfig
 from kvfold.train.calibrate import calibrate
 from kvfold.train.settings import RetrofitSettings
 

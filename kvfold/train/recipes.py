@@ -17,7 +17,7 @@ Settings = TypeVar("Settings")
 
 def recipe_names() -> list[str]:
     """Recipes that come with kvfold."""
-    folder = resources.files("kvfold") / "recipes"
+    folder = resources.files("kvfold") / "assets" / "recipes"
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
@@ -33,7 +33,7 @@ def read_recipe(name: str, settings: type) -> dict[str, Any]:
             raise ValueError(f"{name}: there is no such file: correct the path")
         text = path.read_text(encoding="utf-8")
     elif name in recipe_names():
-        text = (resources.files("kvfold") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+        text = (resources.files("kvfold") / "assets" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         raise _unknown("recipe", name, recipe_names())
     try:

@@ -132,7 +132,7 @@ class Retrofit:
     def _load(self, checkpoint: Path) -> None:
         settings = self.settings
         load_trained(self.model, checkpoint)
-        if settings.compresses and settings.trains == "full" and settings.spec.name == "dmc":
+        if settings.compresses and settings.trains == "full" and settings.spec.gate_form.zero_out:
             if step_of(checkpoint) <= settings.stages.zero_out_steps:  # the rows go before the step after
                 self.model.free_channel()
             self.model.config.channel_freed = True

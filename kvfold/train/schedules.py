@@ -8,14 +8,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from kvfold.specs.base import TimeSpec
-from kvfold.specs.dmc import DMCSpec
-from kvfold.specs.dms import DMSSpec
+from kvfold.methods.base import Method
 
 LearningRate = Literal["constant", "cosine", "tail-cosine"]
 
 
-def share_for(real_compression: float, context_tokens: int, spec: TimeSpec) -> float:
+def share_for(real_compression: float, context_tokens: int, spec: Method) -> float:
     """alpha*, the share of decisions that must fire so that a head which saw `context_tokens` tokens keeps
     1 / `real_compression` of them. Raises `ValueError` below 1, and where a DMS delay alone keeps more.
     """
@@ -31,28 +29,24 @@ def share_for(real_compression: float, context_tokens: int, spec: TimeSpec) -> f
     return 1 - (kept - always) / free
 
 
-def nominal_for(real_compression: float, context_tokens: int, spec: TimeSpec) -> float:
+def nominal_for(real_compression: float, context_tokens: int, spec: Method) -> float:
     """CR*, what the papers call compression: 1 / (1 - alpha*), the delay window not counted."""
     return 1 / (1 - share_for(real_compression, context_tokens, spec))
 
 
-def real_for(share: float, context_tokens: int, spec: TimeSpec) -> float:
+def real_for(share: float, context_tokens: int, spec: Method) -> float:
     """The inverse of `share_for`: tokens seen / tokens kept when this share of decisions fires."""
     always = always_kept(context_tokens, spec)
     return context_tokens / (always + (context_tokens - always) * (1 - share))
 
 
-def always_kept(context_tokens: int, spec: TimeSpec) -> int:
-    """Tokens that no decision reaches: DMS's delay window and the newest token; DMC's first token, which has nothing to
-    merge into.
-    """
-    if isinstance(spec, DMSSpec):
-        return min(context_tokens, spec.delay + 1)
-    assert isinstance(spec, DMCSpec), f"{spec.name} has no gates"
-    return 1
+def always_kept(context_tokens: int, spec: Method) -> int:
+    """Tokens that no decision reaches, such as DMS's delay window, or DMC's first token, which has nothing to merge into."""
+    assert spec.trained, f"{spec.name} has no gates"
+    return spec.always_kept(context_tokens)
 
 
-def _unreachable(real: float, tokens: int, always: int, spec: TimeSpec) -> str:
+def _unreachable(real: float, tokens: int, always: int, spec: Method) -> str:
     most = math.ceil(tokens / real) - 2
     remedy = f"use a delay of {most} or less, or longer sequences" if most >= 1 else "ask for less, or longer sequences"
     return (

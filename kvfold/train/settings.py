@@ -3,9 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-from kvfold.specs.base import TimeSpec
-from kvfold.specs.dms import DMSSpec
-from kvfold.specs.registry import parse_time
+from kvfold.methods.base import Method
+from kvfold.methods.registry import parse_time
 from kvfold.train.numbers import check_numbers
 from kvfold.train.schedules import LearningRate, Stages, learning_rate_factor, nominal_for, share_for
 
@@ -123,17 +122,20 @@ class RetrofitSettings:
     def _check_method(self) -> None:
         if not self.compression >= 1:
             raise ValueError(f"compression {self.compression:g}: it is times smaller, 1 or more: ask for e.g. 4")
-        if self.time is not None and self.spec.name not in ("dmc", "dms"):
-            raise ValueError(f"time '{self.time}': only dmc and dms are trained: use one of them, or leave it out")
-        if self.trains == "adapter" and (self.time is None or self.spec.name != "dms"):
+        if self.time is not None and not self.spec.trained:
             raise ValueError(
-                f"an adapter for {self.time or 'no method'}: gates beside a frozen model are DMS's: "
+                f"time '{self.time}': it learns nothing: use a learned method such as dms or dmc, or leave it out"
+            )
+        if self.trains == "adapter" and (self.time is None or not self.spec.gate_form.adapter):
+            raise ValueError(
+                f"an adapter for {self.time or 'no method'}: it has no gates beside a frozen model: "
                 "use lora or full, or time dms"
             )
         if self.control and self.trains == "adapter":
             raise ValueError("control of an adapter: a frozen model is its own control: leave one of the two out")
-        if self.shard and (self.trains == "lora" or (self.time is not None and self.spec.name == "dmc")):
-            raise ValueError("shard with lora or dmc: both write into whole weights: leave shard out")
+        if self.shard and (self.trains == "lora" or (self.time is not None and self.spec.gate_form.zero_out)):
+            what = "lora" if self.trains == "lora" else self.spec.name
+            raise ValueError(f"shard with {what}: it writes into whole weights: leave shard out")
         if self.drawn_layers is not None and (self.time is not None or self.shard):
             other = "shard" if self.shard else f"time '{self.time}'"
             raise ValueError(f"drawn_layers {self.drawn_layers} with {other}: train one of the two after the other")
@@ -153,8 +155,8 @@ class RetrofitSettings:
             raise ValueError(
                 "source 'channel' with an adapter: its decisions are its own: use lora or full, or leave it out"
             )
-        if self.source == "adapter" and self.gated and self.spec.name == "dmc":
-            raise ValueError("source 'adapter' with dmc: DMC reads a freed channel: leave it out")
+        if self.source == "adapter" and self.gated and not self.spec.gate_form.adapter:
+            raise ValueError(f"source 'adapter' with {self.spec.name}: it reads a freed channel: leave it out")
         if self.gate_source != "channel":
             for name in ("zero_out_steps", "channel", "find_channel"):
                 if getattr(self, name) not in (0, None):  # False is 0
@@ -163,7 +165,7 @@ class RetrofitSettings:
             raise ValueError(f"channel {self.channel} and find_channel: give one of the two")
 
     @property
-    def spec(self) -> TimeSpec:
+    def spec(self) -> Method:
         """The method."""
         assert self.time is not None, "plain uptraining has no method"
         return parse_time(self.time)
@@ -183,14 +185,16 @@ class RetrofitSettings:
         """Where decisions come from."""
         if self.time is None:
             return None
-        return self.source or ("adapter" if isinstance(self.spec, DMSSpec) else "channel")
+        return self.source or self.spec.gate_form.source
 
     @property
     def distils(self) -> Literal["reverse", "forward", "none"]:
         """The loss: a distillation, or none."""
         if self.kl is not None:
             return self.kl
-        return "reverse" if self.teacher or (self.gated and isinstance(self.spec, DMSSpec)) else "none"
+        if self.teacher:
+            return "reverse"
+        return self.spec.gate_form.distils if self.gated else "none"
 
     @property
     def step_tokens(self) -> int:

@@ -9,16 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.methods.gates import GateConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.gates import GateConfig
+from kvfold.models.options import CallOptions
+from kvfold.models.packing import unpack
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.teacher import TeacherStates
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATE_MODULES = ("fold_norm", "fold_proj")
-_SCALES = {"dmc": 1.0, "dms": 100.0}
-"""Of gates, where the settings give none."""
+GATES_OFF = CallOptions(gates="off")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,13 +47,12 @@ class Student:
 
     def _asked(self, ids_BT: Tensor, wrapped: nn.Module | None = None, of_layers: bool = False) -> tuple[Tensor, ...]:
         if self.teacher is not None:
-            with self.teacher.gates_off():
-                return _states(self.teacher, ids_BT, of_layers)
-        with self.model.gates_off(), lora_off(self.model):
+            return _states(self.teacher, ids_BT, of_layers)
+        with lora_off(self.model):
             if wrapped is None:
                 return _states(self.model, ids_BT, of_layers)
             states = wrapped(
-                input_ids=ids_BT, use_cache=False, logits_to_keep=1, output_hidden_states=True
+                input_ids=ids_BT, use_cache=False, logits_to_keep=1, output_hidden_states=True, options=GATES_OFF
             ).hidden_states
             return states if of_layers else states[-1:]
 
@@ -63,7 +63,7 @@ class Student:
 
 
 def _states(model: FoldForCausalLM, ids_BT: Tensor, of_layers: bool) -> tuple[Tensor, ...]:
-    output = model.model(ids_BT, use_cache=False, output_hidden_states=of_layers)
+    output = model.model(ids_BT, use_cache=False, output_hidden_states=of_layers, options=GATES_OFF)
     return output.hidden_states if of_layers else (output.last_hidden_state,)
 
 
@@ -84,6 +84,7 @@ def make_student(
     if teacher is not None:
         # Training mode is the plain form without a cache; there is nothing random in it.
         teacher.requires_grad_(False).train()
+    unpack(model)  # copies for decoding, which training would only make stale
     torch.manual_seed(settings.seed)
     if settings.compresses:
         model.set_gates(gate_config_of(settings), settings.time)
@@ -129,16 +130,13 @@ def check_method(model: FoldForCausalLM, settings: RetrofitSettings) -> None:
 
 def gate_config_of(settings: RetrofitSettings) -> GateConfig:
     """The gates that the settings describe. An adapter has a bias, which warm start and calibration set."""
-    name = settings.spec.name
-    scale = _SCALES[name] if settings.gate_scale is None else settings.gate_scale
-    channel = -1 if settings.channel is None else settings.channel
-    if name == "dmc":
-        return GateConfig(
-            method="dmc", per=settings.per, channel=channel, scale=scale, base_masked=settings.trains == "lora"
-        )
+    form = settings.spec.gate_form
     return GateConfig(
-        method="dms", source=settings.gate_source, reads=settings.reads, per=settings.per, channel=channel, scale=scale,
-        bias=settings.gate_source == "adapter",
+        method=settings.spec.name, source=settings.gate_source, per=settings.per, bias=settings.gate_source == "adapter",
+        reads=settings.reads if settings.reads in form.reads else form.reads[0],
+        channel=-1 if settings.channel is None else settings.channel,
+        scale=form.scale if settings.gate_scale is None else settings.gate_scale,
+        base_masked=form.zero_out and settings.trains == "lora",
     )  # fmt: skip
 
 

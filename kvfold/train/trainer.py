@@ -1,7 +1,6 @@
 """The training loop of a retrofit: distillation, the pressure on gates, and what happens at the borders of its stages."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kvfold.eval.scoring import next_token_logits
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.models.options import CallOptions
 from kvfold.train.data import TrainingOrder
 from kvfold.train.draws import drawn_layout
 from kvfold.train.loop import OnStep, StepTrainer
@@ -49,12 +49,9 @@ class RetrofitTrainer(StepTrainer):
         with self.accelerator.autocast():
             wrapped = model if self._settings.shard else None
             teacher = self._asked(ids, wrapped)
-            with ExitStack() as inside:
-                if factor is not None:
-                    inside.enter_context(self._student.model.zero_out(factor))
-                if self._student.widest is not None:
-                    inside.enter_context(self._student.model.sharing(self._drawn(step)))
-                outputs = self.forward_states(model, ids, **options)
+            sharing = None if self._student.widest is None else self._drawn(step)
+            asked = CallOptions(channel_factor=factor, sharing=sharing)
+            outputs = self.forward_states(model, ids, options=asked, **options)
             total = self._distilled(outputs, teacher[-1], ids) if teacher else self.summed_loss(outputs, ids)
         main = loss = self.share_of_step(total, inputs)
         told = {}
@@ -103,13 +100,13 @@ class RetrofitTrainer(StepTrainer):
         """What fired, and what that would keep."""
         layout, next_ = self._student.model.config.layout, self._settings.reads == "next"
         fired, seen = decision_counts(decisions)
-        kept = reached(decisions, layout, from_next=next_ and self._settings.spec.name == "dms")
+        kept = reached(decisions, layout, from_next=next_ and "next" in self._settings.spec.gate_form.reads)
         return {"share": (fired / seen).mean().detach(), "kept": kept.kept, "kept_O": kept.kept_O}
 
     def before_step(self, step: int) -> None:
         """A freed channel is written out of the weights before the first step in which gates decide."""
         settings, stages, model = self._settings, self._stages, self._student.model
-        frees = settings.compresses and settings.spec.name == "dmc" and settings.trains == "full"
+        frees = settings.compresses and settings.spec.gate_form.zero_out and settings.trains == "full"
         if frees and step >= stages.zero_out_steps and not model.config.channel_freed:
             if step == stages.zero_out_steps:
                 model.free_channel()

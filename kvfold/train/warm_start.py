@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.cache.dense import DenseView
+from kvfold.cache.training import TrainingView
 from kvfold.eval.progress import Report, silent
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.gates import GateConfig
 from kvfold.ops.gating import Gates
 from kvfold.ops.rotation import Rotation, rotate, rotate_queries
-from kvfold.specs.dms import DMSSpec
 from kvfold.train.calibrate import calibrate
 from kvfold.train.settings import RetrofitSettings
 
@@ -73,9 +71,9 @@ def attention_to_come(model: FoldForCausalLM, ids_BT: Tensor) -> list[tuple[int,
     found = []
     for owner in _gated_owners(model):
         largest = view.largest[owner]
-        if GateConfig.from_json(model.config.gates).per == "layer":
+        if model.config.gate_config.per == "layer":
             largest = largest.amax(dim=1, keepdim=True).expand_as(largest)
-        counted = _counted_tokens(ids_BT.shape[1], layout.time_of(owner).delay)
+        counted = _counted_tokens(ids_BT.shape[1], layout.time_of(owner).eviction_delay)
         y = largest[:, :, :counted].clamp(min=_SMALLEST).log().transpose(1, 2)
         found.append((owner, inputs[owner][:, :counted].flatten(0, 1), y.flatten(0, 1)))
     return found
@@ -88,7 +86,7 @@ def _counted_tokens(tokens: int, delay: int) -> int:
 
 def _gated_owners(model: FoldForCausalLM) -> list[int]:
     layout = model.config.layout
-    return [owner for owner in layout.owners if isinstance(layout.time_of(owner), DMSSpec)]
+    return [owner for owner in layout.owners if layout.time_of(owner).eviction_delay is not None]
 
 
 class _WatchedView:
@@ -96,7 +94,7 @@ class _WatchedView:
 
     def __init__(self, layout: KVLayout, *, scale: float, softcap: float | None):
         self._layout, self._scale, self._softcap = layout, scale, softcap
-        self._plain = DenseView(layout.base(), real_BT=None, scale=scale, softcap=softcap)
+        self._plain = TrainingView(layout.base(), real_BT=None, scale=scale, softcap=softcap)
         self._keys: dict[int, Tensor] = {}
         self.largest: dict[int, Tensor] = {}
         """Of each owner under DMS, [B, K, T]."""
@@ -108,13 +106,13 @@ class _WatchedView:
         """See `KVView`."""
         owner = self._layout.owner_of(layer)
         spec = self._layout.time_of(owner)
-        if isinstance(spec, DMSSpec):
+        if spec.eviction_delay is not None:
             if k_BTKD is not None:
                 self._keys[owner] = rotate(rotation, k_BTKD)
             found = largest_attention(
                 rotate_queries(rotation, q_BTHD),
                 self._keys[owner],
-                delay=spec.delay,
+                delay=spec.eviction_delay,
                 scale=self._scale,
                 softcap=self._softcap,
             )
@@ -188,7 +186,7 @@ class _Moments:
 
 def _write_gates(model: FoldForCausalLM, fits: dict[int, _Fit], *, gain: float) -> None:
     """Gates whose logit is minus the prediction times `gain`; the threshold comes later, as a shift."""
-    gates = GateConfig.from_json(model.config.gates)
+    gates = model.config.gate_config
     for owner, fit in fits.items():
         projection = model.model.layers[owner].self_attn.fold_proj
         projection.weight.copy_(-gain / gates.scale * fit.weight_KC)

@@ -94,7 +94,7 @@ def test_ratios_are_taken_round_by_round():
 
 
 def _plain():
-    from kvfold.layout import KVLayout
+    from kvfold.layout.kvlayout import KVLayout
 
     return KVLayout.plain(1, 1, 8)
 

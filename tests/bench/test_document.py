@@ -7,8 +7,8 @@ from byte_tokenizer import byte_tokenizer
 from kvfold.bench.document import chosen_heads, read_document, token_states
 from kvfold.data.texts import TextFile
 from kvfold.data.windows import text_beginning
-from kvfold.models.gates import GateConfig
-from kvfold.specs.registry import parse_time
+from kvfold.methods.gates import GateConfig
+from kvfold.methods.registry import parse_time
 from kvfold.train.reached import kept_tokens
 from tiny_model import tiny_model
 

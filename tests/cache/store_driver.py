@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvfold.cache.hf import FoldCache
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.ops.rotation import Rotation
 from slow_cache import Method, SlowCache
 
@@ -144,33 +144,40 @@ def assert_real_close(ours, theirs, real, **bounds):
 
 
 def check_books(store):
-    """Every page is free or held, as often as its reference count says, and no lane of a free row holds any."""
-    for pool in store._pools:
+    """Every page is free or held, as often as its reference count says, and no stream of a freed sequence holds any."""
+    for pool in store.pools:
         held = Counter()
-        for bank in store.banks:
-            if bank.pool is pool and bank.table.numel():
-                held.update(bank.page_ids(bank.lanes(torch.arange(bank.length.shape[1])))[2].tolist())
-        free = pool.free_list[: pool.book.free].tolist()
+        for group in store.groups:
+            if group.pool is pool and group.length.numel():
+                held.update(group.page_ids(group.ids(torch.arange(group.length.shape[1])))[2].tolist())
+        free = pool.free_list[: pool.book.exact_free()].tolist()
         assert len(set(free)) == len(free), "a page stands twice among the free ones"
         assert not set(free) & set(held), "a free page is held"
         assert len(free) + len(held) == pool.book.capacity, "a page was lost"
         assert pool.references.tolist() == [held[page] for page in range(pool.book.capacity)], (
             "reference counts are off"
         )
-        assert pool.k.shape[0] == pool.v.shape[0] == pool.position.shape[0] == pool.book.capacity
-    for bank in store.banks:
-        assert not store._free_rows or not bank.length[:, store._free_rows].any(), "a free row holds entries"
-        for owner in range(len(bank.owners)):
+        assert {array.shape[0] for array in pool.arrays.values()} == {pool.book.capacity}
+    for group in store.groups:
+        assert not store._free or not group.length[:, store._free].any(), "a freed sequence holds entries"
+        for owner in range(len(group.owners)):
             for row in set(range(len(store._seen))) - store._in_call:
-                most = bank.spec.max_kept(store._seen[row])
-                assert int(bank.length[owner, row].max()) <= most, f"{bank.spec.format()} keeps more than its budget"
+                most = group.method.max_kept(store._seen[row])
+                assert int(group.length[owner, row].max()) <= most, (
+                    f"{group.method.format()} keeps more than its budget"
+                )
+
+
+def page_of(group, row, index=0):
+    """The page that the first owner's first head holds at a place of its table."""
+    return group.tables.flat[group.starts(group.ids(torch.tensor([row]))[0, 0, 0]) + index]
 
 
 def shared_page_bytes(store):
     """Bytes saved because lanes share pages."""
     sizes = store._page_bytes.values()
     return sum(
-        int((pool.references.clamp(min=1) - 1).sum()) * size for pool, size in zip(store._pools, sizes, strict=True)
+        int((pool.references.clamp(min=1) - 1).sum()) * size for pool, size in zip(store.pools, sizes, strict=True)
     )
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kvfold.cache.pages import CacheFull
-from kvfold.layout import KVLayout
-from kvfold.planner import Plan, layout_bytes
+from kvfold.cache.allocator import CacheFull
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import Plan, layout_bytes
 from store_driver import (
     TIMES,
     Face,
@@ -32,7 +32,7 @@ def state_of(cache):
     store = cache.store
     return (
         cache.columns, list(cache.rows), cache.seen_tokens.tolist(), cache.kept_tokens.tolist(), cache.kept_positions,
-        cache.allocated_bytes, cache.pool_bytes, cache.free_pages, store.num_rows, sorted(store._free_rows),
+        cache.allocated_bytes, cache.pool_bytes, cache.free_pages, store.num_sequences, sorted(store._free),
     )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def test_the_plan_and_the_store_agree_on_how_many_rows_fit(time):
     for row in crowd.rows[:rows]:
         feed_cut(face_of(crowd, [row]), text, [512], check=False)
     assert crowd.pool_bytes <= memory
-    assert crowd.allocated_bytes == plan.bytes([4096] * rows) + crowd.store._row_bytes() <= memory
+    assert crowd.allocated_bytes == plan.bytes([4096] * rows) + crowd.store._sequence_bytes() <= memory
     with pytest.raises(CacheFull):
         feed_cut(face_of(crowd, crowd.rows[rows:]), text, [512], check=False)
     check_books(crowd.store)
@@ -88,7 +88,7 @@ def test_a_refused_call_leaves_the_rows_as_they_were(owners, columns):
         piece = text.part(slice(25, 26))
         assert_real_close(feed(cache, piece), feed(twin, piece), piece.real)
         assert cache.kept_positions == twin.kept_positions
-    cache.store.free_rows([1])
+    cache.store.free([1])
     face, other = face_of(cache, [0]), face_of(twin, [0])
     piece = text.part(slice(26, 34), slice(0, 1))
     assert_real_close(feed(face, piece), feed(other, piece), piece.real)
@@ -107,7 +107,7 @@ def test_a_refused_call_under_a_policy_leaves_the_rows_as_they_were(time, column
     with pytest.raises(CacheFull, match="free rows, shorten the text, or give the cache more memory_bytes"):
         feed(cache, text.part(slice(12, 12 + columns)))
     assert state_of(cache) == before
-    cache.store.free_rows([1])
+    cache.store.free([1])
     piece = text.part(slice(12, 12 + columns), slice(0, 1))
     face, other = face_of(cache, [0]), face_of(twin, [0])
     assert_real_close(feed(face, piece), feed(other, piece), None)
@@ -137,23 +137,21 @@ def test_more_rows_than_the_books_hold_are_refused_and_the_cache_stays_as_it_was
     assert state_of(cache) == before
     feed(cache, draw(layout, 3))
     twin = cache.copy()
-    assert set(twin.rows).isdisjoint(cache.rows) and cache.store.num_rows == 2
+    assert set(twin.rows).isdisjoint(cache.rows) and cache.store.num_sequences == 2
     check_books(cache.store)
 
 
-def test_tables_count_against_the_budget():
-    """Tables are as wide as the longest row: where many short rows stand beside it, they are what is full."""
+def test_a_long_sequence_costs_many_short_ones_nothing():
+    """Tables have a length of their own for each sequence: what was planned fits, in whatever order it comes."""
     layout = KVLayout.plain(2, 2, 8)
-    memory = layout_bytes(layout, [400] + [4] * 300, 4, 4)
-    cache = new_cache(layout, 1, memory_bytes=memory)
-    store = cache.store
-    with pytest.raises(CacheFull, match="tables"):
-        for _ in range(40):
-            rows = store.new_rows(50)
-            feed(face_of(cache, rows), draw(layout, 1, rows=50))
-            feed(face_of(cache, cache.rows), draw(layout, 20))
-    assert store.pool_bytes <= memory
-    check_books(store)
+    seen = [400] + [4] * 300
+    memory = layout_bytes(layout, seen, 4, 4)
+    for order in (seen, seen[::-1]):
+        cache = new_cache(layout, len(seen), memory_bytes=memory, kind=Face)
+        for row, tokens in zip(cache.rows, order, strict=True):
+            feed(face_of(cache, [row]), draw(layout, tokens))
+        assert cache.allocated_bytes == memory and cache.store.pool_bytes <= memory
+        check_books(cache.store)
 
 
 def test_rows_of_very_different_length_fit_as_planned():
@@ -193,13 +191,30 @@ def test_rows_beyond_those_expected_find_pages_of_both_kinds(rows):
     assert cache.seen_tokens.tolist() == [100] * rows
 
 
+@pytest.mark.parametrize("times", [("full", "full"), ("full", "window:16+0")], ids=str)
+@pytest.mark.parametrize("memory", [None, 60_000])
+def test_a_cache_of_no_rows_takes_those_of_the_first_call(times, memory):
+    """One whose rows are all still to come, and one whose rows have all gone."""
+    layout = plain_time(with_sizes(KVLayout.plain(2, 2, 8), [(2, 8), (2, 16)]), *times)
+    cache, text = new_cache(layout, 0, memory_bytes=memory), draw(layout, 20, rows=3)
+    expected = feed(new_cache(layout, 3), text)
+    for _ in range(2):
+        assert cache.batch_size == cache.allocated_bytes == cache.full_bytes == cache.usage.total == 0
+        assert cache.seen_tokens.tolist() == [] and cache.kept_tokens.shape == (2, 0, 2)
+        assert cache.copy().batch_size == 0
+        assert cache.pool_bytes == memory or memory is None or cache.pool_bytes < memory
+        assert_real_close(feed(cache, text), expected, None)
+        check_books(cache.store)
+        cache.free()
+
+
 def test_too_many_rows_leave_a_store_of_two_kinds_of_pages_whole():
     layout = plain_time(with_sizes(KVLayout.plain(2, 2, 8), [(2, 8), (2, 16)]), "full", "window:16+0")
     cache = new_cache(layout, 1, memory_bytes=40_000)
     for rows in (3000, 200_000):
         with pytest.raises((CacheFull, ValueError)):
             feed(cache, draw(layout, 1, rows=rows))
-        assert cache.batch_size == cache.store.num_rows == 1 and cache.pool_bytes <= 40_000
+        assert cache.batch_size == cache.store.num_sequences == 1 and cache.pool_bytes <= 40_000
     feed(cache, draw(layout, 20))
     check_books(cache.store)
 

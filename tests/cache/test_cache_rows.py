@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from store_driver import (
     TIMES,
     Draw,
@@ -87,14 +87,14 @@ def test_nothing_is_copied_before_it_is_written():
     for columns in (12, 10):
         cache = new_cache(layout)
         feed(cache, draw(layout, columns))
-        pages = cache.store._pools[0].held_pages
+        pages = cache.store.pools[0].held_pages
         twins = [cache.copy() for _ in range(5)]
-        assert cache.store._pools[0].held_pages == pages == 4 * 3
+        assert cache.store.pools[0].held_pages == pages == 4 * 3
         feed(twins[0], draw(layout, 1))
-        assert cache.store._pools[0].held_pages == pages + 4, "one page a lane: the open one's copy, or a new one"
+        assert cache.store.pools[0].held_pages == pages + 4, "one page a lane: the open one's copy, or a new one"
         for twin in twins:
             twin.free()
-        assert cache.store._pools[0].held_pages == pages
+        assert cache.store.pools[0].held_pages == pages
 
 
 def test_a_copy_that_is_let_go_gives_its_pages_back():
@@ -106,7 +106,7 @@ def test_a_copy_that_is_let_go_gives_its_pages_back():
     feed(twin, draw(layout, 20))
     assert cache.free_pages < free
     del twin
-    assert cache.free_pages == free and cache.store.num_rows == 1
+    assert cache.free_pages == free and cache.store.num_sequences == 1
     check_books(cache.store)
 
 
@@ -144,7 +144,7 @@ def test_beams(time):
         theirs = feed_cut(single, read[beam], [7, 1])
         assert [owner[beam] for owner in cache.kept_positions] == [owner[0] for owner in single.kept_positions]
         assert_real_close([out[beam : beam + 1] for out in ours], [out[:, -1:] for out in theirs], None)
-    assert cache.store.num_rows == 3
+    assert cache.store.num_sequences == 3
 
 
 @pytest.mark.parametrize("time", ALL)
@@ -157,7 +157,7 @@ def test_rows_are_repeated_and_selected(time):
     assert cache.batch_size == 6 and cache.seen_tokens.tolist() == [9, 9, 9, 6, 6, 6]
     outs = feed_cut(cache, more, [1, 4, 1])
     cache.batch_select_indices(torch.tensor([4, 0]))
-    assert cache.seen_tokens.tolist() == [12, 15] and cache.store.num_rows == 2
+    assert cache.seen_tokens.tolist() == [12, 15] and cache.store.num_sequences == 2
     for place, row in enumerate([4, 0]):
         single = new_cache(layout)
         feed(single, texts.part(rows=slice(row // 3, row // 3 + 1)))
@@ -179,7 +179,7 @@ def test_rows_can_be_had_before_anything_was_fed():
             assert cache.kept_tokens.sum() == 0 and cache.columns == 0
             deed(cache)
             assert_real_close(feed(cache, text), expected, None)
-            assert cache.batch_size == cache.store.num_rows == 4
+            assert cache.batch_size == cache.store.num_sequences == 4
             check_books(cache.store)
 
 
@@ -190,11 +190,11 @@ def test_reset_forgets_all_and_frees_all():
     first = feed_cut(cache, text, [7, 1])
     cache.reset()
     assert cache.columns == 0 and cache.seen_tokens.tolist() == [0, 0] and cache.get_seq_length() == 0
-    assert cache.free_pages == sum(pool.book.capacity for pool in cache.store._pools)
+    assert cache.free_pages == sum(pool.book.capacity for pool in cache.store.pools)
     assert_real_close(feed_cut(cache, text, [7, 1]), first, None)
     cache.reset()
     feed(cache, draw(layout, 3, rows=5))
-    assert cache.batch_size == 5 == cache.store.num_rows
+    assert cache.batch_size == 5 == cache.store.num_sequences
 
 
 @pytest.mark.parametrize("rows", [1, 3])

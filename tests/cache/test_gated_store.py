@@ -5,11 +5,19 @@ that they fit, and what is allocated is what the planner's terms give. The gates
 import pytest
 import torch
 
+from kvfold.cache.allocator import CacheFull
 from kvfold.cache.hf import FoldCache
-from kvfold.cache.pages import CacheFull
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import (
+    LENGTH_BYTES,
+    PAGE_OVERHEAD_BYTES,
+    SEQUENCE_BYTES,
+    layout_bytes,
+    page_bytes,
+    page_class,
+    plan,
+)
 from kvfold.ops.gating import STAY_NEVER, Gates
-from kvfold.planner import LENGTH_BYTES, PAGE_OVERHEAD_BYTES, ROW_BYTES, layout_bytes, page_bytes, page_class, plan
 
 HEADS, DIM, SLOTS = 2, 8, 4
 
@@ -53,7 +61,7 @@ def reserved_for(time: str, rows: int, tokens: int) -> int:
 @pytest.mark.parametrize(("time", "kept", "rows"), [("dmc:3", 32, 4), ("dmc:inf", 32, 4), ("dms:4", 36, 3)])
 def test_a_pool_for_one_plain_row_holds_several_compressed_ones(time, kept, rows):
     tokens, lanes = 128, 2 * HEADS
-    a_row = ROW_BYTES + lanes * (LENGTH_BYTES + layout(time).time_of(0).lane_state_bytes(DIM))
+    a_row = SEQUENCE_BYTES + lanes * (LENGTH_BYTES + layout(time).time_of(0).stream_state_bytes(DIM))
     # A page more for each lane: before a gate has spoken its token may need one.
     cache = cache_of(time, rows=4, memory_bytes=reserved_for(time, 1, tokens + SLOTS) + 3 * a_row)
     shut = torch.zeros((1, tokens), dtype=torch.bool)
@@ -124,7 +132,9 @@ def test_allocated_bytes_are_pages_of_what_is_kept_and_the_rings(time):
     page = page_bytes(page_class(cache.layout, 0), SLOTS, model_bytes=4, slot_state_bytes=spec.slot_state_bytes)
     pages = sum(-(-int(kept) // SLOTS) for kept in cache.kept_tokens.flatten())
     lanes = 2 * 2 * HEADS
-    assert cache.allocated_bytes == pages * page + 2 * ROW_BYTES + lanes * (LENGTH_BYTES + spec.lane_state_bytes(DIM))
+    assert cache.allocated_bytes == pages * page + 2 * SEQUENCE_BYTES + lanes * (
+        LENGTH_BYTES + spec.stream_state_bytes(DIM)
+    )
     assert (
         cache.allocated_bytes
         < layout_bytes(cache.layout, [51, 51], 4, SLOTS)
@@ -135,7 +145,7 @@ def test_allocated_bytes_are_pages_of_what_is_kept_and_the_rings(time):
     # Of the tokens 46 to 50, in the window of the newest one, 48 and 50 stay.
     assert usage.waiting == (0 if time.startswith("dmc") else 3 * entry * lanes)
     assert usage.rounding == entry * (SLOTS * pages - int(cache.kept_tokens.sum())) > 0
-    assert usage.rings == lanes * spec.lane_state_bytes(DIM)
+    assert usage.rings == lanes * spec.stream_state_bytes(DIM)
     assert usage.total == cache.allocated_bytes
     cache.free()
     assert cache.allocated_bytes == 0
@@ -186,8 +196,8 @@ def test_axes_multiply(time):
                 own = one.is_owner(layer)
                 said = told if one is folded and own else None
                 view.attend(layer, q, k if own else None, v if own else None, None, said)
-        pages.append(sum(pool.held_pages for pool in cache.store._pools))
+        pages.append(sum(pool.held_pages for pool in cache.store.pools))
         entries.append(cache.usage.entries)
-    waiting = cache.usage.waiting // (SLOTS * cache.store.banks[0].pool.slot_bytes)
+    waiting = cache.usage.waiting // (SLOTS * cache.store.groups[0].pool.slot_bytes)
     assert entries[0] == 16 * entries[1] and pages[0] == 16 * (pages[1] - waiting)
     assert waiting == (0 if time.startswith("dmc") else 4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvfold.cache.hf import FoldCache
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from store_driver import draw, feed
 
 
@@ -19,4 +19,4 @@ def test_a_cache_made_in_inference_mode_lives_on_outside(time):
     feed(twin, draw(layout, 2))
     twin.free()
     cache.free()
-    assert cache.free_pages == cache.store._pools[0].book.capacity
+    assert cache.free_pages == cache.store.pools[0].book.capacity

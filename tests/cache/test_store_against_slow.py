@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import store_driver
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.ops import native
 from kvfold.ops.rotation import Rotation
 from slow_cache import allowed

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from kvfold.cache.dense import DenseView
-from kvfold.layout import KVLayout
+from kvfold.cache.training import TrainingView
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.ops.rotation import Rotation
 from store_driver import SCALE, Draw, assert_real_close, draw, face_of, feed, feed_cut, new_cache, shared, with_sizes
 
@@ -19,7 +19,7 @@ PREFIX = ["full", "window:6+2", "window:1+0", "window:25%+3", "window:100+4"]
 
 
 def dense(layout, text: Draw, softcap=None):
-    view = DenseView(layout, real_BT=text.real, scale=SCALE, softcap=softcap)
+    view = TrainingView(layout, real_BT=text.real, scale=SCALE, softcap=softcap)
     return [
         view.attend(layer, text.q[layer], *((text.k[layer], text.v[layer]) if layout.is_owner(layer) else (None, None)),
                     text.rotation)

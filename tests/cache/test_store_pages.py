@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfold.cache.pages import CacheFull, PageBook
+from kvfold.cache.allocator import CacheFull, PageBook
 from kvfold.cache.usage import usage_of
-from kvfold.layout import KVLayout
-from kvfold.planner import layout_bytes
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import layout_bytes
 from store_driver import (
     TIMES,
     Face,
@@ -42,7 +42,7 @@ LAYOUTS = {
 
 def planned(store, rows=None):
     """The planner's word on the tokens that these rows (all that are alive) have seen."""
-    alive = [row for row in range(len(store._seen)) if row not in store._free_rows] if rows is None else rows
+    alive = [row for row in range(len(store._seen)) if row not in store._free] if rows is None else rows
     return layout_bytes(store.layout, [store._seen[row] for row in alive], 4, store.page_slots)
 
 
@@ -86,22 +86,22 @@ def test_rows_that_come_and_go(life, page_slots):
     for deed, number in deeds:
         chosen = [row for place, row in enumerate(alive) if number >> place & 1] or alive[:1]
         if deed == "new":
-            alive += store.new_rows(1 + number % 3)
+            alive += store.new_sequences(1 + number % 3)
         elif deed == "fork" and chosen:
-            alive += store.fork_rows(chosen)
+            alive += store.fork(chosen)
         elif deed == "free" and chosen:
-            store.free_rows(chosen)
+            store.free(chosen)
             alive = [row for row in alive if row not in chosen]
         elif chosen:
             feed(face_of(cache, chosen), draw(layout, 1 + number % 11, rows=len(chosen), seed=number))
         check_books(store)
-        assert sorted(alive + store._free_rows) == list(range(len(store._seen))), "a row is lost or stands twice"
+        assert sorted(alive + store._free) == list(range(len(store._seen))), "a row is lost or stands twice"
         assert store.allocated_bytes == planned(store) - shared_page_bytes(store) == usage_of(store).total
         assert min(astuple(usage_of(store))) >= 0
         assert max(store.allocated_bytes, tensor_bytes(store)) <= store.pool_bytes
-    store.free_rows(alive)
+    store.free(alive)
     check_books(store)
-    assert store.allocated_bytes == 0 and store.free_pages == sum(pool.book.capacity for pool in store._pools)
+    assert store.allocated_bytes == 0 and store.free_pages == sum(pool.book.capacity for pool in store.pools)
 
 
 @given(lives(), st.integers(1, 40))
@@ -116,18 +116,18 @@ def test_a_budget_is_never_exceeded(life, tokens):
         chosen = [row for place, row in enumerate(alive) if number >> place & 1] or alive[:1]
         try:
             if deed == "new":
-                alive += store.new_rows(1 + number % 3)
+                alive += store.new_sequences(1 + number % 3)
             elif deed == "fork" and chosen:
-                alive += store.fork_rows(chosen)
+                alive += store.fork(chosen)
             elif deed == "free" and chosen:
-                store.free_rows(chosen)
+                store.free(chosen)
                 alive = [row for row in alive if row not in chosen]
             elif chosen:
                 feed(face_of(cache, chosen), draw(layout, 1 + number % 11, rows=len(chosen), seed=number))
         except CacheFull:
             pass
         check_books(store)
-        assert sorted(alive + store._free_rows) == list(range(len(store._seen))), "a row is lost or stands twice"
+        assert sorted(alive + store._free) == list(range(len(store._seen))), "a row is lost or stands twice"
         assert tensor_bytes(store) <= store.pool_bytes <= memory
 
 
@@ -186,7 +186,7 @@ def test_memory_is_real():
             with pytest.raises(CacheFull):
                 feed(second, texts.part(rows=slice(1, 2)))
             assert cache.free_pages == free
-            cache.store.free_rows([0])
+            cache.store.free([0])
             assert cache.free_pages == free + 2 * 10
         feed(second, texts.part(rows=slice(1, 2)))
 
@@ -198,7 +198,7 @@ def test_free_pages_rise_when_a_call_drops():
         held = []
         for _ in range(12):
             feed(cache, draw(layout, 1))
-            held.append(cache.store._pools[0].held_pages)
+            held.append(cache.store.pools[0].held_pages)
         assert held == [2, 4, 6, *[8] * 9]
 
 
@@ -222,16 +222,23 @@ def test_pools_grow_without_losing_anything():
 
 
 def test_page_book():
-    book = PageBook(capacity=8, free=8, limit=10)
-    assert book.take(3) == slice(5, 8) and book.free == 5
+    asked = []
+    book = PageBook(capacity=8, free=8, limit=10, count_free=lambda: asked.append(1) or 7)
+    book.allocated(3)
+    assert book.free == 5
     assert book.grown_capacity(5) == 8 and book.grown_capacity(6) == 10
     with pytest.raises(CacheFull, match="needs 8 more pages and 5 of 8 are free"):
         book.grown_capacity(8)
-    assert book.give_back(3) == slice(5, 8) and book.free == 8
+    book.freed(3)
+    assert book.free == 8 and not asked
     with pytest.raises(AssertionError):
-        book.give_back(1)
+        book.freed(1)
+    book.free = 2
     with pytest.raises(AssertionError):
-        book.take(9)
+        book.allocated(3)
+    book.freed(None)
+    assert book.grown_capacity(2) == 8 and not asked, "the host's bound is enough"
+    assert book.grown_capacity(6) == 8 and asked == [1] and book.exact_free() == 7 and asked == [1]
 
 
 def test_a_deep_copy_is_a_cache_of_its_own():

@@ -5,8 +5,20 @@ what was freed.
 import pytest
 import torch
 
-from kvfold.layout import KVLayout
-from store_driver import TIMES, Face, assert_real_close, check_books, draw, face_of, feed, feed_cut, new_cache, shared
+from kvfold.layout.kvlayout import KVLayout
+from store_driver import (
+    TIMES,
+    Face,
+    assert_real_close,
+    check_books,
+    draw,
+    face_of,
+    feed,
+    feed_cut,
+    new_cache,
+    page_of,
+    shared,
+)
 
 
 class Died(Exception):
@@ -40,8 +52,8 @@ def test_rows_of_a_call_that_died_are_unusable_until_reset(time, columns, layers
         assert "reset" in str(found.value) and "\n" not in str(found.value)
     cache.reset()
     check_books(cache.store)
-    assert cache.allocated_bytes == cache.store.num_rows * cache.store._row_bytes()
-    assert cache.free_pages == sum(pool.book.capacity for pool in cache.store._pools)
+    assert cache.allocated_bytes == cache.store.num_sequences * cache.store._sequence_bytes()
+    assert cache.free_pages == sum(pool.book.capacity for pool in cache.store.pools)
     assert_real_close(feed_cut(cache, text, [7, 1]), feed_cut(new_cache(layout, 2), text, [7, 1]), None)
 
 
@@ -58,8 +70,8 @@ def test_other_rows_of_the_store_go_on():
     assert_real_close(feed_cut(face_of(cache, [0]), rest, [1]), feed_cut(single, rest, [1]), None)
     with pytest.raises(RuntimeError, match=r"rows \[1\]"):
         feed(cache, draw(layout, 1, rows=2))
-    cache.store.free_rows([1])
-    assert cache.store.new_rows(1) == [1]
+    cache.store.free([1])
+    assert cache.store.new_sequences(1) == [1]
     feed(cache, draw(layout, 1, rows=2))
     check_books(cache.store)
 
@@ -77,7 +89,7 @@ def test_a_row_that_died_loses_no_page(time, columns):
         feed(cache, text)
     cache.reset()
     check_books(cache.store)
-    assert cache.free_pages == sum(pool.book.capacity for pool in cache.store._pools)
+    assert cache.free_pages == sum(pool.book.capacity for pool in cache.store.pools)
 
 
 def test_a_fork_survives_the_call_in_which_its_sibling_died():
@@ -103,11 +115,11 @@ def test_a_read_of_a_freed_page_gives_nan():
         layout = KVLayout.plain(1, 2, 8)
         cache = new_cache(layout, 2)
         feed(cache, draw(layout, 9, rows=2))
-        bank = cache.store.banks[0]
-        page = bank.table[0, 1, 0, 0]
-        assert not cache.store._pools[0].k[page].isnan().any()
-        bank.pool.give_back(page[None])
-        assert cache.store._pools[0].k[page].isnan().all() and cache.store._pools[0].v[page].isnan().all()
+        group = cache.store.groups[0]
+        page = page_of(group, 1)
+        assert not cache.store.pools[0].k[page].isnan().any()
+        group.pool.free(page[None])
+        assert cache.store.pools[0].k[page].isnan().all() and cache.store.pools[0].v[page].isnan().all()
         (out,) = feed(cache, draw(layout, columns, rows=2))
         assert not out[0].isnan().any() and out[1, :, :2].isnan().all() and not out[1, :, 2:].isnan().any()
 
@@ -117,11 +129,11 @@ def test_pages_left_empty_by_a_drop_are_poisoned_and_free(time):
     layout = KVLayout.plain(1, 1, 8).with_time(time)
     cache = new_cache(layout, page_slots=1)
     feed(cache, draw(layout, 8))
-    pool = cache.store._pools[0]
-    held = set(cache.store.banks[0].page_ids(torch.tensor([0]))[2].tolist())
+    pool = cache.store.pools[0]
+    held = set(cache.store.groups[0].page_ids(torch.tensor([0]))[2].tolist())
     assert len(held) == 8
     feed(cache, draw(layout, 5))
-    now = set(cache.store.banks[0].page_ids(torch.tensor([0]))[2].tolist())
+    now = set(cache.store.groups[0].page_ids(torch.tensor([0]))[2].tolist())
     assert len(now) == 8
     for page in range(pool.book.capacity):
         assert pool.k[page].isnan().all() == (page not in now)
@@ -133,8 +145,8 @@ def test_a_page_that_changes_hands_carries_nothing_over():
     cache = new_cache(layout, 2, memory_bytes=4000, kind=Face)
     first, second = (face_of(cache, [row]) for row in (0, 1))
     feed(first, draw(layout, 20))
-    cache.store.free_rows([0])
+    cache.store.free([0])
     feed(second, draw(layout, 9))
-    page = cache.store.banks[0].table[0, 1, 0, 2]
-    assert not cache.store._pools[0].k[page, 0].isnan().any() and cache.store._pools[0].k[page, 1:].isnan().all()
+    page = page_of(cache.store.groups[0], 1, 2)
+    assert not cache.store.pools[0].k[page, 0].isnan().any() and cache.store.pools[0].k[page, 1:].isnan().all()
     assert not feed(second, draw(layout, 1))[0].isnan().any()

@@ -1,34 +1,32 @@
-"""Policies that do what none of kvfold's own does: drop any number of entries in one step, or nothing ever; what they
+"""Methods that do what none of kvfold's own does: drop any number of entries in one step, or nothing ever; what they
 keep may fall as the text grows.
 """
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import pytest
 import torch
 
-from kvfold.layout import KVLayout
-from kvfold.planner import layout_bytes
-from kvfold.policies import registry as policy_registry
-from kvfold.policies.base import Policy
-from kvfold.specs import registry as spec_registry
-from kvfold.specs.base import TimeSpec
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import layout_bytes
+from kvfold.methods import registry
+from kvfold.methods.base import Method
 from store_driver import assert_real_close, check_books, draw, feed, feed_cut, new_cache, pieces, shared, slow_twin
 
 
 @pytest.fixture(autouse=True)
 def own_registries(monkeypatch):
     """What a test registers is forgotten after it."""
-    monkeypatch.setattr(spec_registry, "TIME_SPECS", dict(spec_registry.TIME_SPECS))
-    monkeypatch.setattr(policy_registry, "POLICIES", dict(policy_registry.POLICIES))
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ToySpec(TimeSpec):
+class Toy(Method):
     """`NAME:N`; keeps no more than all."""
 
     number: int
-    title, source, trained, lossy, state_of = "a toy", "a test", False, True, "steps"
+    title, source, lossy, chunk_invariant = "a toy", "a test", True, False
 
     @classmethod
     def parse(cls, args):
@@ -41,33 +39,37 @@ class ToySpec(TimeSpec):
         return seen
 
 
-def register(monkeypatch, name, spec, policy):
-    toy = type(f"Toy_{name}", (spec,), {"name": name, "__slots__": ()})
-    monkeypatch.setitem(spec_registry.TIME_SPECS, name, toy)
-    monkeypatch.setitem(policy_registry.POLICIES, name, policy)
+def register(monkeypatch, name, method):
+    toy = type(f"Toy_{name}", (method,), {"name": name, "__slots__": ()})
+    monkeypatch.setitem(registry.METHODS, name, toy)
 
 
-class Scored(ToySpec):
+class Scored(Toy):
     """With a score in each slot."""
 
-    slot_state_bytes = 4
+    attention_scores = "cumulative"
+    slot_arrays = MappingProxyType({"score": "float32"})
 
 
-class AboveMean(Policy):
+class Newest(Toy):
+    """Scored by the newest query alone."""
+
+    attention_scores = "last"
+
+
+class AboveMean(Scored):
     """Keeps what received at least the mean of what is there: any number goes at once, the newest too."""
 
-    weights = "sum"
-
-    def keep(self, entries):
+    def retain(self, entries):
         there = entries.position_BKE >= 0
         total = entries.score_BKE.masked_fill(~there, 0).sum(dim=-1, keepdim=True)
         return (entries.score_BKE * there.sum(dim=-1, keepdim=True) >= total) | (entries.seen_B < 6)[:, None, None]
 
 
-class AboveMeanOfNewest(AboveMean):
+class AboveMeanOfNewest(Newest):
     """The same by the newest query's attention."""
 
-    weights = "last"
+    retain = AboveMean.retain
 
 
 def above_mean_by_hand(slow, owner, row, seen, which):
@@ -80,12 +82,10 @@ def above_mean_by_hand(slow, owner, row, seen, which):
 
 
 @pytest.mark.parametrize("cuts", [[1], [9, 1], [7, 3, 1, 1, 5]], ids=str)
-@pytest.mark.parametrize(
-    ("policy", "spec", "which"), [(AboveMean, Scored, "total"), (AboveMeanOfNewest, ToySpec, "newest")]
-)
-def test_any_number_of_entries_may_go_in_one_step(cuts, policy, spec, which, monkeypatch):
+@pytest.mark.parametrize(("method", "which"), [(AboveMean, "total"), (AboveMeanOfNewest, "newest")])
+def test_any_number_of_entries_may_go_in_one_step(cuts, method, which, monkeypatch):
     """Heads keep different numbers, the newest token is often not stored at all, and nothing is lost or doubled."""
-    register(monkeypatch, "toy", spec, policy)
+    register(monkeypatch, "toy", method)
     layout = shared([0, 0, 2]).with_time("toy:1")
     for seed in range(50, 60):
         text = draw(layout, 24, rows=2, seed=seed)
@@ -105,9 +105,9 @@ def test_any_number_of_entries_may_go_in_one_step(cuts, policy, spec, which, mon
         check_books(cache.store)
 
 
-@pytest.mark.parametrize("weights", [None, "sum", "last"])
-def test_a_policy_may_answer_that_all_stays(weights, monkeypatch):
-    register(monkeypatch, "all", Scored if weights == "sum" else ToySpec, type("All", (Policy,), {"weights": weights}))
+@pytest.mark.parametrize("method", ["Toy", "Scored", "Newest"])
+def test_a_method_may_answer_that_all_stays(method, monkeypatch):
+    register(monkeypatch, "all", globals()[method])
     layout = shared([0, 0, 2])
     text = draw(layout, 20, rows=2, pads=[0, 4])
     for cuts in ([1], [20], [7, 1, 5]):
@@ -116,30 +116,22 @@ def test_a_policy_may_answer_that_all_stays(weights, monkeypatch):
         assert cache.kept_tokens.tolist() == [[[20] * 2, [16] * 2]] * 2
 
 
-class Sawtooth(ToySpec):
-    """What one head holds, exactly; it falls when a block has gone."""
+class LastBlock(Toy):
+    """Queries see their own block of N tokens: all of them go when a new block begins."""
 
-    state_of = "prefix"
+    chunk_invariant = True
 
     def max_kept(self, seen):
         return seen - max(0, (seen - 1) // self.number) * self.number
 
-
-class LastBlock(Policy):
-    """Queries see their own block of N tokens: all of them go when a new block begins."""
-
-    def keep(self, entries):
-        first = (entries.seen_B - 1) // self.spec.number * self.spec.number
-        return entries.position_BKE >= first[:, None, None]
-
     def sees(self, query_BT, position_BKE):
-        return position_BKE.unsqueeze(2) >= (query_BT // self.spec.number * self.spec.number)[:, None, :, None]
+        return position_BKE.unsqueeze(2) >= (query_BT // self.number * self.number)[:, None, :, None]
 
 
 @pytest.mark.parametrize("cuts", [[1], [26], [5, 1, 1, 9, 1]], ids=str)
 def test_what_a_method_keeps_may_fall(cuts, monkeypatch):
     """Rows of other lengths may hold more than the one that has seen most: 7 of 7 beside 2 of 10."""
-    register(monkeypatch, "block", Sawtooth, LastBlock)
+    register(monkeypatch, "block", LastBlock)
     layout = KVLayout.plain(2, 2, 8).with_time("block:8")
     text = draw(layout, 26, rows=3, pads=[0, 3, 17])
     cache = new_cache(layout, 3)
@@ -154,12 +146,10 @@ def test_what_a_method_keeps_may_fall(cuts, monkeypatch):
                 torch.testing.assert_close(out[row, start : start + 8], alone[0], atol=2e-5, rtol=1e-4)
 
 
-class Forgetful(Policy):
+class Forgetful(Newest):
     """Drops the oldest entry at every step."""
 
-    weights = "last"
-
-    def keep(self, entries):
+    def retain(self, entries):
         there = entries.position_BKE.masked_fill(entries.position_BKE < 0, 10**6)
         return entries.position_BKE != there.amin(dim=-1, keepdim=True)
 
@@ -167,7 +157,7 @@ class Forgetful(Policy):
 @pytest.mark.parametrize("columns", [1, 3])
 def test_a_call_of_nothing_but_padding_is_no_step_for_that_row(columns, monkeypatch):
     """Whatever the policy would drop."""
-    register(monkeypatch, "forget", ToySpec, Forgetful)
+    register(monkeypatch, "forget", Forgetful)
     layout = KVLayout.plain(2, 2, 8).with_time("forget:1")
     cache = new_cache(layout, 2)
     feed(cache, draw(layout, 9, rows=2))

@@ -17,7 +17,7 @@ from kvfold.cli import app
 from kvfold.eval import passkey
 from kvfold.ops.native import library
 
-SAMPLE = Path(__file__).parents[2] / "kvfold" / "sample" / "persuasion.txt"
+SAMPLE = Path(__file__).parents[2] / "kvfold" / "assets" / "sample" / "persuasion.txt"
 VOCAB_SIZE, CONTEXT = 768, 256
 
 

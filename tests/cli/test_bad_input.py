@@ -124,7 +124,6 @@ def test_methods(refused, line, time, said):
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("--bits int8", "bits 'int8': storage other than 'model' is planned, not there yet"),
         ("--adapter mine", "adapter mine: no adapter.json there: give the folder that `kvfold retrofit` wrote"),
         ("--dtype int3", "dtype 'int3': weights are held as float32, bfloat16, float16"),
         ("--device gpu", "device 'gpu': torch knows no such device"),

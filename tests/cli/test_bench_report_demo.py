@@ -7,6 +7,7 @@ import pytest
 from kvfold import demo
 from kvfold.bench.decode import Point
 from kvfold.eval.protocol import Protocol
+from kvfold.models.load import load
 from kvfold.report.results import read_results
 
 BENCH = "bench decode tiny --batch 2 --prompt 8 --new 4 --repeats 1"
@@ -42,7 +43,7 @@ def test_the_demo(kvfold, folder, monkeypatch):
     monkeypatch.setattr(demo, "bundled_model", lambda: folder / "tiny")
     monkeypatch.setattr(demo, "PROTOCOL", Protocol(windows=2, context_tokens=104, batch=2))
     # The shipped gates are for another model; this one's freed channel decides as it stands.
-    monkeypatch.setattr(demo, "ADAPTER", None)
+    monkeypatch.setattr(demo, "load", lambda source, adapter: load(source, time="dms:8", gates="channel"))
     monkeypatch.setattr(demo, "LEARNED", "dms:8")
     monkeypatch.setattr(demo, "METHODS", ("dms:8", "window:28+4", "tova:32"))
     monkeypatch.setattr(demo, "HELD_METHODS", ("full", "dms:8", "tova:32"))

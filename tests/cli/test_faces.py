@@ -8,7 +8,7 @@ import typer
 
 from kvfold.cli import app
 
-MODEL_OPTIONS = "--bits --adapter --dtype --device --json"
+MODEL_OPTIONS = "--bits --adapter --gates --dtype --device --json"
 COMMANDS = {
     "plan": "MODEL --layers --heads --time --compression --bits --memory --context --batch --json",
     "convert": "SOURCE OUT --layers --heads --init --calibration --tokens --pair-heads --for --time --bits --dtype "
@@ -20,7 +20,7 @@ COMMANDS = {
     "calibrate": "MODEL ADAPTER OUT --compression --data --context --sequences --dtype --device --json",
     "eval": "MODEL --text --time --windows --context --batch --chunk --passkey --passkey-tries --passkey-length --tasks "
     f"--task-folder --task-length --limit --beside --peers --fresh --out {MODEL_OPTIONS}",
-    "generate": f"MODEL PROMPT --max-new-tokens --temperature --seed --time {MODEL_OPTIONS}",
+    "generate": f"MODEL PROMPT --input --output --kv-memory --max-new-tokens --temperature --seed --time {MODEL_OPTIONS}",
     "bench decode": f"MODEL --time --batch --prompt --new --text --padding --peers --repeats --out {MODEL_OPTIONS}",
     "bench train": "MODEL --time --sequence --batch --repeats --train --out --dtype --device --json",
     "inspect": f"MODEL --text --time --tokens --head --out {MODEL_OPTIONS}",
@@ -42,7 +42,7 @@ DEFAULTS = {
         "peers": "none",
         "fresh": False,
     },
-    "generate": {"prompt": "-", "max_new_tokens": 128, "temperature": 0.0, "seed": 0},
+    "generate": {"prompt": "-", "kv_memory": "2GB", "max_new_tokens": 128, "temperature": 0.0, "seed": 0},
     "bench decode": {"prompt": 32, "new": 64, "padding": "both", "peers": "transformers", "repeats": 5},
     "bench train": {"sequence": 1024, "batch": 1, "repeats": 3, "train": "full"},
     "inspect": {"tokens": 1024},

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kvfold.planner import plan
+from kvfold.layout.planner import plan
 
 EVERYTHING = "--layers cla2 --heads 4 --time h2o:512+512 --bits int8 --memory 16GB --context 32k --batch 4"
 

@@ -84,7 +84,7 @@ def refused(kvfold, folder):
         (f"{DMS} --recipe smollm2-dmz-cpu", "unknown recipe 'smollm2-dmz-cpu': the nearest is 'smollm2-dms-cpu'"),
         (f"{DMS} --set learning_rats=3", "unknown key 'learning_rats': the nearest is 'learning_rate'"),
         (f"{DMS} --kl sideways", "kl 'sideways': it is reverse or forward or none or empty"),
-        (f"{DMS} --time tova:4", "only dmc and dms are trained"),
+        (f"{DMS} --time tova:4", "it learns nothing"),
         (f"{DMS} --control", "a frozen model is its own control"),
         (f"{DMS} --teacher ./none", "there is no such file or folder"),
         (DMS.replace("tiny", "./none", 1), "there is no such file or folder"),

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfold.engine.budget import LENGTHS, Budget, KeptRatios, SequenceCost
-from kvfold.layout import KVLayout
-from kvfold.planner import layout_bytes
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import layout_bytes
 from simulated import METHODS, costs, layout, make_request
 
 EXACT = ("full", "window:24+4", "window:25%+4", "h2o:16+16", "tova:20", "h2o:10%+64; 0=full")

@@ -26,7 +26,7 @@ def assert_all_free(engine):
     stats = engine.stats()
     assert stats["free_bytes"] == stats["pool_bytes"] and not stats["running"] and not stats["waiting"]
     for store in engine._runner.stores.values():
-        assert store.num_rows == 0
+        assert store.num_sequences == 0
 
 
 def draw_requests(number, *, seed=0, methods=METHODS, longest=60):

@@ -8,9 +8,9 @@ from byte_tokenizer import EOS, VOCAB_SIZE, byte_tokenizer
 from kvfold.cache.hf import FoldCache
 from kvfold.engine.params import parse_question
 from kvfold.engine.sampler import SamplingState, adjusted, sample, uniform
+from kvfold.methods.gates import GateConfig
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.gates import GateConfig
 from simulated import make_request
 
 TOKENIZER = byte_tokenizer()

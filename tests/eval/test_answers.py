@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from kvfold.eval.answers import score_answers
-from kvfold.eval.folding import folded
 
 METHODS = ["full", "window:8+2", "h2o:6+6", "h2o:25%+25%", "tova:12", "tova:50%"]
 
@@ -19,8 +18,8 @@ def pairs() -> list[tuple[list[int], list[int]]]:
 def one_token_a_call(model, layout, prompt, answer) -> tuple[float, bool, int, float]:
     """The slow twin: one row, one token a call, logits of the whole model."""
     ids, total, greedy = [*prompt, *answer], 0.0, True
-    with folded(model, layout), torch.no_grad():
-        cache = model.new_cache(rows=1)
+    with torch.no_grad():
+        cache = model.new_cache(rows=1, time=layout.time_text())
         for index, token in enumerate(ids[:-1]):
             logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
             if index >= len(prompt) - 1:

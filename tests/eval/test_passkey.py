@@ -3,7 +3,6 @@ import torch
 
 from byte_tokenizer import BOS, byte_tokenizer
 from kvfold.eval import passkey
-from kvfold.eval.folding import folded
 from kvfold.eval.passkey import continuations, measure_passkey, passkey_prompt
 from tiny_model import tiny_model
 
@@ -52,8 +51,8 @@ def test_rows_of_several_lengths_read_as_each_alone(model, method):
 def test_continuations_are_those_of_one_token_a_call(model, method):
     prompt = list(range(40, 70))
     layout, fed = model.config.layout.with_time(method), list(prompt)
-    with folded(model, layout), torch.no_grad():
-        cache = model.new_cache(rows=1)
+    with torch.no_grad():
+        cache = model.new_cache(rows=1, time=layout.time_text())
         for index in range(len(prompt) + 5):
             logits = model(torch.tensor([[fed[index]]]), past_key_values=cache).logits
             if index >= len(prompt) - 1:

@@ -6,7 +6,6 @@ import torch
 
 from kvfold.data.texts import read_text_file
 from kvfold.data.windows import text_windows
-from kvfold.eval.folding import folded
 from kvfold.eval.perplexity import measure_quality
 from kvfold.eval.protocol import Protocol
 from tiny_model import tiny_model
@@ -26,9 +25,9 @@ def windows_of(tokenizer, text: Path) -> torch.Tensor:
 def log_probs_by_hand(model, method: str, ids: torch.Tensor) -> torch.Tensor:
     """Log probabilities [W, T-1, V], one window after the other, one token a call."""
     layout, found = model.config.layout.with_time(method), []
-    with folded(model, layout), torch.no_grad():
+    with torch.no_grad():
         for row in ids:
-            cache = model.new_cache(rows=1)
+            cache = model.new_cache(rows=1, time=layout.time_text())
             logits = [model(token.view(1, 1), past_key_values=cache).logits[0, 0] for token in row[:-1]]
             found.append(torch.stack(logits).log_softmax(-1))
     return torch.stack(found)

@@ -4,7 +4,7 @@ import torch
 from kvfold.cache.usage import Usage
 from kvfold.eval.folding import calls, method_about
 from kvfold.eval.reading import Reading, read_rows
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 
 PLAIN = KVLayout.plain(2, 2, 8)
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from kvfold.layout import KVLayout, LayerKV
-from kvfold.specs.bits import BitsSpec
-from kvfold.specs.full import FullSpec
-from kvfold.specs.registry import parse_time
+from kvfold.layout.kvlayout import KVLayout, LayerKV
+from kvfold.methods.bits import BitsSpec
+from kvfold.methods.full import Full
+from kvfold.methods.registry import parse_time
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def layer(owner, **changes):
 
 def build(*layers):
     num_owners = len({one.owner for one in layers})
-    return KVLayout(layers=layers, time=(FullSpec(),) * num_owners, bits=(BitsSpec(),) * num_owners)
+    return KVLayout(layers=layers, time=(Full(),) * num_owners, bits=(BitsSpec(),) * num_owners)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_unsound_numbers_are_refused(changes):
 
 def test_one_spec_per_owner():
     with pytest.raises(ValueError, match="2 time entries for 1 owners"):
-        KVLayout(layers=(layer(0), layer(0)), time=(FullSpec(),) * 2, bits=(BitsSpec(),))
+        KVLayout(layers=(layer(0), layer(0)), time=(Full(),) * 2, bits=(BitsSpec(),))
 
 
 def test_time_for_all_goes_to_full_attention_owners_only(mixed):
@@ -129,7 +129,8 @@ def test_owners_are_given_one_per_layer():
         ({"format": 2}, "layout format 2: this kvfold reads format 1"),
         ({"format": None}, "layout format None"),
         ({"layers": [{"owner": 0}]}, "missing or unknown part"),
-        ({"layers": [{"owner": 0, "num_kv_heads": 1, "head_dim": 1, "window": None, "rope": 1}]}, "missing or unknown"),
+        ({"layers": [{"owner": 0, "num_kv_heads": 1, "head_dim": 1, "window": None, "hue": 1}]}, "missing or unknown"),
+        ({"layers": [{"owner": 0, "num_kv_heads": 1, "head_dim": 1, "rope": 1}]}, "rope 1: it names a kind of rotary"),
         ({"time": None}, "missing or unknown part"),
         ({"time": [3]}, "missing or unknown part"),
         ({"time": ["h2o:4+4", "full"]}, "2 time entries"),

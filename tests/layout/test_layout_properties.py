@@ -8,9 +8,9 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfold.layout import KVLayout, LayerKV
-from kvfold.specs.bits import BitsSpec
-from kvfold.specs.registry import parse_time
+from kvfold.layout.kvlayout import KVLayout, LayerKV
+from kvfold.methods.bits import BitsSpec
+from kvfold.methods.registry import parse_time
 
 TIMES = ["full", "window:8+2", "window:25%+0", "h2o:4+4", "h2o:12%+13%", "tova:6", "dmc:12", "dmc:inf", "dms:16"]
 BITS = ["model", "fp8", "int8", "int4", "int8,int4", "model,int4"]

@@ -44,5 +44,5 @@ def kept_by(cache: FoldCache, row: int) -> list:
 def assert_all_returned(cache: FoldCache) -> None:
     """Freed, the cache leaves no row and no page behind."""
     cache.free()
-    assert cache.store.num_rows == 0 and cache.allocated_bytes == 0
-    assert cache.free_pages == sum(pool.book.capacity for pool in cache.store._pools)
+    assert cache.store.num_sequences == 0 and cache.allocated_bytes == 0
+    assert cache.free_pages == sum(pool.book.capacity for pool in cache.store.pools)

@@ -7,7 +7,7 @@ import torch
 
 import kvfold
 from kvfold.cache.hf import FoldCache
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
 from model_driver import CLOSE, fold
@@ -54,7 +54,7 @@ def ragged(model, texts, page_slots=16) -> FoldCache:
 
 
 def pages_in_all(cache):
-    return sum(pool.book.capacity for pool in cache.store._pools)
+    return sum(pool.book.capacity for pool in cache.store.pools)
 
 
 # -- counts and bytes ------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_a_copy_goes_its_own_way(models, time, way, texts):
     assert cache.kept_positions == fresh.kept_positions and twin.seen_tokens.tolist() == cache.seen_tokens.tolist()
     before = cache.kept_positions
     del twin
-    assert cache.kept_positions == before and cache.store.num_rows == 3
+    assert cache.kept_positions == before and cache.store.num_sequences == 3
 
 
 @pytest.mark.parametrize("time", TIMES[:4])
@@ -216,7 +216,7 @@ def test_rows_go_on_from_the_rows_they_were(models, time, deed, order, texts):
     model = fold(models["llama"], time)
     cache, left = ragged(model, texts, page_slots=4), ragged(model, texts, page_slots=4)
     deed(cache)
-    assert cache.batch_size == cache.store.num_rows == len(order)
+    assert cache.batch_size == cache.store.num_sequences == len(order)
     assert cache.seen_tokens.tolist() == [[20, 15, 3][row] for row in order]
     assert cache.kept_positions == [[owner[row] for row in order] for owner in left.kept_positions]
     more = texts[torch.tensor(order), :9]

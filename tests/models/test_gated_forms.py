@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from kvfold.cache.hf import FoldCache
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.methods.gates import GateConfig
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.gates import GateConfig
+from kvfold.models.options import CallOptions
 from slow_gated import slow_gated
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -73,9 +74,9 @@ def cases(draw):
     return model, ids, mask, cuts, draw(st.sampled_from([2, 4, 16])), draw(st.booleans())
 
 
-def dense(model, ids, mask):
+def dense(model, ids, mask, **options):
     """The training view with hard decisions: gradients are enabled, nothing is cached."""
-    return model(ids, attention_mask=mask, use_cache=False).logits.detach()
+    return model(ids, attention_mask=mask, use_cache=False, options=CallOptions(**options)).logits.detach()
 
 
 @torch.no_grad()
@@ -111,7 +112,7 @@ def test_training_inference_and_definition_agree(case):
         for found in (cache, whole_cache):
             assert [owner[row] for owner in found.kept_positions] == held
     cache.free()
-    assert not any(pool.held_pages for pool in cache.store._pools) or turn
+    assert not any(pool.held_pages for pool in cache.store.pools) or turn
 
 
 @pytest.mark.parametrize("name", sorted(GATES))
@@ -121,10 +122,7 @@ def test_gates_that_never_fire(name):
     model.config.layout = model.config.layout.with_time(GATES[name].method)
     ids = torch.randint(3, 61, (2, 15), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
-    with model.gates_off():
-        plain = dense(model, ids, mask)
-    with model.zero_out(0.0):
-        zeroed = dense(model, ids, mask)
+    plain, zeroed = dense(model, ids, mask, gates="off"), dense(model, ids, mask, channel_factor=0.0)
     model.config.gates = {**GATES[name].to_json(), "offset": 1e6}
     adapter = GATES[name].source == "adapter"
     for logits in (dense(model, ids, mask), cached(model, ids, mask, [4, 5, 15], 4, False)[0]):

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 import kvfold
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.methods.gates import GateConfig
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.gates import GateCall, GateConfig
+from kvfold.models.gates import GateCall, GateTable
+from kvfold.models.options import CallOptions
 
 IDS = torch.randint(3, 61, (2, 12), generator=torch.Generator().manual_seed(1))
 ADAPTER = GateConfig(method="dms", source="adapter", scale=40.0, offset=1.0)
@@ -23,6 +25,9 @@ def build(gates: GateConfig | None = ADAPTER, time: str = "dms:4", layers: str =
         )
     )  # fmt: skip
     return model.eval()
+
+
+OFF = CallOptions(gates="off")
 
 
 def shaken(model: FoldForCausalLM) -> FoldForCausalLM:
@@ -69,7 +74,7 @@ def test_loading_sets_adapters_that_a_checkpoint_lacks_to_zero(tmp_path):
     assert not proj.weight.any() and (norm.weight == 1).all()
 
 
-@pytest.mark.parametrize("gates", [ADAPTER, GateConfig.official("dms"), GateConfig.official("dmc")])
+@pytest.mark.parametrize("gates", [ADAPTER, GateConfig.published_channel("dms"), GateConfig.published_channel("dmc")])
 def test_decisions_are_straight_through_and_have_gradients(gates):
     model = shaken(build(gates, f"{gates.method}:4"))
     out = soft(model, torch.tensor([5, 6]))
@@ -87,7 +92,7 @@ def test_noise_is_a_function_of_the_row_and_the_layer():
     again, none = soft(model, torch.tensor([5, 6])).gate_probs, soft(model).gate_probs
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
     assert not torch.equal(first[0], swapped[0]) and not torch.equal(first[0], none[0])
-    call = GateCall(configs=(ADAPTER,), training=True, noise_key=torch.tensor([5]))
+    call = GateCall(table=GateTable(configs=(ADAPTER,), freed=()), training=True, noise_key=torch.tensor([5]))
     noise = call.noise(0, (1, 20000, 4), torch.device("cpu"))
     assert not torch.equal(noise, call.noise(1, (1, 20000, 4), torch.device("cpu")))
     assert abs(noise.mean()) < 0.05 and abs(noise.var() - torch.pi**2 / 3) < 0.1
@@ -111,25 +116,22 @@ def test_gates_off_is_the_plain_model_even_with_a_cache():
     model = shaken(build())
     plain = build(None, "full")
     plain.load_state_dict(model.state_dict(), strict=False)
-    with model.gates_off():
-        cache = model.new_cache(rows=2)
-        with torch.no_grad():
-            logits = model(IDS, past_key_values=cache).logits
-        assert (cache.kept_tokens == 12).all()
-        torch.testing.assert_close(logits, plain(IDS).logits, atol=1e-4, rtol=1e-4)
+    cache = model.new_cache(rows=2)
+    with torch.no_grad():
+        logits = model(IDS, past_key_values=cache, options=OFF).logits
+    assert (cache.kept_tokens == 12).all()
+    torch.testing.assert_close(logits, plain(IDS).logits, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(model(IDS).logits, plain(IDS).logits, atol=1e-3)
 
 
 def test_a_channel_written_out_of_the_weights_stays_out():
-    model = shaken(build(GateConfig.official("dmc"), "dmc"))
-    with model.zero_out(0.0):
-        zeroed = model(IDS).logits
+    model = shaken(build(GateConfig.published_channel("dmc"), "dmc"))
+    zeroed = model(IDS, options=CallOptions(channel_factor=0.0)).logits
     model.free_channel()
     for layer in model.model.layers:
         for projection in filter(None, (layer.self_attn.q_proj, layer.self_attn.k_proj)):
             assert not projection.weight.view(-1, 8, 32)[:, -1].any()
-    with model.gates_off():
-        torch.testing.assert_close(model(IDS).logits, zeroed, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(IDS, options=OFF).logits, zeroed, atol=1e-4, rtol=1e-4)
 
 
 def test_under_lora_only_the_base_is_masked():
@@ -137,8 +139,7 @@ def test_under_lora_only_the_base_is_masked():
     gates = GateConfig(method="dmc", base_masked=True)
     model, bare = shaken(build(gates, "dmc")), shaken(build(None, "full"))
     bare.load_state_dict(model.state_dict(), strict=False)
-    with model.gates_off():
-        torch.testing.assert_close(model(IDS).logits, bare(IDS).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(IDS, options=OFF).logits, bare(IDS).logits, atol=1e-4, rtol=1e-4)
     out = model(IDS, output_decisions=True)
     assert all(torch.allclose(x, torch.tensor(-50.0).sigmoid(), atol=1e-5) for x in out.gate_probs)
 
@@ -146,7 +147,7 @@ def test_under_lora_only_the_base_is_masked():
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"method": "dmc", "source": "adapter"}, "DMC reads its own channel"),
+        ({"method": "dmc", "source": "adapter"}, "the method has no such form"),
         ({"method": "dms", "reads": "later"}, "reads 'later' is not known: use own or next"),
         ({"method": "dms", "tau": 0}, "tau 0"),
         ({"method": "dms", "colour": 1}, "unknown key colour"),

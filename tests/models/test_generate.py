@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from kvfold.cache.pages import CacheFull
-from kvfold.planner import layout_bytes
+from kvfold.cache.allocator import CacheFull
+from kvfold.layout.planner import layout_bytes
 from model_driver import CLOSE, GREEDY, MASK, TEXTS, TIMES, fold, poisoned
 
 ROOMY = ["full", "h2o:30+30"]

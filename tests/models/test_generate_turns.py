@@ -105,7 +105,7 @@ def test_the_number_of_rows_is_a_hint(both, hint, memory_bytes):
     cache = poisoned(ours, hint, memory_bytes=memory_bytes)
     found = ours.generate(TEXTS, past_key_values=cache, max_new_tokens=4, **GREEDY)
     assert torch.equal(found, theirs.generate(TEXTS, max_new_tokens=4, **GREEDY))
-    assert cache.batch_size == cache.store.num_rows == 3
+    assert cache.batch_size == cache.store.num_sequences == 3
 
 
 def test_beams_on_a_second_turn(both):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 from model_driver import CLOSE, poisoned
 from slow_cache import Method, SlowCache

@@ -37,7 +37,6 @@ def edit_config(folder, **changes):
 
 def test_settings(folder):
     assert "no adapter.json there" in refusal(folder, adapter="x")
-    assert "bits 'int8': storage other than 'model' is planned, not there yet" in refusal(folder, bits="int8")
     assert "storage 'int9'" in refusal(folder, bits="int9")
     assert "lru" in refusal(folder, time="lru:4")
     assert "dtype 'int3': weights are held as float32, bfloat16, float16" in refusal(folder, dtype="int3")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from kvfold.layout import KVLayout
-from kvfold.models.convert import Conversion, convert
+from kvfold.convert.conversion import Conversion, convert
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.load import load
 
 LAYERS, HEADS, KV_HEADS, DIM, WIDTH, WORDS, EPS = 6, 4, 2, 8, 32, 97, 1e-5

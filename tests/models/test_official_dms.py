@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kvfold
+from kvfold.models.options import CallOptions
 
 KEYS = {"dms_separate_alpha": True, "dms_window_size": 4, "dms_initial_alpha_offset": 1.0}
 IDS = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(1))
@@ -58,8 +59,10 @@ def test_keys_that_are_not_written_are_the_published_defaults(checkpoint):
     assert (gates["source"], gates["reads"], gates["scale"], gates["offset"]) == ("channel", "next", 100.0, 5.0)
     assert model.config.layout.time_text() == "dms:512"
     assert not any("fold_" in name for name, _ in model.named_parameters())
-    with model.gates_off(), torch.no_grad():
-        torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(IDS, options=CallOptions(gates="off")).logits, theirs(IDS).logits, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_eviction_may_be_switched_off_in_the_config(checkpoint):

@@ -7,10 +7,10 @@ fits, and against their definition, for the same patterns, in tests/cache/test_s
 import pytest
 import torch
 
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.methods.gates import GateConfig
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.gates import GateConfig
 from model_driver import CLOSE, MASK, TEXTS, poisoned
 from store_driver import PATTERNS
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
-from kvfold.layout import KVLayout
+from kvfold.convert.conversion import Conversion, convert
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.config import FoldConfig
-from kvfold.models.convert import Conversion, convert
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.families import FAMILIES, fold_config
 from kvfold.models.load import load

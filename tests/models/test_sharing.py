@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from kvfold.layout import KVLayout
-from kvfold.models.convert import Conversion, converted_model, new_config
+from kvfold.convert.conversion import Conversion, converted_model, new_config
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.models.options import CallOptions
 from tiny_model import tiny_model
 
 IDS = torch.arange(2 * 12).view(2, 12) % 50
@@ -17,8 +18,8 @@ def test_it_is_the_model_converted_with_drop(pattern, training):
     wanted = Conversion(layers=pattern, init="drop")
     converted = converted_model(model, new_config(model.config, wanted), wanted).train(training)
     plain = model(IDS, use_cache=False).logits
-    with model.sharing(KVLayout.parse(pattern, model.config.layout)):
-        shared = model(IDS, use_cache=False).logits
+    sharing = CallOptions(sharing=KVLayout.parse(pattern, model.config.layout))
+    shared = model(IDS, use_cache=False, options=sharing).logits
     assert torch.allclose(shared, converted(IDS, use_cache=False).logits, atol=1e-5)
     assert torch.allclose(shared, plain, atol=1e-3) == (pattern == "full")
     assert model(IDS, use_cache=False).logits.equal(plain)
@@ -26,8 +27,8 @@ def test_it_is_the_model_converted_with_drop(pattern, training):
 
 def test_a_reader_s_own_projections_get_no_gradient():
     model = tiny_model(num_hidden_layers=4).train()
-    with model.sharing(KVLayout.parse("cla2", model.config.layout)):
-        model(IDS, use_cache=False).logits.sum().backward()
+    sharing = CallOptions(sharing=KVLayout.parse("cla2", model.config.layout))
+    model(IDS, use_cache=False, options=sharing).logits.sum().backward()
     found = [layer.self_attn.k_proj.weight.grad is not None for layer in model.model.layers]
     assert found == [True, False, True, False]
 
@@ -35,13 +36,16 @@ def test_a_reader_s_own_projections_get_no_gradient():
 def test_windows_and_methods_stay():
     model = tiny_model(num_hidden_layers=4)
     model.config.layout = model.config.layout.with_time("window:3+1")
-    with model.sharing(KVLayout.parse("cla2", model.config.layout.base())):
-        assert model.model.dense_layout.time_text() == "window:3+1"
+    sharing = CallOptions(sharing=KVLayout.parse("cla2", model.config.layout.base()))
+    windowed = model(IDS, use_cache=False, options=sharing).logits
+    model.config.layout = model.config.layout.with_time("full")
+    assert not torch.allclose(model(IDS, use_cache=False, options=sharing).logits, windowed, atol=1e-3)
 
 
 def test_a_cache_is_refused():
     model = tiny_model(num_hidden_layers=4)
-    with model.sharing(KVLayout.parse("cla2", model.config.layout)):
-        with pytest.raises(ValueError, match="while layers share for a while: convert the model"):
-            model(IDS, past_key_values=model.new_cache(rows=2))
-        assert model(IDS).past_key_values is None
+    sharing = CallOptions(sharing=KVLayout.parse("cla2", model.config.layout))
+    with pytest.raises(ValueError, match="while layers share for a while: convert the model"):
+        model(IDS, past_key_values=model.new_cache(rows=2), options=sharing)
+    with torch.no_grad():
+        assert model(IDS, options=sharing).past_key_values is None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmc_golden
-from kvfold.ops.gating import hard_alpha, real_first, reordered
+from kvfold.models.gates import hard_alpha
+from kvfold.ops.gating import real_first, reordered
 from kvfold.ops.pooling import open_entries, pooled, pooled_reference
 
 WINDOWS = [1, 3, 12, None]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvfold.planner import plan
+from kvfold.layout.planner import plan
 from kvfold.train.design_space import DESIGN_SPACE, recipe_of, recipes
 from kvfold.train.pretrain_settings import PretrainSettings
 from kvfold.train.scratch import config_of

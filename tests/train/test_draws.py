@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.train.curve import read_curve
 from kvfold.train.draws import drawn_layout
 from tiny_model import tiny_model

@@ -8,7 +8,7 @@ import torch
 
 import kvfold
 from byte_tokenizer import byte_tokenizer
-from kvfold.planner import plan, token_bytes
+from kvfold.layout.planner import plan, token_bytes
 from kvfold.train import loop
 from kvfold.train.curve import read_curve
 from kvfold.train.design_space import recipes

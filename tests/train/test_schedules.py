@@ -2,52 +2,52 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfold.specs.dmc import DMCSpec
-from kvfold.specs.dms import DMSSpec
+from kvfold.methods.dmc import DMC
+from kvfold.methods.dms import DMS
 from kvfold.train.schedules import Stages, learning_rate_factor, nominal_for, real_for, share_for
 
 
 def test_the_window_is_counted():
     """A pool holds the delay window and the newest token whatever gates say: FACTS' 1,024 tokens at a delay of 256."""
-    share = share_for(1024 / (257 + (1024 - 257) / 4), 1024, DMSSpec(delay=256))
+    share = share_for(1024 / (257 + (1024 - 257) / 4), 1024, DMS(delay=256))
     assert share == pytest.approx(0.75)
-    assert nominal_for(4, 1024, DMSSpec(delay=128)) == pytest.approx((1024 - 129) / (256 - 129))
+    assert nominal_for(4, 1024, DMS(delay=128)) == pytest.approx((1024 - 129) / (256 - 129))
 
 
-@pytest.mark.parametrize("spec", [DMSSpec(delay=16), DMCSpec(window=12), DMCSpec(window=None)])
+@pytest.mark.parametrize("spec", [DMS(delay=16), DMC(window=12), DMC(window=None)])
 @given(compression=st.floats(1, 8), tokens=st.integers(512, 4096))
 def test_share_and_compression_are_inverses(spec, compression, tokens):
     assert real_for(share_for(compression, tokens, spec), tokens, spec) == pytest.approx(compression)
 
 
 def test_nothing_fires_at_compression_1():
-    assert share_for(1, 64, DMSSpec(delay=512)) == 0
-    assert nominal_for(1, 64, DMCSpec()) == 1
+    assert share_for(1, 64, DMS(delay=512)) == 0
+    assert nominal_for(1, 64, DMC()) == 1
 
 
 def test_dmc_merges_all_but_the_first():
-    assert share_for(4, 101, DMCSpec()) == pytest.approx(1 - (101 / 4 - 1) / 100)
+    assert share_for(4, 101, DMC()) == pytest.approx(1 - (101 / 4 - 1) / 100)
 
 
 @pytest.mark.parametrize(("compression", "tokens"), [(4, 1024), (4, 1022), (3, 1000), (8, 4096), (1.5, 100)])
 def test_an_unreachable_target_names_the_largest_delay_that_reaches_it(compression, tokens):
     with pytest.raises(ValueError, match="it can't be reached: use a delay of") as refused:
-        share_for(compression, tokens, DMSSpec(delay=tokens))
+        share_for(compression, tokens, DMS(delay=tokens))
     named = int(str(refused.value).split("a delay of ")[1].split()[0])
-    assert 0 < share_for(compression, tokens, DMSSpec(delay=named)) < 1
+    assert 0 < share_for(compression, tokens, DMS(delay=named)) < 1
     with pytest.raises(ValueError, match="can't be reached"):
-        share_for(compression, tokens, DMSSpec(delay=named + 1))
+        share_for(compression, tokens, DMS(delay=named + 1))
 
 
 def test_a_target_that_no_delay_reaches():
     with pytest.raises(ValueError, match="ask for less, or longer sequences"):
-        share_for(40, 32, DMSSpec(delay=1))
+        share_for(40, 32, DMS(delay=1))
 
 
 @pytest.mark.parametrize("compression", [0.5, 0, -1, float("nan")])
 def test_a_compression_below_1(compression):
     with pytest.raises(ValueError, match=r"compression .*: it is times smaller, 1 or more"):
-        share_for(compression, 64, DMCSpec())
+        share_for(compression, 64, DMC())
     with pytest.raises(ValueError, match="1 or more"):
         Stages(compression=compression, ramp_steps=3)
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import default_collate
 
-from kvfold.specs.registry import parse_time
+from kvfold.methods.registry import parse_time
 from kvfold.train import loop
 from kvfold.train.curve import read_curve
 from kvfold.train.data import TrainingOrder, draw_text

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from byte_tokenizer import VOCAB_SIZE
-from kvfold.layout import KVLayout
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.families import fold_config
 from kvfold.models.weights import fold_weights

@@ -1,0 +1,99 @@
+"""The training view: no cache, differentiable, one call over whole texts. Learned methods in their training form, soft or
+hard.
+
+Letters: B rows, T tokens of this call, H query heads, K kv heads, D head dim.
+"""
+
+import torch
+from torch import Tensor
+
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.methods.base import Method
+from kvfold.methods.plans import TrainingForm, TrainingTokens
+from kvfold.ops.attention import dense_attention
+from kvfold.ops.gating import Gates
+from kvfold.ops.key_bias import key_bias_attention
+from kvfold.ops.rotation import Rotation, rotate, rotate_queries
+
+
+class TrainingView:
+    """Attention inside one call, nothing stored. A method that decides by positions is a mask; one that decides by attention
+    scores evicts between calls only, and nothing here.
+    """
+
+    def __init__(self, layout: KVLayout, *, real_BT: Tensor | None, scale: float, softcap: float | None = None):
+        """`real_BT`: bool, False at padding; None = no padding. `scale` and `softcap` as the model's attention has."""
+        self._layout, self._real_BT, self._scale, self._softcap = layout, real_BT, scale, softcap
+        self._shared: dict[int, TrainingForm] = {}
+        self._masks: dict[tuple, Tensor | None] = {}
+
+    def attend(
+        self, layer: int, q_BTHD: Tensor, k_BTKD: Tensor | None, v_BTKD: Tensor | None, rotation: Rotation | None,
+        gates: Gates | None = None,
+    ) -> Tensor:  # fmt: skip
+        """See `KVView`. A reader attends to what its owner attended to, with the owner's bias."""
+        owner = self._layout.owner_of(layer)
+        if owner == layer:
+            shared = self._own(owner, k_BTKD, v_BTKD, rotation, gates)
+            if self._layout.last_reader(owner) != owner:
+                self._shared[owner] = shared
+        else:
+            shared = self._shared[owner]
+        q = rotate_queries(rotation, q_BTHD, None if gates is None else gates.q_keep_HD)
+        common = {"scale": self._scale, "softcap": self._softcap}
+        if shared.bias_BTK is None:
+            return dense_attention(q, shared.k_BTKD, shared.v_BTKD, mask=self._mask(owner, q_BTHD), **common)
+        window = self._layout.layers[owner].window
+        mask = None if window is None else self._mask(owner, q_BTHD)
+        return key_bias_attention(
+            q,
+            shared.k_BTKD,
+            shared.v_BTKD,
+            shared.bias_BTK,
+            free=shared.free,
+            mask=mask,
+            real_BT=self._real_BT,
+            **common,
+        )
+
+    def _own(self, owner: int, k: Tensor, v: Tensor, rotation: Rotation | None, gates: Gates | None) -> TrainingForm:
+        """What an owner and its readers attend to, keys rotated."""
+        keep = None if gates is None else gates.k_keep_KD
+        if gates is None or gates.alpha_BTK is None:
+            return TrainingForm(k_BTKD=rotate(rotation, k, keep), v_BTKD=v)
+        tokens = TrainingTokens(k_BTKD=k, v_BTKD=v, gates=gates, real_BT=self._real_BT)
+        form = self._layout.time_of(owner).training_form(tokens)
+        return TrainingForm(
+            k_BTKD=rotate(rotation, form.k_BTKD, keep), v_BTKD=form.v_BTKD, bias_BTK=form.bias_BTK, free=form.free
+        )
+
+    def _mask(self, owner: int, q_BTHD: Tensor) -> Tensor | None:
+        method, window = self._layout.time_of(owner), self._layout.layers[owner].window
+        # Gates that are off mask nothing; nor do scores.
+        method = None if method.trained or not method.lossy or method.attention_scores is not None else method
+        key = (method, window)
+        if key not in self._masks:
+            self._masks[key] = call_mask(method, window, self._real_BT, q_BTHD.shape[1], q_BTHD.device)
+        return self._masks[key]
+
+
+def call_mask(
+    method: Method | None, window: int | None, real_BT: Tensor | None, num_tokens: int, device: torch.device
+) -> Tensor | None:
+    """Which of a call's own tokens each of its queries sees, bool [B or 1, 1, T, T]; None = plain causal.
+
+    Positions are counted in real tokens. Padding sees itself, so that no row of a softmax is empty.
+    """
+    if method is None and window is None and real_BT is None:
+        return None
+    index = torch.arange(num_tokens, device=device)
+    position = index[None] if real_BT is None else real_BT.long().cumsum(dim=1) - 1
+    seen = (index[:, None] >= index)[None]
+    if window is not None and window < num_tokens:
+        seen = seen & (position[:, :, None] - position[:, None, :] < window)
+    chosen = None if method is None else method.sees(position, position[:, None])
+    if chosen is not None:
+        seen = seen & chosen[:, 0]
+    if real_BT is not None:
+        seen = (seen & real_BT[:, None, :]) | torch.eye(num_tokens, dtype=torch.bool, device=device)
+    return seen[:, None]

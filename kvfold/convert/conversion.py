@@ -1,0 +1,169 @@
+"""Converting a model to another layout: fewer KV heads, shared layers. Loading, checking and writing around what
+convert_heads.py, convert_layers.py and fitted.py do to the weights.
+
+Letters: W windows of calibration text, T tokens of a window.
+"""
+
+import os
+import shutil
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvfold.convert.export import export_model, family_config
+from kvfold.convert.fitted import Fit, Report, fit
+from kvfold.convert.heads import like_heads_together, merge_heads, reorder_heads
+from kvfold.convert.layers import average_groups, drop_readers
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.methods.names import unknown_name
+from kvfold.models.checkpoint_files import check_folder, write_model
+from kvfold.models.config import FoldConfig
+from kvfold.models.decoder import FoldForCausalLM
+from kvfold.models.load import load, load_config
+from kvfold.models.source import find_source
+
+INITS = ("mean", "drop", "fitted")
+TARGETS = ("kvfold", "transformers")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversion:
+    """What a model is to become."""
+
+    layers: str | None = None
+    """The owner map as a `--layers` text; None = as it is."""
+    heads: int | None = None
+    """KV heads of each layer; None = as they are."""
+    init: str = "mean"
+    """What shared layers start from: `mean` or `drop`; `fitted` refits what is left on calibration text."""
+    pair_heads: bool = False
+    """Merge the KV heads that are most alike, instead of neighbours."""
+    time: str | None = None
+    """A `--time` text for the new layout."""
+    bits: str | None = None
+    """A `--bits` text for the new layout."""
+    target: str = "kvfold"
+    """Whose checkpoint is written."""
+
+    def __post_init__(self) -> None:
+        for what, value, known in (("init", self.init, INITS), ("target", self.target, TARGETS)):
+            if value not in known:
+                raise unknown_name(what, value, known)
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    wanted: Conversion,
+    *,
+    config: FoldConfig | None = None,
+    calibration_WT: Tensor | None = None,
+    options: Fit | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    report: Report | None = None,
+) -> FoldForCausalLM:
+    """Write `source` in another layout to the new folder `out`, and give the model that was written.
+
+    `config`: the source's, where it was read already. `calibration_WT`: token ids for `fitted`. dtype None = the checkpoint's
+    own. A `fitted` that was interrupted goes on after the last finished layer when it is started again. Raises `ValueError`,
+    in one line, before any weight is read for what can't be done.
+    """
+    out, found = Path(os.path.expanduser(out)), find_source(source)
+    check_folder(out)
+    config = new_config(config or load_config(source), wanted)
+    if wanted.target == "transformers":
+        family_config(config)
+    if wanted.init == "fitted" and calibration_WT is None:
+        raise ValueError("init 'fitted': it needs text to fit on: give calibration text, or use 'mean' or 'drop'")
+    stored = dtype or str(config.dtype or torch.float32).removeprefix("torch.")
+    if stored not in DTYPES:
+        raise unknown_name("dtype", stored, DTYPES)
+    fitted = wanted.init == "fitted"
+    model = load(source, dtype="float32" if fitted else stored, device=device)
+    folder = out.with_name(f".{out.name}.fitting")
+    if fitted and wanted.pair_heads and wanted.heads is not None:
+        # Fitting holds a head against the original's in the same place.
+        pair_heads(model, wanted.heads)
+    converted = converted_model(model, config, wanted)
+    if fitted:
+        fit(model, converted, calibration_WT, options=options, folder=folder, report=report)
+        converted.config.trained_tokens = (config.trained_tokens or 0) + calibration_WT.numel()
+    del model
+    converted = converted.to(getattr(torch, stored))
+    write_model(export_model(converted) if wanted.target == "transformers" else converted, out, found)
+    shutil.rmtree(folder, ignore_errors=True)
+    return converted
+
+
+def new_config(config: FoldConfig, wanted: Conversion) -> FoldConfig:
+    """The config of the converted model. Raises `ValueError` where its layers, heads or specs don't fit."""
+    old = config.layout
+    new = old if wanted.heads is None else old.with_heads(wanted.heads)
+    new = new if wanted.layers is None else KVLayout.parse(wanted.layers, new)
+    if new.layers != old.layers:
+        _refuse_gates(config)
+        _refuse_lost_specs(old, new)
+    new = new if wanted.time is None else new.with_time(wanted.time)
+    new = new if wanted.bits is None else new.with_bits(wanted.bits)
+    found = deepcopy(config)
+    found.layout, found.base_layout = new, config.base_layout
+    heads = {layer.num_kv_heads for layer in new.layers}
+    found.num_key_value_heads = heads.pop() if len(heads) == 1 else config.num_key_value_heads
+    return found
+
+
+def pair_heads(model: FoldForCausalLM, num_kv_heads: int) -> None:
+    """Put like KV heads side by side, in place, for merging them into so many; the model computes what it computed."""
+    weights = dict(model.state_dict())
+    for owner in model.config.layout.owners:
+        order = like_heads_together(model.config, weights, owner, num_kv_heads)
+        reorder_heads(model.config, weights, owner, order)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+
+
+def converted_model(model: FoldForCausalLM, config: FoldConfig, wanted: Conversion) -> FoldForCausalLM:
+    """A model of the new config: heads merged, layers shared. What doesn't change is the old model's own tensors."""
+    weights = dict(model.state_dict())
+    if wanted.heads is not None:
+        merge_heads(model.config, weights, wanted.heads, pair=wanted.pair_heads)
+    if wanted.init == "mean":
+        average_groups(config, weights, config.layout)
+    drop_readers(weights, config.layout)
+    config = deepcopy(config)
+    config.dtype = model.dtype
+    with torch.device("meta"):
+        new = FoldForCausalLM(config)
+    new.load_state_dict(weights, assign=True)
+    new.tie_weights()
+    new.generation_config = model.generation_config
+    return new.eval()
+
+
+def _refuse_gates(config: FoldConfig) -> None:
+    learned = sorted({spec.name for spec in config.layout.time if spec.trained})
+    if config.gates is not None or learned:
+        raise ValueError(
+            f"a model with learned {' and '.join(learned) or 'gates'}: merged heads or layers would mix its decisions: "
+            "convert the model it was made from, and retrofit that"
+        )
+
+
+def _refuse_lost_specs(old: KVLayout, new: KVLayout) -> None:
+    """An owner that becomes a reader takes over what its group does; where it had another spec, the user must choose."""
+    for owner in old.owners:
+        heir = new.owner_of(owner)
+        for what, kept, taken in (
+            ("time", old.time[old.index_of(owner)], new.time[new.index_of(heir)]),
+            ("bits", old.bits_of(owner), new.bits_of(heir)),
+        ):
+            if kept != taken:
+                raise ValueError(
+                    f"layer {owner} has {what} '{kept.format()}' of its own but would read layer {heir}, which has "
+                    f"'{taken.format()}': a group has one: give the source one {what} for both, or share other layers"
+                )

@@ -1,0 +1,242 @@
+"""Refitting what is left of a converted model, layer after layer from the bottom up, so that every block gives what the
+original's gives there. Closed forms on calibration text; at most one layer's attention is ever differentiated.
+
+The converted model's own stream goes in, and the original's stream is the target, so that what went wrong below is made
+good above as far as it can be. In each layer: keys and values of a group (fitted_group.py) at its owner, then W_o, then the
+feed-forward block's last projection, both by ridge regression towards what they were. Each token's error counts relative to
+the size of the original's stream, as every norm above will see it: a few tokens with massive activations would rule
+everything else. How strong a ridge is, held-out calibration text decides: in sample weak ones always look better, and on any
+other text they are far worse.
+
+Source: ours.
+Differs: none.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kvfold.convert.fitted_group import Part, fit_keys, fit_values, matching_order, put_in_order
+from kvfold.convert.fitted_queries import refit_queries
+from kvfold.convert.fitted_state import FitState, fingerprint_of
+from kvfold.convert.fitted_streams import Streams
+from kvfold.convert.layer_halves import Half, feed_half, stream_behind, wanted_raw
+from kvfold.convert.least_squares import LeastSquares
+from kvfold.models.decoder import FoldForCausalLM
+
+Report = Callable[[str, int, int], None]
+"""Takes what is being done, how much of it is done, and how much there is."""
+
+_HELD_OUT = 4
+"""Every so many batches, one chooses the strength of the ridge."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """What is fitted, and how."""
+
+    ridge: float | None = None
+    """Pull of a projection towards what it was, as a share of its inputs' mean energy; None: as held-out text asks."""
+    group: bool = True
+    """Give owners the keys and values that serve their group, where keys are linear (no norm on them)."""
+    feed_forward: bool = True
+    """Refit the feed-forward blocks too."""
+    query_steps: int = 0
+    """Adam steps on the query projection of a layer that attends to other keys than its own."""
+    query_rate: float = 0.01
+    """Size of such a step as a share of the weights' own."""
+    batch: int = 2
+    """Windows read side by side."""
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("ridge", self.ridge or 0.0),
+            ("query_steps", self.query_steps),
+            ("query_rate", self.query_rate),
+        ):
+            if value < 0:
+                raise ValueError(f"{name} {value}: it is 0 or more: correct it")
+        if self.batch < 1:
+            raise ValueError(f"batch {self.batch}: 1 window or more are read at once: correct it")
+
+
+@torch.no_grad()
+def fit(
+    original: FoldForCausalLM,
+    converted: FoldForCausalLM,
+    ids_WT: Tensor,
+    *,
+    options: Fit | None = None,
+    folder: Path | None = None,
+    report: Report | None = None,
+) -> None:
+    """Refit `converted` in place. `ids_WT`: calibration windows. `folder`: where finished layers wait for a second start,
+    for the caller to remove once the result is written. Raises `ValueError` for an original that shares layers already.
+    """
+    options, layout = options or Fit(), converted.config.layout
+    if len(original.config.layout.owners) < layout.num_layers:
+        raise ValueError(
+            f"init 'fitted' from a model with layers '{original.config.layout.layers_text()}': it starts where every layer "
+            "has keys and values: convert the model it was made from, or use 'mean' or 'drop'"
+        )
+    if len(ids_WT) < 2:
+        raise ValueError(
+            "init 'fitted' on 1 window of text: one fits and another says how strongly: give more calibration text, or shorter "
+            "windows"
+        )
+    options = replace(options, batch=max(1, min(options.batch, len(ids_WT) // _HELD_OUT)))
+    state = FitState(folder, fingerprint_of(original, converted, ids_WT, options))
+    streams, goes_on = Streams(original, converted, ids_WT, options.batch), True
+    for index in range(layout.num_layers):
+        if report is not None:
+            report("fitting layer by layer", index, layout.num_layers)
+        found = state.read(index) if goes_on else None
+        goes_on = found is not None
+        before = _weights_of(converted)
+        if found is not None:
+            _put(converted, found)
+        do_layer(streams, index, options, fitting=not goes_on)
+        if not goes_on:
+            state.write(index, {name: one for name, one in _weights_of(converted).items() if one is not before[name]})
+        streams.close(index)
+    if report is not None:
+        report("fitting layer by layer", layout.num_layers, layout.num_layers)
+
+
+def do_layer(streams: Streams, index: int, options: Fit, *, fitting: bool = True) -> None:
+    """Fit one layer, or where it was fitted before only move both streams over it. Without gradients; `ridge` None asks for
+    two batches or more.
+    """
+    config, ours, theirs = streams.config, streams.converted.model.layers[index], streams.original.model.layers[index]
+    changed = _reads_other_keys(streams, index)
+    if fitting and options.group and changed and config.layout.is_owner(index):
+        _fit_group(streams, index)
+    goals, halves = streams.their_halves(index), streams.our_halves(index)
+    if fitting:
+        middle = _refit(streams, ours, ours.self_attn.o_proj, halves, goals, streams.ours, options)
+        if options.query_steps and changed:
+            _refit_queries(streams, index, goals, options)
+            middle = _refit(
+                streams, ours, ours.self_attn.o_proj, streams.our_halves(index), goals, streams.ours, options
+            )
+    else:
+        middle = [half.stream for half in halves]
+    goals = [feed_half(config, theirs, half.stream).goal() for half in goals]
+    halves = [feed_half(config, ours, stream) for stream in middle]
+    if fitting and options.feed_forward:
+        streams.ours = _refit(streams, ours, ours.mlp.down_proj, halves, goals, middle, options)
+    else:
+        streams.ours = [half.stream for half in halves]
+    streams.theirs = [half.stream for half in goals]
+
+
+def _reads_other_keys(streams: Streams, index: int) -> bool:
+    """Whether a layer's group is larger than it was: other layers share it, or heads were merged."""
+    new, old = streams.config.layout, streams.original.config.layout
+    alone = new.readers_of(new.owner_of(index)) == (index,)
+    return not alone or new.layers[index].num_kv_heads != old.layers[index].num_kv_heads
+
+
+def _fit_group(streams: Streams, owner: int) -> None:
+    """Keys and values of an owner; nothing where keys are normed or its layers turn differently: no factor passes there."""
+    config, layers = streams.config, streams.converted.model.layers
+    group = config.layout.readers_of(owner)
+    if config.qk_norm != "none" or len({streams.rotation_groups[index] for index in group}) > 1:
+        return
+    sums, energy = streams.group_sums(owner)
+    attention = layers[owner].self_attn
+    old, new = streams.original.config.layout.layers[owner].num_kv_heads, config.layout.layers[owner].num_kv_heads
+    heads = [
+        [_part(streams, index, place, slot, slot, energy) for slot in range(old)] for place, index in enumerate(group)
+    ]
+    for place, index in enumerate(group[1:], start=1):
+        order = matching_order(config, heads[0], heads[place], sums, streams.rotations[owner])
+        put_in_order(layers[index].self_attn, order, config.num_attention_heads // old * config.head_dim)
+        heads[place] = [_part(streams, index, place, slot, head, energy) for slot, head in enumerate(order)]
+    for head in range(new):
+        parts = [one for layer in heads for one in layer[head * old // new : (head + 1) * old // new]]
+        fit_values(config, attention, head, parts, sums.values)
+        fit_keys(config, attention, head, parts, sums.keys, streams.rotations[owner])
+
+
+def _part(streams: Streams, index: int, place: int, slot: int, head: int, energy: dict[int, Tensor]) -> Part:
+    """The original's KV head `head` of a layer, the `place`-th of its group, whose query heads stand at `slot`."""
+    dim, original = streams.config.head_dim, streams.original.config.layout.layers[index].num_kv_heads
+    queries, first = streams.config.num_attention_heads // original, (place * original + head) * dim
+    return Part(
+        attention=streams.converted.model.layers[index].self_attn,
+        columns=slice(first, first + dim),
+        queries=slice(slot * queries, (slot + 1) * queries),
+        energy_D=energy[index].unflatten(0, (-1, dim))[head * queries : (head + 1) * queries].sum(dim=0),
+    )
+
+
+def _refit(
+    streams: Streams,
+    layer: nn.Module,
+    projection: nn.Linear,
+    halves: Sequence[Half],
+    goals: Sequence[Half],
+    before: Sequence[Tensor],
+    options: Fit,
+) -> list[Tensor]:
+    """Refit the projection that ends a block, and give our stream behind it. `before`: our stream that the block adds to."""
+    config = streams.config
+    shape = projection.in_features, projection.out_features, projection.weight.device
+    sums, held = LeastSquares(*shape), LeastSquares(*shape)
+    for place, (half, goal, start) in enumerate(zip(halves, goals, before, strict=True)):
+        wanted, weight = _wanted(streams, layer, projection, goal, start)
+        (held if place in held_places(len(halves)) else sums).add(half.inputs, wanted - half.raw, weight)
+    strength = options.ridge
+    if strength is None:
+        strength = sums.best_strength(held)
+    sums.absorb(held)
+    change = sums.solve(strength).to(projection.weight.dtype)
+    projection.weight = nn.Parameter(projection.weight + change.T)
+    # As a second start computes it, so that going on gives the very same weights.
+    return [
+        stream_behind(config, layer, projection, start, projection(half.inputs))
+        for half, start in zip(halves, before, strict=True)
+    ]
+
+
+def held_places(batches: int) -> range:
+    """Which of so many batches choose the strength of a ridge: every fourth, of fewer the last."""
+    every = min(_HELD_OUT, batches)
+    return range(every - 1, batches, every)
+
+
+def _wanted(
+    streams: Streams, layer: nn.Module, projection: nn.Linear, goal: Half, start: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a projection should give, and how much each token's squared error counts."""
+    wanted = wanted_raw(streams.config, layer, projection, goal.stream - start, goal.raw)
+    return wanted, 1.0 / goal.stream.square().sum(dim=-1).clamp(min=1e-12)
+
+
+def _refit_queries(streams: Streams, index: int, goals: Sequence[Half], options: Fit) -> None:
+    layer = streams.converted.model.layers[index]
+    refit_queries(
+        layer,
+        lambda place: streams.our_half(index, place).raw,
+        [
+            _wanted(streams, layer, layer.self_attn.o_proj, goal, start)
+            for goal, start in zip(goals, streams.ours, strict=True)
+        ],
+        steps=options.query_steps,
+        rate=options.query_rate,
+    )
+
+
+def _weights_of(model: FoldForCausalLM) -> dict[str, Tensor]:
+    """The parameters themselves, to see which were put in anew."""
+    return dict(model.named_parameters())
+
+
+def _put(model: FoldForCausalLM, weights: dict[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        stem, _, kind = name.rpartition(".")
+        setattr(model.get_submodule(stem), kind, nn.Parameter(weight.to(model.device)))

@@ -1,0 +1,285 @@
+"""KVLayout, who keeps what: which layers own keys and values, how many heads, what each owner keeps, how it is stored.
+
+The noun that every other room turns on. It moves no bytes and knows no model family; it is frozen, checked, and writes
+itself into a checkpoint's config.json. Owner maps by name live in patterns.py, other projects' grammars in sharing_formats.py.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, TypeVar
+
+from kvfold.layout.patterns import check_owners, owner_map, pattern_text
+from kvfold.layout.per_layer import join_per_owner, most_common, split_per_owner
+from kvfold.methods.base import Method
+from kvfold.methods.bits import BitsSpec
+from kvfold.methods.budget import Budget
+from kvfold.methods.full import Full
+from kvfold.methods.registry import parse_time
+from kvfold.methods.window import Window
+
+FORMAT = 1
+"""Version of the JSON form."""
+
+FULL, MODEL_BITS = Full(), BitsSpec()
+ROPE, NO_ROPE = "default", "none"
+"""Rotary positions as most layers have them, and none."""
+
+Spec = TypeVar("Spec", Method, BitsSpec)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerKV:
+    """The keys and values that one decoder layer attends to."""
+
+    owner: int
+    """Index of the layer that computes and stores them; the layer's own index if it does so itself."""
+    num_kv_heads: int
+    """KV heads."""
+    head_dim: int
+    """Channels of one head."""
+    window: int | None = None
+    """The architecture's own sliding window: query t sees key k iff t - k < window. None = full attention."""
+    rope: str = ROPE
+    """Which rotary positions keys and queries have, where a model has more than one kind; `none` = not any."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("owner", 0), ("num_kv_heads", 1), ("head_dim", 1), ("window", 1)):
+            value = getattr(self, name)
+            if value is None and name == "window":
+                continue
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} {value!r}: a layer's {name} is a whole number of {least} or more: correct it")
+        if type(self.rope) is not str:
+            raise ValueError(f"rope {self.rope!r}: it names a kind of rotary positions, such as '{ROPE}': correct it")
+
+    @property
+    def kind(self) -> tuple[int | None, int, int, str]:
+        """What must agree within a group: window, number of KV heads, head dim, rotary positions."""
+        return self.window, self.num_kv_heads, self.head_dim, self.rope
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; rotary positions only where they are not the default."""
+        plain = {name: getattr(self, name) for name in ("owner", "num_kv_heads", "head_dim", "window")}
+        return plain if self.rope == ROPE else plain | {"rope": self.rope}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVLayout:
+    """The KV cache of one model: one `LayerKV` per layer; one time spec and one storage per owner."""
+
+    layers: tuple[LayerKV, ...]
+    """One per decoder layer, from the bottom up."""
+    time: tuple[Method, ...]
+    """One per owner, owners ascending: what was asked for. What is in force stands in `time_of`."""
+    bits: tuple[BitsSpec, ...]
+    """One per owner, owners ascending."""
+    owners: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """Layers that store keys and values, ascending. Derived from `layers`."""
+    _place: dict[int, int] = field(init=False, repr=False, compare=False)
+    _readers: dict[int, tuple[int, ...]] = field(init=False, repr=False, compare=False)
+    _in_force: dict[int, Method] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("a layout of 0 layers: a model has 1 layer or more: name them")
+        check_owners([layer.owner for layer in self.layers])
+        readers: dict[int, list[int]] = {}
+        for index, layer in enumerate(self.layers):
+            readers.setdefault(layer.owner, []).append(index)
+            if layer.kind != self.layers[layer.owner].kind:
+                raise ValueError(
+                    f"layer {index} reads layer {layer.owner} but has (window, kv heads, head dim, rotary positions) "
+                    f"{layer.kind} where that has {self.layers[layer.owner].kind}: a group has one of each: share between "
+                    "equal layers"
+                )
+        for name in ("time", "bits"):
+            if len(getattr(self, name)) != len(readers):
+                raise ValueError(
+                    f"{len(getattr(self, name))} {name} entries for {len(readers)} owners: give one per owner"
+                )
+        # A frozen dataclass is written through object: these are asked for once per layer and token.
+        object.__setattr__(self, "owners", tuple(sorted(readers)))
+        object.__setattr__(self, "_place", {owner: place for place, owner in enumerate(self.owners)})
+        object.__setattr__(self, "_readers", {owner: tuple(group) for owner, group in readers.items()})
+        pairs = zip(self.owners, self.time, strict=True)
+        object.__setattr__(self, "_in_force", {o: _in_force(spec, self.layers[o].window) for o, spec in pairs})
+
+    @classmethod
+    def plain(
+        cls, num_layers: int, num_kv_heads: int, head_dim: int, windows: Sequence[int | None] | None = None
+    ) -> Self:
+        """Every layer an owner, nothing dropped or quantised; `windows` = the architecture's own, one per layer."""
+        windows = [None] * num_layers if windows is None else windows
+        return cls(
+            layers=tuple(
+                LayerKV(owner=index, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window)
+                for index, window in zip(range(num_layers), windows, strict=True)
+            ),
+            time=(FULL,) * num_layers,
+            bits=(MODEL_BITS,) * num_layers,
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers, owners and readers."""
+        return len(self.layers)
+
+    def owner_of(self, layer: int) -> int:
+        """The layer whose keys and values `layer` attends to."""
+        return self.layers[layer].owner
+
+    def is_owner(self, layer: int) -> bool:
+        """Whether `layer` computes and stores keys and values."""
+        return layer in self._readers
+
+    def readers_of(self, owner: int) -> tuple[int, ...]:
+        """All layers of the owner's group, ascending, the owner itself first."""
+        return self._readers[owner]
+
+    def last_reader(self, owner: int) -> int:
+        """The last layer of the group: after it has attended, what the step drops may go."""
+        return self._readers[owner][-1]
+
+    def index_of(self, owner: int) -> int:
+        """The owner's place among the owners."""
+        return self._place[owner]
+
+    def time_of(self, owner: int) -> Method:
+        """The time spec in force: of a sliding owner that was asked for nothing, its own window without sinks."""
+        return self._in_force[owner]
+
+    def bits_of(self, owner: int) -> BitsSpec:
+        """How the owner's entries are stored."""
+        return self.bits[self._place[owner]]
+
+    def base(self) -> Self:
+        """The same owners and heads with nothing dropped and nothing quantised."""
+        return replace(self, time=(FULL,) * len(self.owners), bits=(MODEL_BITS,) * len(self.owners))
+
+    @classmethod
+    def parse(cls, text: str, base: Self) -> Self:
+        """A `--layers` text applied to `base`, see `with_owners`."""
+        slides = [layer.window is not None for layer in base.layers]
+        return base.with_owners(owner_map(text, [layer.kind for layer in base.layers], slides))
+
+    def with_owners(self, owners: Sequence[int]) -> Self:
+        """The same model with other owners, one per layer: heads, windows and each remaining owner's specs stay."""
+        if len(owners) != self.num_layers:
+            raise ValueError(f"{len(owners)} owners for {self.num_layers} layers: give one per layer")
+        kept = sorted(set(owners))
+        for owner in kept:
+            if 0 <= owner < self.num_layers and not self.is_owner(owner):
+                raise ValueError(
+                    f"layer {owner} would own keys and values, but in this model it reads layer {self.owner_of(owner)} "
+                    f"and has none: choose owners among {', '.join(map(str, self.owners))}"
+                )
+        check_owners(owners)
+        places = [self._place[owner] for owner in kept]
+        return replace(
+            self,
+            layers=tuple(replace(layer, owner=owner) for layer, owner in zip(self.layers, owners, strict=True)),
+            time=tuple(self.time[place] for place in places),
+            bits=tuple(self.bits[place] for place in places),
+        )
+
+    def with_heads(self, num_kv_heads: int) -> Self:
+        """The same with fewer KV heads: `num_kv_heads` divides each layer's, as heads merge in equal groups."""
+        for index, layer in enumerate(self.layers):
+            if num_kv_heads < 1 or layer.num_kv_heads % num_kv_heads:
+                raise ValueError(
+                    f"heads {num_kv_heads}: layer {index} has {layer.num_kv_heads} KV heads, merged in equal groups: "
+                    f"use {', '.join(str(n) for n in range(1, layer.num_kv_heads + 1) if layer.num_kv_heads % n == 0)}"
+                )
+        return replace(self, layers=tuple(replace(layer, num_kv_heads=num_kv_heads) for layer in self.layers))
+
+    def with_rope(self, rope: Sequence[str]) -> Self:
+        """The same with these kinds of rotary positions, one per layer."""
+        kinds = zip(self.layers, rope, strict=True)
+        layers = tuple(layer if layer.rope == kind else replace(layer, rope=kind) for layer, kind in kinds)
+        return self if layers == self.layers else replace(self, layers=layers)
+
+    def with_time(self, text: str) -> Self:
+        """A `--time` text applied: what holds for all goes to full-attention owners, sliding ones must be named."""
+        slides = [self.layers[owner].window is not None for owner in self.owners]
+        rest, named = self._per_owner(text, parse_time)
+        time = self.time if rest is None else [FULL if sliding else rest for sliding in slides]
+        return replace(self, time=tuple(named.get(owner, old) for owner, old in zip(self.owners, time, strict=True)))
+
+    def with_bits(self, text: str) -> Self:
+        """A `--bits` text applied; what holds for all holds for sliding owners too."""
+        rest, named = self._per_owner(text, BitsSpec.parse)
+        bits = self.bits if rest is None else [rest] * len(self.owners)
+        return replace(self, bits=tuple(named.get(owner, old) for owner, old in zip(self.owners, bits, strict=True)))
+
+    def layers_text(self) -> str:
+        """The owner map as a `--layers` text: a pattern's name where one fits."""
+        kinds = [layer.kind for layer in self.layers]
+        return pattern_text(
+            tuple(layer.owner for layer in self.layers), kinds, [layer.window is not None for layer in self.layers]
+        )
+
+    def time_text(self) -> str:
+        """What was asked for along time as a `--time` text: `with_time` of it gives this layout again."""
+        full_owners = [i for i, owner in enumerate(self.owners) if self.layers[owner].window is None]
+        texts = [spec.format() for spec in self.time]
+        rest = most_common([texts[i] for i in full_owners]) or FULL.format()
+        given = [rest if i in full_owners else FULL.format() for i in range(len(texts))]
+        return join_per_owner(rest, given, texts, self.owners)
+
+    def bits_text(self) -> str:
+        """The storage as a `--bits` text: `with_bits` of it gives this layout again."""
+        texts = [spec.format() for spec in self.bits]
+        rest = most_common(texts)
+        return join_per_owner(rest, [rest] * len(texts), texts, self.owners)
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of plain values, as it stands in a checkpoint's config.json."""
+        return {
+            "format": FORMAT,
+            "layers": [one.to_json() for one in self.layers],
+            "time": [spec.format() for spec in self.time],
+            "bits": [spec.format() for spec in self.bits],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The layout that `to_json` wrote. Raises `ValueError` for another format or a missing or foreign key."""
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise ValueError(
+                f"layout format {found!r}: this kvfold reads format {FORMAT}: update kvfold or write the layout again"
+            )
+        try:
+            return cls(
+                layers=tuple(LayerKV(**layer) for layer in data["layers"]),
+                time=tuple(parse_time(text) for text in data["time"]),
+                bits=tuple(BitsSpec.parse(text) for text in data["bits"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"layout with a missing or unknown part ({error}): it has layers, time, bits: write it again"
+            ) from error
+
+    def _per_owner(self, text: str, parse: Callable[[str], Spec]) -> tuple[Spec | None, dict[int, Spec]]:
+        """What a text gives to all (None: nothing) and to single owners; where two parts name one, the last wins."""
+        rest, parts = split_per_owner(text)
+        named: dict[int, Spec] = {}
+        for layers, value in parts:
+            if layers[-1] >= self.num_layers:
+                raise ValueError(
+                    f"'{text}': there is no layer {layers[-1]}: the model has layers 0 to {self.num_layers - 1}"
+                )
+            owners = [owner for owner in self.owners if owner in layers]
+            if not owners:
+                raise ValueError(
+                    f"'{text}': layer {layers[0]} stores nothing, it reads layer {self.owner_of(layers[0])}: "
+                    f"name an owner: {', '.join(map(str, self.owners))}"
+                )
+            named |= dict.fromkeys(owners, parse(value))
+        return None if rest is None else parse(rest), named
+
+
+def _in_force(spec: Method, window: int | None) -> Method:
+    if window is not None and spec == FULL:
+        return Window(recent=Budget(fixed=window), sinks=0)
+    return spec

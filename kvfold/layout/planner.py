@@ -1,0 +1,226 @@
+"""How many bytes a layout needs, and the inverses: how many rows, how much context fit.
+
+The byte arithmetic is the store's own: it imports these terms, so that planned bytes equal allocated bytes. Where a
+method's need depends on its gates (DMC, DMS) the plan is the upper bound, or what gates of a given compression keep where
+all heads keep alike. No torch here, and no tensors are moved.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from kvfold.layout.hf_config import base_layout, config_layout, model_tokens, read_config, value_bytes
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.methods.base import DTYPE_BYTES, Method
+from kvfold.methods.bits import Storage, storage_bytes
+
+PAGE_SLOTS = 16
+"""Entries in a page, unless a store is told otherwise."""
+POSITION_BYTES = 4
+"""Position of one stored entry, int32."""
+PAGE_OVERHEAD_BYTES = 40
+"""For each page held: its reference count, its entry in the free list, and eight in the block tables (which are
+rectangular, so that uneven rows and heads leave gaps), int32 each."""
+LENGTH_BYTES = 4
+"""Length of one KV stream (a sequence's entries of one owner and kv head), int32."""
+SEQUENCE_BYTES = 8
+"""Tokens seen by one sequence, int64."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PageClass:
+    """What pages must agree on to share one pool."""
+
+    head_dim: int
+    """Channels."""
+    k: Storage
+    """Storage of keys."""
+    v: Storage
+    """Storage of values."""
+
+
+def page_class(layout: KVLayout, owner: int) -> PageClass:
+    """The class of the pages that the owner's entries live in."""
+    bits = layout.bits_of(owner)
+    return PageClass(head_dim=layout.layers[owner].head_dim, k=bits.k, v=bits.v)
+
+
+def slot_arrays(layout: KVLayout) -> dict[PageClass, dict[str, str]]:
+    """Every page class of a layout with what its owners' methods keep with each slot: name -> dtype."""
+    found: dict[PageClass, dict[str, str]] = {}
+    for owner in layout.owners:
+        arrays = found.setdefault(page_class(layout, owner), {})
+        for name, dtype in layout.time_of(owner).slot_arrays.items():
+            if arrays.setdefault(name, dtype) != dtype:
+                raise ValueError(
+                    f"time '{layout.time_text()}': two methods keep '{name}' with each entry, as {arrays[name]} and as {dtype}: "
+                    "use one of them"
+                )
+    return found
+
+
+def page_classes(layout: KVLayout) -> dict[PageClass, int]:
+    """Every page class of a layout with its per-slot state in bytes."""
+    return {one: sum(DTYPE_BYTES[dtype] for dtype in arrays.values()) for one, arrays in slot_arrays(layout).items()}
+
+
+def page_bytes(one: PageClass, slots: int, *, model_bytes: int, slot_state_bytes: int) -> int:
+    """Bytes of one page of `slots` entries with everything that is kept for it."""
+    payload = storage_bytes(one.k, one.head_dim, model_bytes) + storage_bytes(one.v, one.head_dim, model_bytes)
+    return slots * (payload + POSITION_BYTES + slot_state_bytes) + PAGE_OVERHEAD_BYTES
+
+
+def layout_bytes(
+    layout: KVLayout,
+    seen_tokens: Sequence[int],
+    model_bytes: int,
+    page_slots: int = PAGE_SLOTS,
+    compression: float | None = None,
+) -> int:
+    """Bytes that rows of these lengths (real tokens seen) hold after a step.
+
+    `model_bytes` = one number in the model's dtype. `compression`: of learned methods; None = the most they may hold.
+    """
+    states = page_classes(layout)
+    streams = Counter()
+    for owner in layout.owners:
+        streams[layout.time_of(owner), page_class(layout, owner)] += layout.layers[owner].num_kv_heads
+    rows = Counter(seen_tokens)
+    total = SEQUENCE_BYTES * sum(rows.values())
+    for (method, one), num_streams in streams.items():
+        page = page_bytes(one, page_slots, model_bytes=model_bytes, slot_state_bytes=states[one])
+        stream = LENGTH_BYTES + method.stream_state_bytes(one.head_dim)
+        total += num_streams * sum(
+            num_rows * (stream + page * -(-_kept(method, seen, compression) // page_slots))
+            for seen, num_rows in rows.items()
+        )
+    return total
+
+
+def _kept(method: Method, seen: int, compression: float | None) -> int:
+    return method.max_kept(seen) if compression is None else method.expected_kept(seen, compression)
+
+
+def token_bytes(layout: KVLayout, model_bytes: int) -> int:
+    """K and V of one more token while nothing is dropped or merged: payload alone, without pages and positions."""
+    return sum(
+        layout.layers[owner].num_kv_heads
+        * sum(layout.bits_of(owner).slot_bytes(layout.layers[owner].head_dim, model_bytes))
+        for owner in layout.owners
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What one model's KV cache costs under one layout."""
+
+    source: str
+    """The model, by the name it was asked for."""
+    layout: KVLayout
+    """The layout planned for."""
+    base_layout: KVLayout
+    """The model's layout before it was folded."""
+    model_bytes: int
+    """Bytes of one number in the model's dtype."""
+    model_tokens: int | None
+    """Context that the model was made for; None where its config doesn't say."""
+    page_slots: int = PAGE_SLOTS
+    """Entries in a page."""
+    learned_compression: float | None = None
+    """What gates were trained to: tokens seen over tokens kept, delay included; None = planned for gates that never fire."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """K and V of one more token while nothing is dropped or merged, without pages and positions."""
+        return token_bytes(self.layout, self.model_bytes)
+
+    def bytes(self, seen_tokens: Sequence[int]) -> int:
+        """What the store allocates for rows of these lengths after a step. For DMC and DMS the most it may, or with
+        `learned_compression` what it does where all heads keep alike: heads that differ leave more pages half filled.
+        """
+        return layout_bytes(self.layout, seen_tokens, self.model_bytes, self.page_slots, self.learned_compression)
+
+    def max_rows(self, memory_bytes: int, context_tokens: int) -> int:
+        """The most rows of `context_tokens` tokens that fit in `memory_bytes`."""
+        _refuse_negative(memory_bytes=memory_bytes, context_tokens=context_tokens)
+        return memory_bytes // self.bytes([context_tokens])
+
+    def max_context_tokens(self, memory_bytes: int, rows: int) -> int | None:
+        """The longest context of which `rows` rows fit in `memory_bytes`; 0 where not even empty rows do.
+
+        Where a method's budget bounds the memory every context fits: then what the model was made for, or None.
+        """
+        _refuse_negative(memory_bytes=memory_bytes)
+        if rows < 1:
+            raise ValueError(f"rows {rows}: a context is that of 1 row or more: write 1 or more")
+        a_row = memory_bytes // rows
+        fits, too_long = 0, 1
+        while self.bytes([too_long]) <= a_row:
+            fits, too_long = too_long, 2 * too_long
+            if too_long > UNBOUNDED_TOKENS:
+                return self.model_tokens
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            fits, too_long = (middle, too_long) if self.bytes([middle]) <= a_row else (fits, middle)
+        return fits
+
+    def compression(self, context_tokens: int) -> float:
+        """Times smaller than the base layout, in bytes, for one row of `context_tokens` tokens."""
+        full = layout_bytes(self.base_layout, [context_tokens], self.model_bytes, self.page_slots)
+        return full / self.bytes([context_tokens])
+
+
+UNBOUNDED_TOKENS = 2**50
+"""No memory holds this many tokens at a byte each: where they fit, the method's budget is what bounds the memory."""
+
+
+def plan(
+    source: Any,
+    time: str | None = None,
+    bits: str | None = None,
+    layers: str | None = None,
+    heads: int | None = None,
+    page_slots: int = PAGE_SLOTS,
+    compression: float | None = None,
+) -> Plan:
+    """The plan of a model: a config dict or object, a folder or config.json, a bundled or hub name, a loaded model.
+
+    `heads` and `layers` change who stores, then `time` and `bits` say for the remaining owners what and how. `compression`:
+    what the gates of DMC or DMS reach, tokens seen over tokens kept; None = they never fire.
+    """
+    if compression is not None and not 1 <= compression < inf:
+        raise ValueError(f"compression {compression:g}: it is times smaller, 1 or more: write e.g. 4")
+    if page_slots < 1:
+        raise ValueError(f"page_slots {page_slots}: a page has 1 slot or more: write e.g. {PAGE_SLOTS}")
+    name, config = read_config(source)
+    layout = config_layout(config)
+    if heads is not None:
+        layout = layout.with_heads(heads)
+    if layers is not None:
+        layout = KVLayout.parse(layers, layout)
+    if time is not None:
+        layout = layout.with_time(time)
+    if bits is not None:
+        layout = layout.with_bits(bits)
+    if compression is not None and not any(spec.trained for spec in layout.time):
+        raise ValueError(
+            f"compression {compression:g} with time '{layout.time_text()}': only what dmc and dms keep is learned: "
+            "add one of them, or leave it out"
+        )
+    return Plan(
+        source=name,
+        layout=layout,
+        base_layout=base_layout(config),
+        model_bytes=value_bytes(config),
+        model_tokens=model_tokens(config),
+        page_slots=page_slots,
+        learned_compression=compression,
+    )
+
+
+def _refuse_negative(**amounts: int) -> None:
+    for name, amount in amounts.items():
+        if amount < 0:
+            raise ValueError(f"{name} {amount}: an amount is 0 or more: write a positive number")

@@ -1,0 +1,37 @@
+"""From a method's name to its class. Third parties add theirs through the entry-point group `kvfold.methods`."""
+
+from importlib.metadata import entry_points
+
+from kvfold.methods.base import Method
+from kvfold.methods.dmc import DMC
+from kvfold.methods.dms import DMS
+from kvfold.methods.full import Full
+from kvfold.methods.h2o import H2O
+from kvfold.methods.names import unknown_name
+from kvfold.methods.tova import TOVA
+from kvfold.methods.window import Window
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Full, Window, H2O, TOVA, DMC, DMS)}
+
+ENTRY_POINT_GROUP = "kvfold.methods"
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method; installed packages are asked only for a name that kvfold itself doesn't know."""
+    if name not in METHODS:
+        for entry in entry_points(group=ENTRY_POINT_GROUP, name=name):
+            METHODS[name] = entry.load()
+            break
+        else:
+            installed = {entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)}
+            raise unknown_name("time method", name, installed | set(METHODS))
+    return METHODS[name]
+
+
+def parse_time(text: str) -> Method:
+    """The method of one text form, such as `full`, `window:64+4`, `h2o:25%+25%`, `dmc:inf`."""
+    name, colon, args = (part.strip() for part in text.partition(":"))
+    found = method_class(name)
+    if colon and not args:
+        raise ValueError(f"'{text.strip()}': nothing follows the colon: write '{name}' or give its settings")
+    return found.parse(args)
