@@ -7,7 +7,7 @@ from fastapi import Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 
-from kvfold.serve.errors import ApiError
+from kvfold.serve.errors import ApiError, log_failure
 from kvfold.serve.jobs import Job
 from kvfold.serve.serving import Serving
 from kvfold.serve.streaming import DONE, Stream, error_event, unless_gone
@@ -55,4 +55,7 @@ async def _until_done(asked: Asked, job: Job) -> AsyncIterator[bytes]:
             yield one
     except ApiError as error:
         yield error_event(error)
+    except Exception as error:
+        log_failure(error)
+        yield error_event(ApiError(500, "the server failed; its log says more"))
     yield DONE

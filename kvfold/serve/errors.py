@@ -72,7 +72,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _(request: Request, error: Exception) -> JSONResponse:
-        log_failure(error)
+        # The guard logs it; Starlette raises it again once this response is sent.
         return ApiError(500, "the server failed; its log says more").response()
 
 

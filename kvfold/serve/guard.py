@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvfold.serve.errors import ApiError
+from kvfold.serve.errors import ApiError, log_failure
 from kvfold.serve.settings import ServerSettings
 
 log = logging.getLogger("kvfold.serve")
@@ -61,6 +61,9 @@ class Guard:
                 await send_noted({"type": "http.response.body", "body": b""})
             else:
                 await self.app(scope, receive, send_noted)
+        except Exception as error:
+            # uvicorn would log its text too. A response that has begun is cut off; any other was sent as a 500.
+            log_failure(error)
         finally:
             if scope["path"] not in OPEN_PATHS:
                 seconds = time.monotonic() - began

@@ -104,7 +104,7 @@ def holdings(engine: Engine, requests: Sequence[Request]) -> list[Holding]:
     for request in requests:
         kept: list[tuple[int, ...]] = []
         held = 0
-        if request.handle is not None:
+        if request.handle is not None and not request.is_finished:
             streams, place = engine._runner.kept(request.method, request.handle), 0
             for number in heads:
                 kept.append(tuple(streams[place : place + number]))
@@ -143,6 +143,6 @@ def as_plain(holding: Holding) -> dict[str, Any]:
 
 def kept_positions(engine: Engine, request: Request) -> list[list[list[int]]]:
     """Positions that each owner's heads hold for one answer; to be called through `on_engine`."""
-    if request.handle is None:
+    if request.handle is None or request.is_finished:
         return []
-    return [rows[0] for rows in SequenceView(engine._runner.stores[request.method], [request.handle]).kept_positions()]
+    return [rows[0] for rows in SequenceView(engine._runner.stores[request.method], [request.handle]).kept_positions]
