@@ -10,7 +10,6 @@ import pytest
 
 from serving_kit import new_engine, raw, running_server
 
-
 # By the clock: a busy machine's stutter would fail them. `pytest -m slow tests/serve` runs them.
 pytestmark = pytest.mark.slow
 SOON_S = 1.0

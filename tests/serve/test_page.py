@@ -5,10 +5,11 @@ import pytest
 from browser import HAS_CHROMIUM, open_browser
 from serving_kit import running_server
 
-pytestmark = pytest.mark.skipif(not HAS_CHROMIUM, reason="chromium and chromedriver are not installed")
-
 # By the clock: a busy machine's stutter would fail them. `pytest -m slow tests/serve` runs them.
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.skipif(not HAS_CHROMIUM, reason="chromium and chromedriver are not installed"),
+    pytest.mark.slow,
+]
 
 
 @pytest.fixture(scope="module")
