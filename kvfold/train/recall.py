@@ -131,9 +131,10 @@ class RecallRun:
         return min(1.0, (step + 1) / _WARMUP_STEPS, 4 * (1 - step / self.steps))
 
     def asked(self, step: int) -> tuple[int, tuple[int, ...]]:
-        """Pairs and hops of the texts of a step. Texts of too few pairs for the most hops are left out."""
-        joined = 1 + sum(step >= one for one in self.hop_steps) if self.hop_steps else len(self.task.hops)
-        hops = self.task.hops[:joined]
+        """Pairs and hops of the texts of a step. Texts of too few pairs for a hop that has joined later are left out."""
+        if not self.hop_steps:
+            return self.task.pairs[step % len(self.task.pairs)], self.task.hops
+        hops = self.task.hops[: 1 + sum(step >= one for one in self.hop_steps)]
         pairs = [one for one in self.task.pairs if one > max(hops)] or [max(self.task.pairs)]
         return pairs[step % len(pairs)], hops
 
