@@ -11,9 +11,9 @@ if find_spec("vllm") is None:
     pytest.skip("vLLM is not installed here: `make test-integrations`", allow_module_level=True)
 
 import torch
-from kvfold.models.convert import Conversion, converted_model, new_config
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from kvfold.convert.conversion import Conversion, converted_model, new_config
 from kvfold.integrations import vllm as plugin
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
