@@ -96,7 +96,7 @@ def make_student(
     for owner, layer in enumerate(model.model.layers):
         for gate in (layer.self_attn.fold_norm, layer.self_attn.fold_proj):
             if gate is not None:  # also where another method rules, which learns nothing
-                gate.requires_grad_(settings.compresses and model.config.layout.time_of(owner).trained)
+                gate.requires_grad_(model.config.layout.time_of(owner).trained)
     return Student(model=model, teacher=teacher, kept=kept, widest=widest_layout(model, settings))
 
 
