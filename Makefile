@@ -20,7 +20,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-latest test-newest test-slow lint readme clean
+.PHONY: help demo test test-latest test-newest test-slow test-integrations lint readme clean
 MAKEFLAGS += --no-print-directory
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -54,6 +54,10 @@ test-slow: .venv/made-model ## the long checks; commit the results/test-slow.txt
 	@mkdir -p results
 	$(BIN)/python -m pytest -m slow --timeout 3600 2>&1 | sed "/^rootdir:/d" | tee results/test-slow.txt
 
+test-integrations: .venv-vllm/made ## folded models under vLLM's CPU build; commit the results/test-integrations.txt that they leave
+	@mkdir -p results
+	.venv-vllm/bin/python -m pytest -m "slow or not slow" --show-capture no tests/integrations 2>&1 | sed "/^rootdir:/d" | tee results/test-integrations.txt
+
 lint: .venv/made-kvfold ## style, formatting, and that imports go down only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
@@ -63,7 +67,7 @@ readme: .venv/made-kvfold ## fill the figures of README.md from results/
 	$(BIN)/python docs/fill_readme.py
 
 clean: ## remove all that make made, the environments too
-	rm -rf .venv .venv-latest .venv-newest demo-out build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-latest .venv-newest .venv-vllm demo-out build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find kvfold tests -name __pycache__ -prune -exec rm -rf {} +
 
 # -- the environments; each file marks a step that is done -------------------------------------------------------
@@ -101,4 +105,9 @@ clean: ## remove all that make made, the environments too
 	@$(BIN)/python .ci/layered.py .venv-latest .venv
 	@echo "· the transformers of constraints-latest.txt"
 	@.venv-latest/bin/python $(PIP) -c constraints-latest.txt -e '.[dev]'
+	@touch $@
+
+.venv-vllm/made: pyproject.toml .ci/vllm-env.sh
+	@echo "· vLLM's CPU build in .venv-vllm (minutes)"
+	@TORCH='$(TORCH)' TORCH_ARGS='$(TORCH_ARGS)' PIP_ARGS='$(PIP_ARGS)' MODEL='$(MODEL)' .ci/vllm-env.sh .venv-vllm $(PYTHON)
 	@touch $@

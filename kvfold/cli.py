@@ -2,10 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from kvfold import console
 from kvfold.cli_calibrate import add_calibrate
 from kvfold.cli_convert import add_convert
 from kvfold.cli_eval import add_eval
@@ -27,17 +28,29 @@ from kvfold.cli_model import (
     quiet_transformers,
 )
 from kvfold.cli_pretrain import add_train
+from kvfold.cli_serve import add_serve
 from kvfold.cli_train import add_retrofit
 from kvfold.console import check_out, clear_errors, command_line, hand_over, progress, say, show, show_json
+from kvfold.errors import UserError
 
 app = typer.Typer(
-    help="Make the KV cache of a language model small: plan it, train for it, measure it, generate with it.",
     epilog="Begin with `kvfold plan llama-3.1-8b --time h2o:512+512`, which needs no weights, or with `kvfold demo`.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
 )  # fmt: skip
+
+
+@app.callback()
+def kvfold(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from, before its line.")] = False,
+) -> None:
+    """Make the KV cache of a language model small: plan it, train for it, measure it, generate with it."""
+    console.debug.set(debug)
+
+
 bench = typer.Typer(help="Measure speed and memory beside transformers, in one run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 add_eval(app)
+add_serve(app)
 add_convert(app)
 add_train(app)
 add_retrofit(app)
@@ -104,6 +117,13 @@ def plan(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from; - reads stdin.")] = "-",
+    source: Annotated[
+        Path | None, typer.Option("--input", help="Requests as JSON lines, OpenAI's field names: all run at once.")
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Option("--output", help="Their answers, line by line; resumed where it stopped.")
+    ] = None,
+    kv_memory: Annotated[str, typer.Option(help="Bytes of the cache, with --input.")] = "2GB",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write, at most.")] = 128,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 takes the likeliest token, more is more daring.")
@@ -122,14 +142,21 @@ def generate(
 
     from kvfold.report.numbers import count, size
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    if (source is None) != (target is None):
+        raise UserError("--input and --output: a file of requests needs a file for its answers: give both")
+    if source is not None and target is not None:
+        loaded = load_model(model, time, bits, adapter, dtype, device, gates)
+        defaults = {"max_tokens": max_new_tokens, "temperature": temperature}
+        _answer_file(loaded, source, target, kv_memory=kv_memory, defaults=defaults, seed=seed, as_json=as_json)
+        return
+    text = _piped() if prompt == "-" else prompt
     if not text:
-        raise ValueError("an empty prompt: give some text to go on from")
+        raise UserError("an empty prompt: give some text to go on from")
     weights, tokenizer = load_model(model, time, bits, adapter, dtype, device, gates)
     inputs = tokenizer(text, return_tensors="pt").to(weights.device)
     length, most = inputs["input_ids"].shape[1], weights.config.max_position_embeddings
     if length + max_new_tokens > most:
-        raise ValueError(
+        raise UserError(
             f"{length} tokens of prompt and {max_new_tokens} new ones: the model was made for {most}: shorten one of the two"
         )
     set_seed(seed)
@@ -147,6 +174,38 @@ def generate(
         say(
             f"{method}: {count(seen)} tokens seen, {count(round(kept[kept >= 0].float().mean().item()))} kept a head, {held}"
         )
+
+
+def _answer_file(
+    loaded: tuple, source: Path, target: Path, *, kv_memory: str, defaults: dict[str, Any], seed: int, as_json: bool
+) -> None:
+    """All requests of a file on one engine, with a bar."""
+    from kvfold.engine.engine import Engine
+    from kvfold.engine.offline import answer_file
+
+    weights, tokenizer = loaded
+    if defaults["temperature"]:
+        defaults = defaults | {"seed": seed}
+    with Engine(weights, tokenizer, kv_memory=kv_memory) as engine, progress() as bar:
+        counts = answer_file(
+            engine, source, target, defaults=defaults,
+            report=lambda facts: bar("answering", facts["done"], facts["total"]),
+        )  # fmt: skip
+        stats = engine.stats()
+    if as_json:
+        show_json(counts | {"output": str(target), "stats": stats})
+    else:
+        say(
+            f"{target}: {counts['answered']} answered, {counts['errors']} with an error, {counts['skipped']} were there"
+        )
+
+
+def _piped() -> str:
+    """What another program writes to ours."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt on stdin: it can't be read as text ({error}): send it as utf-8") from error
 
 
 @app.command()
@@ -168,7 +227,7 @@ def _padded(text: str) -> tuple[bool, ...]:
     """Whether rows are padded, for each measurement of a point."""
     known = {"both": (False, True), "none": (False,), "left": (True,)}
     if text not in known:
-        raise ValueError(f"padding '{text}': rows are padded at the left or not: write {', '.join(known)}")
+        raise UserError(f"padding '{text}': rows are padded at the left or not: write {', '.join(known)}")
     return known[text]
 
 
@@ -206,7 +265,7 @@ def bench_decoding(
 
     check_out(out)
     if peers not in ("transformers", "none"):
-        raise ValueError(
+        raise UserError(
             f"peers '{peers}': kvfold is measured beside transformers or alone: write 'transformers' or 'none'"
         )
     padded, said = _padded(padding), None if text is None else read_text_file(text)

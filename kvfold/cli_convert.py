@@ -1,5 +1,6 @@
 """`kvfold convert`: parse, call, print. What it does lives in models/convert.py."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import typer
 
 from kvfold.cli_model import SAMPLE, Bits, Device, Json
 from kvfold.console import clear_errors, progress, say, show_json, waiting
+from kvfold.errors import UserError
 from kvfold.layout.units import parse_count
 
 if TYPE_CHECKING:
@@ -78,7 +80,7 @@ def convert(
     if init == "fitted" or owners is not None:
         ids = _calibration(source, calibration or [SAMPLE], parse_count(tokens), before)
     elif calibration:
-        raise ValueError(
+        raise UserError(
             f"calibration text with init '{init}': only 'fitted' and 'best:N' read any: use --init fitted or leave it out"
         )
     with progress() as report:
@@ -93,7 +95,7 @@ def convert(
 
 
 def _check(before: "FoldConfig", wanted: "Conversion", owners: int | None) -> None:
-    """Raises `ValueError` for what can't be done, before anything takes long."""
+    """Raises `UserError` for what can't be done, before anything takes long."""
     from kvfold.convert.chosen_layers import check_choice
     from kvfold.convert.conversion import new_config
 
@@ -101,7 +103,7 @@ def _check(before: "FoldConfig", wanted: "Conversion", owners: int | None) -> No
         new_config(before, wanted)
         return
     if wanted.target == "transformers":
-        raise ValueError(
+        raise UserError(
             f"layers '{wanted.layers}' for transformers: it has no words for shared layers: leave one of the two out"
         )
     new_config(before, replace(wanted, layers=None))
@@ -120,7 +122,7 @@ def _with_choice(
 
 
 def _costs_folder(out: Path) -> Path:
-    out = out.expanduser()
+    out = Path(os.path.expanduser(out))
     return out.with_name(f".{out.name}.layers")
 
 
@@ -128,7 +130,7 @@ def _keep_costs(out: Path) -> None:
     """What was measured of layers goes with the model that came of it."""
     folder = _costs_folder(out)
     for file in folder.iterdir():
-        shutil.move(file, out.expanduser() / file.name)
+        shutil.move(file, Path(os.path.expanduser(out)) / file.name)
     folder.rmdir()
 
 

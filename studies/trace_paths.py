@@ -1,14 +1,17 @@
 """What a reader must follow: files and lines of kvfold that run in a decoding step, and from `--time dms:128` to the store.
 
-    PYTHONPATH=CHECKOUT python studies/trace_paths.py [--json]
+    PYTHONPATH=CHECKOUT python studies/trace_paths.py [--json] [--before OLDER_CHECKOUT]
 
 Counts every function of kvfold that is entered: its file once, and its lines without docstring, comments and blank lines.
 A tiny random model is enough, since what runs does not depend on sizes. The same script runs on older checkouts, so that
-two of them can be put side by side.
+two of them can be put side by side: with `--before` the table of docs/architecture.md is written anew.
 """
 
 import ast
+import inspect
 import json
+import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -102,9 +105,14 @@ def decoding_step(source: str, time: str) -> dict[str, int]:
 def to_the_store(source: str) -> dict[str, int]:
     """A text form becomes a model's method and a cache's store."""
     model = kvfold.load(source, time="full")
+    of_cache = "time" in inspect.signature(model.new_cache).parameters
     with Traced() as traced:
-        model.config.layout = model.config.layout.with_time("dms:128")
-        model.new_cache(rows=1)
+        if of_cache:
+            cache = model.new_cache(rows=1, time="dms:128")
+        else:  # before a method belonged to a cache
+            model.config.layout = model.config.layout.with_time("dms:128")
+            cache = model.new_cache(rows=1)
+    assert cache.layout.time_text() == "dms:128"
     return traced.figures()
 
 
@@ -119,9 +127,32 @@ def main() -> None:
         }
     if "--json" in sys.argv:
         print(json.dumps(rows, indent=1))
-        return
-    for name, row in rows.items():
-        print(f"| {name} | {row['files']} | {row['functions']} | {row['lines']} |")
+    elif "--before" in sys.argv:
+        write_table(before=older(sys.argv[sys.argv.index("--before") + 1]), after=rows)
+    else:
+        for name, row in rows.items():
+            print(f"| {name} | {row['files']} | {row['functions']} | {row['lines']} |")
+
+
+def older(checkout: str) -> dict[str, dict[str, int]]:
+    """The same of another checkout."""
+    environment = os.environ | {"PYTHONPATH": str(Path(checkout).resolve())}
+    command = [sys.executable, __file__, "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def write_table(before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]) -> None:
+    """Into the architecture page, behind the header that is there."""
+    page = ROOT.parent / "docs" / "architecture.md"
+    head, rule, rest = page.read_text().partition("|---|--:|--:|--:|--:|\n")
+    assert rule, f"{page} has no table to fill"
+    below = rest[rest.index("\n## ") :]
+    rows = [
+        f"| {name} | {before[name]['files']} | {row['files']} | {before[name]['lines']} | {row['lines']} |\n"
+        for name, row in after.items()
+    ]
+    page.write_text(head + rule + "".join(rows) + below)
 
 
 if __name__ == "__main__":

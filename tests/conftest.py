@@ -6,6 +6,7 @@ import sys
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["KVFOLD_CHECKS"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -227,7 +227,9 @@ class CacheGroup:
     def fork(self, sources: list[int], targets: list[int]) -> None:
         """The targets go on from what the sources hold; pages are shared until one side writes."""
         self.tables.widen({target: self.tables.width[source] for source, target in zip(sources, targets, strict=True)})
-        source_B, target_B = (torch.tensor(one, device=self.length.device) for one in (sources, targets))
+        source_B, target_B = (
+            torch.tensor(one, dtype=torch.int64, device=self.length.device) for one in (sources, targets)
+        )
         for source, target in zip(sources, targets, strict=True):
             self.tables.copy(source, target)
             self._bound[target] = self._bound[source]
@@ -235,7 +237,7 @@ class CacheGroup:
         self.pool.share(self.page_ids(self.ids(target_B))[2])
         if self.state is not None:
             self.state[:, target_B] = self.state[:, source_B]
-        self.has_shared = True
+        self.has_shared = self.has_shared or bool(targets)
 
     def free(self, sequences: list[int], *, compact: bool) -> None:
         """Free all that these sequences hold; `compact`: tables may be moved."""

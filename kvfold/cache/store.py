@@ -6,6 +6,7 @@ Whoever drops sequences where nothing may be freed (a finaliser, inside an alloc
 frees what is queued first.
 """
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from kvfold.cache.allocator import CacheFull, pages_for
 from kvfold.cache.group import CacheGroup
 from kvfold.cache.pages import PageClass, PagePool
+from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import (
     LENGTH_BYTES,
@@ -87,7 +89,7 @@ class Store:
             self.seen = torch.zeros(0, dtype=torch.int64, device=self.device)
         self._seen: list[int] = []
         self._free: list[int] = []
-        self._queued: list[int] = []
+        self._queued = deque[int]()
         self._in_call: set[int] = set()
         self._grow(sequences)
 
@@ -101,7 +103,7 @@ class Store:
         needs = self._needs(left, sequences)
         limits = [left * need // sum(needs.values()) // self._page_bytes[one] for one, need in needs.items()]
         if min(limits) < 1:
-            raise ValueError(
+            raise UserError(
                 f"memory_bytes={self.memory_bytes}: not one page fits beside the books of {sequences} rows: give more memory"
             )
         return limits
@@ -246,10 +248,10 @@ class Store:
         self._queued.extend(sequences)
 
     def drain(self) -> None:
-        """Free what was queued."""
-        if self._queued:
-            queued, self._queued = self._queued, []
-            self._free_now(queued)
+        """Free what was queued, and what is queued meanwhile."""
+        while self._queued:
+            # One by one out of the queue: a finaliser may run in another thread.
+            self._free_now([self._queued.popleft() for _ in range(len(self._queued))])
 
     def _free_now(self, sequences: Sequence[int]) -> None:
         sequences = list(sequences)

@@ -9,11 +9,12 @@
 A config is read as a dict and never through transformers, which refuses some of these.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
+from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
-from kvfold.layout.patterns import OwnerMap, explicit_text, trailing
+from kvfold.layout.patterns import OwnerMap, explicit_text, owner_map, trailing
 from kvfold.methods.names import unknown_name
 
 
@@ -26,7 +27,7 @@ def read_sharing(config: Mapping[str, Any], plain: KVLayout) -> KVLayout:
             if shared != plain:
                 found[key] = shared
     if len(set(found.values())) > 1:
-        raise ValueError(
+        raise UserError(
             f"config.json names two owner maps that differ, in {' and '.join(found)}: keep the one that holds"
         )
     return next(iter(found.values()), plain)
@@ -41,7 +42,7 @@ def read_sliding(config: Mapping[str, Any]) -> list[bool] | None:
 def write_sharing(layout: KVLayout, grammar: str) -> dict[str, Any]:
     """The layout's owner map as config.json keys of `grammar`, a key of `GRAMMARS`.
 
-    Raises `ValueError` where the grammar can't say it.
+    Raises `UserError` where the grammar can't say it.
     """
     if grammar not in GRAMMARS:
         raise unknown_name("sharing grammar", grammar, GRAMMARS)
@@ -56,14 +57,20 @@ def _read_list(key: str) -> Callable[[Mapping[str, Any], KVLayout], KVLayout]:
     def read(config: Mapping[str, Any], plain: KVLayout) -> KVLayout:
         owners = config[key]
         if not isinstance(owners, list) or not all(type(owner) is int for owner in owners):
-            raise ValueError(f"{key} {owners!r}: it is a list of layer numbers, one per layer: correct config.json")
+            raise UserError(f"{key} {owners!r}: it is a list of layer numbers, one per layer: correct config.json")
         return plain.with_owners(owners)
 
     return read
 
 
 def _read_trailing(config: Mapping[str, Any], plain: KVLayout) -> KVLayout:
-    return KVLayout.parse(f"trailing:{config['num_kv_shared_layers']}", plain)
+    return plain.with_owners(owner_map(f"trailing:{config['num_kv_shared_layers']}", *_attention_types(plain)))
+
+
+def _attention_types(layout: KVLayout) -> tuple[list[tuple[Hashable, ...]], list[bool]]:
+    """What transformers tells layers apart by, which is not their rotary positions; and which slide."""
+    layers = layout.layers
+    return [(one.window, one.num_kv_heads, one.head_dim) for one in layers], [one.window is not None for one in layers]
 
 
 def _read_lckv(config: Mapping[str, Any], plain: KVLayout) -> KVLayout:
@@ -73,7 +80,7 @@ def _read_lckv(config: Mapping[str, Any], plain: KVLayout) -> KVLayout:
 def _read_hunyuan(config: Mapping[str, Any], plain: KVLayout) -> KVLayout:
     factor = config.get("cla_share_factor", 1)
     if type(factor) is not int or factor < 1:
-        raise ValueError(f"cla_share_factor {factor!r}: it is a whole number of 1 or more: correct config.json")
+        raise UserError(f"cla_share_factor {factor!r}: it is a whole number of 1 or more: correct config.json")
     return plain.with_owners([layer - layer % factor for layer in range(plain.num_layers)])
 
 
@@ -92,10 +99,10 @@ def _write_source_layers(layout: KVLayout) -> dict[str, Any]:
 
 def _write_trailing(layout: KVLayout) -> dict[str, Any]:
     owners, num_owners = _owners(layout), len(layout.owners)
-    num_readers, kinds = layout.num_layers - num_owners, [layer.kind for layer in layout.layers]
+    num_readers, (kinds, _) = layout.num_layers - num_owners, _attention_types(layout)
     readers_last = layout.owners == tuple(range(num_owners))
     if num_readers and not (readers_last and owners == trailing(kinds, num_readers)):
-        raise ValueError(
+        raise UserError(
             f"layers '{layout.layers_text()}': num_kv_shared_layers can only say that the last layers read the nearest "
             "earlier owner of their kind: write kv_source_layers instead, or convert with --layers trailing:N"
         )
@@ -111,7 +118,7 @@ def _write_dolomite(layout: KVLayout) -> dict[str, Any]:
     for layer in range(1, len(owners)):
         if owners[layer] < owners[layer - 1]:
             text = explicit_text(owners, [False] * len(owners))
-            raise ValueError(
+            raise UserError(
                 f"layers '{text}': dolomite's sharing_pattern must not decrease, but layer {layer} reads "
                 f"{owners[layer]} after {owners[layer - 1]}: write kv_source_layers instead, or share neighbours only"
             )
@@ -123,7 +130,7 @@ def _write_hunyuan(layout: KVLayout) -> dict[str, Any]:
     # With one owner every factor from the number of layers on says the same: the smallest is written.
     factor = layout.owners[1] if len(layout.owners) > 1 else layout.num_layers
     if owners != tuple(layer - layer % factor for layer in range(layout.num_layers)):
-        raise ValueError(
+        raise UserError(
             f"layers '{layout.layers_text()}': cla_share_factor can only say groups of one size counted from layer 0: "
             "write kv_source_layers instead, or convert with --layers cla2 on an even number of layers"
         )

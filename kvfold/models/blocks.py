@@ -83,57 +83,57 @@ class FoldAttention(nn.Module):
         self, normed_BTC: Tensor, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None, call: GateCall | None
     ) -> Tensor:
         """`normed_BTC` is the layer's input as the block takes it, `hidden_BTC` the residual stream itself."""
-        masked = None if call is None or call.off else call.table.masked[self.layer]
-        if self.k_proj is None:
-            q, k, v = self.q_proj(normed_BTC), None, None
-        elif self.kv_norm is None:
-            source = normed_BTC
+        source = normed_BTC if self.kv_norm is None else self.kv_norm(hidden_BTC)
+        if self.kv_norm is None and self.k_proj is not None:
             q, k, v = project(normed_BTC, self.q_proj, self.k_proj, self.v_proj)
         else:
-            source = self.kv_norm(hidden_BTC)
-            q, (k, v) = self.q_proj(normed_BTC), project(source, self.k_proj, self.v_proj)
-        q = self._heads(self._masked(q, self.q_proj, normed_BTC, masked), self.q_norm)
-        gates = None
-        if k is not None:
-            k = self._heads(self._masked(k, self.k_proj, source, masked), self.k_norm)
-            v = self._heads(v, None)
-        if call is not None:
-            gates = decide(call, self.layer, q, k, self._adapted(call, hidden_BTC))
-        return self.o_proj(view.attend(self.layer, q, k, v, self._with_gain(rotation), gates).flatten(2))
+            q = self.q_proj(normed_BTC)
+            k, v = (None, None) if self.k_proj is None else project(source, self.k_proj, self.v_proj)
+        if call is not None and not call.off and call.table.masked[self.layer] is not None:
+            q, k = self._masked(q, k, normed_BTC, source, call.table.masked[self.layer])
+        q, k, v = self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v, None)
+        gates = None if call is None else decide(call, self.layer, q, k, self._adapted(call, hidden_BTC))
+        rotation = rotation if self.query_layernorm is None else self._with_gain(rotation)
+        return self.o_proj(view.attend(self.layer, q, k, v, rotation, gates).flatten(2))
 
     def _adapted(self, call: GateCall, hidden_BTC: Tensor) -> Tensor | None:
-        """What the layer's adapter says, of the model's own gates or of those that came with the call."""
+        """What the layer's adapter gives, of the model's own gates or of those that came with the call."""
         config = call.table.configs[self.layer]
         if call.off or self.k_proj is None or config is None or config.source != "adapter":
             return None
-        norm, projection = (
-            (self.fold_norm, self.fold_proj) if call.gate_set is None else call.gate_set.adapter(self.layer)
-        )
+        own = self.fold_norm, self.fold_proj
+        norm, projection = own if call.gate_set is None else call.gate_set.adapter(self.layer)
         return projection(norm(hidden_BTC))
 
     def _with_gain(self, rotation: Rotation | None) -> Rotation | None:
-        """For norms behind the turn, q and k come here without their gains: a turn keeps a head's size, so that this much of a
-        norm may stand before it. Since q . (w * k) = (q * w) . k, both gains go to the turned query, and layers with gains
-        of their own can read one cache.
+        """For norms behind the rotation, q and k come here without their gains: a rotation keeps a head's size, so that this
+        much of a norm may stand before it. Since q . (w * k) = (q * w) . k, both gains go to the rotated query, and layers with
+        gains of their own can read one cache.
 
-        Source: arXiv 2411.02265 (Hunyuan-Large) norms turned keys in every layer of a group, with that layer's gain.
+        Source: arXiv 2411.02265 (Hunyuan-Large) norms rotated keys in every layer of a group, with that layer's gain.
         Differs: the norm is taken once, before the keys are stored.
         """
-        if rotation is None or self.query_layernorm is None:
+        if rotation is None:
             return rotation
         return replace(rotation, query_gain_D=self.query_layernorm.weight * self.key_layernorm.weight)
 
-    def _masked(self, out: Tensor, projection: nn.Module, x: Tensor, masked: int | None) -> Tensor:
-        """`out`, the projection of x; channel `masked` of each head is what a low-rank addition says alone, without the base
-        weights.
-        """
-        if masked is None:
-            return out
-        rows = torch.arange(out.shape[-1] // self.head_dim, device=x.device) * self.head_dim + masked % self.head_dim
-        return out.index_copy(-1, rows, _low_rank(projection, x, rows).to(out.dtype))
+    def _masked(
+        self, q: Tensor, k: Tensor | None, normed_BTC: Tensor, source_BTC: Tensor, channel: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """q and k; channel `channel` of each head is what a low-rank addition gives alone, without the base weights."""
+        found = []
+        for out, projection, x in ((q, self.q_proj, normed_BTC), (k, self.k_proj, source_BTC)):
+            if out is not None:
+                heads = torch.arange(out.shape[-1] // self.head_dim, device=x.device)
+                rows = heads * self.head_dim + channel % self.head_dim
+                out = out.index_copy(-1, rows, _low_rank(projection, x, rows).to(out.dtype))
+            found.append(out)
+        return found[0], found[1]
 
-    def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
-        """[B, T, heads * D] -> [B, T, heads, D], normed over all heads or over each."""
+    def _heads(self, x: Tensor | None, norm: nn.Module | None) -> Tensor | None:
+        """[B, T, heads * D] -> [B, T, heads, D], normed over all heads or over each; None (of a reader) stays None."""
+        if x is None:
+            return None
         if norm is not None and self.norm_whole:
             x = norm(x)
         x = x.view(*x.shape[:2], -1, self.head_dim)
@@ -148,7 +148,7 @@ def new_adapter(gates: GateConfig, config: FoldConfig, layer: int) -> tuple[Gate
 
 
 def _head_norm(config: FoldConfig, width: int) -> nn.Module | None:
-    """What norms the heads of q or k, `width` channels in all, before they are turned."""
+    """What norms the heads of q or k, `width` channels in all, before they are rotated."""
     if config.qk_norm == "none":
         return None
     if config.qk_norm == "turned":

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from kvfold.errors import UserError
+from kvfold.layout.hf_config import rope_kinds
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 
@@ -76,6 +78,8 @@ class FoldConfig(PreTrainedConfig):
     """Tokens that the weights were trained or fitted on since they left their own family's checkpoint; None = none noted."""
     channel_freed: bool = False
     """The decision channel was written out of the weights: it carries decisions only, and stays zeroed."""
+    freed_layers: list[int] | None = None
+    """Owners in whose groups it was; None = in all of full attention."""
 
     def __post_init__(self, **kwargs):
         layout, base_layout = kwargs.pop("layout", None), kwargs.pop("base_layout", None)
@@ -103,8 +107,16 @@ class FoldConfig(PreTrainedConfig):
         return None if self.gates is None else _parsed(tuple(self.gates.items()))
 
     @property
+    def freed_owners(self) -> tuple[int, ...]:
+        """Owners in whose groups the decision channel carries decisions only."""
+        if not self.channel_freed:
+            return ()
+        full = (owner for owner in self._layout.owners if self._layout.layers[owner].window is None)
+        return tuple(full if self.freed_layers is None else self.freed_layers)
+
+    @property
     def base_layout(self) -> KVLayout:
-        """The layout before conversion; of a model that was never converted, its own with nothing dropped."""
+        """The layout before conversion; of a model that was never converted, its own with nothing evicted."""
         return self._layout.base() if self._base_layout is None else self._base_layout
 
     @base_layout.setter
@@ -116,7 +128,7 @@ class FoldConfig(PreTrainedConfig):
         output = super().to_dict()
         del output["_layout"], output["_base_layout"]
         output["layout"] = self._layout.to_json()
-        for name in ("gates", "trained_tokens"):
+        for name in ("gates", "trained_tokens", "freed_layers"):
             if output[name] is None:
                 del output[name]
         if self._base_layout is not None:
@@ -136,22 +148,19 @@ class FoldConfig(PreTrainedConfig):
     def _checked(self, layout: KVLayout | dict) -> KVLayout:
         layout = layout if isinstance(layout, KVLayout) else KVLayout.from_json(layout)
         if layout.num_layers != self.num_hidden_layers:
-            raise ValueError(
+            raise UserError(
                 f"a layout of {layout.num_layers} layers in a config of {self.num_hidden_layers}: "
                 "the two must agree: give the layout of this model"
             )
         for index, entry in enumerate(layout.layers):
             if entry.head_dim != self.head_dim or self.num_attention_heads % entry.num_kv_heads:
-                raise ValueError(
+                raise UserError(
                     f"layer {index} has {entry.num_kv_heads} KV heads of {entry.head_dim} channels in the layout: KV heads "
                     f"divide the {self.num_attention_heads} query heads and have {self.head_dim} channels: give its own layout"
                 )
-            if (index in self.nope_layers) != (entry.owner in self.nope_layers):
-                raise ValueError(
-                    f"layer {index} reads layer {entry.owner} in the layout, and one of the two has no rotary positions: shared "
-                    "keys are rotated or not for all who read them: share within a kind, such as '0_1_0_1...'"
-                )
-        return layout
+        # Layouts that were made elsewhere may not say which layers turn alike.
+        windows = [entry.window for entry in layout.layers]
+        return layout.with_rope(rope_kinds(self.nope_layers, self.layer_types, self.rope_parameters, windows))
 
 
 @lru_cache(maxsize=64)

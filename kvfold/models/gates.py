@@ -8,14 +8,17 @@ Letters: B rows, T tokens of this call, H query heads, K kv heads, G = H // K, D
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.base import Method
 from kvfold.methods.gates import GateConfig
+from kvfold.models.options import CallOptions
 from kvfold.ops.gating import STAY_NEVER, Gates
 
 IMPORTANCE_FLOOR = 2.0**-7
@@ -35,6 +38,13 @@ class _InFloat32(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(kept, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        # `assign=True` would take over the dtype that a file has.
+        for name, weight in self.named_parameters():
+            if (found := state_dict.get(prefix + name)) is not None:
+                state_dict[prefix + name] = found.to(weight.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class GateNorm(_InFloat32):
@@ -115,17 +125,17 @@ class GateTable:
 
 
 @lru_cache(maxsize=64)
-def gate_table(given: GateConfig | None, layout: KVLayout, *, channel_freed: bool) -> GateTable:
-    """The gates of a layout's layers, all of which come from `given`. `channel_freed`: the decision channel was written out of
-    the weights.
+def gate_table(given: GateConfig | None, layout: KVLayout, *, freed_owners: tuple[int, ...]) -> GateTable:
+    """The gates of a layout's layers, all of which come from `given`. `freed_owners`: those in whose groups the decision
+    channel was written out of the weights.
 
-    Raises `ValueError` for a learned method that `given` does not decide for.
+    Raises `UserError` for a learned method that `given` does not decide for.
     """
     owners = [layout.owner_of(layer) for layer in range(layout.num_layers)]
     configs = tuple(_gates_of(given, layout.time_of(owner)) for owner in owners)
     freed: tuple[GateConfig | None, ...] = ()
-    if channel_freed and given is not None and given.form.zero_out:
-        freed = tuple(given if layout.layers[owner].window is None else None for owner in owners)
+    if freed_owners and given is not None and given.form.zero_out:
+        freed = tuple(given if owner in freed_owners else None for owner in owners)
     return GateTable(configs=configs, freed=freed)
 
 
@@ -134,7 +144,7 @@ def _gates_of(given: GateConfig | None, method: Method) -> GateConfig | None:
         return None
     if given is None or given.method != method.name:
         has = "no gates" if given is None else f"gates of {given.method}"
-        raise ValueError(
+        raise UserError(
             f"time '{method.format()}': the model has {has}, and {method.name} is learned: give it an adapter that was trained "
             "for it, or gates='channel' for the published freed channel as it stands"
         )
@@ -153,13 +163,23 @@ class GateCall:
     factor: float | None = None
     """Of the freed channel in a zero-out stage; None = 0 where gates decide."""
     records: bool = True
-    """Take down what gates decide."""
+    """Record what gates decide."""
     noise_key: Tensor | None = None
     """int64 [B]; the noise is a function of a row's key and the layer. None = no noise."""
     gate_set: GateSet | None = None
     """Where decisions come from if not from the model's own gates."""
     record: GateRecord = field(default_factory=GateRecord)
     """What the gates of the call have decided so far."""
+
+    @classmethod
+    def of(
+        cls, table: GateTable, training: bool, options: CallOptions, noise_key: Tensor | None, records: bool,
+        gate_set: GateSet | None,
+    ) -> "GateCall":  # fmt: skip
+        """As one call asks for."""
+        off, factor = options.gates == "off" or options.channel_factor is not None, options.channel_factor
+        return cls(table=table, training=training, off=off, factor=factor, records=records, noise_key=noise_key,
+                   gate_set=gate_set)  # fmt: skip
 
     @property
     def kept_share(self) -> float | None:
@@ -198,12 +218,9 @@ def decide(
         adapted_BTKF = adapted_BTX.unflatten(2, (k_BTKD.shape[2], -1))
         adapted_BTX, more["outputs_BTKF"] = adapted_BTKF[..., 0], adapted_BTKF[..., 1:]
     logit = _logit(config, q_BTHD, k_BTKD, adapted_BTX)
-    if call.training:
-        alpha, log_stay = _soft(config, call, layer, logit)
-    else:
-        alpha, log_stay = hard_alpha(logit)
+    alpha, log_stay = _soft(config, call, layer, logit) if call.training else hard_alpha(logit)
     if call.records:
-        _take_down(config, call, layer, logit, alpha)
+        _record(config, call, layer, logit, alpha)
     if config.form.weighs:
         more["weight_BTK"] = _importance(config, q_BTHD, k_BTKD.shape[2])
     return Gates(alpha_BTK=alpha, log_stay_BTK=log_stay, from_next=config.reads == "next", **more)
@@ -229,7 +246,7 @@ def _soft(config: GateConfig, call: GateCall, layer: int, logit: Tensor) -> tupl
     return soft_alpha((logit + noise) / config.tau)
 
 
-def _take_down(config: GateConfig, call: GateCall, layer: int, logit: Tensor, alpha: Tensor) -> None:
+def _record(config: GateConfig, call: GateCall, layer: int, logit: Tensor, alpha: Tensor) -> None:
     """For those who asked what gates decide."""
     call.record.probabilities[layer] = alpha if call.training else (logit / config.tau).sigmoid()
     call.record.decisions[layer] = (alpha.detach() > 0.5) + (alpha - alpha.detach())
@@ -243,12 +260,15 @@ def _importance(config: GateConfig, q_BTHD: Tensor, kv_heads: int) -> Tensor:
 
 def _logit(config: GateConfig, q_BTHD: Tensor, k_BTKD: Tensor, adapted_BTK: Tensor | None) -> Tensor:
     """The decision before its sigmoid, fp32 [B, T, K]."""
-    kv_heads = k_BTKD.shape[2]
-    if adapted_BTK is None:
-        source = k_BTKD if config.form.channel_of == "key" else q_BTHD[:, :, :: q_BTHD.shape[2] // kv_heads]
-        adapted_BTK = source[..., config.channel]
-    logit = adapted_BTK.float() * config.scale - config.offset
-    return logit if config.per == "head" else logit[..., :1].expand(-1, -1, kv_heads)
+    value = _channel(config, q_BTHD, k_BTKD) if adapted_BTK is None else adapted_BTK
+    logit = value.float() * config.scale - config.offset
+    return logit if config.per == "head" else logit[..., :1].expand(-1, -1, k_BTKD.shape[2])
+
+
+def _channel(config: GateConfig, q_BTHD: Tensor, k_BTKD: Tensor) -> Tensor:
+    """The freed channel, [B, T, K]: of the keys, or of the first query head of each group."""
+    source = k_BTKD if config.form.channel_of == "key" else q_BTHD[:, :, :: q_BTHD.shape[2] // k_BTKD.shape[2]]
+    return source[..., config.channel]
 
 
 def _channels(config: GateConfig, call: GateCall, q_BTHD: Tensor, k_BTKD: Tensor | None) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from kvfold.errors import UserError
 from kvfold.models.config import FoldConfig
 from kvfold.ops.rotation import Rotation
 
@@ -15,7 +16,7 @@ Frequencies = tuple[Tensor, float]
 """Radians a position, fp32 [R/2], and the factor of cosine and sine."""
 
 _ALL = ""
-"""The name of the only group, where every attention type turns alike."""
+"""The name of the only group, where every attention type is rotated alike."""
 
 
 class RopeGroup:
@@ -26,21 +27,24 @@ class RopeGroup:
         self.hidden_size, self.num_attention_heads = config.hidden_size, config.num_attention_heads
         self.head_dim, self.max_position_embeddings = config.head_dim, config.max_position_embeddings
         self._kept: dict[tuple, Frequencies] = {}
+        self.fixed: dict[torch.device, Frequencies] = {}
+        """By device, where they are the same for every text."""
 
     def standardize_rope_params(self) -> None:
         """The functions call it; the parameters come standardised."""
 
     def frequencies(self, position_BT: Tensor, continued: bool) -> Frequencies:
         """Frequencies for these positions. Only `dynamic` and `longrope` look at how long the text is."""
-        length = None
-        if self.kind in ("dynamic", "longrope"):
+        device = position_BT.device
+        with torch.inference_mode(False):
+            if self.kind not in ("dynamic", "longrope"):
+                self.fixed[device] = self._compute(device, None)
+                return self.fixed[device]
             length = self._scaled_length(position_BT, continued)
-        key = (position_BT.device, length)
-        if key not in self._kept:
-            self._kept = {old: kept for old, kept in self._kept.items() if old[1] is None}
-            with torch.inference_mode(False):
-                self._kept[key] = self._compute(position_BT.device, length)
-        return self._kept[key]
+            if (device, length) not in self._kept:
+                self._kept = {old: kept for old, kept in self._kept.items() if old[1] is None}
+                self._kept[device, length] = self._compute(device, length)
+            return self._kept[device, length]
 
     def _compute(self, device: torch.device, length: int | None) -> Frequencies:
         if self.kind != "default":
@@ -56,7 +60,7 @@ class RopeGroup:
             return length if length > self.max_position_embeddings else None
         border = self.rope_parameters["original_max_position_embeddings"]
         if continued and length > border and int(position_BT[:, 0].max()) <= border:
-            raise ValueError(
+            raise UserError(
                 f"a text of {length} tokens that was begun in an earlier call: beyond {border} tokens this model turns all keys "
                 "otherwise, those already stored included: feed the whole text in one call"
             )
@@ -80,13 +84,13 @@ class Rope:
 
         Angles are fp32 whatever the dtype: positions beyond 256 have no exact form in bf16.
         """
-        turned = {None: None}
+        rotations = {None: None}
         for name, group in self._groups.items():
-            frequencies, factor = group.frequencies(position_BT, continued)
+            frequencies, factor = group.fixed.get(position_BT.device) or group.frequencies(position_BT, continued)
             angles = position_BT.unsqueeze(-1).float() * frequencies
             angles = torch.cat((angles, angles), dim=-1)
             cos, sin = angles.cos(), angles.sin()
             if factor != 1.0:
                 cos, sin = cos * factor, sin * factor
-            turned[name] = Rotation(cos_BTR=cos.to(dtype), sin_BTR=sin.to(dtype))
-        return [turned[name] for name in self.group_of]
+            rotations[name] = Rotation(cos_BTR=cos.to(dtype), sin_BTR=sin.to(dtype))
+        return [rotations[name] for name in self.group_of]

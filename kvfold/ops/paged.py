@@ -7,14 +7,18 @@ Letters: B sequences, H query heads, K kv heads, G = H // K, D head dim, P pages
 groups or entries of a stream, T entries of the table, E columns of `received`.
 """
 
+import importlib.util
+import os
 import struct
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from kvfold.ops import native
-from kvfold.ops.quantised import dequantise, page_width, quantise, scale_groups, storage_of
+from kvfold.ops.quantised import GROUP_CHANNELS, dequantise, quantise, storage_of
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,21 +60,24 @@ class DecodeBatch:
 
 
 def decode_attention(
-    batch: DecodeBatch,
-    q_BHD: Tensor,
-    k_BKD: Tensor | None,
-    v_BKD: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
+    batch: DecodeBatch, q_BHD: Tensor, k_BKD: Tensor | None, v_BKD: Tensor | None, *, scale: float, softcap: float | None
+) -> Tensor:  # fmt: skip
     """Attention output [B, H, D] of each sequence's one query, in q's dtype; writes and scores as `DecodeBatch` says."""
-    k_kind, v_kind = _KIND.get(batch.k_PND.dtype), _KIND.get(batch.v_PND.dtype)
-    fits = q_BHD.device.type == "cpu" and q_BHD.dtype in _FLOATS and k_kind is not None and v_kind is not None
-    library = native.library(native.KINDS[k_kind], native.KINDS[v_kind]) if fits else None
-    if library is None:
-        return decode_reference(batch, q_BHD, k_BKD, v_BKD, scale=scale, softcap=softcap)
-    return _decode_native(library, batch, q_BHD, k_BKD, v_BKD, scale, softcap)
+    if q_BHD.device.type == "cpu":
+        kinds = [_KIND.get(pages.dtype) for pages in (batch.k_PND, batch.v_PND)]
+        known = None not in kinds and q_BHD.dtype in _FLOATS
+        library = native.library(*(native.KINDS[kind] for kind in kinds)) if known else None
+        if library is not None:
+            return _decode_native(library, batch, q_BHD, k_BKD, v_BKD, scale, softcap)
+    elif q_BHD.is_cuda and (kernels := _triton()) is not None and kernels.fits(batch, q_BHD):
+        return kernels.decode_triton(batch, q_BHD, k_BKD, v_BKD, scale=scale, softcap=softcap)
+    return decode_reference(batch, q_BHD, k_BKD, v_BKD, scale=scale, softcap=softcap)
+
+
+@cache
+def _triton() -> ModuleType | None:
+    """The kernels for CUDA; None where Triton is not installed."""
+    return importlib.import_module("kvfold.ops.paged_triton") if importlib.util.find_spec("triton") else None
 
 
 def decode_reference(
@@ -182,6 +189,8 @@ _KIND = {
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.int8: 4, torch.uint8: 5,
 }  # fmt: skip
 """C's number of a dtype: the place of its name in `native.KINDS`."""
+CHECKS = os.environ.get("KVFOLD_CHECKS") == "1"
+"""Whether each call's shapes and dtypes are looked at (tests): C itself checks nothing, and the store never errs in them."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _JOB = struct.Struct("21P 8q 5q 2d")
 """`decode_job` of paged_cpu.c, field for field."""
@@ -195,13 +204,14 @@ def _decode_native(
     kv_heads = batch.length_BK.shape[1]
     pages, page_slots = batch.position_PN.shape
     received = batch.received_BKE
-    _check(batch, rows, kv_heads, num_heads, head_dim)
+    if CHECKS:
+        _check(batch, rows, kv_heads, num_heads, head_dim)
     # These tensors are held until C has returned: it gets bare addresses.
     q = q_BHD.contiguous()
     k, v = (None, None) if k_BKD is None else (x.to(q.dtype).contiguous() for x in (k_BKD, v_BKD))
-    assert k is None or k.shape == v.shape == (rows, kv_heads, head_dim)
+    assert k is None or k.numel() == v.numel() == rows * kv_heads * head_dim
     read = [
-        None if x is None else x.contiguous()
+        x if x is None or x.is_contiguous() else x.contiguous()
         for x in (batch.table_T, batch.start_BK, batch.length_BK, batch.slots_BK, batch.live_B, batch.oldest_B)
     ]
     out = torch.empty_like(q)
@@ -224,27 +234,24 @@ def _pointer(tensor: Tensor | None) -> int:
 
 
 def _check(batch: DecodeBatch, rows: int, kv_heads: int, num_heads: int, head_dim: int) -> None:
-    """C checks nothing: a wrong shape or dtype would be read out of bounds."""
+    """C checks nothing: a wrong size or dtype would be read out of bounds. Sizes, not shapes: this runs once a layer."""
+    streams, slots = rows * kv_heads, batch.position_PN.numel()
     assert num_heads % kv_heads == 0 and head_dim == batch.head_dim
-    pool, streams = batch.position_PN.shape, (rows, kv_heads)
     for pages, scales in ((batch.k_PND, batch.k_scale_PNS), (batch.v_PND, batch.v_scale_PNS)):
-        storage = storage_of(pages.dtype)
-        assert pages.shape == (*pool, page_width(storage, head_dim)) and pages.is_contiguous()
-        assert (scales is None) == (storage not in ("int8", "int4"))
-        assert scales is None or (
-            scales.shape == (*pool, scale_groups(head_dim)) and scales.dtype == torch.float16 and scales.is_contiguous()
-        )
-    for tensor, dtype, shape in (
-        (batch.position_PN, torch.int32, pool), (batch.score_PN, torch.float32, pool),
-        (batch.table_T, torch.int32, batch.table_T.shape), (batch.start_BK, torch.int64, streams),
-        (batch.length_BK, torch.int32, streams), (batch.slots_BK, torch.int64, streams),
-        (batch.live_B, torch.bool, (rows,)), (batch.oldest_B, torch.int32, (rows,)),
+        kind = _KIND[pages.dtype]
+        assert pages.numel() == slots * (-(-head_dim // 2) if kind == 5 else head_dim) and pages.is_contiguous()
+        if kind >= 4:
+            assert scales.numel() == slots * -(-head_dim // GROUP_CHANNELS) and scales.is_contiguous()
+            assert scales.dtype is torch.float16
+    for tensor, dtype, size in (
+        (batch.position_PN, torch.int32, slots), (batch.score_PN, torch.float32, slots),
+        (batch.bias_PN, None, slots), (batch.received_BKE, torch.float32, None),
     ):  # fmt: skip
-        assert tensor is None or (tensor.dtype == dtype and tensor.shape == shape)
-    for tensor in (batch.position_PN, batch.score_PN, batch.bias_PN, batch.received_BKE):
-        assert tensor is None or tensor.is_contiguous()
-    assert batch.bias_PN is None or (
-        batch.bias_PN.shape == pool and batch.bias_PN.dtype in (torch.float16, torch.float32)
-    )
-    received = batch.received_BKE
-    assert received is None or (received.dtype == torch.float32 and received.shape[:2] == streams)
+        if tensor is not None:
+            assert tensor.dtype is dtype or (dtype is None and tensor.dtype in (torch.float16, torch.float32))
+            assert tensor.numel() == (streams * tensor.shape[-1] if size is None else size) and tensor.is_contiguous()
+    assert batch.table_T.dtype is batch.length_BK.dtype is torch.int32 and batch.start_BK.dtype is torch.int64
+    assert batch.length_BK.numel() == batch.start_BK.numel() == streams
+    assert batch.slots_BK is None or (batch.slots_BK.dtype is torch.int64 and batch.slots_BK.numel() == streams)
+    assert batch.live_B is None or (batch.live_B.dtype is torch.bool and batch.live_B.numel() == rows)
+    assert batch.oldest_B is None or (batch.oldest_B.dtype is torch.int32 and batch.oldest_B.numel() == rows)

@@ -3,45 +3,45 @@
  * One query token a sequence. A stream is one (sequence, KV head): a length and a list of pages. Its G query heads share
  * every key and value that is read. Streams are cut into items of about equal length that threads take from one queue; an
  * item's softmax runs online over blocks of slots, and who finishes a stream's last item joins its items by the log of
- * their sums. Vectors are in paged_simd.h, the inner loops in paged_tiles.h. Letters as in docs/notation.md.
+ * their sums. Vectors are in paged_simd.h, the inner loops in paged_tiles.c. Letters as in docs/notation.md.
  */
 #include <stdlib.h>
 
 #include "paged_tiles.h"
 
-#define BLOCK 256          /* slots whose logits are held at once */
-#define LINE (BLOCK + LANES)
-#define ITEMS_A_THREAD 16  /* so many that threads end together */
-#define AHEAD_BYTES 4096   /* how far ahead memory is asked for */
-#define THREAD_BYTES 65536 /* what a further thread is worth waking up for */
+#define BLOCK 256            /* slots whose logits are held at once */
+#define LINE (BLOCK + LANES) /* floats between the logits of two heads */
+#define ITEMS_A_THREAD 16    /* so many that threads end together */
+#define AHEAD_BYTES 8192     /* how far ahead memory is asked for */
+#define THREAD_BYTES 65536   /* what a further thread is worth waking up for */
 
 static const int64_t BITS[] = {32, 16, 16, 8, 8, 4};
 
 typedef void (*parallel_fn)(void (*work)(void *), void *argument, unsigned threads, unsigned flags);
 
 typedef struct {
-  uint8_t *k, *v;             /* pools [P, N, width] */
+  uint8_t *k, *v;              /* pools [P, N, width] */
   uint16_t *k_scale, *v_scale; /* fp16 [P, N, S] of int8 and int4 pools, else NULL */
-  float *score;               /* [P, N] or NULL: the weight each key receives is added here */
-  const void *bias;           /* [P, N] fp16 or fp32, or NULL */
-  const int32_t *position;    /* [P, N] */
-  const int32_t *table;       /* page ids of all streams */
-  const int64_t *start;       /* [B, K]: where a stream's pages begin in the table */
-  const int32_t *length;      /* [B, K] */
-  const int64_t *slots;       /* [B, K] or NULL: where the new k, v are written before attending; -1 = nowhere */
-  const uint8_t *live;        /* [B] or NULL: a sequence that is not live gets zeros */
-  const int32_t *oldest;      /* [B] or NULL: keys at earlier positions are not seen */
-  const uint8_t *q;           /* [B, K, G, D] */
-  const uint8_t *k_new;       /* [B, K, D] of q's kind, or NULL */
+  float *score;                /* [P, N] or NULL: the weight each key receives is added here */
+  const void *bias;            /* [P, N] fp16 or fp32, or NULL */
+  const int32_t *position;     /* [P, N] */
+  const int32_t *table;        /* page ids of all streams */
+  const int64_t *start;        /* [B, K]: where a stream's pages begin in the table */
+  const int32_t *length;       /* [B, K] */
+  const int64_t *slots;        /* [B, K] or NULL: where the new k, v are written before attending; -1 = nowhere */
+  const uint8_t *live;         /* [B] or NULL: a sequence that is not live gets zeros */
+  const int32_t *oldest;       /* [B] or NULL: keys at earlier positions are not seen */
+  const uint8_t *q;            /* [B, K, G, D] */
+  const uint8_t *k_new;        /* [B, K, D] of q's kind, or NULL */
   const uint8_t *v_new;
-  uint8_t *out;               /* [B, K, G, D] of q's kind */
-  float *received;            /* [B, K, E] or NULL: weights are added here, the new token's in column E - 1 */
-  products_fn products;       /* paged_tiles.c for the keys' storage, and for that of the values */
+  uint8_t *out;                /* [B, K, G, D] of q's kind */
+  float *received;             /* [B, K, E] or NULL: weights are added here, the new token's in column E - 1 */
+  products_fn products;        /* paged_tiles.c for the keys' storage, and for that of the values */
   sums_fn sums;
-  parallel_fn parallel;       /* GOMP_parallel of the OpenMP that torch uses, or NULL: one thread */
+  parallel_fn parallel;        /* GOMP_parallel of the OpenMP that torch uses, or NULL: one thread */
   int64_t B, K, G, D, P, N, E, threads;
   int64_t k_kind, v_kind, q_kind, bias_kind, received_old;
-  double scale, softcap;      /* softcap 0 = none */
+  double scale, softcap;       /* softcap 0 = none */
 } decode_job;
 
 /* A stretch of one stream. Its part holds what its softmax has come to: sums [heads, row], tops [heads], totals [heads]. */
@@ -117,8 +117,6 @@ static void write_new(void *argument) {
       write_vector(&p->v, job->slots[i], job->v_new + i * bytes, job->D, job->q_kind);
     }
 }
-
-/* ---- one item ---- */
 
 /* Where the entries [first, last) of a stream lie, a block at most. */
 static void map_block(const decode_job *job, int64_t stream, int64_t first, int64_t last, map *m) {
@@ -273,9 +271,7 @@ static float finish_logits(const plan *p, const room *t, float *logits, int64_t 
     top = larger(x, top);
     wrong |= (ivec)(x != x);
   }
-  for (int i = 0; i < LANES; i++)
-    if (wrong[i]) return NAN;
-  return largest_of(top);
+  return sum_of(masked(splat(1.0f), wrong)) > 0.0f ? NAN : largest_of(top);
 }
 
 /* exp(logit - top) in place for n logits; gives the sum. */
@@ -348,8 +344,6 @@ static int64_t attend_item(plan *p, int64_t index, room *t) {
   return next >= 0 ? next : claim(p, t);
 }
 
-/* ---- the end of a stream ---- */
-
 /* Adds the weights of the stream's entries to their scores and to `received`. */
 static void hand_out(const plan *p, room *t, int64_t stream) {
   const decode_job *job = p->job;
@@ -415,12 +409,12 @@ static void finish_stream(const plan *p, room *t, int64_t stream) {
   if (p->stride) hand_out(p, t, stream);
 }
 
-/* ---- the call ---- */
-
-static float *room_layout(const plan *p, float *from, room *t) {
+/* Lays a thread's arrays out from `from` on (NULL: nowhere) and gives the floats that they take. */
+static int64_t room_layout(const plan *p, float *from, room *t) {
+  int64_t used = 0;
   const int64_t groups = p->k.scale_groups > p->v.scale_groups ? p->k.scale_groups : p->v.scale_groups;
   const int64_t widest = (p->k.units > p->v.units ? p->k.units : p->v.units) * 2 * LANES;
-#define TAKE(floats) (from += ((floats) + 15) / 16 * 16, from - ((floats) + 15) / 16 * 16)
+#define TAKE(floats) (used += ((floats) + 15) / 16 * 16, from ? from + used - ((floats) + 15) / 16 * 16 : NULL)
   t->query = TAKE(p->heads * p->k.units * 2 * LANES);
   t->logits = TAKE(p->tile * LINE);
   t->scales = TAKE(2 * (groups * RUN + 2 * LANES));
@@ -434,7 +428,7 @@ static float *room_layout(const plan *p, float *from, room *t) {
   t->here = (map *)TAKE(sizeof(map) / sizeof(float));
   t->next = (map *)TAKE(sizeof(map) / sizeof(float));
 #undef TAKE
-  return from;
+  return used;
 }
 
 static void work(void *argument) {
@@ -527,7 +521,7 @@ int kvfold_decode(const decode_job *job) {
   p.row = p.v.units * 2 * LANES;
   p.part_floats = (p.heads * (p.row + 2) + 15) / 16 * 16;
   room t;
-  p.room_floats = room_layout(&p, NULL, &t) - (float *)NULL;
+  p.room_floats = room_layout(&p, NULL, &t);
   if (job->score || (job->received && job->received_old)) p.stride = longest + LANES;
   const int64_t floats = most_items * p.part_floats + p.threads * p.room_floats + p.streams * job->G * p.stride;
   const int64_t words = most_items * 3 + 2 * p.streams;

@@ -8,8 +8,10 @@
 
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
+#define TWICE _Pragma("clang loop unroll_count(2)")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
+#define TWICE _Pragma("GCC unroll 2")
 #endif
 
 #define JOINED_(a, b) a##_##b
@@ -19,38 +21,44 @@
 #define UNIT_BYTES (2 * LANES * (KIND == FP32 ? 32 : KIND <= FP16 ? 16 : KIND <= INT8 ? 8 : 4) / 8)
 #define UNITS_PER_SCALE (GROUP / (2 * LANES))
 
-/* Logits of KEYS keys from j on: logits[g * stride + j]. */
-INLINE void keys(const shape *s, const run *r, const float *q, float *logits, int64_t stride, int64_t j,
-                       const int HEADS, const int KEYS) {
-  const uint8_t *row[4];
-  vec sums[4][8];
+/* Adds the products of unit u of KEYS keys, from j on, with HEADS queries. */
+INLINE void key_unit(const shape *s, const run *r, const uint8_t *rows, const float *q, int64_t j, int64_t u,
+                     vec sums[4][8], const int HEADS, const int KEYS, const int MASKED) {
+  const float *query = q + u * 2 * LANES;
   const int64_t step = s->units * 2 * LANES;
   UNROLL
   for (int k = 0; k < KEYS; k++) {
-    row[k] = r->rows + (j + k) * s->row_bytes;
-    prefetch(r->ahead + (j + k) * s->row_bytes, s->row_bytes);
+    vec part[2];
+    READ_PAIR(rows + k * s->row_bytes + u * UNIT_BYTES, part);
+    if (SCALED) {
+      const vec scale = splat(r->scales[u / UNITS_PER_SCALE * RUN + j + k]);
+      part[0] *= scale, part[1] *= scale;
+    } else if (MASKED) { /* what lies behind the vector may be NaN */
+      part[0] = masked(part[0], s->mask[0]), part[1] = masked(part[1], s->mask[1]);
+    }
+    UNROLL
+    for (int g = 0; g < HEADS; g++) {
+      sums[k][g] += part[0] * load(query + g * step);
+      sums[k][g] += part[1] * load(query + g * step + LANES);
+    }
+  }
+}
+
+/* Logits of KEYS keys from j on: logits[g * stride + j]. */
+INLINE void keys(const shape *s, const run *r, const float *q, float *logits, int64_t stride, int64_t j,
+                 const int HEADS, const int KEYS) {
+  const uint8_t *rows = r->rows + j * s->row_bytes;
+  const int64_t whole = SCALED ? s->units : s->whole;
+  vec sums[4][8];
+  UNROLL
+  for (int k = 0; k < KEYS; k++) {
     UNROLL
     for (int g = 0; g < HEADS; g++) sums[k][g] = splat(0.0f);
   }
-  for (int64_t u = 0; u < s->units; u++) {
-    UNROLL
-    for (int k = 0; k < KEYS; k++) {
-      vec part[2];
-      READ_PAIR(row[k] + u * UNIT_BYTES, part);
-      if (SCALED) {
-        const vec scale = splat(r->scales[u / UNITS_PER_SCALE * RUN + j + k]);
-        part[0] *= scale, part[1] *= scale;
-      } else if (u >= s->whole) { /* what lies behind the vector may be NaN */
-        part[0] = masked(part[0], s->mask[0]), part[1] = masked(part[1], s->mask[1]);
-      }
-      UNROLL
-      for (int g = 0; g < HEADS; g++) {
-        const float *query = q + g * step + u * 2 * LANES;
-        sums[k][g] += part[0] * load(query);
-        sums[k][g] += part[1] * load(query + LANES);
-      }
-    }
-  }
+  prefetch(r->ahead + j * s->row_bytes, KEYS * s->row_bytes);
+  TWICE
+  for (int64_t u = 0; u < whole; u++) key_unit(s, r, rows, q, j, u, sums, HEADS, KEYS, 0);
+  if (whole < s->units) key_unit(s, r, rows, q, j, whole, sums, HEADS, KEYS, 1);
   UNROLL
   for (int g = 0; g < HEADS; g += KEYS == 2 ? 2 : 1) {
     float *out = logits + g * stride + j, four[4];
@@ -81,6 +89,7 @@ INLINE void values(const shape *s, const run *r, const float *weights, int64_t s
     for (int d = 0; d < 2 * UNITS; d++) sums[g][d] = load(out + g * step + (2 * u + d) * LANES);
   }
   const uint8_t *row = r->rows + u * UNIT_BYTES, *ahead = r->ahead + u * UNIT_BYTES;
+  TWICE
   for (int64_t j = 0; j < r->n; j++, row += s->row_bytes, ahead += s->row_bytes) {
     prefetch(ahead, UNITS * UNIT_BYTES);
     UNROLL

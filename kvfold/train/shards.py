@@ -20,15 +20,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from kvfold.errors import UserError
 from kvfold.models.decoder import FoldForCausalLM
 
 _OPTIMIZER = "optimizer.pt"
 
 
 def check_processes() -> None:
-    """Raise `ValueError` where there is nothing to spread over."""
+    """Raise `UserError` where there is nothing to spread over."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        raise ValueError(
+        raise UserError(
             "shard: there is one process, and nothing to spread over: start it with torchrun, or leave it out"
         )
 
@@ -37,6 +38,10 @@ def shard(model: FoldForCausalLM) -> None:
     """Spread the model's parameters, layer by layer, in place; every process has the same weights when it calls this."""
     mesh = init_device_mesh(model.device.type, (torch.distributed.get_world_size(),))
     for layer in model.model.layers:
+        # What is spread together has one dtype, and gates stay in fp32.
+        gates = [one for one in (layer.self_attn.fold_norm, layer.self_attn.fold_proj) if one is not None]
+        if any(weight.dtype != model.dtype for one in gates for weight in one.parameters()):
+            fully_shard(gates, mesh=mesh)
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
@@ -69,7 +74,7 @@ def unsharded(model: FoldForCausalLM) -> FoldForCausalLM:
     weights = gathered(dict(model.named_parameters()))
     device = next(iter(weights.values())).device
     with torch.random.fork_rng(devices=[]):
-        plain = FoldForCausalLM(model.config).to(device)
+        plain = FoldForCausalLM(model.config).to(device=device, dtype=model.dtype)
     for name, weight in plain.named_parameters():
         put(weight, weights[name])
     return plain

@@ -191,6 +191,23 @@ def test_rows_beyond_those_expected_find_pages_of_both_kinds(rows):
     assert cache.seen_tokens.tolist() == [100] * rows
 
 
+@pytest.mark.parametrize("times", [("full", "full"), ("full", "window:16+0")], ids=str)
+@pytest.mark.parametrize("memory", [None, 60_000])
+def test_a_cache_of_no_rows_takes_those_of_the_first_call(times, memory):
+    """One whose rows are all still to come, and one whose rows have all gone."""
+    layout = plain_time(with_sizes(KVLayout.plain(2, 2, 8), [(2, 8), (2, 16)]), *times)
+    cache, text = new_cache(layout, 0, memory_bytes=memory), draw(layout, 20, rows=3)
+    expected = feed(new_cache(layout, 3), text)
+    for _ in range(2):
+        assert cache.batch_size == cache.allocated_bytes == cache.full_bytes == cache.usage.total == 0
+        assert cache.seen_tokens.tolist() == [] and cache.kept_tokens.shape == (2, 0, 2)
+        assert cache.copy().batch_size == 0
+        assert cache.pool_bytes == memory or memory is None or cache.pool_bytes < memory
+        assert_real_close(feed(cache, text), expected, None)
+        check_books(cache.store)
+        cache.free()
+
+
 def test_too_many_rows_leave_a_store_of_two_kinds_of_pages_whole():
     layout = plain_time(with_sizes(KVLayout.plain(2, 2, 8), [(2, 8), (2, 16)]), "full", "window:16+0")
     cache = new_cache(layout, 1, memory_bytes=40_000)

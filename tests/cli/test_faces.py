@@ -20,10 +20,12 @@ COMMANDS = {
     "calibrate": "MODEL ADAPTER OUT --compression --data --context --sequences --dtype --device --json",
     "eval": "MODEL --text --time --windows --context --batch --chunk --passkey --passkey-tries --passkey-length --tasks "
     f"--task-folder --task-length --limit --beside --peers --fresh --out {MODEL_OPTIONS}",
-    "generate": f"MODEL PROMPT --max-new-tokens --temperature --seed --time {MODEL_OPTIONS}",
+    "generate": f"MODEL PROMPT --input --output --kv-memory --max-new-tokens --temperature --seed --time {MODEL_OPTIONS}",
     "bench decode": f"MODEL --time --batch --prompt --new --text --padding --peers --repeats --out {MODEL_OPTIONS}",
     "bench train": "MODEL --time --sequence --batch --repeats --train --out --dtype --device --json",
     "inspect": f"MODEL --text --time --tokens --head --out {MODEL_OPTIONS}",
+    "serve": "MODEL --demo --method --kv-memory --host --port --api-key --served-model-name --max-model-len --max-num-seqs "
+    "--max-num-batched-tokens --chat-template --generation-config --adapter --dtype --device",
     "report": "RESULTS --out",
     "demo": "--out",
 }
@@ -42,10 +44,19 @@ DEFAULTS = {
         "peers": "none",
         "fresh": False,
     },
-    "generate": {"prompt": "-", "max_new_tokens": 128, "temperature": 0.0, "seed": 0},
+    "generate": {"prompt": "-", "kv_memory": "2GB", "max_new_tokens": 128, "temperature": 0.0, "seed": 0},
     "bench decode": {"prompt": 32, "new": 64, "padding": "both", "peers": "transformers", "repeats": 5},
     "bench train": {"sequence": 1024, "batch": 1, "repeats": 3, "train": "full"},
     "inspect": {"tokens": 1024},
+    "serve": {
+        "demo": False,
+        "kv_memory": "2GB",
+        "host": "127.0.0.1",
+        "port": 8000,
+        "max_num_seqs": 256,
+        "max_num_batched_tokens": 512,
+        "generation_config": "auto",
+    },
     "report": {"results": "results", "out": "report.html"},
     "demo": {"out": "demo-out"},
 }

@@ -48,3 +48,20 @@ def test_another_dtype(kvfold):
     full = json.loads(kvfold(LINE, PROMPT, "--json").out)["full_bytes"]
     half = json.loads(kvfold(LINE, PROMPT, "--json", "--dtype", "bfloat16", "--device", "cpu").out)["full_bytes"]
     assert 0.5 < half / full < 0.7
+
+
+def test_a_file_of_requests_is_answered_line_by_line(kvfold, folder):
+    lines = [{"prompt": "ab", "max_tokens": 3}, {"prompt": [5, 6, 7]}, {"prompt": ""}, "only a text"]
+    (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{broken\n")
+    done = kvfold("generate tiny --input in.jsonl --output out.jsonl --kv-memory 4MB --max-new-tokens 5 --json")
+    assert done.code == 0
+    told = json.loads(done.out)
+    assert (told["answered"], told["errors"]) == (5, 2) and told["stats"]["running"] == 0
+    answers = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [one["line"] for one in answers] == [1, 2, 3, 4, 5]
+    assert [len(one["choices"][0]["token_ids"]) for one in answers] == [3, 5, 0, 5, 0]
+    assert all("error" in answers[place]["choices"][0] for place in (2, 4))
+    again = kvfold("generate tiny --input in.jsonl --output out.jsonl --kv-memory 4MB")
+    assert again.code == 0 and "0 answered" in again.err and "5 were there" in again.err
+    alone = kvfold("generate tiny --input in.jsonl")
+    assert alone.code == 2 and "give both" in alone.err

@@ -95,7 +95,7 @@ def test_trailing_gives_a_sound_map_or_says_that_it_does_not_fit(kinds, data):
         ("1_1", 2, None, "never above its readers"),
         ("0_0_1", 3, None, "write 0 for layer 2"),
         ("0_0s", 2, None, "'s' marks layer 1 as sliding"),
-        ("cla2", 4, (8, None, 8, None), "differs in window or head shape"),
+        ("cla2", 4, (8, None, 8, None), "differs in window, head shape or rotary positions"),
         ("0_0_2_ 2", 4, None, "unknown layer pattern"),
     ],
 )

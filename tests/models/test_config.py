@@ -32,6 +32,8 @@ def test_round_trip_through_the_auto_class(tmp_path):
     plain = KVLayout.plain(4, 2, 8)
     layout = KVLayout.parse("cla2", plain).with_time("h2o:4+4; 2=window:6+1")
     config = FoldConfig(**SMALL, layout=layout, base_layout=plain, channel_freed=True, nope_layers=[0, 1])
+    turned = ["none", "none", "default", "default"]
+    layout, plain = layout.with_rope(turned), plain.with_rope(turned)
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["layout"] == layout.to_json() and written["base_layout"] == plain.to_json()
@@ -58,8 +60,9 @@ def test_the_planner_reads_the_same_layout_from_the_raw_config(model_type):
 
 def test_layers_with_and_without_rotary_positions_share_nothing():
     shared = KVLayout.parse("cla2", KVLayout.plain(4, 2, 8))
-    assert FoldConfig(**SMALL, layout=shared, nope_layers=[2, 3]).layout == shared
-    with pytest.raises(ValueError, match="layer 1 reads layer 0 in the layout, and one of the two has no rotary"):
+    mixed = FoldConfig(**SMALL, layout=shared, nope_layers=[2, 3]).layout
+    assert mixed.layers_text() == "cla2" and [layer.rope for layer in mixed.layers] == ["default"] * 2 + ["none"] * 2
+    with pytest.raises(ValueError, match=r"layer 1 reads layer 0 but has .* rotary positions\) \(None, 2, 8, 'none'\)"):
         FoldConfig(**SMALL, layout=shared, nope_layers=[1])
 
 

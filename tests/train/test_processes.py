@@ -31,7 +31,7 @@ from tiny_model import tiny_model
 
 kind, given, out = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
 about = {"command": "", "version": "", "git_commit": None, "hardware": ""}
-stop = given.pop("stop", None)
+stop, dtype = given.pop("stop", None), getattr(torch, given.pop("dtype", "float32"))
 
 def on_step(point):
     if point["step"] == stop:
@@ -40,7 +40,7 @@ def on_step(point):
 if kind == "retrofit":
     torch.manual_seed(0)
     Retrofit(
-        model=tiny_model(), tokenizer=byte_tokenizer(), source="tiny", name="tiny", settings=RetrofitSettings(**given),
+        model=tiny_model().to(dtype), tokenizer=byte_tokenizer(), source="tiny", name="tiny", settings=RetrofitSettings(**given),
         folder=RunFolder(out=out), about=about, on_step=on_step,
     ).run()
 else:
@@ -61,6 +61,7 @@ RETROFIT = {
 WAYS = {
     "pretraining": ("pretrain", PRETRAIN),
     "dms": ("retrofit", {**RETROFIT, "time": "dms:4", "compression": 3.0}),
+    "dms-bfloat16": ("retrofit", {**RETROFIT, "time": "dms:4", "compression": 3.0, "dtype": "bfloat16"}),
     "dms-full": ("retrofit", {**RETROFIT, "time": "dms:4", "compression": 3.0, "trains": "full", "kl": "none"}),
 }
 

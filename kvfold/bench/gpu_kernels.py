@@ -1,0 +1,276 @@
+"""Rows of a GPU run about the kernels of decode attention alone: checked against the plain form, then timed.
+
+Letters: L layers, B sequences, K kv heads, D head dim.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvfold.bench.decode_calls import VARIANTS, Call, Variant, random_call
+from kvfold.bench.gpu_rows import Gpu, Row, measured
+from kvfold.ops.paged import DecodeBatch, decode_reference
+
+_BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""Largest relative error of an output, as ||ours - theirs|| / ||theirs||, by q's dtype: weights and values are rounded to it."""
+_WEIGHT_BOUND = 5e-3
+"""Largest absolute error of a handed-out weight."""
+_CHECKED_LENGTHS = ((0, 1), (15, 16), (64, 257), (1000, 3), (511, 512))
+"""Entries stored in the streams of each sequence."""
+
+
+def check_rows(
+    gpu: Gpu | None, variants: Sequence[Variant] = VARIANTS, lengths: Sequence[Sequence[int]] = _CHECKED_LENGTHS
+) -> Iterator[Row]:
+    """Every variant against `decode_reference` on the CPU: output, weights, and what was written."""
+    for variant in variants:
+        yield measured(
+            gpu, {"row": "check", **variant.describe()}, lambda variant=variant: _check(gpu, variant, lengths)
+        )
+
+
+def _check(gpu: Gpu, variant: Variant, lengths: Sequence[Sequence[int]]) -> Row:
+    call = random_call(variant, torch.tensor(lengths), device="cpu")
+    moved = _moved(call, gpu.device)
+    ours = gpu.attend(moved.batch, moved.q_BHD, moved.k_BKD, moved.v_BKD, scale=call.scale, softcap=call.softcap)
+    theirs = decode_reference(call.batch, call.q_BHD, call.k_BKD, call.v_BKD, scale=call.scale, softcap=call.softcap)
+    bound, error = _BOUNDS[variant.q], _relative_error(ours.cpu(), theirs)
+    figures = {"output_error": error, "bound": bound}
+    passed = error <= bound
+    for name in ("score_PN", "received_BKE"):
+        if getattr(call.batch, name) is not None:
+            worst = (getattr(moved.batch, name).cpu() - getattr(call.batch, name)).abs().max().item()
+            figures |= {f"{name.partition('_')[0]}_error": worst}
+            passed &= worst <= _WEIGHT_BOUND
+    pools = [name for name in ("k_PND", "v_PND", "k_scale_PNS", "v_scale_PNS") if getattr(call.batch, name) is not None]
+    equal = all(_same_bits(getattr(moved.batch, name).cpu(), getattr(call.batch, name)) for name in pools)
+    return figures | {"pages_equal": equal, "passed": passed and equal}
+
+
+def graph_rows(
+    gpu: Gpu | None,
+    variant: Variant = Variant(group=4, written=False),  # noqa: B008 - frozen
+    lengths: Sequence[Sequence[int]] = _CHECKED_LENGTHS,
+) -> Iterator[Row]:
+    """A CUDA graph holds the call: captured once, replayed after lengths have changed in place."""
+
+    def figures() -> Row:
+        call = random_call(variant, torch.tensor(lengths), device="cpu")
+        moved, out = _moved(call, gpu.device), []
+        arguments = (moved.batch, moved.q_BHD, moved.k_BKD, moved.v_BKD)
+        replay = gpu.captured(lambda: out.append(gpu.attend(*arguments, scale=call.scale, softcap=call.softcap)))
+        for length_BK in (call.batch.length_BK, moved.batch.length_BK):
+            length_BK.copy_(length_BK // 2)
+        replay()
+        theirs = decode_reference(call.batch, call.q_BHD, call.k_BKD, call.v_BKD, scale=call.scale, softcap=None)
+        error = _relative_error(out[-1].cpu(), theirs)
+        return {"output_error": error, "bound": _BOUNDS[variant.q], "passed": error <= _BOUNDS[variant.q]}
+
+    yield measured(gpu, {"row": "graph", **variant.describe()}, figures)
+
+
+def _moved(call: Call, device: torch.device) -> Call:
+    """A copy of the call on another device."""
+    tensors = {
+        entry.name: value.to(device, copy=True)
+        for entry in dataclasses.fields(DecodeBatch)
+        if isinstance(value := getattr(call.batch, entry.name), Tensor)
+    }
+    return dataclasses.replace(
+        call, batch=dataclasses.replace(call.batch, **tensors),
+        q_BHD=call.q_BHD.to(device), k_BKD=call.k_BKD.to(device), v_BKD=call.v_BKD.to(device),
+    )  # fmt: skip
+
+
+def _relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """NaN, which passes no bound, if either has one."""
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
+    return torch.equal(ours.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8))
+
+
+def bandwidth_rows(gpu: Gpu | None, elements: int = 1 << 31) -> Iterator[Row]:
+    """What the memory gives: a long copy (read and written bytes) and a long sum (read bytes). Sets `gpu.bandwidth`."""
+
+    def figures() -> Row:
+        source = torch.ones(elements, dtype=torch.bfloat16, device=gpu.device)
+        target = torch.empty_like(source)
+        copied = 2 * source.nbytes / (gpu.milliseconds(lambda: target.copy_(source))["median"] / 1e3)
+        summed = source.nbytes / (gpu.milliseconds(lambda: source.view(torch.int32).max())["median"] / 1e3)
+        gpu.bandwidth = max(copied, summed)
+        return {"copy_bytes_per_second": copied, "read_bytes_per_second": summed}
+
+    yield measured(gpu, {"row": "bandwidth"}, figures)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """A model's attention, as far as decoding reads it."""
+
+    name: str
+    """As people say it."""
+    layers: int
+    """Owners of KV."""
+    kv_heads: int
+    """KV heads."""
+    variant: Variant
+    """Group, head dim and storage."""
+    context: int = 4096
+    """Tokens seen."""
+
+
+LLAMA_2_7B = Shape(name="Llama-2-7B", layers=32, kv_heads=32, variant=Variant())
+LLAMA_3_8B = Shape(name="Llama-3-8B", layers=32, kv_heads=8, variant=Variant(group=4))
+
+
+def _int8(shape: Shape) -> Shape:
+    pages = {"k_pages": torch.int8, "v_pages": torch.int8}
+    return dataclasses.replace(shape, variant=dataclasses.replace(shape.variant, **pages))
+
+
+def _scored(shape: Shape) -> Shape:
+    return dataclasses.replace(shape, variant=dataclasses.replace(shape.variant, scored=True, written=False))
+
+
+CASES = tuple(
+    (shape, batch, compression, spread)
+    for shape, batch in (
+        (LLAMA_2_7B, 8),
+        (LLAMA_2_7B, 1),
+        (_int8(LLAMA_2_7B), 8),
+        (LLAMA_3_8B, 32),
+        (_scored(LLAMA_2_7B), 8),
+    )
+    for compression in (1, 8)
+    for spread in ("even", "uneven")
+)
+
+
+def stream_lengths(shape: Shape, batch: int, compression: float, spread: str, seed: int = 0) -> Tensor:
+    """Stored entries [L, B, K]: all equal, or spread 1:100 between the heads of a layer with the same mean."""
+    mean = shape.context / compression
+    if spread == "even":
+        return torch.full((shape.layers, batch, shape.kv_heads), max(1, round(mean)))
+    shares = 100 ** torch.linspace(0, 1, shape.kv_heads)
+    lengths = (mean * shares / shares.mean()).round().clamp(min=1).long()
+    draw = torch.Generator().manual_seed(seed)
+    return torch.stack([
+        torch.stack([lengths[torch.randperm(shape.kv_heads, generator=draw)]] * batch) for _ in range(shape.layers)
+    ])  # fmt: skip
+
+
+def kernel_rows(gpu: Gpu | None, cases: Sequence[tuple[Shape, int, float, str]] = CASES) -> Iterator[Row]:
+    """Attention of one decoding step, all layers, against its bytes over the measured bandwidth."""
+    for shape, batch, compression, spread in cases:
+        labels = {
+            "row": "kernel", "shape": shape.name, "layers": shape.layers, "kv_heads": shape.kv_heads, "batch": batch,
+            "context": shape.context, "compression": compression, "lengths": spread, **shape.variant.describe(),
+        }  # fmt: skip
+        yield measured(gpu, labels, lambda case=(shape, batch, compression, spread): _time_step(gpu, *case))
+
+
+def _time_step(gpu: Gpu, shape: Shape, batch: int, compression: float, spread: str) -> Row:
+    stored_LBK = stream_lengths(shape, batch, compression, spread)
+    calls = _layer_calls(shape, stored_LBK, gpu.device)
+
+    def step() -> None:
+        for call in calls:
+            gpu.attend(call.batch, call.q_BHD, call.k_BKD, call.v_BKD, scale=call.scale, softcap=None)
+
+    eager = gpu.milliseconds(step)
+    graph = gpu.milliseconds(gpu.captured(step))
+    read_bytes = sum(int(call.batch.length_BK.sum()) for call in calls) * shape.variant.slot_bytes()
+    figures = {
+        "graph_ms": graph, "eager_ms": eager, "host_us_per_layer": gpu.host_microseconds(step, shape.layers),
+        "read_bytes": read_bytes,
+    }  # fmt: skip
+    if gpu.bandwidth is not None:
+        floor_ms = 1e3 * read_bytes / gpu.bandwidth
+        figures |= {"bytes_ms": floor_ms, "of_bandwidth": floor_ms / graph["median"]}
+    if spread == "even" and not shape.variant.scored and shape.variant.k_pages == shape.variant.q:
+        figures["sdpa_ms"] = _time_sdpa(gpu, shape, batch, int(stored_LBK[0, 0, 0]))
+    return figures
+
+
+def _layer_calls(shape: Shape, stored_LBK: Tensor, device: torch.device) -> list[Call]:
+    """A call a layer, over one pool, so that a step reads each byte once and no cache holds it."""
+    whole = random_call(shape.variant, stored_LBK.flatten(0, 1), device=device, poisoned=False)
+    rows = stored_LBK.shape[1]
+    calls = []
+    for first in range(0, len(whole.q_BHD), rows):
+        part = slice(first, first + rows)
+        cut = {
+            name: None if (x := getattr(whole.batch, name)) is None else x[part].contiguous()
+            for name in ("start_BK", "length_BK", "slots_BK", "oldest_B", "received_BKE")
+        }
+        cut["max_length"] = int(cut["length_BK"].max())
+        calls.append(dataclasses.replace(
+            whole, batch=dataclasses.replace(whole.batch, live_B=None, **cut), q_BHD=whole.q_BHD[part],
+            k_BKD=whole.k_BKD[part], v_BKD=whole.v_BKD[part],
+        ))  # fmt: skip
+    return calls
+
+
+def _time_sdpa(gpu: Gpu, shape: Shape, batch: int, length: int) -> Row:
+    """torch's own attention over keys that lie side by side: what paging and raggedness cost beside it. A few layers in turn
+    are timed and scaled to all, so that no cache holds them.
+    """
+    variant, layers = shape.variant, min(4, shape.layers)
+    k, v = torch.randn(
+        2, layers, batch, shape.kv_heads, length, variant.head_dim, device=gpu.device, dtype=variant.q
+    )  # fmt: skip
+    q = torch.randn(
+        batch, shape.kv_heads * variant.group, 1, variant.head_dim, device=gpu.device, dtype=variant.q
+    )  # fmt: skip
+
+    def work() -> None:
+        for layer in range(layers):
+            F.scaled_dot_product_attention(q, k[layer], v[layer], enable_gqa=variant.group > 1)
+
+    return {name: ms * shape.layers / layers for name, ms in gpu.milliseconds(gpu.captured(work)).items()}
+
+
+TILINGS = ((64, 4, 3), (64, 4, 2), (64, 4, 5), (32, 4, 3), (32, 4, 5), (64, 8, 3), (128, 8, 3))
+"""Tile, warps, stages: those that `kvfold.bench.cubins` shows to fit."""
+SPANS = (128, 256, 512)
+
+
+def tiling_rows(
+    gpu: Gpu | None, shapes: Sequence[Shape] = (LLAMA_2_7B, _int8(LLAMA_2_7B), LLAMA_3_8B)
+) -> Iterator[Row]:  # fmt: skip
+    """Other tilings of the same work, to choose the default by: eight sequences at compression 8, uneven, a quarter of the
+    layers.
+    """
+    for shape in shapes:
+        part = dataclasses.replace(shape, layers=max(1, shape.layers // 4))
+        for tile, warps, stages in TILINGS:
+            for span in SPANS:
+                labels = {
+                    "row": "tiling", "shape": shape.name, "layers": part.layers, **shape.variant.describe(), "tile": tile,
+                    "warps": warps, "stages": stages, "span_slots": span,
+                }  # fmt: skip
+                yield measured(
+                    gpu, labels, lambda part=part, given=(tile, warps, stages, span): _time_tiling(gpu, part, *given)
+                )
+
+
+def _time_tiling(gpu: Gpu, shape: Shape, tile: int, warps: int, stages: int, span_slots: int) -> Row:
+    from kvfold.ops.paged_triton import Tiling  # needs Triton, which this module does not
+
+    if gpu.state.get("shape") is not shape:
+        gpu.state.clear()
+        calls = _layer_calls(shape, stream_lengths(shape, 8, 8, "uneven"), gpu.device)
+        gpu.state.update(shape=shape, calls=calls)
+    tiled = Tiling(tile=tile, warps=warps, stages=stages, span_slots=span_slots)
+
+    def step() -> None:
+        for call in gpu.state["calls"]:
+            gpu.attend(call.batch, call.q_BHD, call.k_BKD, call.v_BKD, scale=call.scale, softcap=None, tiled=tiled)
+
+    return {"graph_ms": gpu.milliseconds(gpu.captured(step))}

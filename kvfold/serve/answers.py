@@ -1,0 +1,61 @@
+"""One request from its checked fields to its response: a place in the queue, the engine, a stream or a whole answer."""
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from fastapi import Request
+from fastapi.responses import Response
+from pydantic import BaseModel
+
+from kvfold.serve.errors import ApiError, log_failure
+from kvfold.serve.jobs import Job
+from kvfold.serve.serving import Serving
+from kvfold.serve.streaming import DONE, Stream, error_event, unless_gone
+
+
+class Asked(Protocol):
+    """One request to one endpoint."""
+
+    answers: int
+    """Its prompts times its `n`."""
+    characters: int
+    """How much there is to prepare, roughly."""
+
+    def submit(self, job: Job) -> None:
+        """Make token ids and hand them to the engine; on a worker thread."""
+
+    async def answer(self, job: Job) -> BaseModel:
+        """The whole answer."""
+
+    def events(self, job: Job) -> AsyncIterator[bytes]:
+        """The answer as events."""
+
+
+async def respond(serving: Serving, request: Request, asked: Asked, name: str, *, stream: bool) -> Response:
+    """The response. `name`: the request's id. Raises `ApiError` for what is refused before an answer begins."""
+    job = serving.jobs.open(name, asked.answers, streams=stream)
+    headers = {"X-Request-Id": name}
+    handed_over = False
+    try:
+        await serving.jobs.prepare(lambda: asked.submit(job), characters=asked.characters)
+        if stream:
+            response = Stream(_until_done(asked, job), leave=lambda: serving.jobs.leave(job), headers=headers)
+            handed_over = True
+            return response
+        answer = await unless_gone(request, asked.answer(job))
+        return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json", headers=headers)
+    finally:
+        if not handed_over:
+            serving.jobs.leave(job)
+
+
+async def _until_done(asked: Asked, job: Job) -> AsyncIterator[bytes]:
+    try:
+        async for one in asked.events(job):
+            yield one
+    except ApiError as error:
+        yield error_event(error)
+    except Exception as error:
+        log_failure(error)
+        yield error_event(ApiError(500, "the server failed; its log says more"))
+    yield DONE

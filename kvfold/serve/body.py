@@ -1,0 +1,78 @@
+"""From the bytes of a request to checked fields. What is malformed is refused before anything else looks at it."""
+
+import asyncio
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+
+from kvfold.serve.errors import ApiError
+
+MAX_DEPTH = 64
+"""Levels of lists and objects in a body."""
+MAX_INTEGER = 2**64
+"""No field needs a larger whole number."""
+
+Fields = TypeVar("Fields", bound=BaseModel)
+
+
+async def read(request: Request, kind: type[Fields], timeout_s: float) -> Fields:
+    """The body as fields. Raises `ApiError` for one that is no JSON, too deep, too slow to arrive, or of the wrong form."""
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    # A page of another origin can send text or forms to a server on this machine, but no JSON, without being let in first.
+    if media != "application/json" and not media.endswith("+json"):
+        raise ApiError(415, f"content-type must be application/json, got {media[:80] or 'none'}")
+    try:
+        async with asyncio.timeout(timeout_s):
+            body = await request.body()
+    except TimeoutError:
+        raise ApiError(
+            408, f"the body must arrive within {timeout_s:g} seconds", headers={"Connection": "close"}
+        ) from None
+    return fields_of(body, kind)
+
+
+def fields_of(body: bytes, kind: type[Fields]) -> Fields:
+    """Checked fields from JSON."""
+    try:
+        data = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the body must be valid JSON in UTF-8: {error}") from None
+    if not isinstance(data, dict):
+        raise ApiError(400, f"the body must be a JSON object, got {_kind(data)}")
+    _check(data)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(
+            str(part) for part in first["loc"] if not str(part).startswith(("list[", "str", "constrained"))
+        )
+        if first["type"] == "missing":
+            raise ApiError(400, f"{place} is missing", param=place) from None
+        message = first["msg"][:1].lower() + first["msg"][1:]
+        raise ApiError(400, f"{place}: {message}", param=place.partition(".")[0]) from None
+
+
+def _check(data: dict[str, Any]) -> None:
+    """Refuse what would only fail further in: deep nesting, numbers that no field needs."""
+    level: list[Any] = [data]
+    for _ in range(MAX_DEPTH):
+        deeper: list[Any] = []
+        for one in level:
+            for value in one.values() if isinstance(one, dict) else one:
+                if isinstance(value, dict | list):
+                    deeper.append(value)
+                elif isinstance(value, int) and not -MAX_INTEGER < value < MAX_INTEGER:
+                    raise ApiError(400, "numbers must be smaller than 2^64 in magnitude, got a larger one")
+                elif isinstance(value, float) and value in (float("inf"), float("-inf")):
+                    raise ApiError(400, "numbers must fit into double precision, got a larger one")
+        if not deeper:
+            return
+        level = deeper
+    raise ApiError(400, f"the body must be nested at most {MAX_DEPTH} deep")
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "a text", bool: "a truth value", type(None): "null"}.get(type(value), "a number")

@@ -1,0 +1,231 @@
+"""What clients send, field by field: OpenAI's and vLLM's names, which of them the engine gets, and which are refused.
+
+Ranges are the engine's business (`kvfold.engine.params`); here is what a field may look like at all. A field that nobody
+knows is ignored, as OpenAI's servers do; one that would change the answer and can't be honoured is an error.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+from kvfold.serve.errors import ApiError, unsupported
+
+MAX_STOPS = 64
+MAX_TOOLS = 128
+
+Int = Annotated[int, Strict()]
+Number = Annotated[float, Strict()]
+"""A whole number is one too; a text or a truth value is none."""
+Texts = Annotated[list[Annotated[str, Field(max_length=4096)]], Field(max_length=MAX_STOPS)]
+TokenIds = Annotated[list[Annotated[int, Strict(), Field(ge=0)]], Field(max_length=8192)]
+
+_NEUTRAL = (None, False, 0, [], {}, "")
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "best_of": ((None, 1), "ask for n answers and choose"),
+    "suffix": (_NEUTRAL, "write what follows into the prompt"),
+    "use_beam_search": (_NEUTRAL, "sample instead"),
+    "length_penalty": ((None, 1, 1.0), "it belongs to beam search"),
+    "audio": (_NEUTRAL, "this model writes text"),
+    "modalities": ((None, ["text"], []), "this model writes text"),
+    "functions": (_NEUTRAL, "use tools"),
+    "function_call": ((None, "none", "auto"), "use tool_choice"),
+    "web_search_options": ((None,), "the server has no tools of its own"),
+    "moderation": (_NEUTRAL, "the server moderates nothing"),
+    "logits_processors": (_NEUTRAL, "use logit_bias, bad_words or structured_outputs"),
+    "truncate_prompt_tokens": ((None,), "shorten the prompt"),
+    "prompt_embeds": (_NEUTRAL, "send text or token ids"),
+    "chat_template": ((None,), "start the server with --chat-template"),
+    "cache_salt": ((None,), "stored prefixes are shared by all who may ask"),
+    "kv_transfer_params": (_NEUTRAL, "one engine serves the whole request"),
+    "repetition_detection": (_NEUTRAL, "use repetition_penalty"),
+    "thinking_token_budget": ((None,), "use max_tokens"),
+    "guided_json": ((None,), "use structured_outputs"),
+    "guided_regex": ((None,), "use structured_outputs"),
+    "guided_choice": ((None,), "use structured_outputs"),
+    "guided_grammar": ((None,), "use structured_outputs"),
+    "structural_tag": ((None,), "use structured_outputs"),
+    "previous_response_id": ((None,), "the server keeps no conversations: send the whole input"),
+    "conversation": ((None,), "the server keeps no conversations: send the whole input"),
+    "background": ((None, False), "stream the answer"),
+    "max_tool_calls": ((None,), "the server has no tools of its own"),
+    "truncation": ((None, "disabled"), "shorten the input"),
+    "encoding_format": ((None, "float"), "this model gives no embeddings"),
+}
+"""By field: the values that change nothing, and what to do instead."""
+
+_PASSED = (
+    "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "stop", "stop_token_ids",
+    "include_stop_str_in_output", "ignore_eos", "seed", "n", "skip_special_tokens", "structured_outputs",
+    "response_format", "prompt_logprobs", "priority",
+)  # fmt: skip
+"""Fields that the engine takes as they are."""
+
+
+class KvfoldFields(BaseModel):
+    """What only kvfold knows."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    time: str | None = Field(None, description="Text form of one of the methods that the server has loaded.")
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries besides the answer."""
+
+    include_usage: bool | None = Field(None, description="End the stream with the usage.")
+    continuous_usage_stats: bool | None = Field(None, description="Put the usage so far into every chunk.")
+
+
+class Base(BaseModel):
+    """Fields of every request for an answer."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model: str | None = Field(None, description="One of the names under /v1/models; none = the first.")
+    stream: bool | None = Field(None, description="Send the answer as it is made, as server-sent events.")
+    temperature: Number | None = Field(None, description="0 = the likeliest token.")
+    top_p: Number | None = Field(
+        None, description="Draw from the likeliest tokens that together have this probability."
+    )
+    top_k: Int | None = Field(None, description="Draw from the k likeliest tokens; 0 or -1 = from all.")
+    min_p: Number | None = Field(
+        None, description="Draw from tokens with this share of the likeliest one's probability."
+    )
+    presence_penalty: Number | None = Field(None, description="Subtracted from the logit of tokens generated before.")
+    frequency_penalty: Number | None = Field(None, description="Subtracted once for each time a token was generated.")
+    repetition_penalty: Number | None = Field(None, description="Divides logits of tokens in the prompt or the answer.")
+    logit_bias: dict[str, Number] | None = Field(None, max_length=1024, description="Added to the logits of these ids.")
+    allowed_token_ids: TokenIds | None = Field(None, description="The only tokens that may be drawn.")
+    bad_words: Texts | None = Field(None, description="Texts that the answer must not contain.")
+    stop: str | Texts | None = Field(None, description="Strings that end the answer.")
+    stop_token_ids: TokenIds | None = Field(None, description="Tokens that end the answer.")
+    include_stop_str_in_output: bool | None = Field(None, description="Leave the stop string in the text.")
+    ignore_eos: bool | None = Field(None, description="Go on after the model's end tokens.")
+    skip_special_tokens: bool | None = Field(None, description="Leave end tokens and their like out of the text.")
+    min_tokens: Int | None = Field(None, description="Tokens before which nothing ends the answer.")
+    seed: Int | None = Field(None, description="The same seed draws the same answer.")
+    n: Int | None = Field(None, description="Answers to one prompt.")
+    prompt_logprobs: Int | None = Field(None, description="Log probabilities of the prompt's tokens.")
+    response_format: dict[str, Any] | None = Field(None, description="text, json_object or json_schema.")
+    structured_outputs: dict[str, Any] | None = Field(None, description="json, regex, choice, grammar or json_object.")
+    priority: Int | None = Field(None, description="Lower ones run first.")
+    stream_options: StreamOptions | None = None
+    request_id: str | None = Field(None, max_length=128, description="A name for the request; default: X-Request-Id.")
+    return_token_ids: bool | None = Field(None, description="Give the ids of prompt and answer too.")
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="Write tokens in log probabilities as token_id:7."
+    )
+    kvfold: KvfoldFields | None = Field(None, description="What only kvfold knows: the method of this request.")
+
+    def refuse_unsupported(self) -> None:
+        """Raise `ApiError` for a field that would change the answer and can't be honoured."""
+        for name, value in (self.model_extra or {}).items():
+            neutral, remedy = _REFUSED.get(name, ((value,), ""))
+            if not any(value == one and type(value) is type(one) for one in neutral):
+                raise unsupported(name, remedy)
+
+    def sampling(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """The engine's fields, `defaults` where this request is silent."""
+        asked = {name: value for name in _PASSED if (value := getattr(self, name, None)) is not None}
+        time = self.kvfold.time if self.kvfold else None
+        return {**defaults, **asked} | ({} if time is None else {"time": time})
+
+
+class CompletionRequest(Base):
+    """Body of /v1/completions."""
+
+    prompt: Any = Field(
+        None, description="A text, token ids, or a list of either.",
+        json_schema_extra={
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}},
+                {"type": "array", "items": {"type": "integer"}},
+                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+            ]
+        },
+    )  # fmt: skip
+    max_tokens: Int | None = Field(None, description="Tokens of the answer at most; default 16.")
+    logprobs: Int | None = Field(None, description="Log probabilities of the chosen and of so many likeliest tokens.")
+    echo: bool | None = Field(None, description="Begin the answer with the prompt.")
+    add_special_tokens: bool | None = Field(None, description="Add the tokenizer's own special tokens; default true.")
+
+
+class ChatRequest(Base):
+    """Body of /v1/chat/completions."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=4096, description="The conversation so far.")
+    max_tokens: Int | None = Field(None, description="Tokens of the answer at most; default: all that fit.")
+    max_completion_tokens: Int | None = Field(None, description="OpenAI's newer name of max_tokens.")
+    logprobs: bool | None = Field(None, description="Give log probabilities.")
+    top_logprobs: Int | None = Field(None, description="Of so many likeliest tokens at each position.")
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, description="Functions the model may call.")
+    tool_choice: str | dict[str, Any] | None = Field(None, description="auto, none, required, or one function.")
+    parallel_tool_calls: bool | None = Field(None, description="Whether several calls may come in one answer.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="More variables for the chat template.")
+    documents: list[dict[str, Any]] | None = Field(None, max_length=256, description="For templates that read them.")
+    reasoning_effort: str | None = Field(None, max_length=32, description="For templates that read it.")
+    add_generation_prompt: bool | None = Field(None, description="Open the assistant's turn; default true.")
+    continue_final_message: bool | None = Field(None, description="Go on with the last message instead.")
+    add_special_tokens: bool | None = Field(None, description="On top of the template's; default false.")
+    echo: Literal[False] | None = None
+
+    def sampling(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Base`."""
+        values = super().sampling(defaults)
+        if self.max_completion_tokens is not None:
+            values["max_tokens"] = self.max_completion_tokens
+        return values
+
+
+class ResponsesRequest(Base):
+    """Body of /v1/responses. Nothing is stored: each request carries the whole conversation."""
+
+    input: str | list[dict[str, Any]] = Field(description="A text, or the items of the conversation so far.")
+    instructions: str | None = Field(None, description="What a system message would say.")
+    max_output_tokens: Int | None = Field(None, description="Tokens of the answer at most; default: all that fit.")
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, description="Functions the model may call.")
+    tool_choice: str | dict[str, Any] | None = Field(None, description="auto, none, required, or one function.")
+    parallel_tool_calls: bool | None = Field(None, description="Whether several calls may come in one answer.")
+    text: dict[str, Any] | None = Field(None, description="format: text, json_object or json_schema.")
+    reasoning: dict[str, Any] | None = Field(None, description="effort, for templates that read it.")
+    include: list[str] | None = Field(None, max_length=32)
+    top_logprobs: Int | None = Field(None, description="Of so many likeliest tokens at each position.")
+    metadata: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="More variables for the chat template.")
+
+
+class TokenizeRequest(BaseModel):
+    """Body of /tokenize: a prompt, or messages."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model: str | None = None
+    prompt: str | None = Field(None, description="The text.")
+    messages: list[dict[str, Any]] | None = Field(None, min_length=1, max_length=4096)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
+    add_special_tokens: bool | None = Field(None, description="Default true for a prompt, false for messages.")
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = Field(None, description="Give the tokens as texts too.")
+
+
+class DetokenizeRequest(BaseModel):
+    """Body of /detokenize."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model: str | None = None
+    tokens: Any = Field(
+        description="Token ids.", json_schema_extra={"type": "array", "items": {"type": "integer", "minimum": 0}}
+    )
+
+
+def check_method(fields: KvfoldFields | None, methods: tuple[str, ...]) -> None:
+    """Raise `ApiError` for a method that was not loaded; the engine would say so too, without the field's name."""
+    time = fields.time if fields else None
+    if time is not None and not time.strip():
+        raise ApiError(400, f"kvfold.time must be one of the methods loaded: {', '.join(methods)}", param="kvfold.time")

@@ -1,0 +1,70 @@
+"""Answers as server-sent events in FastAPI's event format, and what happens when a client leaves early."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from fastapi import Request
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
+from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
+
+from kvfold.serve.errors import ApiError
+
+DONE = format_sse_event(data_str="[DONE]")
+PING = KEEPALIVE_COMMENT
+
+
+def event(data: BaseModel | dict[str, Any], name: str | None = None) -> bytes:
+    """One event with JSON data."""
+    text = json.dumps(data, ensure_ascii=False) if isinstance(data, dict) else data.model_dump_json(exclude_unset=True)
+    return format_sse_event(data_str=text, event=name)
+
+
+def error_event(error: ApiError) -> bytes:
+    """An error in a stream that has begun: the status is sent already."""
+    body = error.body()
+    body["error"]["code"] = body["error"]["code"] or error.status
+    return event(body)
+
+
+class Stream(EventSourceResponse):
+    """A stream of events; whoever made it is told when it is over."""
+
+    def __init__(self, content: AsyncIterator[bytes], *, leave: Callable[[], None], headers: dict[str, str]):
+        """`leave` is called when the response is over, however that was."""
+        super().__init__(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"} | headers)
+        self._leave = leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See `StreamingResponse`."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._leave()
+
+
+async def unless_gone(request: Request, work: Awaitable[Any]) -> Any:
+    """What `work` gives; where the client leaves first, `work` is cancelled and `Gone` raised."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(request))
+    try:
+        done, _ = await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task in done:
+            return task.result()
+        raise Gone
+    finally:
+        for one in (task, watcher):
+            if not one.done():
+                one.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+class Gone(Exception):
+    """The client left before its answer was ready."""
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
