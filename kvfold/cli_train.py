@@ -141,7 +141,7 @@ def _run(
     from kvfold import __version__
     from kvfold.models.load import load, load_tokenizer
     from kvfold.ops.denormals import flush_denormals
-    from kvfold.report.results import cpu_name, git_commit
+    from kvfold.record import cpu_name, git_commit
     from kvfold.train.retrofit import Retrofit, device_name
     from kvfold.train.watch import watched_steps
 

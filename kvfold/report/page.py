@@ -8,12 +8,13 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from kvfold.data.whole_file import write_whole_file
 from kvfold.report.explain import methods_section, words_section
 from kvfold.report.groups import Group, group_results
 from kvfold.report.markup import Markup, join, tag
 from kvfold.report.numbers import amount, count
 from kvfold.report.pieces import short_commit
-from kvfold.report.results import number, read_results, words, write_whole
+from kvfold.report.results import number, read_results, words
 from kvfold.report.sections import SECTIONS
 from kvfold.report.series import colours_of
 
@@ -44,7 +45,7 @@ def write_page(results: Path, out: Path) -> Path:
         sections=join([*sections, methods_section(colours), words_section()]),
         footer=_footer(groups, problems),
     )
-    return write_whole(Path(out), page)
+    return write_whole_file(Path(out), page)
 
 
 def _title(groups: Sequence[Group]) -> tuple[str, str, str]:
