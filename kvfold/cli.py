@@ -293,15 +293,13 @@ def demo(
     from kvfold.demo import run_demo
     from kvfold.report import tables
 
+    def tables_of(kind: str, result: dict) -> None:
+        found = {"quality": [tables.quality_table], "decode": [tables.decode_table]}.get(kind, [])
+        show(*(table(result) for table in found), *([tables.passkey_table(result)] if "passkey" in result else []))
+
     check_out(out / "index.html")
-    quiet_transformers()
-    shown = {"quality": [tables.quality_table, tables.passkey_table], "decode": [tables.decode_table]}
+    quiet_transformers(bars=False)
     with progress() as report:
-        page = run_demo(
-            out,
-            command_line(),
-            say,
-            report,
-            lambda kind, result: show(*(table(result) for table in shown.get(kind, []))),
-        )
+        page = run_demo(out, command_line(), say, report, tables_of)
+    say("next: `kvfold serve --demo` answers OpenAI's clients, and shows at its own page what every head keeps")
     typer.echo(f"the page: {page}")
