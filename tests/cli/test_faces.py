@@ -10,7 +10,7 @@ from kvfold.cli import app
 
 MODEL_OPTIONS = "--bits --adapter --gates --dtype --device --json"
 COMMANDS = {
-    "plan": "MODEL --layers --heads --time --compression --bits --memory --context --batch --json",
+    "plan": "MODEL --layers --heads --time --compression --bits --memory --kv-memory --context --batch --json",
     "convert": "SOURCE OUT --layers --heads --init --calibration --tokens --pair-heads --for --time --bits --dtype "
     "--device --json",
     "train": "RECIPE --out --data --valid --tokens --learning-rate --seed --sweep-lr --set --list --device --json",
