@@ -33,7 +33,8 @@ def add_bench_train(bench: typer.Typer) -> None:
 def bench_training(
     model: Model,
     time: Annotated[
-        list[str] | None, typer.Option("--time", help="dmc[:W] | dms[:W]; several times: a row each. Default: both.")
+        list[str] | None,
+        typer.Option("--time", help="dmc[:W][+S] | dms[:W]; several times: a row each. Default: both."),
     ] = None,
     sequence: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 1024,
     batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 1,
