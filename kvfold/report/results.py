@@ -19,6 +19,8 @@ from pathlib import Path
 from kvfold.errors import UserError
 
 KINDS = ("quality", "tasks", "memory", "kept", "document", "curve", "decode", "step", "plan", "pretraining")
+UNDRAWN_KINDS = ("prefill", "capacity", "kernel", "gpu")
+"""Results of `kvfold bench` that the report has no picture of: they lie in folders of their own."""
 
 CURVE = Path("training") / "curve.jsonl"
 """Where a retrofit's folder has its steps, a line of JSON each."""
@@ -157,8 +159,8 @@ def write_result(path: Path, kind: str, payload: Mapping, command: str) -> Path:
     `payload` holds the rows and what else the kind has; its own `environment` (device, dtype, threads) is kept.
     Numbers that are not finite become null, since JSON has no word for them.
     """
-    if kind not in KINDS:
-        raise UserError(f"kind {kind!r} is unknown: a result is one of {', '.join(KINDS)}")
+    if kind not in (*KINDS, *UNDRAWN_KINDS):
+        raise UserError(f"kind {kind!r} is unknown: a result is one of {', '.join((*KINDS, *UNDRAWN_KINDS))}")
     data = {
         "kind": kind,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
