@@ -53,8 +53,8 @@ def _peers(text: str) -> set[str]:
     named = {part.strip() for part in text.split(",")}
     if not named <= {"transformers", "vllm", "none"} or ("none" in named and len(named) > 1):
         raise UserError(
-            f"peers '{text}': kvfold is measured beside transformers, vllm, both or alone: write 'transformers', 'vllm', "
-            "'transformers,vllm' or 'none'"
+            f"peers '{text}': kvfold is measured beside transformers, vllm, both by a comma, or alone: write "
+            "'transformers' or 'none'"
         )
     return named - {"none"}
 
@@ -95,41 +95,56 @@ def bench_decoding(
     as_json: Json = False,
 ) -> None:
     """Tokens/s, step time, bytes and peak memory of `generate`, with and without left padding, all sides in one run."""
-    from contextlib import ExitStack
-
-    from kvfold.bench.decode import POINTS, Point, bench_decode, text_prompts
     from kvfold.bench.peers import load_theirs
     from kvfold.data.texts import read_text_file
 
     check_out(out)
-    named, padded = _peers(peers), _padded(padding)
-    if filled and (batch is None or "vllm" in named):
+    named, padded, points = _peers(peers), _padded(padding), _points(batch, prompt, new)
+    _check_filled(
+        filled and batch is not None and "vllm" not in named, asked=filled, chosen=compression or compare_bits
+    )
+    said = None if text is None else read_text_file(text)
+    ours, tokenizer = load_model(model, None, bits, adapter, dtype, device, gates, time or ())
+    theirs = load_theirs(model, dtype=ours.dtype, device=ours.device) if "transformers" in named else None
+    with progress() as report:
+        common = {"name": model_name(model), "repeats": repeats, "report": report}
+        if filled:
+            sides, ids = _sides(ours, tokenizer, time, points[0], compression, compare_bits, said)
+            result = _filled(ours, theirs, sides, points[0], ids, common)
+        else:
+            common |= {"methods": time or ["full"], "points": points, "padded": padded}
+            result = _decoded(ours, theirs, model if "vllm" in named else None, tokenizer, said, common)
+    hand_over("decode", result, [_decode_table], out=out, as_json=as_json)
+
+
+def _decoded(ours: Any, theirs: Any, vllm: str | None, tokenizer: Any, text: Any, common: Mapping[str, Any]) -> Mapping:
+    """Caches that read prompts; `vllm`: the checkpoint that vLLM loads, None = it is no peer."""
+    from contextlib import nullcontext
+
+    from kvfold.bench.decode import bench_decode, text_prompts
+
+    prompts = None if text is None else text_prompts(text, tokenizer)
+    with nullcontext() if vllm is None else _vllm(vllm, ours, common["points"]) as peer:
+        return bench_decode(ours, theirs, prompts=prompts, vllm=peer, **common)
+
+
+def _points(batch: int | None, prompt: int, new: int) -> Any:
+    """What is measured: one point, or the three that everybody compares."""
+    from kvfold.bench.decode import POINTS, Point
+
+    if batch is None:
+        return POINTS
+    return (Point(name=f"{batch} x ({prompt} + {new})", batch=batch, prompt_tokens=prompt, new_tokens=new),)
+
+
+def _check_filled(possible: bool, *, asked: bool, chosen: Any) -> None:
+    """Refuse what goes with filled caches only, and filled caches where they can't be."""
+    if asked and not possible:
         raise UserError(
             "--filled: one point is measured, beside transformers or alone: write e.g. --batch 8 --prompt 4096"
         )
-    if not filled and (compression or compare_bits):
+    if chosen and not asked:
         raise UserError("--compression and --compare-bits: caches that read a prompt hold what they hold: add --filled")
-    said = None if text is None else read_text_file(text)
-    points = (
-        POINTS
-        if batch is None
-        else (Point(name=f"{batch} x ({prompt} + {new})", batch=batch, prompt_tokens=prompt, new_tokens=new),)
-    )
-    ours, tokenizer = load_model(model, None, bits, adapter, dtype, device, gates, time or ())
-    theirs = load_theirs(model, dtype=ours.dtype, device=ours.device) if "transformers" in named else None
-    with ExitStack() as stack:
-        report = stack.enter_context(progress())
-        if filled:
-            result = _filled(
-                ours, theirs, tokenizer, model, time, points[0], compression, compare_bits, repeats, said, report
-            )
-        else:
-            vllm = stack.enter_context(_vllm(model, ours, points)) if "vllm" in named else None
-            result = bench_decode(
-                ours, theirs, name=model_name(model), methods=time or ["full"], points=points, padded=padded,
-                repeats=repeats, prompts=None if said is None else text_prompts(said, tokenizer), vllm=vllm, report=report,
-            )  # fmt: skip
-    hand_over("decode", result, [_decode_table], out=out, as_json=as_json)
 
 
 def _decode_table(result: Mapping[str, Any]) -> Any:
@@ -155,12 +170,12 @@ def _decode_table(result: Mapping[str, Any]) -> Any:
     )
 
 
-def _filled(
-    ours: Any, theirs: Any, tokenizer: Any, model: str, time: list[str] | None, point: Any,
-    compression: list[float] | None, compare_bits: list[str] | None, repeats: int, text: Any, report: Any,
-) -> Mapping[str, Any]:  # fmt: skip
-    """Caches of one point that read no prompt."""
-    from kvfold.bench.filled import Side, bench_filled
+def _sides(
+    ours: Any, tokenizer: Any, time: list[str] | None, point: Any, compression: list[float] | None,
+    compare_bits: list[str] | None, text: Any,
+) -> tuple[list[Any], Any]:  # fmt: skip
+    """The caches to be filled, and a text that shows what gates keep."""
+    from kvfold.bench.filled import Side
     from kvfold.data.texts import read_text_file
     from kvfold.data.windows import text_beginning
     from kvfold.eval.folding import method_layouts
@@ -173,13 +188,25 @@ def _filled(
         for layout, has_gates in zip(layouts, learned, strict=True)
         for times in ((compression or (None,)) if has_gates else (None,))
     ]
-    ids = None
-    if any(learned):
-        ids, _ = text_beginning(text or read_text_file(SAMPLE), tokenizer, tokens=point.prompt_tokens)
+    if not any(learned):
+        return sides, None
+    return sides, text_beginning(text or read_text_file(SAMPLE), tokenizer, tokens=point.prompt_tokens)[0]
+
+
+def _filled(ours: Any, theirs: Any, sides: list[Any], point: Any, ids: Any, common: Mapping[str, Any]) -> Mapping:
+    """Caches of one point that read no prompt."""
+    from kvfold.bench.filled import bench_filled
+
     return bench_filled(
-        ours, theirs, sides, name=model_name(model), batch=point.batch, tokens=point.prompt_tokens,
-        new_tokens=point.new_tokens, repeats=repeats, text_T=ids, report=report,
-    )  # fmt: skip
+        ours,
+        theirs,
+        sides,
+        batch=point.batch,
+        tokens=point.prompt_tokens,
+        new_tokens=point.new_tokens,
+        text_T=ids,
+        **common,
+    )
 
 
 def _vllm(model: str, ours: Any, points: Any) -> Any:
