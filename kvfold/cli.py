@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from kvfold import console
+from kvfold.cli_bench import add_bench
 from kvfold.cli_calibrate import add_calibrate
 from kvfold.cli_convert import add_convert
 from kvfold.cli_eval import add_eval
@@ -20,11 +21,8 @@ from kvfold.cli_model import (
     Gates,
     Json,
     Model,
-    Out,
     Time,
-    Times,
     load_model,
-    model_name,
     quiet_transformers,
 )
 from kvfold.cli_pretrain import add_train
@@ -55,6 +53,7 @@ add_convert(app)
 add_train(app)
 add_retrofit(app)
 add_calibrate(app)
+add_bench(bench)
 add_bench_train(bench)
 add_inspect(app)
 
@@ -244,67 +243,6 @@ def report(
 
     check_out(out)
     typer.echo(write_page(results, out))
-
-
-def _padded(text: str) -> tuple[bool, ...]:
-    """Whether rows are padded, for each measurement of a point."""
-    known = {"both": (False, True), "none": (False,), "left": (True,)}
-    if text not in known:
-        raise UserError(f"padding '{text}': rows are padded at the left or not: write {', '.join(known)}")
-    return known[text]
-
-
-@bench.command(
-    "decode", epilog="Example: `kvfold bench decode my-model --batch 8 --prompt 256 --time full --time h2o:64+64`"
-)
-@clear_errors
-def bench_decoding(
-    model: Model,
-    time: Times = None,
-    batch: Annotated[
-        int | None, typer.Option(help="Rows of one point. Default: the points 1 x 64, 16 x (32 + 64), 8 x 1,024.")
-    ] = None,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt, with `--batch`.")] = 32,
-    new: Annotated[int, typer.Option(help="Tokens generated, with `--batch`.")] = 64,
-    text: Annotated[
-        Path | None, typer.Option(help="A file that the prompts are taken from. Default: random tokens.")
-    ] = None,
-    padding: Annotated[str, typer.Option(help="both | none | left")] = "both",
-    peers: Annotated[str, typer.Option(help="transformers | none")] = "transformers",
-    repeats: Annotated[int, typer.Option(help="Rounds; both sides take turns.")] = 5,
-    out: Out = None,
-    bits: Bits = None,
-    adapter: Adapter = None,
-    gates: Gates = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Tokens/s, step time, bytes and peak memory of `generate`, with and without left padding, both sides in one run."""
-    from kvfold.bench.decode import POINTS, Point, bench_decode, text_prompts
-    from kvfold.bench.peers import load_theirs
-    from kvfold.data.texts import read_text_file
-    from kvfold.report.tables import decode_table
-
-    check_out(out)
-    if peers not in ("transformers", "none"):
-        raise UserError(
-            f"peers '{peers}': kvfold is measured beside transformers or alone: write 'transformers' or 'none'"
-        )
-    padded, said = _padded(padding), None if text is None else read_text_file(text)
-    points = (
-        POINTS
-        if batch is None
-        else (Point(name=f"{batch} x ({prompt} + {new})", batch=batch, prompt_tokens=prompt, new_tokens=new),)
-    )
-    ours, tokenizer = load_model(model, None, bits, adapter, dtype, device, gates, time or ())
-    theirs = None if peers == "none" else load_theirs(model, dtype=ours.dtype, device=ours.device)
-    with progress() as report:
-        result = bench_decode(
-            ours, theirs, name=model_name(model), methods=time or ["full"], points=points, padded=padded, repeats=repeats,
-            prompts=None if said is None else text_prompts(said, tokenizer), report=report,
-        )  # fmt: skip
-    hand_over("decode", result, [decode_table], out=out, as_json=as_json)
 
 
 @app.command()

@@ -19,7 +19,9 @@ from kvfold.data.whole_file import write_whole_file
 from kvfold.errors import UserError
 
 KINDS = ("quality", "tasks", "memory", "kept", "document", "curve", "decode", "step", "plan", "pretraining")
-"""Kinds of results."""
+"""Kinds of results that the report draws."""
+UNDRAWN_KINDS = ("prefill", "capacity", "kernel", "gpu")
+"""Results of `kvfold bench` that the report has no picture of: they lie in folders of their own."""
 
 
 def made(threads: int) -> dict[str, Any]:
@@ -44,8 +46,8 @@ def write_result(path: Path, kind: str, payload: Mapping, command: str) -> Path:
     `payload` holds the rows and what else the kind has; its own `environment` (device, dtype, threads) is kept.
     Numbers that are not finite become null, since JSON has no word for them.
     """
-    if kind not in KINDS:
-        raise UserError(f"kind {kind!r} is unknown: a result is one of {', '.join(KINDS)}")
+    if kind not in (*KINDS, *UNDRAWN_KINDS):
+        raise UserError(f"kind {kind!r} is unknown: a result is one of {', '.join((*KINDS, *UNDRAWN_KINDS))}")
     data = {
         "kind": kind,
         "created": now(),

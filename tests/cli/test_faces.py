@@ -21,7 +21,12 @@ COMMANDS = {
     "eval": "MODEL --text --time --windows --context --batch --chunk --passkey --passkey-tries --passkey-length --tasks "
     f"--task-folder --task-length --limit --beside --peers --fresh --out {MODEL_OPTIONS}",
     "generate": f"MODEL PROMPT --input --output --kv-memory --max-new-tokens --temperature --seed --time {MODEL_OPTIONS}",
-    "bench decode": f"MODEL --time --batch --prompt --new --text --padding --peers --repeats --out {MODEL_OPTIONS}",
+    "bench decode": "MODEL --time --batch --prompt --new --text --padding --filled --compression --compare-bits --peers "
+    f"--repeats --out {MODEL_OPTIONS}",
+    "bench prefill": f"MODEL --time --batch --prompt --call --text --repeats --out {MODEL_OPTIONS}",
+    "bench capacity": f"MODEL --time --kv-memory --prompt --most --text --out {MODEL_OPTIONS}",
+    "bench kernel": "--storage --tokens --spread --batch --kv-heads --group --head-dim --repeats --out --json",
+    "bench gpu": "--out --json",
     "bench train": "MODEL --time --sequence --batch --repeats --train --out --dtype --device --json",
     "inspect": f"MODEL --text --time --tokens --head --out {MODEL_OPTIONS}",
     "serve": "MODEL --demo --method --kv-memory --host --port --api-key --served-model-name --max-model-len --max-num-seqs "
@@ -45,7 +50,18 @@ DEFAULTS = {
         "fresh": False,
     },
     "generate": {"prompt": "-", "kv_memory": "2GB", "max_new_tokens": 128, "temperature": 0.0, "seed": 0},
-    "bench decode": {"prompt": 32, "new": 64, "padding": "both", "peers": "transformers", "repeats": 5},
+    "bench decode": {
+        "prompt": 32,
+        "new": 64,
+        "padding": "both",
+        "filled": False,
+        "peers": "transformers",
+        "repeats": 5,
+    },
+    "bench prefill": {"batch": 8, "prompt": 1024, "repeats": 2},
+    "bench capacity": {"kv_memory": "256MB", "prompt": 1024, "most": 256},
+    "bench kernel": {"batch": 8, "kv_heads": 3, "group": 3, "head_dim": 64, "repeats": 30},
+    "bench gpu": {},
     "bench train": {"sequence": 1024, "batch": 1, "repeats": 3, "train": "full"},
     "inspect": {"tokens": 1024},
     "serve": {
