@@ -39,7 +39,9 @@ class Fold(Method):
     source: ClassVar[str] = "kvfold; gates as in Lancucki et al. 2025, arXiv 2506.05345"
     chunk_invariant: ClassVar[bool] = True
     lossy: ClassVar[bool] = True
-    slot_arrays: ClassVar[Mapping[str, str]] = MappingProxyType({IMPORTANCE: "float16", BIAS: "float16", MARKED: "uint8"})
+    slot_arrays: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {IMPORTANCE: "float16", BIAS: "float16", MARKED: "uint8"}
+    )
     bias_array: ClassVar[str | None] = BIAS
     mark_array: ClassVar[str | None] = MARKED
     allows_window: ClassVar[bool] = False
@@ -62,7 +64,9 @@ class Fold(Method):
             if number < 1:
                 raise UserError(f"fold {what} {number}: it is 1 token or more: write e.g. '{_EXAMPLE}'")
         if self.threshold is not None and not -1 <= self.threshold <= 1:
-            raise UserError(f"fold threshold {self.threshold:g}: a similarity is between -1 and 1: write e.g. '{_EXAMPLE}'")
+            raise UserError(
+                f"fold threshold {self.threshold:g}: a similarity is between -1 and 1: write e.g. '{_EXAMPLE}'"
+            )
 
     @classmethod
     def parse(cls, args: str) -> Self:

@@ -93,8 +93,10 @@ def fold_attention_reference(
         for head in range(heads):
             own = rule
             if heads_KP is not None:
-                own = replace(rule, **dict(zip(("b", "c", "mass"), heads_KP[head].tolist(), strict=True)))
-            stream = _Stream(k_BTKD[row, :, head], v_BTKD[row, :, head], flag_BTK[row, :, head], s_BTK[row, :, head], own)
+                own = replace(rule, **dict(zip(("b", "c", "mass"), heads_KP[head], strict=True)))
+            stream = _Stream(
+                k_BTKD[row, :, head], v_BTKD[row, :, head], flag_BTK[row, :, head], s_BTK[row, :, head], own
+            )
             for start in range(0, tokens, rule.grid):
                 stop = min(start + rule.grid, tokens)
                 stream.leave(before=start)
@@ -130,6 +132,7 @@ class _Stream:
         if merged.any():
             self._merge(leavers[merged], anchor[merged], similarity[merged])
 
+    @torch.no_grad()
     def _most_similar(self, leaver_N: Tensor) -> tuple[Tensor, Tensor]:
         """The position of each leaver's most similar entry, the oldest of equals, and the similarity, the mean of the cosines of
         keys and of values; -inf where it has no candidate. Entries of flagged tokens and the first token's take nothing.
@@ -151,9 +154,10 @@ class _Stream:
         u = log_u.exp().to(self._v.dtype)
         z = self.z.index_add(0, anchor_N, u)
         changed = anchor_N.unique()
-        for x in (self._v, self._k) if rule.merges_keys else (self._v,):
+        for name in ("_v", "_k") if rule.merges_keys else ("_v",):
+            x = getattr(self, name)
             total = (self.z[:, None] * x).index_add(0, anchor_N, u[:, None] * x[leaver_N])
-            x[changed] = (total / z[:, None])[changed]
+            setattr(self, name, x.index_copy(0, changed, (total / z[:, None])[changed]))
         self._u_log_u = self._u_log_u.index_add(0, anchor_N, u * log_u.to(u.dtype))
         if rule.as_stored:
             z = ((rule.mass * z.log()).half().to(z.dtype) / rule.mass).exp()

@@ -89,7 +89,9 @@ class _Run:
     ) -> None:
         self._entries, self._as_stored = entries, as_stored
         numbers = entries.s_BKE.new_tensor(UNCHANGED_HEAD) if heads_KP is None else heads_KP
-        self._b, self._c, self._factor = (one[:, None] for one in numbers.expand(entries.k_BKED.shape[1], -1).unbind(-1))
+        self._b, self._c, self._factor = (
+            one[:, None] for one in numbers.expand(entries.k_BKED.shape[1], -1).unbind(-1)
+        )
         self._factor = self._factor.clamp(min=LEAST_FACTOR)
         self._number = entries.position_BKE.shape[-1]
         # One entry more takes what a masked write must not touch.
@@ -117,7 +119,12 @@ class _Run:
         self._last = _put(self._last, leaves, border_B11 - 1)
 
     def _merge(
-        self, leaving: tuple[Tensor, Tensor], taking: tuple[Tensor, Tensor], border_B11: Tensor, threshold: float, reach: int
+        self,
+        leaving: tuple[Tensor, Tensor],
+        taking: tuple[Tensor, Tensor],
+        border_B11: Tensor,
+        threshold: float,
+        reach: int,
     ) -> None:
         """All that leave at one border, looked up in the entries as they stand before it."""
         (index_N, there_N), (index_M, there_M) = leaving, taking

@@ -140,7 +140,9 @@ def expected(traces):
 
 
 def check_held(cache, text, traces):
-    for ours, theirs in zip(sum(held(cache, text), []), sum(expected(traces), []), strict=True):
+    for ours, theirs in zip(
+        *([one for row in rows for one in row] for rows in (held(cache, text), expected(traces))), strict=True
+    ):
         assert ours.keys() == theirs.keys()
         assert all(abs(ours[one] - theirs[one]) <= 2e-3 * theirs[one] for one in theirs)
 
@@ -159,7 +161,7 @@ def drawn_case(seed):
     return text, time, cuts, rng.choice((1, 2, 4, 16))
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(16))
 def test_the_store_is_the_reference_however_it_is_cut(seed):
     text, time, cuts, slots = drawn_case(seed)
     theirs, traces = reference(text, parse_time(time))
@@ -171,7 +173,7 @@ def test_the_store_is_the_reference_however_it_is_cut(seed):
     check_held(cache, text, traces)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_the_training_form_is_the_reference(seed):
     text, time, _, _ = drawn_case(seed)
     theirs, _ = reference(text, parse_time(time))
@@ -186,3 +188,121 @@ def test_the_training_form_is_the_reference(seed):
     torch.testing.assert_close(ours[real], theirs[real].detach(), **CLOSE)
     for grad in torch.autograd.grad(ours[real].square().sum(), learned):
         assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("c", [0.0, 1.5])
+def test_gradients_are_those_of_the_reference(c):
+    """The similarity in a weight counts as a constant."""
+    text, method = draw(40, rows=2, seed=3), Fold(delay=6, spacing=8, threshold=0.3)
+    text.heads_KP[:, 1] = c
+    grads = []
+    for form in ("training", "reference"):
+        learned = [text.s_BTK, text.heads_KP, text.k_BTKD, text.v_BTKD]
+        text.s_BTK, text.heads_KP, text.k_BTKD, text.v_BTKD = (one.detach().clone().requires_grad_() for one in learned)
+        if form == "training":
+            view = TrainingView(layout_of(text, method.format()), real_BT=None, scale=SCALE)
+            out = view.attend(0, text.q_LBTHD[0], text.k_BTKD, text.v_BTKD, None, text.gates())
+        else:
+            out = reference(text, method)[0][0]
+        learned = [text.s_BTK, text.heads_KP, text.k_BTKD, text.v_BTKD]
+        grads.append(torch.autograd.grad((out * text.q_LBTHD[0]).sum(), learned))
+    for ours, theirs in zip(*grads, strict=True):
+        assert theirs.abs().max() > 0.01
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("bits", ["model", "int8,int4"])
+def test_without_weight_it_is_eviction_on_the_grid_bit_for_bit(bits):
+    text = draw(50, rows=2, pads=[0, 9], layers=2, seed=5)
+    nothing = replace(text, heads_KP=text.heads_KP.clone())
+    nothing.heads_KP[:, 0] = -torch.inf
+    found = []
+    for one, time in ((nothing, "fold:6+8@0.3"), (text, "fold:6+8@none"), (text, "fold:6+8@0.3")):
+        cache = FoldCache(layout_of(one, time).with_bits(bits), rows=2, dtype=torch.float32, page_slots=4, poison=True)
+        found.append((feed_cut(cache, one, [7, 1, 1, 1, 20, 1]), cache.kept_positions))
+    (ours, kept), (theirs, also), (merged, same) = found
+    assert torch.equal(ours, theirs)
+    assert kept == also == same
+    assert not torch.allclose(merged, theirs, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", ["fp8", "int8", "int8,int4"])
+def test_what_is_stored_in_few_bits_depends_on_the_tokens_alone(bits):
+    text, found = draw(60, seed=8), []
+    for cuts in ([60], [1], [17, 1, 1, 1, 9]):
+        cache = FoldCache(layout_of(text, "fold:6+8@0.3").with_bits(bits), rows=1, dtype=torch.float32, page_slots=4)
+        found.append((feed_cut(cache, text, cuts), held(cache, text)))
+    for out, masses in found[1:]:
+        torch.testing.assert_close(out, found[0][0], **CLOSE)
+        assert masses == found[0][1]
+
+
+def test_a_copy_goes_its_own_way():
+    """Merging in one sequence never shows in the other, which shared its pages."""
+    one, other, time = draw(60, seed=1), draw(60, seed=2), "fold:4+8@0.2"
+    for name in ("k_BTKD", "v_BTKD", "marked_BTK", "s_BTK"):
+        getattr(other, name)[:, :30] = getattr(one, name)[:, :30]
+    other.heads_KP, other.q_LBTHD[:, :, :30] = one.heads_KP, one.q_LBTHD[:, :, :30]
+    cache = new_cache(one, time)
+    feed(cache, one, 0, 30)
+    twin = cache.copy()
+    outs = {id(one): [], id(other): []}
+    for start in range(30, 60, 3):
+        for text, of in ((one, cache), (other, twin)):
+            outs[id(text)].append(feed(of, text, start, start + (3 if start % 2 else 1)))
+            if not start % 2:
+                outs[id(text)].append(feed(of, text, start + 1, start + 3))
+    for text, of in ((one, cache), (other, twin)):
+        theirs, traces = reference(text, parse_time(time))
+        torch.testing.assert_close(torch.cat(outs[id(text)], dim=2), theirs[:, :, 30:], **CLOSE)
+        check_held(of, text, traces)
+
+
+def test_what_is_planned_is_allocated():
+    """Of gates that never mark at every length; of gates that do, what stays, pages rounded up for each head."""
+    text, time = draw(70, rows=1, share=0.0), "fold:6+8"
+    cache, layout = new_cache(text, time), layout_of(text, time)
+    for start, stop in ((0, 1), (1, 2), (2, 40), (40, 41), (41, 70)):
+        feed(cache, text, start, stop)
+        assert cache.allocated_bytes == layout_bytes(layout, [stop], 4, 4)
+    method = layout.time_of(0)
+    for text in (draw(70, share=2.0), draw(70, share=0.5, seed=4)):
+        cache = new_cache(text, time, page_slots=1)
+        for stop in range(1, 71):
+            feed(cache, text, stop - 1, stop)
+            kept = cache.kept_tokens
+            assert int(kept.min()) >= method.always_kept(stop)
+            assert int(kept.min()) == method.always_kept(stop) or float(text.marked_BTK.float().mean()) < 1
+            each = layout_bytes(layout, [0], 4, 1), layout_bytes(layout, [1], 4, 1)
+            assert cache.allocated_bytes == each[0] + int(kept.sum()) * (each[1] - each[0]) // 2
+    assert int(kept.sum()) < 120
+    usage = cache.usage
+    assert usage.total == cache.allocated_bytes
+    position = torch.tensor([[one in held(cache, text)[0][head] for one in range(70)] for head in range(2)])
+    waiting = int((position & text.marked_BTK[0].T).sum())
+    assert waiting > 0
+    assert usage.waiting == waiting * cache.store.pools[0].slot_bytes
+    # k, v, position, and what fold adds: s, the bias and the mark.
+    assert cache.store.pools[0].slot_bytes == 2 * 4 * 8 + 4 + 2 + 2 + 1
+
+
+def test_within_a_budget():
+    text, time = draw(120, share=0.9, seed=6), "fold:6+8@0.3"
+    cache = new_cache(text, time, memory_bytes=layout_bytes(layout_of(text, time), [48], 4, 4))
+    theirs, traces = reference(text, parse_time(time))
+    torch.testing.assert_close(feed_cut(cache, text, [100, 1]), theirs, **CLOSE)
+    check_held(cache, text, traces)
+
+
+def test_text_forms_and_what_is_refused():
+    assert parse_time("fold") == parse_time("fold:256") == Fold(delay=256)
+    for text in ("fold:64", "fold:64+16@0.5", "fold:64+16@none"):
+        assert parse_time(text).format() == text
+        assert parse_time(parse_time(text).format()) == parse_time(text)
+    for text in ("fold:0", "fold:8+0", "fold:x", "fold:8+8@2", "fold:8+8@y"):
+        with pytest.raises(UserError, match="write e.g."):
+            parse_time(text)
+    layout = KVLayout.plain(2, 2, 8, [None, 16])
+    assert layout.with_time("fold:8").time_text() == "fold:8"
+    with pytest.raises(UserError, match="sliding window of 16"):
+        layout.with_time("fold:8; 1=fold:8")
