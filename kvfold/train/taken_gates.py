@@ -26,6 +26,8 @@ def take_gates(model: FoldForCausalLM, time: str) -> None:
     """
     gates, method = model.config.gate_config, parse_time(time.split(";")[0])
     wanted = None if method.gate_form is None else method.gate_form.gates_of
+    if wanted is None:
+        raise UserError(f"time '{time}': {method.name} takes over no gates: choose a method that does")
     if gates is None or wanted != gates.method or gates.source != "adapter":
         has = "no gates" if gates is None else f"gates of {gates.method} from its {gates.source}"
         raise UserError(
