@@ -33,6 +33,8 @@ class Gates:
     """The same of k's."""
     outputs_BTKF: Tensor | None = None
     """What an adapter gives beside its decision, fp32; None where it gives nothing more."""
+    heads_KP: Tensor | None = None
+    """Numbers that an adapter holds for each head, whatever the token, fp32; None where it holds none."""
 
     def rows(self, index: Tensor) -> "Gates":
         """Those of some rows of the call."""

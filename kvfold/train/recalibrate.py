@@ -43,7 +43,7 @@ def recalibrate(
     if gates.source == "adapter":
         # As calibration did to the model, which may be in another dtype.
         for name in gate_biases(model.config.layout):
-            weights[name] = weights[name] + facts["shift"] / gates.scale
+            weights[name][:: gates.form.outputs] += facts["shift"] / gates.scale
     else:
         data["gates"] = about.gates | {"offset": gates.offset - facts["shift"]}
     _write(data, weights, out, _card(out, folder, settings, facts))
