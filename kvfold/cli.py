@@ -10,7 +10,7 @@ from kvfold import console
 from kvfold.cli_calibrate import add_calibrate
 from kvfold.cli_convert import add_convert
 from kvfold.cli_eval import add_eval
-from kvfold.cli_measure import add_bench_train, add_inspect
+from kvfold.cli_measure import add_bench_serve, add_bench_train, add_inspect
 from kvfold.cli_model import (
     METHODS,
     Adapter,
@@ -56,6 +56,7 @@ add_train(app)
 add_retrofit(app)
 add_calibrate(app)
 add_bench_train(bench)
+add_bench_serve(bench)
 add_inspect(app)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from kvfold.errors import UserError
 
-KINDS = ("quality", "tasks", "memory", "kept", "document", "curve", "decode", "step", "plan", "pretraining")
+KINDS = ("quality", "tasks", "memory", "kept", "document", "curve", "decode", "serve", "step", "plan", "pretraining")
 
 CURVE = Path("training") / "curve.jsonl"
 """Where a retrofit's folder has its steps, a line of JSON each."""
