@@ -31,6 +31,7 @@ from kvfold.engine.text import TextStream
 from kvfold.errors import UserError
 from kvfold.layout.units import parse_size
 from kvfold.models.decoder import FoldForCausalLM
+from kvfold.ops.native import free_openmp_threads
 
 Asked = str | Sequence[int] | Mapping[str, Any]
 """A request: a text, token ids, or an object with OpenAI's field names (`params.SamplingParams`, `params.Question`)."""
@@ -77,6 +78,7 @@ class Engine:
         self._stopped: str | None = None
         """Why nothing is taken any more."""
         self._thread: threading.Thread | None = None
+        free_openmp_threads()  # of the thread that made the model; from here on the engine's own is the one that computes
 
     def __enter__(self) -> Self:
         return self
@@ -273,6 +275,7 @@ class Engine:
             if self._stopped:
                 raise RuntimeError(f"the engine can't take requests: {self._stopped}")
             if self._thread is None:
+                free_openmp_threads()
                 self._thread = threading.Thread(target=self._run, name="kvfold engine", daemon=True)
                 self._thread.start()
             self._inbox.put(lambda: [self._enter(live) for live in lives])
