@@ -11,7 +11,7 @@ from kvfold.cli_bench import add_bench
 from kvfold.cli_calibrate import add_calibrate
 from kvfold.cli_convert import add_convert
 from kvfold.cli_eval import add_eval
-from kvfold.cli_measure import add_bench_train, add_inspect
+from kvfold.cli_measure import add_bench_serve, add_bench_train, add_inspect
 from kvfold.cli_model import (
     METHODS,
     Adapter,
@@ -55,6 +55,7 @@ add_retrofit(app)
 add_calibrate(app)
 add_bench(bench)
 add_bench_train(bench)
+add_bench_serve(bench)
 add_inspect(app)
 
 

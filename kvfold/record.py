@@ -18,7 +18,7 @@ from typing import Any
 from kvfold.data.whole_file import write_whole_file
 from kvfold.errors import UserError
 
-KINDS = ("quality", "tasks", "memory", "kept", "document", "curve", "decode", "step", "plan", "pretraining")
+KINDS = ("quality", "tasks", "memory", "kept", "document", "curve", "decode", "step", "plan", "pretraining", "serve")
 """Kinds of results that the report draws."""
 UNDRAWN_KINDS = ("prefill", "capacity", "kernel", "gpu")
 """Results of `kvfold bench` that the report has no picture of: they lie in folders of their own."""
