@@ -119,15 +119,15 @@ async def _measured(name: str, port: int, prompts: list[str], expected: list[str
         async def killer() -> None:
             if kill_at is None:
                 return
-            while sum(len(log["answers"]) for log in logs) < kill_at:
-                await asyncio.sleep(0.01)
-            before = _replicas()
+            before = await asyncio.to_thread(_replicas)
             victim = before[0]
             actor = ray.get_actor(victim, namespace=NAMESPACE)
+            while sum(len(log["answers"]) for log in logs) < kill_at:
+                await asyncio.sleep(0.01)
             killed.update(replica=victim.rpartition("#")[2], actor_id=actor._actor_id.hex(), at=time.monotonic())
             ray.kill(actor)
             while time.monotonic() - killed["at"] < WAIT_S:
-                others = [one for one in _replicas() if one not in before]
+                others = [one for one in await asyncio.to_thread(_replicas) if one not in before]
                 if others and await _answers_of(http, url, others[0].rpartition("#")[2]):
                     killed["replaced_after_s"] = round(time.monotonic() - killed["at"], 1)
                     return

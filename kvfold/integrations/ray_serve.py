@@ -101,7 +101,9 @@ class RaySettings:
         """From the `args` of a file. Raises `UserError`, in one line, for what can't be meant."""
         known = {one.name for one in fields(cls)}
         if unknown := sorted(set(args) - known):
-            raise UserError(f"args of kvfold under Ray Serve: unknown {', '.join(unknown)}: use {', '.join(sorted(known))}")
+            raise UserError(
+                f"args of kvfold under Ray Serve: unknown {', '.join(unknown)}: use {', '.join(sorted(known))}"
+            )
         if "model" not in args:
             raise UserError("args of kvfold under Ray Serve need a model: give a folder, a .gguf file or a hub name")
         return cls(**(dict(args) | {"methods": tuple(args.get("methods", ()))}))
