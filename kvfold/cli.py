@@ -27,6 +27,7 @@ from kvfold.cli_model import (
     quiet_transformers,
 )
 from kvfold.cli_pretrain import add_train
+from kvfold.cli_serve import add_serve
 from kvfold.cli_train import add_retrofit
 from kvfold.console import check_out, clear_errors, command_line, hand_over, progress, say, show, show_json
 
@@ -38,6 +39,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure speed and memory beside transformers, in one run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 add_eval(app)
+add_serve(app)
 add_convert(app)
 add_train(app)
 add_retrofit(app)

@@ -134,7 +134,6 @@ def _run(
             raise ValueError(f"{out}: the run is finished and this is its result: a snapshot is of one on its way")
         say(f"{out}: done already")
         return done
-    _say_plan(settings, folder.done_steps)
     if snapshot is not None:
         _check_snapshot(snapshot, folder)
     check_packages("accelerate", "peft")
@@ -151,6 +150,7 @@ def _run(
         model, tokenizer = load(source, dtype=dtype or "float32", device=device), load_tokenizer(source)
         teacher = None if settings.teacher is None else load(settings.teacher, dtype=dtype or "float32", device=device)
     note_idle_gpu(model.device)
+    _say_plan(settings, folder.done_steps, model)
     about = {
         "command": command_line(), "version": __version__, "git_commit": git_commit(),
         "hardware": device_name(model.device, cpu_name()),
@@ -170,12 +170,15 @@ def _check_snapshot(snapshot: Path, folder: Any) -> None:
         raise ValueError(f"{folder.out}: no checkpoint there yet: wait for the first, or look at save_steps")
 
 
-def _say_plan(settings: Any, done: int) -> None:
+def _say_plan(settings: Any, done: int, model: Any) -> None:
+    from kvfold.train.student import retention_of
+
     stages = settings.stages
     told = f"{stages.total:,} steps of {settings.step_tokens:,} tokens"
     if settings.compresses:
+        nominal = retention_of(model, settings).nominal_for(settings.compression)
         told += f", compression {settings.compression:g} at {settings.sequence_tokens:,} tokens"
-        told += f" ({settings.nominal:.2f} by the gates alone)"
+        told += f" ({nominal:.2f} by the gates alone)"
     say(told + (f"; going on after step {done:,}" if done else ""))
 
 

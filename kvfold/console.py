@@ -105,11 +105,11 @@ def hand_over(
         show(*(table(result) for table in tables))
 
 
-def check_packages(*names: str) -> None:
-    """Refuse to begin where one that training needs is not installed."""
+def check_packages(*names: str, extra: str = "train", what: str = "training") -> None:
+    """Refuse to begin where a package is not installed that `what` needs and `extra` brings."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise ValueError(f"{name} is not installed: training needs it: run pip install 'kvfold[train]'")
+            raise ValueError(f"{name} is not installed: {what} needs it: run pip install 'kvfold[{extra}]'")
 
 
 def quieten() -> None:

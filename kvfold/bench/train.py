@@ -26,9 +26,8 @@ from kvfold.models.decoder import FoldForCausalLM
 from kvfold.train.calibrate import shift_gates
 from kvfold.train.data import TrainingOrder
 from kvfold.train.loop import ignored_tokens
-from kvfold.train.schedules import always_kept, share_for
 from kvfold.train.settings import RetrofitSettings
-from kvfold.train.student import Student, make_student, trained_weights
+from kvfold.train.student import Student, check_method, make_student, retention_of, trained_weights
 from kvfold.train.trainer import RetrofitTrainer
 
 METHODS = ("dms:128", "dmc")
@@ -79,7 +78,7 @@ def bench_train(
             f"sequence {point.sequence_tokens:,}: the model reads {model.config.max_position_embeddings:,} tokens at most: "
             "use shorter sequences"
         )
-    plans = [step_settings(method, point, seed) for method in dict.fromkeys(methods)]
+    plans = [step_settings(model, method, point, seed) for method in dict.fromkeys(methods)]
     rows = [_measure(model, settings, repeats, report) for settings in plans]
     return {
         "model": {"name": name, "parameters": model.num_parameters()},
@@ -95,14 +94,15 @@ def bench_train(
     }
 
 
-def step_settings(method: str, point: StepPoint, seed: int = 0) -> RetrofitSettings:
+def step_settings(model: FoldForCausalLM, method: str, point: StepPoint, seed: int = 0) -> RetrofitSettings:
     """The settings of a retrofit whose every step is at its target. Raises `ValueError` for one that can't be run."""
     given = {
         "time": method, "trains": point.trains, "sequence_tokens": point.sequence_tokens, "ramp_steps": 0, "tail_steps": 1,
         "batch_sequences": point.batch_sequences, "sequences_at_once": point.batch_sequences, "seed": seed,
     }  # fmt: skip
-    spec = RetrofitSettings(**given, compression=1.0).spec
-    most = point.sequence_tokens / always_kept(point.sequence_tokens, spec)
+    plain = RetrofitSettings(**given, compression=1.0)
+    check_method(model, plain)
+    most = retention_of(model, plain).compression_for(1.0)
     if most <= 1:
         raise ValueError(
             f"sequence {point.sequence_tokens:,}: {method} drops nothing in so few tokens: use longer sequences, or less delay"
@@ -131,7 +131,7 @@ def _fire(model: FoldForCausalLM, settings: RetrofitSettings) -> None:
     """New gates shifted so that, by their noise, they fire as often as trained ones: a key that is let go may cost a CPU more
     than one that stays (`flush_denormals`).
     """
-    share = share_for(settings.compression, settings.sequence_tokens, settings.spec)
+    share = retention_of(model, settings).share_for(settings.compression)
     shift_gates(model, model.config.gate_config.offset + math.log(share / (1 - share)))
 
 

@@ -21,6 +21,9 @@ _WORKER = Path(__file__).with_name("vllm_worker.py")
 _SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 """One process, so that a step can be timed, and no word to the network."""
 
+_PATIENCE_SECONDS = 20
+"""For a process that was told to end, or that has stopped answering."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VllmRun:
@@ -122,7 +125,7 @@ class VllmPeer:
         for pipe in (self._process.stdin, self._process.stdout):
             pipe.close()
         try:
-            self._process.wait(timeout=20)
+            self._process.wait(timeout=_PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -142,7 +145,13 @@ class VllmPeer:
     def _last_words(self) -> str:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").split("\n")
-        return next((line for line in reversed(lines) if line.strip()), "it ended without a word")
+        return f"its process ended with {self._ended()}; the last it said: " + next(
+            (line for line in reversed(lines) if line.strip()), "nothing"
+        )
+
+    def _ended(self) -> int:
+        """The exit code; -9 is what a machine without memory gives."""
+        return self._process.wait(timeout=_PATIENCE_SECONDS)
 
 
 def vllm_python() -> str:

@@ -14,7 +14,15 @@ from kvfold.models.families import family_named, fold_config
 from kvfold.models.source import one_line
 from kvfold.models.weights import family_weights
 
-_OURS_ALONE = ("trained_tokens", "layout", "base_layout", "architectures", "transformers_version", "_name_or_path")
+_OURS_ALONE = (
+    "trained_tokens",
+    "freed_layers",
+    "layout",
+    "base_layout",
+    "architectures",
+    "transformers_version",
+    "_name_or_path",
+)
 """What a config says of itself that going there and back need not keep."""
 
 

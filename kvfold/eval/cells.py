@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -58,12 +59,37 @@ class Cells:
 
 def model_key(model: nn.Module, name: str) -> dict[str, Any]:
     """What identifies a model among measurements: its name, config, device, dtype, and a SHA-256 of its weights."""
+    return {"name": name, "fingerprint": fingerprint(model), "device": model.device.type, "dtype": str(model.dtype)}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's config and weights. All weights are read once for each model, and again where they changed."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for weight, tensor in model.named_parameters():
-        digest.update(f"{weight} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_raw(tensor))
-    return {"name": name, "fingerprint": digest.hexdigest(), "device": model.device.type, "dtype": str(model.dtype)}
+    about = json.dumps(config, sort_keys=True, default=str)
+    state = (about, *(_state(name, weight) for name, weight in model.named_parameters()))
+    known = _FINGERPRINTS.get(model)
+    if known is not None and known[0] == state:
+        return known[1]
+    digest = hashlib.sha256(about.encode())
+    for name, weight in model.named_parameters():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(_raw(weight))
+    _FINGERPRINTS[model] = state, digest.hexdigest()
+    return digest.hexdigest()
+
+
+_FINGERPRINTS: WeakKeyDictionary[nn.Module, tuple[tuple, str]] = WeakKeyDictionary()
+"""Of models that are alive: what their weights looked like, and their fingerprint then."""
+_PROBED = 16
+"""Values of each weight that are compared, for changes that torch does not count (`weight.data`)."""
+
+
+def _state(name: str, weight: Tensor) -> tuple:
+    """What differs once a weight has changed: torch counts changes in place, new memory is elsewhere, and a few values."""
+    flat = weight.detach().reshape(-1)
+    probed = flat[:: max(1, flat.numel() // _PROBED)].tolist()
+    version = None if weight.is_inference() else weight._version
+    return name, tuple(weight.shape), weight.dtype, weight.data_ptr(), version, *map(str, probed)
 
 
 def model_about(model: nn.Module, key: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def method_layouts(model: FoldForCausalLM, methods: Sequence[str]) -> list[KVLay
     """The model's layout under each `--time` text, each once. Raises `ValueError` for a method that can't be run."""
     layouts = list(dict.fromkeys(model.config.layout.with_time(method) for method in methods))
     for layout in layouts:
-        gate_table(model.config.gate_config, layout, channel_freed=model.config.channel_freed)
+        gate_table(model.config.gate_config, layout, freed_owners=model.config.freed_owners)
     return layouts
 
 

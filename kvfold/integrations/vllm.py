@@ -30,6 +30,7 @@ _SWITCHES = {
     "norm_offset": False,
     "embedding_multiplier": 1.0,
     "residual_multiplier": 1.0,
+    "attention_softcap": None,
     "final_logit_softcap": None,
     "hidden_act": "silu",
     "channel_freed": False,

@@ -53,7 +53,6 @@ class FoldAttention(nn.Module):
             num_kv_heads=self.num_kv_heads,
             cache_config=cache_config,
             quant_config=quant_config,
-            logits_soft_cap=config.attention_softcap,
             per_layer_sliding_window=sliding_windows(config.layout)[layer],
             kv_sharing_target_layer_name=None if self.owner else _attention_name(prefix, layer, entry.owner),
             prefix=f"{prefix}.attn",

@@ -93,10 +93,16 @@ def apply_adapter(model: FoldForCausalLM, folder: str | Path, *, time: str | Non
     """
     about, weights = read_adapter(folder)
     _check_base(model, about.base, Path(folder))
+    before = model.config.layout
     if about.time is not None:
-        model.set_gates(GateConfig.from_json(about.gates), about.time if time is None else time)
+        if time is not None:
+            gate_table(GateConfig.from_json(about.gates), before.with_time(time), freed_owners=())
+        model.set_gates(GateConfig.from_json(about.gates), about.time)
     if about.lora is not None:
         _merge_lora(model, weights, about)
+    if about.time is not None and time is not None:
+        # Only now: a channel is freed where the gates were trained.
+        model.config.layout = before.with_time(time)
     gates = {name: weight for name, weight in weights.items() if ".lora_" not in name}
     own = {name: one for name, one in model.named_parameters() if name.split(".")[-2] in ("fold_norm", "fold_proj")}
     _fill(own, gates, folder)
@@ -119,12 +125,12 @@ def gates_for_cache(model: FoldPreTrainedModel, gates: str | Path | GateSet | No
         found = GateSet(CHANNEL, GateConfig.published_channel(learned.pop()), {})
     else:
         found = gates if gates is None or isinstance(gates, GateSet) else load_gates(model, gates)
-    freed = model.config.channel_freed
+    freed = model.config.freed_owners
     if found is not None and freed:
         raise ValueError(
             f"gates {found.name}: this model's own gates are written into its weights, so no others can decide: leave gates out"
         )
-    gate_table(model.config.gate_config if found is None else found.config, layout, channel_freed=freed)
+    gate_table(model.config.gate_config if found is None else found.config, layout, freed_owners=freed)
     return found
 
 

@@ -77,6 +77,8 @@ class FoldConfig(PreTrainedConfig):
     """Tokens that the weights were trained or fitted on since they left their own family's checkpoint; None = none noted."""
     channel_freed: bool = False
     """The decision channel was written out of the weights: it carries decisions only, and stays zeroed."""
+    freed_layers: list[int] | None = None
+    """Owners in whose groups it was; None = in all of full attention."""
 
     def __post_init__(self, **kwargs):
         layout, base_layout = kwargs.pop("layout", None), kwargs.pop("base_layout", None)
@@ -104,6 +106,14 @@ class FoldConfig(PreTrainedConfig):
         return None if self.gates is None else _parsed(tuple(self.gates.items()))
 
     @property
+    def freed_owners(self) -> tuple[int, ...]:
+        """Owners in whose groups the decision channel carries decisions only."""
+        if not self.channel_freed:
+            return ()
+        full = (owner for owner in self._layout.owners if self._layout.layers[owner].window is None)
+        return tuple(full if self.freed_layers is None else self.freed_layers)
+
+    @property
     def base_layout(self) -> KVLayout:
         """The layout before conversion; of a model that was never converted, its own with nothing dropped."""
         return self._layout.base() if self._base_layout is None else self._base_layout
@@ -117,7 +127,7 @@ class FoldConfig(PreTrainedConfig):
         output = super().to_dict()
         del output["_layout"], output["_base_layout"]
         output["layout"] = self._layout.to_json()
-        for name in ("gates", "trained_tokens"):
+        for name in ("gates", "trained_tokens", "freed_layers"):
             if output[name] is None:
                 del output[name]
         if self._base_layout is not None:

@@ -137,7 +137,7 @@ class FoldModel(FoldPreTrainedModel):
             return self._run_freely(hidden, real, rotations, options, noise_key, records, keep)
         if cache.gate_table is None:
             config = self.config.gate_config if cache.gates is None else cache.gates.config
-            cache.gate_table = gate_table(config, cache.layout, channel_freed=self.config.channel_freed)
+            cache.gate_table = gate_table(config, cache.layout, freed_owners=self.config.freed_owners)
         asked = cache.gate_table, self.training, options, noise_key, records, cache.gates
         gates = None if cache.gate_table.is_empty else GateCall.of(*asked)
         # Pages are written in place, so no gradient could pass through them.
@@ -155,7 +155,7 @@ class FoldModel(FoldPreTrainedModel):
         layout, config = self.config.layout, self.config
         if options.sharing is not None:
             layout = layout.with_owners([one.owner for one in options.sharing.layers])
-        table = gate_table(config.gate_config, layout, channel_freed=config.channel_freed)
+        table = gate_table(config.gate_config, layout, freed_owners=config.freed_owners)
         gates = None if table.is_empty else GateCall.of(table, self.training, options, noise_key, records, None)
         view = TrainingView(layout, real_BT=real, **self.attention_options)
         hidden, states = self._run_layers(hidden, view, rotations, gates, keep)

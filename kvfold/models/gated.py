@@ -66,9 +66,8 @@ class GatedModel:
         """Put this model under a learned method: its text form, its gates, and fresh adapters where the gates are such."""
         self.config.layout = self.config.layout.with_time(time)
         self.config.gates = gates.to_json()
-        gate_table(
-            gates, self.config.layout, channel_freed=self.config.channel_freed
-        )  # refuses gates of another method
+        # Refuses gates of another method.
+        gate_table(gates, self.config.layout, freed_owners=self.config.freed_owners)
         for layer in self.model.layers:
             attention: FoldAttention = layer.self_attn
             attention.fold_norm = attention.fold_proj = None
@@ -77,18 +76,22 @@ class GatedModel:
                 attention.to(device=self.device)
 
     @torch.no_grad()
-    def free_channel(self) -> None:
+    def free_channel(self, *, write: bool = True) -> None:
         """Write DMC's zero-out into the weights: the rows of q and k, biases too, that make the freed channel become 0, in all
-        layers that DMC rules.
+        layers that DMC rules. `write=False`: the weights have it already, and the config is to say so.
 
         Source: arXiv 2403.09636, section 3.3 (the end of the first stage).
         Differs: bias entries go with their rows; the official code knows none. Nor does it know norms on q and k: where a family
         has them, the size by which a head is divided loses this channel here at once, and not step by step.
         """
-        gates = self.config.gate_config
-        channel, freed = gates.channel, gate_table(gates, self.config.layout, channel_freed=True).freed
-        for layer, ruled in zip(self.model.layers, freed, strict=True):
-            if ruled is None:
+        config, layout = self.config, self.config.layout
+        channel = config.gate_config.channel
+        gated = [owner for owner in layout.owners if layout.time_of(owner).trained]
+        config.channel_freed, config.freed_layers = True, None
+        if tuple(gated) != config.freed_owners:
+            config.freed_layers = gated
+        for index, layer in enumerate(self.model.layers):
+            if not write or layout.owner_of(index) not in gated:
                 continue
             for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
                 if projection is None:
@@ -96,4 +99,3 @@ class GatedModel:
                 projection.weight.unflatten(0, (-1, self.config.head_dim))[:, channel] = 0
                 if projection.bias is not None:
                     projection.bias.unflatten(0, (-1, self.config.head_dim))[:, channel] = 0
-        self.config.channel_freed = True

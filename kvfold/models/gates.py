@@ -124,17 +124,17 @@ class GateTable:
 
 
 @lru_cache(maxsize=64)
-def gate_table(given: GateConfig | None, layout: KVLayout, *, channel_freed: bool) -> GateTable:
-    """The gates of a layout's layers, all of which come from `given`. `channel_freed`: the decision channel was written out of
-    the weights.
+def gate_table(given: GateConfig | None, layout: KVLayout, *, freed_owners: tuple[int, ...]) -> GateTable:
+    """The gates of a layout's layers, all of which come from `given`. `freed_owners`: those in whose groups the decision
+    channel was written out of the weights.
 
     Raises `ValueError` for a learned method that `given` does not decide for.
     """
     owners = [layout.owner_of(layer) for layer in range(layout.num_layers)]
     configs = tuple(_gates_of(given, layout.time_of(owner)) for owner in owners)
     freed: tuple[GateConfig | None, ...] = ()
-    if channel_freed and given is not None and given.form.zero_out:
-        freed = tuple(given if layout.layers[owner].window is None else None for owner in owners)
+    if freed_owners and given is not None and given.form.zero_out:
+        freed = tuple(given if owner in freed_owners else None for owner in owners)
     return GateTable(configs=configs, freed=freed)
 
 

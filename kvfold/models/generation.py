@@ -14,6 +14,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerationMode
 
 from kvfold.cache.hf import FoldCache
+from kvfold.models.packing import pack
 
 FEEDS_CHUNKS_RIGHT = Version("5.23")
 """Before this release `prefill_chunk_size` feeds a continued cache its whole text again."""
@@ -69,6 +70,7 @@ class FoldGeneration:
                 "assisted generation cuts the cache back, which a kvfold cache can't do: leave the assistant out"
             )
         expansion = max(generation_config.num_beams, generation_config.num_return_sequences)
+        pack(self, rows=batch_size * expansion)
         cache = model_kwargs.get("past_key_values")
         if cache is None and generation_config.use_cache is not False:
             cache = model_kwargs["past_key_values"] = self.new_cache(rows=batch_size * expansion)

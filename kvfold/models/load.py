@@ -5,6 +5,7 @@ What a source is, and what may be wrong with it, is looked up in source.py befor
 """
 
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from kvfold.models.families import fold_config
 from kvfold.models.gates import gate_table
 from kvfold.models.official_dms import official_weights
 from kvfold.models.packing import pack
+from kvfold.models.quantised_weights import reading_options, widened
 from kvfold.models.source import Source, check_source, find_source, one_line
 from kvfold.models.weights import fold_weights
 
@@ -70,7 +72,7 @@ def load(
             _add_channel_gates(config, asked)
         if adapter is None:
             config.layout = asked
-            gate_table(config.gate_config, asked, channel_freed=config.channel_freed)
+            gate_table(config.gate_config, asked, freed_owners=config.freed_owners)
         read = _read_kvfold if theirs is config else _read_foreign
         try:
             model, report = read(found, theirs, config, dtype)
@@ -139,13 +141,16 @@ def _read_foreign(
 ) -> tuple[FoldForCausalLM, dict]:
     """Let transformers read the family's own model, and take its tensors over."""
     options = _LOADING if found.gguf is None else _LOADING | {"use_safetensors": None}
-    model, report = AutoModelForCausalLM.from_pretrained(
-        found.name, config=theirs, dtype=dtype, **options, **found.options
-    )
+    options = options | reading_options(theirs)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # meant: to widen what is stored
+        model, report = AutoModelForCausalLM.from_pretrained(
+            found.name, config=theirs, dtype=dtype, **options, **found.options
+        )
     with torch.device("meta"):
         ours = FoldForCausalLM(config)
     ours.generation_config, config.dtype = model.generation_config, model.dtype
-    weights = model.state_dict()
+    weights = widened(theirs, model.state_dict(), model.dtype)
     if config.gates is not None:
         weights |= official_weights(found.name, found.options, sorted(report["unexpected_keys"]))
     # The tensors live on in `weights` alone, so that fused ones are freed as they are cut apart.

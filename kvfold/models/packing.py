@@ -18,13 +18,14 @@ _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of one module that share their input. k and v of a layer with a KV norm of its own do not share q's."""
 
 
-def pack(model: nn.Module, *, force: bool = False) -> int:
+def pack(model: nn.Module, *, rows: int | None = None, force: bool = False) -> int:
     """Pack every linear layer that gains by it; gives the bytes of all copies. Layers that are packed already stay so.
 
-    Nothing happens on a device or for a dtype that has no quicker form. Unless forced, a model whose copies would take more
-    than a quarter of the machine's memory stays as it is, with a warning.
+    `rows`: how many rows a decoding step will have, where that is known; at one or two, fp32 gains nothing. Nothing happens on
+    a device or for a dtype that has no quicker form. Unless forced, a model whose copies would take more than a quarter of
+    the machine's memory stays as it is, with a warning.
     """
-    groups = [group for group in _groups(model) if all(PackedWeights.helps(layer.weight) for layer in group)]
+    groups = [group for group in _groups(model) if all(PackedWeights.helps(layer.weight, rows) for layer in group)]
     missing = [group for group in groups if group[0].packed is None]
     needed = sum(layer.weight.nbytes for group in missing for layer in group)
     if not force and needed > _machine_bytes() // MEMORY_SHARE:

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from kvfold.models.config import FoldConfig
 from kvfold.models.families import family_named
+from kvfold.models.quantised_weights import check_quantisation
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -69,11 +70,7 @@ def one_line(error: Exception) -> str:
 def _check_family(found: Source, config: dict[str, Any]) -> None:
     if config.get("model_type") != FoldConfig.model_type:
         family_named(config.get("model_type"))
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(
-            f"{found}: its weights are quantised ({method}): kvfold reads plain weights and GGUF: use another checkpoint"
-        )
+    check_quantisation(str(found), config)
 
 
 def _hub_config(found: Source) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 At one row a product reads its weights once, and any form of them will do. From three rows on MKL first rearranges the
 weights of an ordinary product, at every call. `PackedWeights` is a copy of the weights of one or several layers that need
-not be rearranged: in fp32 blocks of output channels, each contiguous, multiplied as a batch; in bf16 and fp16 oneDNN's own
-format. Which layers are packed, and when, is decided in models/packing.py; `study/packed_products.py` measures the products.
+not be rearranged: oneDNN's own format, or in fp32, where the outputs are few, blocks of output channels, each contiguous,
+multiplied as a batch. Which layers are packed, and when, is decided in models/packing.py; `studies/packed_products.py`
+measures the products.
 Letters: R rows, C input channels, N blocks of W output channels.
 """
 
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 BLOCK_WIDTHS = range(240, 79, -16)
 """Output channels of a block, from best to worst: wider blocks fall back to the product that rearranges, narrower ones pay
 for more calls."""
-BLOCK_ROWS = range(3, 193)
-"""Rows for which the blocks win in fp32: below, memory is the limit; above, the rearranging no longer matters."""
+FP32_ROWS = range(3, 193)
+"""Rows for which a copy wins in fp32: below, memory is the limit; above, the rearranging no longer matters."""
+_WIDE = 2
+"""So many times more outputs than inputs make a product wide: oneDNN's format wins there, though its calls cost more."""
 _LEAST_OUTPUTS = 64
 _PROBES = 4
 _ONEDNN_ROWS_HINT = 16
@@ -58,12 +61,16 @@ class PackedWeights:
         self._make()
 
     @staticmethod
-    def helps(weight: Tensor) -> bool:
-        """Whether this CPU and torch have a quicker form for such a weight."""
-        if weight.device.type != "cpu" or weight.is_inference() or min(weight.shape) < _LEAST_OUTPUTS:
+    def helps(weight: Tensor, rows: int | None = None) -> bool:
+        """Whether this CPU and torch have a quicker form for such a weight, at so many rows where that is known."""
+        if type(weight.data) is not Tensor or weight.is_inference() or weight.device.type != "cpu":
+            return False  # quantised weights are tensors of kinds of their own
+        if min(weight.shape) < _LEAST_OUTPUTS:
             return False
         if weight.dtype == torch.float32:
-            return torch.backends.mkl.is_available()
+            if rows is not None and rows not in FP32_ROWS:
+                return False
+            return torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
         return _onednn_knows(weight.dtype)
 
     @property
@@ -79,7 +86,7 @@ class PackedWeights:
             return False
         if len(layers) != len(self._layers) or any(a is not b for a, b in zip(layers, self._layers, strict=True)):
             return False
-        if self._blocks_NCW is not None and x.numel() // self._inputs not in BLOCK_ROWS:
+        if self._dtype == torch.float32 and x.numel() // self._inputs not in FP32_ROWS:
             return False
         if x.shape[-1] != self._inputs or torch.is_autocast_enabled("cpu"):
             return False
@@ -114,7 +121,7 @@ class PackedWeights:
         joint = weights[0] if len(weights) == 1 else torch.cat(weights)
         self._dtype, self._inputs = joint.dtype, joint.shape[1]
         self._blocks_NCW = self._onednn = None
-        if self._dtype == torch.float32:
+        if self._dtype == torch.float32 and joint.shape[0] < _WIDE * self._inputs:
             self._blocks_NCW = _blocks(joint)
         else:
             self._onednn = torch.ops.mkldnn._reorder_linear_weight(joint.contiguous(), _ONEDNN_ROWS_HINT)
@@ -142,9 +149,8 @@ class _Mark:
 
     def __init__(self, weight: Tensor):
         self._weight, self._version, self._pointer = weight, weight._version, weight.data_ptr()
-        steps = [max(1, size // _PROBES) for size in weight.shape]
-        self._probe = weight.detach()[:: steps[0], :: steps[1]]
-        self._values = self._probe.clone()
+        self._probe = weight.detach()[len(weight) // 2, :_PROBES]  # side by side: a single access to memory
+        self._values = self._probe.tolist()
 
     def holds(self, weight: Tensor) -> bool:
         """Neither another tensor, nor written, nor given other memory, nor edited behind torch's back."""
@@ -152,7 +158,7 @@ class _Mark:
             weight is self._weight
             and weight._version == self._version
             and weight.data_ptr() == self._pointer
-            and torch.equal(self._probe, self._values)
+            and self._probe.tolist() == self._values
         )
 
 

@@ -133,6 +133,7 @@ def _loaded(isa: str, parts: tuple[str, ...]) -> list[ctypes.CDLL]:
     flags = (*FLAGS, *_ISA_FLAGS[isa])
     key = hashlib.sha256(sources + repr((flags, compiler, platform.machine())).encode()).hexdigest()[:16]
     folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     targets = {part: folder / f"paged_{part}-{isa}-{key}.so" for part in parts}
     _compile(compiler, flags, {part: target for part, target in targets.items() if not target.exists()})
     return [ctypes.CDLL(str(targets[part])) for part in parts]
@@ -184,9 +185,7 @@ def huge_pages(tensor: torch.Tensor) -> torch.Tensor:
 def cache_folder() -> Path:
     """`KVFOLD_CACHE`, else ~/.cache/kvfold; one for temporary files where there is no home, or none that can be written."""
     if os.environ.get("KVFOLD_CACHE"):
-        folder = Path(os.environ["KVFOLD_CACHE"])
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return folder
+        return Path(os.environ["KVFOLD_CACHE"])
     try:
         folder = Path.home() / ".cache" / "kvfold"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

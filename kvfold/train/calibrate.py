@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from kvfold.eval.progress import Report, silent
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.train.reached import reached
-from kvfold.train.schedules import share_for
 from kvfold.train.settings import RetrofitSettings
+from kvfold.train.student import retention_of
 
 _ROUNDS = 12
 _CLOSE = 0.005
@@ -32,12 +33,12 @@ def calibrate(
     """Shift the model's gates, in place. Gives the shift in logits, and the compression before and after."""
     model.eval()
     target = settings.compression
-    share = share_for(target, settings.sequence_tokens, settings.spec)
+    share = retention_of(model, settings).share_for(target)
     tried: dict[float, float] = {}
     shift = 0.0
     for done in range(_ROUNDS):
         report("setting the gates", done, _ROUNDS)
-        tried[shift], logits = read_gates(model, blocks_NT, settings)
+        tried[shift], logits = read_gates(model, blocks_NT)
         if abs(tried[shift] / target - 1) < _CLOSE:
             break
         proposed = _between(shift + _shift_for(logits, share), tried, target)
@@ -59,7 +60,7 @@ def _between(proposed: float, tried: dict[float, float], target: float) -> float
 
 
 @torch.no_grad()
-def read_gates(model: FoldForCausalLM, blocks_NT: Tensor, settings: RetrofitSettings) -> tuple[float, Tensor]:
+def read_gates(model: FoldForCausalLM, blocks_NT: Tensor) -> tuple[float, Tensor]:
     """The real compression of some blocks under hard decisions, and the logits of all decisions that reach a token, [number]."""
     gates, layout = model.config.gates, model.config.layout
     from_next = gates["reads"] == "next"
@@ -68,18 +69,16 @@ def read_gates(model: FoldForCausalLM, blocks_NT: Tensor, settings: RetrofitSett
     try:
         for block in blocks_NT:
             outputs = model(block[None].to(model.device), use_cache=False, logits_to_keep=1, output_decisions=True)
-            shares.append(reached(outputs.decisions, layout, from_next=from_next).kept)
-            for one in outputs.gate_probs:
+            found = reached(outputs.decisions, layout, from_next=from_next, model_bytes=model.dtype.itemsize)
+            shares.append(found.kept)
+            for owner, one in zip(layout.owners, outputs.gate_probs, strict=True):
                 if one is not None:
-                    logits.append(_FLAT_TAU * torch.logit(_governing(one, settings, from_next)).flatten().cpu())
+                    # Those that change what is kept at the end.
+                    governing = layout.time_of(owner).governing(one.shape[2], from_next)
+                    logits.append(_FLAT_TAU * torch.logit(one[:, :, governing]).flatten().cpu())
     finally:
         model.config.gates = gates
     return 1 / float(torch.stack(shares).mean()), torch.cat(logits)
-
-
-def _governing(values_BKT: Tensor, settings: RetrofitSettings, from_next: bool) -> Tensor:
-    """Of the decisions of a sequence, those that change what is kept at its end."""
-    return values_BKT[:, :, settings.spec.governing(values_BKT.shape[2], from_next)]
 
 
 def _shift_for(logits: Tensor, share: float) -> float:
@@ -94,8 +93,14 @@ def shift_gates(model: FoldForCausalLM, shift: float) -> None:
     """Add `shift` to every logit: an adapter's biases have it, or the offset of gates that read a channel."""
     gates = model.config.gate_config
     if gates.source == "adapter":
-        for name, weight in model.named_parameters():
-            if name.endswith("fold_proj.bias"):
-                weight += shift / gates.scale
+        for name in gate_biases(model.config.layout):
+            weight = model.get_parameter(name)
+            weight += shift / gates.scale
     else:
         model.config.gates = model.config.gates | {"offset": gates.offset - shift}
+
+
+def gate_biases(layout: KVLayout) -> list[str]:
+    """Names of the adapters' biases, of the owners whose gates decide."""
+    owners = [owner for owner in layout.owners if layout.time_of(owner).trained]
+    return [f"model.layers.{owner}.self_attn.fold_proj.bias" for owner in owners]

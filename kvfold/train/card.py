@@ -47,7 +47,7 @@ def _method_rows(settings: RetrofitSettings, facts: Mapping[str, Any]) -> list[s
         return []
     rows = [
         f"| compression asked for | {settings.compression:g} at the end of {settings.sequence_tokens:,} tokens, window included "
-        f"({settings.nominal:.2f} by the gates alone) |",
+        f"({facts['nominal']:.2f} by the gates alone) |",
         f"| decisions | from {'an adapter' if settings.gate_source == 'adapter' else 'a freed channel'}, "
         f"{_decides(settings)}, one for each {'KV head' if settings.per == 'head' else 'layer'} |",
     ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.base import Method
+from kvfold.train.schedules import entry_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,29 +20,29 @@ class Reached:
 
     kept_O: Tensor
     """Share of tokens kept at the end, of each owner that has gates, mean over rows and heads, fp32."""
-    weights_O: Tensor
-    """KV heads x head dim of these owners: what an entry of each costs."""
-
-    @property
-    def kept(self) -> Tensor:
-        """Share of tokens kept, weighted by bytes."""
-        return (self.kept_O * self.weights_O).sum() / self.weights_O.sum()
+    kept: Tensor
+    """Share of tokens kept, of all owners, weighted by bytes."""
 
 
 @torch.no_grad()
-def reached(decisions: Sequence[Tensor | None], layout: KVLayout, *, from_next: bool) -> Reached:
-    """From the decisions [B, K, T] of each owner, ascending, None where it has no gates; no row is padded. Owners without
-    gates don't count: no training changes what they keep.
+def reached(decisions: Sequence[Tensor | None], layout: KVLayout, *, from_next: bool, model_bytes: int = 2) -> Reached:
+    """From the decisions [B, K, T] of each owner, ascending, None where it has no gates; no row is padded. An owner without
+    gates keeps what its method says. `model_bytes`: see `Retention.of`.
     """
-    kept, weights = [], []
+    tokens = next(one.shape[2] for one in decisions if one is not None)
+    gated, shares, sizes = [], [], []
     for owner, one in zip(layout.owners, decisions, strict=True):
+        method = layout.time_of(owner)
         if one is not None:
-            share = kept_tokens(one, layout.time_of(owner), from_next=from_next) / one.shape[2]
-            kept.append(share.mean())
-            weights.append(one.shape[1] * layout.layers[owner].head_dim)
-    return Reached(
-        kept_O=torch.stack(kept), weights_O=torch.tensor(weights, dtype=torch.float32, device=kept[0].device)
-    )
+            shares.append((kept_tokens(one, method, from_next=from_next) / tokens).mean())
+            gated.append(shares[-1])
+        else:
+            shares.append(torch.tensor(method.max_kept(tokens) / tokens))
+        sizes.append(entry_bytes(layout, owner, model_bytes))
+    kept_O = torch.stack(gated)
+    weights = torch.tensor(sizes, dtype=torch.float32, device=kept_O.device)
+    all_kept = torch.stack([one.to(kept_O.device) for one in shares])
+    return Reached(kept_O=kept_O, kept=(all_kept * weights).sum() / weights.sum())
 
 
 def kept_tokens(decisions_BKT: Tensor, spec: Method, *, from_next: bool) -> Tensor:

@@ -12,7 +12,7 @@ from kvfold.methods.gates import GateConfig
 from kvfold.models.adapters import ABOUT, WEIGHTS, adapter_folder, read_adapter
 from kvfold.models.checkpoint_files import whole_folder
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.train.calibrate import calibrate
+from kvfold.train.calibrate import calibrate, gate_biases
 from kvfold.train.settings import RetrofitSettings
 
 
@@ -41,9 +41,8 @@ def recalibrate(
     data, gates = about.to_json(), GateConfig.from_json(about.gates)
     if gates.source == "adapter":
         # As calibration did to the model, which may be in another dtype.
-        for name, weight in weights.items():
-            if name.endswith("fold_proj.bias"):
-                weights[name] = weight + facts["shift"] / gates.scale
+        for name in gate_biases(model.config.layout):
+            weights[name] = weights[name] + facts["shift"] / gates.scale
     else:
         data["gates"] = about.gates | {"offset": gates.offset - facts["shift"]}
     _write(data, weights, out, _card(out, folder, settings, facts))

@@ -31,7 +31,15 @@ from kvfold.train.results import write_trained
 from kvfold.train.run_folder import RunFolder, leads
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.shards import check_processes, is_sharded, unsharded
-from kvfold.train.student import Student, check_method, check_states, make_student, trained_weights, widest_layout
+from kvfold.train.student import (
+    Student,
+    check_method,
+    check_states,
+    make_student,
+    retention_of,
+    trained_weights,
+    widest_layout,
+)
 from kvfold.train.trainer import RetrofitTrainer
 from kvfold.train.warm_start import warm_start
 
@@ -88,6 +96,8 @@ class Retrofit:
     def _trained(self, facts: dict[str, Any], text: TrainingText, base: Base) -> dict[str, Any]:
         """The student made and trained, or its newest checkpoint looked at."""
         student = make_student(self.model, self.settings, teacher=self.teacher)
+        if self.settings.compresses:
+            facts["nominal"] = retention_of(self.model, self.settings).nominal_for(self.settings.compression)
         facts["trained_parameters"] = sum(one.numel() for one in trained_weights(self.model).values())
         if self.snapshot is not None:
             return self._snapped(facts, text, base)
@@ -133,9 +143,8 @@ class Retrofit:
         settings = self.settings
         load_trained(self.model, checkpoint)
         if settings.compresses and settings.trains == "full" and settings.spec.gate_form.zero_out:
-            if step_of(checkpoint) <= settings.stages.zero_out_steps:  # the rows go before the step after
-                self.model.free_channel()
-            self.model.config.channel_freed = True
+            # The rows go before the step after.
+            self.model.free_channel(write=step_of(checkpoint) <= settings.stages.zero_out_steps)
 
     def _text(self) -> TrainingText:
         settings, most = self.settings, self.model.config.max_position_embeddings

@@ -1,58 +1,97 @@
 """What changes from step to step: how hard gates are pressed, and the learning rate. Plain numbers, no torch.
 
-The compression that people ask for is the real one at the end of a training sequence, delay window included. What the loss
-presses is the share of decisions that fire; here one is solved from the other.
+The compression that people ask for is the real one at the end of a training sequence: all owners count, those without gates
+too, by their bytes, delay windows included. What the loss presses is the share of decisions that fire; here one is solved
+from the other.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.base import Method
 
 LearningRate = Literal["constant", "cosine", "tail-cosine"]
 
 
-def share_for(real_compression: float, context_tokens: int, spec: Method) -> float:
-    """alpha*, the share of decisions that must fire so that a head which saw `context_tokens` tokens keeps
-    1 / `real_compression` of them. Raises `ValueError` below 1, and where a DMS delay alone keeps more.
-    """
-    if not real_compression >= 1:
-        raise ValueError(f"compression {real_compression:g}: it is times smaller, 1 or more: ask for e.g. 4")
-    kept = context_tokens / real_compression
-    always = always_kept(context_tokens, spec)
-    free = context_tokens - always
-    if real_compression == 1:
-        return 0.0
-    if free <= 0 or kept <= always:
-        raise ValueError(_unreachable(real_compression, context_tokens, always, spec))
-    return 1 - (kept - always) / free
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retention:
+    """What a layout keeps of a sequence at its end, as shares of the bytes of a cache that keeps every token."""
+
+    context_tokens: int
+    """Tokens of the sequence."""
+    without_gates: float
+    """Kept by owners that have none."""
+    always: float
+    """Kept by owners with gates, whatever these decide: DMS's delay window, DMC's first token."""
+    decided: float
+    """What gates decide about."""
+    time: str
+    """The layout's text along time, to name it."""
+
+    @classmethod
+    def of(cls, layout: KVLayout, context_tokens: int, model_bytes: int = 2) -> Self:
+        """`model_bytes`: one number in the model's dtype; it matters where owners differ in their storage."""
+        total = without = always = decided = 0.0
+        for owner in layout.owners:
+            size, method = entry_bytes(layout, owner, model_bytes), layout.time_of(owner)
+            total += size * context_tokens
+            if method.trained:
+                kept = method.always_kept(context_tokens)
+                always, decided = always + size * kept, decided + size * (context_tokens - kept)
+            else:
+                without += size * method.max_kept(context_tokens)
+        return cls(
+            context_tokens=context_tokens, without_gates=without / total, always=always / total, decided=decided / total,
+            time=layout.time_text(),
+        )  # fmt: skip
+
+    @classmethod
+    def of_method(cls, method: Method, context_tokens: int) -> Self:
+        """Where all owners are under one learned method."""
+        assert method.trained, f"{method.name} has no gates"
+        return cls.of(KVLayout.plain(1, 1, 1).with_time(method.format()), context_tokens)
+
+    def share_for(self, compression: float) -> float:
+        """alpha*, the share of decisions that must fire so that 1 / `compression` is kept; 0 where less is kept anyway. Raises
+        `ValueError` below 1, and where more is kept whatever fires.
+        """
+        if not compression >= 1:
+            raise ValueError(f"compression {compression:g}: it is times smaller, 1 or more: ask for e.g. 4")
+        wanted = 1 / compression - self.without_gates - self.always
+        if compression == 1 or wanted >= self.decided > 0:
+            return 0.0
+        if wanted * self.context_tokens <= 1e-9:
+            raise ValueError(self._unreachable(compression))
+        return 1 - wanted / self.decided
+
+    def compression_for(self, share: float) -> float:
+        """The inverse of `share_for`: tokens seen / tokens kept when this share of decisions fires."""
+        return 1 / (self.without_gates + self.always + self.decided * (1 - share))
+
+    def nominal_for(self, compression: float) -> float:
+        """CR*, what the papers call compression: 1 / (1 - alpha*), delay windows and owners without gates not counted."""
+        return 1 / (1 - self.share_for(compression))
+
+    def _unreachable(self, compression: float) -> str:
+        tokens = self.context_tokens
+        most = math.ceil(tokens * (1 / compression - self.without_gates)) - 2
+        remedy = "ask for less, or longer sequences"
+        if self.without_gates:
+            remedy += ", or leave fewer layers without gates"
+        elif most >= 1:
+            remedy = f"use a delay of {most} or less, or longer sequences"
+        return (
+            f"compression {compression:g} of {tokens:,} tokens keeps {tokens / compression:,.0f}, and {self.time} always keeps "
+            f"{tokens * (self.without_gates + self.always):,.0f}: it can't be reached: {remedy}"
+        )
 
 
-def nominal_for(real_compression: float, context_tokens: int, spec: Method) -> float:
-    """CR*, what the papers call compression: 1 / (1 - alpha*), the delay window not counted."""
-    return 1 / (1 - share_for(real_compression, context_tokens, spec))
-
-
-def real_for(share: float, context_tokens: int, spec: Method) -> float:
-    """The inverse of `share_for`: tokens seen / tokens kept when this share of decisions fires."""
-    always = always_kept(context_tokens, spec)
-    return context_tokens / (always + (context_tokens - always) * (1 - share))
-
-
-def always_kept(context_tokens: int, spec: Method) -> int:
-    """Tokens that no decision reaches, such as DMS's delay window, or DMC's first token, which has nothing to merge into."""
-    assert spec.trained, f"{spec.name} has no gates"
-    return spec.always_kept(context_tokens)
-
-
-def _unreachable(real: float, tokens: int, always: int, spec: Method) -> str:
-    most = math.ceil(tokens / real) - 2
-    remedy = f"use a delay of {most} or less, or longer sequences" if most >= 1 else "ask for less, or longer sequences"
-    return (
-        f"compression {real:g} of {tokens:,} tokens keeps {tokens / real:,.0f}, and {spec.format()} always keeps "
-        f"{always:,}: it can't be reached: {remedy}"
-    )
+def entry_bytes(layout: KVLayout, owner: int, model_bytes: int) -> int:
+    """Bytes of K and V of one token in all heads of an owner."""
+    layer = layout.layers[owner]
+    return layer.num_kv_heads * sum(layout.bits_of(owner).slot_bytes(layer.head_dim, model_bytes))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

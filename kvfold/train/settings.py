@@ -3,10 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
+from kvfold.layout.per_layer import split_per_owner
 from kvfold.methods.base import Method
 from kvfold.methods.registry import parse_time
 from kvfold.train.numbers import check_numbers
-from kvfold.train.schedules import LearningRate, Stages, learning_rate_factor, nominal_for, share_for
+from kvfold.train.schedules import LearningRate, Retention, Stages, learning_rate_factor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,9 +15,10 @@ class RetrofitSettings:
     """One retrofit; a recipe file holds these keys."""
 
     time: str | None = None
-    """`dmc[:W]` or `dms[:W]`; None = plain uptraining, nothing is dropped or merged."""
+    """`dmc[:W]` or `dms[:W]`, for single owners something else (`dms:128; 0-3=full`); None = plain uptraining, nothing is
+    evicted or merged."""
     compression: float = 4.0
-    """Real compression at the end of a sequence, delay window included."""
+    """Real compression at the end of a sequence: delay windows, and owners without gates, included."""
     trains: Literal["adapter", "lora", "full"] = "adapter"
     """What learns: gates beside a frozen model (DMS), a low-rank addition, or all weights."""
     rank: int = 64
@@ -116,8 +118,9 @@ class RetrofitSettings:
                 "use a divisor of it"
             )
         self._check_method()
-        if self.gated and not self.control:
-            share_for(self.compression, self.sequence_tokens, self.spec)
+        if self.gated and not self.control and split_per_owner(self.time)[1] == []:
+            # What single owners keep is counted when the model is there.
+            Retention.of_method(self.spec, self.sequence_tokens).share_for(self.compression)
 
     def _check_method(self) -> None:
         if not self.compression >= 1:
@@ -166,9 +169,15 @@ class RetrofitSettings:
 
     @property
     def spec(self) -> Method:
-        """The method."""
+        """The learned method; where owners have it with different settings, with one of them."""
         assert self.time is not None, "plain uptraining has no method"
-        return parse_time(self.time)
+        rest, named = split_per_owner(self.time)
+        methods = [parse_time(text) for text in (rest, *(text for _, text in named)) if text is not None]
+        learned = [one for one in methods if one.trained] or methods
+        if len({one.name for one in learned if one.trained}) > 1:
+            names = " and ".join(sorted({one.name for one in learned}))
+            raise ValueError(f"time '{self.time}': gates of one model are of one method, not {names}: choose one")
+        return learned[0]
 
     @property
     def gated(self) -> bool:
@@ -228,11 +237,6 @@ class RetrofitSettings:
             step, kind=self.learning_rate_schedule, stages=self.stages, warmup_steps=self.warmup_steps,
             final=self.final_learning_rate,
         )  # fmt: skip
-
-    @property
-    def nominal(self) -> float | None:
-        """CR*, the loss's own figure for the target; None where nothing is compressed."""
-        return nominal_for(self.compression, self.sequence_tokens, self.spec) if self.compresses else None
 
     def with_values(self, **values: object) -> Self:
         """The same with some keys changed."""

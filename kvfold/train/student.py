@@ -14,6 +14,7 @@ from kvfold.methods.gates import GateConfig
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.options import CallOptions
 from kvfold.models.packing import unpack
+from kvfold.train.schedules import Retention
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.teacher import TeacherStates
 
@@ -91,9 +92,10 @@ def make_student(
     model.requires_grad_(settings.trains == "full")
     if settings.trains == "lora":
         add_lora(model, settings.rank)
-    for name, weight in model.named_parameters():
-        if name.split(".")[-2] in GATE_MODULES:
-            weight.requires_grad_(True)
+    for owner, layer in enumerate(model.model.layers):
+        for gate in (layer.self_attn.fold_norm, layer.self_attn.fold_proj):
+            if gate is not None:  # also where another method rules, which learns nothing
+                gate.requires_grad_(settings.compresses and model.config.layout.time_of(owner).trained)
     return Student(model=model, teacher=teacher, kept=kept, widest=widest_layout(model, settings))
 
 
@@ -119,13 +121,21 @@ def check_method(model: FoldForCausalLM, settings: RetrofitSettings) -> None:
     if not settings.gated:
         return
     layout, dim = model.config.layout.with_time(settings.time), model.config.head_dim
-    if not any(layout.time_of(owner) == settings.spec for owner in layout.owners):
+    if not any(layout.time_of(owner).trained for owner in layout.owners):
         raise ValueError(
-            f"time '{settings.time}': every layer of this model has a sliding window of its own and keeps no more: "
-            "choose a model with full attention"
+            f"time '{settings.time}': no layer of this model comes under {settings.spec.format()}: what is said of all goes to "
+            "layers of full attention: name others, or choose another model"
         )
+    if settings.compresses:
+        retention_of(model, settings).share_for(settings.compression)
     if settings.channel is not None and not -dim <= settings.channel < dim:
         raise ValueError(f"channel {settings.channel}: heads have {dim} channels: use 0 to {dim - 1}")
+
+
+def retention_of(model: FoldForCausalLM, settings: RetrofitSettings) -> Retention:
+    """What the model keeps of a training sequence under the method of the settings."""
+    layout = model.config.layout.with_time(settings.time)
+    return Retention.of(layout, settings.sequence_tokens, model.dtype.itemsize)
 
 
 def gate_config_of(settings: RetrofitSettings) -> GateConfig:

@@ -15,10 +15,9 @@ from kvfold.train.draws import drawn_layout
 from kvfold.train.loop import OnStep, StepTrainer
 from kvfold.train.losses import decision_counts, divergence, ratio_loss, state_distance
 from kvfold.train.reached import reached
-from kvfold.train.schedules import share_for
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.shards import is_sharded, unsharded
-from kvfold.train.student import Student
+from kvfold.train.student import Student, retention_of
 
 
 class RetrofitTrainer(StepTrainer):
@@ -34,6 +33,7 @@ class RetrofitTrainer(StepTrainer):
         given the model as it is then, on the main process alone.
         """
         self._student, self._stages, self._on_unit = student, settings.stages, on_unit
+        self._retention = retention_of(student.model, settings) if settings.compresses else None
         super().__init__(student.model, samples, settings, folder, use_cpu=use_cpu, on_step=on_step)
         if student.teacher is not None:  # each process has a device of its own
             student.teacher.to(self.args.device)
@@ -93,14 +93,16 @@ class RetrofitTrainer(StepTrainer):
 
     def _target_share(self, step: int) -> float:
         """alpha* of a step."""
-        settings = self._settings
-        return share_for(self._stages.compression_at(step), settings.sequence_tokens, settings.spec)
+        return self._retention.share_for(self._stages.compression_at(step))
 
     def _decided(self, decisions: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
         """What fired, and what that would keep."""
         layout, next_ = self._student.model.config.layout, self._settings.reads == "next"
         fired, seen = decision_counts(decisions)
-        kept = reached(decisions, layout, from_next=next_ and "next" in self._settings.spec.gate_form.reads)
+        kept = reached(
+            decisions, layout, from_next=next_ and "next" in self._settings.spec.gate_form.reads,
+            model_bytes=self._student.model.dtype.itemsize,
+        )  # fmt: skip
         return {"share": (fired / seen).mean().detach(), "kept": kept.kept, "kept_O": kept.kept_O}
 
     def before_step(self, step: int) -> None:
@@ -108,10 +110,8 @@ class RetrofitTrainer(StepTrainer):
         settings, stages, model = self._settings, self._stages, self._student.model
         frees = settings.compresses and settings.spec.gate_form.zero_out and settings.trains == "full"
         if frees and step >= stages.zero_out_steps and not model.config.channel_freed:
-            if step == stages.zero_out_steps:
-                model.free_channel()
-            else:  # a run that goes on: the weights of its checkpoint have it
-                model.config.channel_freed = True
+            # In a run that goes on the weights of its checkpoint have it.
+            model.free_channel(write=step == stages.zero_out_steps)
 
     def figures(self, done: int, parts: dict[str, Any]) -> dict[str, Any]:
         """The loss's parts, and the compression that was asked for and came out."""

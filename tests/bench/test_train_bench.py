@@ -13,8 +13,7 @@ from kvfold.bench.train import StepPoint, bench_train, control_of, make_sides, s
 from kvfold.models import blocks
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.train.schedules import share_for
-from kvfold.train.student import trained_weights
+from kvfold.train.student import retention_of, trained_weights
 
 LAYERS = 3
 SMALL = StepPoint(sequence_tokens=24, batch_sequences=2)
@@ -64,7 +63,7 @@ def losses(monkeypatch):
 )
 def test_gates_are_asked_on_one_side_alone(model, gated_layers, tmp_path, method, trains):
     point = StepPoint(sequence_tokens=24, batch_sequences=2, trains=trains)
-    settings = step_settings(method, point)
+    settings = step_settings(model, method, point)
     batch = train._batch(model, settings)
     for student, plan in zip(make_sides(model, settings), (settings, control_of(settings)), strict=True):
         gated_layers.clear()
@@ -77,7 +76,7 @@ def test_gates_are_asked_on_one_side_alone(model, gated_layers, tmp_path, method
 @pytest.mark.parametrize(("method", "loss"), [("dmc", "none"), ("dms:4", "reverse")])
 def test_the_side_without_gates_minimises_the_same_loss(model, losses, tmp_path, method, loss):
     """The next token's: the plain model's. A distillation: nothing at first, since the student is its teacher."""
-    settings = step_settings(method, SMALL)
+    settings = step_settings(model, method, SMALL)
     batch = train._batch(model, settings)
     ids, (gated, plain) = batch["input_ids"], make_sides(model, settings)
     with torch.no_grad():
@@ -92,8 +91,8 @@ def test_the_side_without_gates_minimises_the_same_loss(model, losses, tmp_path,
 @pytest.mark.parametrize(("method", "trains"), [("dms:4", "full"), ("dms:4", "adapter"), ("dms:2", "full")])
 def test_gates_fire_as_often_as_trained_ones(model, tmp_path, method, trains):
     """Noise decides: a few hundred decisions scatter by some percent."""
-    settings = step_settings(method, StepPoint(sequence_tokens=60, batch_sequences=4, trains=trains))
-    target = share_for(settings.compression, settings.sequence_tokens, settings.spec)
+    settings = step_settings(model, method, StepPoint(sequence_tokens=60, batch_sequences=4, trains=trains))
+    target = retention_of(model, settings).share_for(settings.compression)
     gated, _ = make_sides(model, settings)
     parts = train._trainer(gated, settings, tmp_path).take_step(train._batch(model, settings))
     assert target > 0.5 and parts["share"] == pytest.approx(target, abs=0.06)
@@ -101,7 +100,7 @@ def test_gates_fire_as_often_as_trained_ones(model, tmp_path, method, trains):
 
 def test_both_sides_share_the_weights_and_train_them(model):
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    gated, plain = make_sides(model, step_settings("dms:4", SMALL))
+    gated, plain = make_sides(model, step_settings(model, "dms:4", SMALL))
     own, others = (dict(student.model.named_parameters()) for student in (gated, plain))
     assert all(others[name] is weight and own[name] is weight for name, weight in model.named_parameters())
     assert {name for name in own if name not in others} == {name for name in own if ".fold_" in name} != set()
@@ -115,7 +114,7 @@ def test_both_sides_share_the_weights_and_train_them(model):
 
 def test_a_frozen_base_stays_and_its_gates_learn(model, tmp_path):
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    settings = step_settings("dms:4", StepPoint(sequence_tokens=24, trains="adapter"))
+    settings = step_settings(model, "dms:4", StepPoint(sequence_tokens=24, trains="adapter"))
     sides, batch = make_sides(model, settings), train._batch(model, settings)
     for student, plan in zip(sides, (settings, control_of(settings)), strict=True):
         train._trainer(student, plan, tmp_path).take_step(batch)

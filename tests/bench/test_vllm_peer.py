@@ -89,7 +89,9 @@ def test_what_vllm_refuses_comes_back_on_one_line(python):
 
 
 def test_a_process_that_dies_is_an_error_and_no_wait(python):
-    with pytest.raises(ValueError, match="^vLLM: noise of a library on stdout$"):
+    with pytest.raises(
+        ValueError, match="^vLLM: its process ended with 3; the last it said: noise of a library on stdout$"
+    ):
         VllmPeer("crash", python=python, **SIZES)
 
 

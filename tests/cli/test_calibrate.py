@@ -27,6 +27,23 @@ def test_the_cache_holds_what_was_asked_for(kvfold, folder, train):
     assert not list(folder.glob(".second*"))
 
 
+def test_an_adapter_for_some_layers_alone(kvfold, folder):
+    """The others count with all that they keep, here and where it is measured."""
+    train = DMS.replace("--time dms:8 --compression 2", "--time 'dms:8; 0=full' --compression 1.5")
+    done = kvfold(f"retrofit tiny first {train} --set warm_start=true")
+    assert done.code == 0 and "compression 1.5 at 64 tokens (4.46 by the gates alone)" in done.err, done.err
+    done = kvfold("calibrate tiny first second --compression 1.3 --data text.txt --context 64 --sequences 6 --json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["after"] == pytest.approx(1.3, rel=0.03)
+    read = kvfold("eval tiny --time full --beside second --text text.txt --context 64 --windows 6 --json")
+    row = json.loads(read.out)["rows"][1]
+    assert row["method"] == "full; 1=dms:8 of second" and row["compression"] == pytest.approx(1.3, rel=0.1)
+    assert (
+        "leave fewer layers without gates"
+        in kvfold("calibrate tiny first third --compression 2 --data text.txt --context 64").error
+    )
+
+
 def test_bad_input(kvfold, folder):
     assert kvfold(f"retrofit tiny first {DMS}").code == 0
     assert kvfold(f"retrofit tiny plain {DMC.replace('--time dmc --compression 2', '')}").code == 0

@@ -24,6 +24,8 @@ COMMANDS = {
     "bench decode": f"MODEL --time --batch --prompt --new --text --padding --peers --repeats --out {MODEL_OPTIONS}",
     "bench train": "MODEL --time --sequence --batch --repeats --train --out --dtype --device --json",
     "inspect": f"MODEL --text --time --tokens --head --out {MODEL_OPTIONS}",
+    "serve": "MODEL --demo --method --kv-memory --host --port --api-key --served-model-name --max-model-len --max-num-seqs "
+    "--max-num-batched-tokens --chat-template --generation-config --adapter --dtype --device",
     "report": "RESULTS --out",
     "demo": "--out",
 }
@@ -46,6 +48,15 @@ DEFAULTS = {
     "bench decode": {"prompt": 32, "new": 64, "padding": "both", "peers": "transformers", "repeats": 5},
     "bench train": {"sequence": 1024, "batch": 1, "repeats": 3, "train": "full"},
     "inspect": {"tokens": 1024},
+    "serve": {
+        "demo": False,
+        "kv_memory": "2GB",
+        "host": "127.0.0.1",
+        "port": 8000,
+        "max_num_seqs": 256,
+        "max_num_batched_tokens": 512,
+        "generation_config": "auto",
+    },
     "report": {"results": "results", "out": "report.html"},
     "demo": {"out": "demo-out"},
 }

@@ -11,9 +11,9 @@ if find_spec("vllm") is None:
     pytest.skip("vLLM is not installed here: `make test-integrations`", allow_module_level=True)
 
 import torch
-from kvfold.models.convert import Conversion, converted_model, new_config
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from kvfold.convert.conversion import Conversion, converted_model, new_config
 from kvfold.integrations import vllm as plugin
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
@@ -154,7 +154,9 @@ def test_a_folded_model_says_what_kvfolds_own_says(case, engine):
     assert_same(model, engine(model))
 
 
-@pytest.mark.parametrize("settings", [{}, {"qkv_bias": True, "qk_norm": "head"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"qkv_bias": True, "qk_norm": "head", "attention_scale": 0.3, "logit_scale": 0.5}]
+)
 def test_owners_that_norm_the_input_of_k_and_v(settings, engine):
     model = from_scratch(**settings)
     assert_same(model, engine(model))

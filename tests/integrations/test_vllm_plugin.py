@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 import types
 import warnings
 from dataclasses import replace
@@ -9,6 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from kvfold.integrations import vllm as plugin
 from kvfold.layout.kvlayout import KVLayout
@@ -79,6 +81,7 @@ def test_a_config_that_says_nothing_special_can_be_served():
         ({"norm_offset": True}, "norm_offset True"),
         ({"embedding_multiplier": 2.0}, "embedding_multiplier 2.0"),
         ({"residual_multiplier": 0.5}, "residual_multiplier 0.5"),
+        ({"attention_softcap": 50.0}, "attention_softcap 50.0"),
         ({"final_logit_softcap": 30.0}, "final_logit_softcap 30.0"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"channel_freed": True}, "channel_freed True"),
@@ -151,6 +154,8 @@ def test_an_untested_version_is_warned_of_with_the_range(version):
 def test_the_docs_say_which_versions_are_tested():
     text = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text()
     assert f"The plugin is tested with vLLM {plugin.TESTED[0]} (" in text
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"]["vllm"] == [f"vllm>={plugin.TESTED[0]},<{plugin.TESTED[1]}"]
 
 
 def test_hooks_refuse_before_anything_is_built(monkeypatch):
@@ -174,6 +179,21 @@ def test_fp8_is_asked_of_vllm_where_the_layout_says_so(bits, asked, used):
     )
     plugin.ConfigHooks.verify_and_update_config(vllm_config)
     assert vllm_config.cache_config.cache_dtype == used
+
+
+@pytest.mark.parametrize("hooks", [{}, None])
+def test_registering_twice_is_registering_once(hooks, monkeypatch):
+    """Also where a version of vLLM has no hooks of that name."""
+    told = {}
+    registry = types.SimpleNamespace(register_model=told.__setitem__)
+    place = types.SimpleNamespace() if hooks is None else types.SimpleNamespace(MODELS_CONFIG_MAP=hooks)
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(ModelRegistry=registry))
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.models.config", place)
+    plugin.register()
+    plugin.register()
+    assert told == {"FoldForCausalLM": "kvfold.integrations.vllm_model:FoldForCausalLM"}
+    assert hooks in (None, {"FoldForCausalLM": plugin.ConfigHooks})
+    assert AutoConfig.for_model("kvfold").model_type == "kvfold"
 
 
 def test_the_entry_point_names_the_plugin():

@@ -62,7 +62,7 @@ def test_configs(folder):
     edit_config(folder, model_type="mixtral")
     assert "model family 'mixtral': kvfold has no decoder for it: it knows gemma" in refusal(folder)
     edit_config(folder, model_type="llama", quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "its weights are quantised (gptq)" in refusal(folder)
+    assert "its weights are quantised by gptq" in refusal(folder)
     edit_config(folder, quantization_config=None, hidden_size="wide")
     assert "its config can't be understood" in refusal(folder)
     (folder / "config.json").write_text(whole[:60])

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvfold.ops.linear import BLOCK_ROWS, PackableLinear, PackedWeights, project
+from kvfold.ops.linear import FP32_ROWS, PackableLinear, PackedWeights, project
 
 SHAPES = [(1,), (2,), (3,), (8,), (63,), (192,), (193,), (3, 5), (2, 4, 2), (8, 1), (0,)]
 TOLERANCE = {
@@ -34,13 +34,17 @@ def plain(x, layers):
 
 def spoiled(layer):
     """From here on the product can't come from the layer's weights unnoticed."""
-    layer.packed._blocks_NCW.mul_(2)
+    copy = layer.packed
+    if copy._blocks_NCW is not None:
+        copy._blocks_NCW.mul_(2)
+    else:
+        copy._onednn = torch.ops.mkldnn._reorder_linear_weight(2 * torch.cat([one.weight for one in copy._layers]), 16)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("outputs", [(65,), (576,), (960, 192, 64), (100, 331)], ids=str)
+@pytest.mark.parametrize("outputs", [(65,), (100,), (70, 66), (576,), (960, 192, 64), (100, 331)], ids=str)
 def test_equals_linear(shape, bias, dtype, outputs):
     layers = packed_layers(*outputs, bias=bias, dtype=dtype)
     x = torch.randn(*shape, 72, dtype=dtype)
@@ -53,14 +57,15 @@ def test_equals_linear(shape, bias, dtype, outputs):
 
 
 @needs_mkl
-def test_the_copy_is_used_for_few_rows_only():
-    (layer,) = packed_layers(160)
+@pytest.mark.parametrize("outputs", [80, 160])
+def test_the_copy_is_used_for_few_rows_only(outputs):
+    (layer,) = packed_layers(outputs)
     spoiled(layer)
     with torch.no_grad():
         for rows in (1, 2, 3, 192, 193):
             x = torch.randn(rows, 72)
             doubled = torch.allclose(layer(x), 2 * F.linear(x, layer.weight), atol=1e-5)
-            assert doubled == (rows in BLOCK_ROWS)
+            assert doubled == (rows in FP32_ROWS)
 
 
 @needs_mkl
@@ -106,9 +111,10 @@ def loaded(layer):
 
 
 @needs_mkl
+@pytest.mark.parametrize("outputs", [(72, 70), (160, 96)], ids=str)
 @pytest.mark.parametrize("edit", [written, replaced, behind_the_back, given_other_memory, loaded])
-def test_an_edit_is_seen(edit):
-    layers, x = packed_layers(160, 96), torch.randn(8, 72)
+def test_an_edit_is_seen(edit, outputs):
+    layers, x = packed_layers(*outputs), torch.randn(8, 72)
     with torch.no_grad():
         project(x, *layers)
         before = layers[1].packed

@@ -10,6 +10,8 @@ import pytest
 
 from serving_kit import new_engine, raw, running_server
 
+# By the clock: a busy machine's stutter would fail them. `pytest -m slow tests/serve` runs them.
+pytestmark = pytest.mark.slow
 SOON_S = 1.0
 
 
@@ -247,12 +249,18 @@ def test_the_log_holds_no_prompt(guarded, caplog):
     assert secret not in caplog.text and "/v1/completions 200" in caplog.text
 
 
-def test_a_failure_of_ours_is_a_500_that_says_nothing(caplog):
+def test_a_failure_of_ours_is_a_500_that_says_nothing(monkeypatch):
+    logged = []
+    monkeypatch.setattr("kvfold.serve.errors.log.error", lambda *words: logged.append(words))
     engine = new_engine()
     with running_server(engine) as server:
         server.serving.tokens.encode = lambda *_, **__: 1 / 0
         status, body = post(server, "/v1/completions", ask(prompt="secret"))
-        assert status == 500 and b"secret" not in body and "ZeroDivisionError" in caplog.text
+        assert status == 500 and b"secret" not in body
+        until = time.monotonic() + 5
+        while not logged and time.monotonic() < until:  # logged once the answer has been sent
+            time.sleep(0.01)
+        assert "ZeroDivisionError" in logged[0] and "secret" not in str(logged)
         assert server.serving.jobs.answers == 0
 
 

@@ -55,5 +55,7 @@ def test_a_channel_that_heads_do_not_have_is_refused(retrofit):
 
 def test_a_method_without_a_layer_to_rule_is_refused(retrofit):
     model = tiny_model(sliding_window=16)
-    with pytest.raises(ValueError, match="every layer of this model has a sliding window"):
+    with pytest.raises(
+        ValueError, match="no layer of this model comes under dms:4: what is said of all goes to layers of full"
+    ):
         retrofit("out", model=model, time="dms:4", trains="adapter").run()

@@ -2,9 +2,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.dmc import DMC
 from kvfold.methods.dms import DMS
-from kvfold.train.schedules import Stages, learning_rate_factor, nominal_for, real_for, share_for
+from kvfold.train.schedules import Retention, Stages, learning_rate_factor
+
+
+def share_for(compression, tokens, method):
+    return Retention.of_method(method, tokens).share_for(compression)
+
+
+def nominal_for(compression, tokens, method):
+    return Retention.of_method(method, tokens).nominal_for(compression)
 
 
 def test_the_window_is_counted():
@@ -17,7 +26,8 @@ def test_the_window_is_counted():
 @pytest.mark.parametrize("spec", [DMS(delay=16), DMC(window=12), DMC(window=None)])
 @given(compression=st.floats(1, 8), tokens=st.integers(512, 4096))
 def test_share_and_compression_are_inverses(spec, compression, tokens):
-    assert real_for(share_for(compression, tokens, spec), tokens, spec) == pytest.approx(compression)
+    kept = Retention.of_method(spec, tokens)
+    assert kept.compression_for(kept.share_for(compression)) == pytest.approx(compression)
 
 
 def test_nothing_fires_at_compression_1():
@@ -37,6 +47,39 @@ def test_an_unreachable_target_names_the_largest_delay_that_reaches_it(compressi
     assert 0 < share_for(compression, tokens, DMS(delay=named)) < 1
     with pytest.raises(ValueError, match="can't be reached"):
         share_for(compression, tokens, DMS(delay=named + 1))
+
+
+LAYERS = KVLayout.plain(4, 2, 8, [None, None, None, 32])
+
+
+@pytest.mark.parametrize("time", ["dms:16", "dms:16; 0=full", "dms:16; 0=dms:4; 1=window:20+4", "0-1=dms:16"])
+@given(share=st.floats(0, 0.99))
+def test_all_owners_count_by_their_bytes(time, share):
+    """Layer 3 slides over 32 tokens; a head under a gate keeps its window, and of the rest what does not fire."""
+    layout, tokens = LAYERS.with_time(time), 200
+    kept = 0.0
+    for owner in range(4):
+        method = layout.time_of(owner)
+        free = tokens - method.delay - 1 if method.trained else 0
+        kept += method.max_kept(tokens) - free * share
+    found = Retention.of(layout, tokens)
+    assert found.compression_for(share) == pytest.approx(4 * tokens / kept)
+    assert found.share_for(found.compression_for(share)) == pytest.approx(share, abs=1e-9)
+
+
+def test_storage_counts():
+    """A layer of int8 costs about half: what it keeps weighs half as much."""
+    plain = KVLayout.plain(2, 1, 64).with_time("dms:16; 1=full")
+    mixed = Retention.of(plain.with_bits("model; 1=int8"), 200)
+    assert Retention.of(plain, 200).without_gates == 0.5
+    assert mixed.without_gates == pytest.approx(68 / (68 + 128)) or 0.3 < mixed.without_gates < 0.4
+
+
+def test_what_is_kept_without_gates_may_be_too_much():
+    kept = Retention.of(LAYERS.with_time("0=dms:4; 1-2=full"), 200)
+    assert kept.share_for(1.2) == 0  # the sliding layer alone comes to more
+    with pytest.raises(ValueError, match="keeps 50, and .* always keeps 109: .* leave fewer layers without gates"):
+        kept.share_for(4)
 
 
 def test_a_target_that_no_delay_reaches():

@@ -19,7 +19,7 @@ def make(**given):
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_a_retrofit(name):
     settings = RetrofitSettings(**read_recipe(name, RetrofitSettings), data=("x",))
-    assert settings.compresses and settings.stages.total > 20 and settings.nominal > settings.compression * 0.99
+    assert settings.compresses and settings.stages.total > 20
     assert settings.stages.compression_at(settings.stages.total - 1) == settings.compression
 
 

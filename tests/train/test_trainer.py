@@ -10,7 +10,7 @@ from kvfold.train import loop
 from kvfold.train.curve import read_curve
 from kvfold.train.data import TrainingOrder, draw_text
 from kvfold.train.noise import noise_key
-from kvfold.train.schedules import share_for
+from kvfold.train.schedules import Retention
 from kvfold.train.student import make_student
 from kvfold.train.trainer import RetrofitTrainer
 from tiny_model import tiny_model
@@ -65,7 +65,7 @@ def test_the_first_step_is_what_the_papers_say(retrofit, text, weight):
     student = outputs.logits[:, :-1].log_softmax(-1)
     kl = F.kl_div(plain.log_softmax(-1), student, reduction="none", log_target=True).sum(-1).mean()
     fired = torch.stack([one.detach().mean(dim=(1, 2)) for one in outputs.decisions]).mean(dim=0)
-    target = share_for(2.0, 32, parse_time("dms:4"))
+    target = Retention.of_method(parse_time("dms:4"), 32).share_for(2.0)
     ratio = (target - fired).clamp(min=0).mean()
     first = points[0]
     assert first["target_compression"] == 2.0
