@@ -227,3 +227,22 @@ def _spread(seconds: Sequence[float]) -> dict[str, float] | None:
     cuts = quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 99
     names = {"mean": fmean(seconds), "median": cuts[49], "p95": cuts[94], "p99": cuts[98], "most": max(seconds)}
     return {name: 1000 * value for name, value in names.items()}
+
+
+def summary_lines(result: dict[str, Any]) -> list[str]:
+    """The same for a reader."""
+    lines = [
+        f"{result['completed']} of {result['requests']} requests in {result['seconds']:.1f} s: "
+        f"{result['requests_per_s']:.2f} requests/s, {result['output_tokens_per_s']:.1f} tokens/s"
+    ]
+    for name, words in (
+        ("first_token_ms", "first token"), ("inter_token_ms", "between tokens"), ("whole_answer_ms", "whole answer"),
+    ):  # fmt: skip
+        spread = result[name]
+        if spread is not None:
+            lines.append(
+                f"{words}: median {spread['median']:.0f} ms, p95 {spread['p95']:.0f} ms, p99 {spread['p99']:.0f} ms"
+            )
+    if result["seen_tokens"]:
+        lines.append(f"kept {result['kept_tokens']:.0f} of {result['seen_tokens']} tokens seen")
+    return lines + [f"failed: {error}" for error in result["errors"]]
