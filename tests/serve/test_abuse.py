@@ -10,9 +10,8 @@ import pytest
 
 from serving_kit import new_engine, raw, running_server
 
-# By the clock: a busy machine's stutter would fail them. `pytest -m slow tests/serve` runs them.
-pytestmark = pytest.mark.slow
-SOON_S = 1.0
+SOON_S = 20.0
+"""Here only a hang is late, since a busy machine stutters; the last test, which runs with the slow ones, goes by the clock."""
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +61,10 @@ def post(server, path, body, *, key="right", headers=None, method="POST"):
 
 
 def timed(ask):
-    """(seconds, status, body). A second try where the first was slow: other programs run on this machine too."""
-    for _ in range(2):
-        began = time.monotonic()
-        status, body = ask()
-        seconds = time.monotonic() - began
-        if seconds < SOON_S:
-            break
-    return seconds, status, body
+    """(seconds, status, body)."""
+    began = time.monotonic()
+    status, body = ask()
+    return time.monotonic() - began, status, body
 
 
 def refused(server, path, body, *, status=400, word=None, **options):
@@ -164,11 +159,9 @@ def test_large_bodies(guarded):
     refused(guarded, "/v1/completions", b"x" * (1 << 20) + b"x", status=413)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer right\r\n"
     head += b"Content-Type: application/json\r\n"
-    began = time.monotonic()
     assert b" 413 " in raw(guarded, head + b"Content-Length: 104857600\r\n\r\n{", close=False)
     chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
     assert b" 413 " in raw(guarded, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 20, close=False)
-    assert time.monotonic() - began < 2 * SOON_S
 
 
 def test_keys(guarded):
@@ -193,7 +186,6 @@ def test_other_peoples_pages_and_names(guarded):
 
 
 def test_floods_of_headers_and_slow_clients(guarded):
-    began = time.monotonic()
     many = b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"X-%d: y\r\n" % one for one in range(10_000))
     assert b" 400 " in raw(guarded, many)
     assert b" 400 " in raw(guarded, b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 100_000)
@@ -202,7 +194,6 @@ def test_floods_of_headers_and_slow_clients(guarded):
     body = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer right\r\n"
     body += b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
     assert b" 408 " in raw(guarded, body, close=False)
-    assert time.monotonic() - began < 5 * SOON_S
 
 
 def test_no_such_page(guarded):
@@ -268,3 +259,19 @@ def test_a_closed_port_is_a_closed_port(guarded):
     with socket.create_connection(("127.0.0.1", guarded.bound_port), 5):
         pass  # connects and leaves
     assert post(guarded, "/health", b"", method="GET")[0] == 200
+
+
+@pytest.mark.slow
+def test_each_is_refused_within_a_second(guarded):
+    """The best of three tries: other programs run on this machine too."""
+    asked = {f"body {name}": body for name, (body, _) in BODIES.items()}
+    asked |= {f"schema {name}": ask(**schema(bomb)) for name, bomb in BOMBS.items()}
+    asked |= {"stops": ask(stop=["a"] * 200_000), "ids": ask(prompt=[5] * 300_000), "text": ask(prompt="a " * 500_000)}
+    asked |= {"body": b"x" * (2 << 20), "choices": ask(structured_outputs={"choice": ["a" * 100] * 5000})}
+    late = {}
+    for name, body in asked.items():
+        found = [timed(lambda body=body: post(guarded, "/v1/completions", body)) for _ in range(3)]
+        assert {status for _, status, _ in found} <= {200, 400, 413}, (name, found[0][1:])
+        if min(found)[0] > 1.0:
+            late[name] = min(found)[0]
+    assert late == {}

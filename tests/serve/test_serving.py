@@ -150,11 +150,12 @@ def test_answers_that_take_too_long_to_finish_are_ended_cleanly():
         for connection in connections:
             found = rest_of(connection)
             assert b"the server is stopping" in found and found.rstrip().endswith(b"0") and b"data: [DONE]" in found
+        server.thread.join(20)
         assert server.serving.jobs.answers == 0
 
 
 def test_time_per_request_and_keep_alive():
-    with running_server(request_timeout_s=0.3, ping_s=0.01) as server:
+    with running_server(request_timeout_s=0.3, ping_s=0.0005) as server:
         response = httpx.post(f"{server.url}/v1/completions", json=LONG | {"stream": False, "n": 8})
         assert response.json()["choices"][0]["stop_reason"] == "timeout"
         assert response.json()["choices"][0]["finish_reason"] == "length"
