@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kvfold.cache.allocator import CacheFull
     from kvfold.cache.hf import FoldCache
     from kvfold.engine.engine import Engine
+    from kvfold.errors import UserError
     from kvfold.layout.kvlayout import KVLayout
     from kvfold.layout.planner import Plan, plan
     from kvfold.methods.registry import parse_time
@@ -29,6 +30,7 @@ _HOMES = {
     "FoldForCausalLM": "kvfold.models.decoder",
     "KVLayout": "kvfold.layout.kvlayout",
     "Plan": "kvfold.layout.planner",
+    "UserError": "kvfold.errors",
     "load": "kvfold.models.load",
     "load_tokenizer": "kvfold.models.load",
     "parse_time": "kvfold.methods.registry",

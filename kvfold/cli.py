@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kvfold import console
 from kvfold.cli_calibrate import add_calibrate
 from kvfold.cli_convert import add_convert
 from kvfold.cli_eval import add_eval
@@ -30,12 +31,22 @@ from kvfold.cli_pretrain import add_train
 from kvfold.cli_serve import add_serve
 from kvfold.cli_train import add_retrofit
 from kvfold.console import check_out, clear_errors, command_line, hand_over, progress, say, show, show_json
+from kvfold.errors import UserError
 
 app = typer.Typer(
-    help="Make the KV cache of a language model small: plan it, train for it, measure it, generate with it.",
     epilog="Begin with `kvfold plan llama-3.1-8b --time h2o:512+512`, which needs no weights, or with `kvfold demo`.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
 )  # fmt: skip
+
+
+@app.callback()
+def kvfold(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from, before its line.")] = False,
+) -> None:
+    """Make the KV cache of a language model small: plan it, train for it, measure it, generate with it."""
+    console.debug.set(debug)
+
+
 bench = typer.Typer(help="Measure speed and memory beside transformers, in one run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 add_eval(app)
@@ -132,20 +143,20 @@ def generate(
     from kvfold.report.numbers import count, size
 
     if (source is None) != (target is None):
-        raise ValueError("--input and --output: a file of requests needs a file for its answers: give both")
+        raise UserError("--input and --output: a file of requests needs a file for its answers: give both")
     if source is not None and target is not None:
         loaded = load_model(model, time, bits, adapter, dtype, device, gates)
         defaults = {"max_tokens": max_new_tokens, "temperature": temperature}
         _answer_file(loaded, source, target, kv_memory=kv_memory, defaults=defaults, seed=seed, as_json=as_json)
         return
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _piped() if prompt == "-" else prompt
     if not text:
-        raise ValueError("an empty prompt: give some text to go on from")
+        raise UserError("an empty prompt: give some text to go on from")
     weights, tokenizer = load_model(model, time, bits, adapter, dtype, device, gates)
     inputs = tokenizer(text, return_tensors="pt").to(weights.device)
     length, most = inputs["input_ids"].shape[1], weights.config.max_position_embeddings
     if length + max_new_tokens > most:
-        raise ValueError(
+        raise UserError(
             f"{length} tokens of prompt and {max_new_tokens} new ones: the model was made for {most}: shorten one of the two"
         )
     set_seed(seed)
@@ -189,6 +200,14 @@ def _answer_file(
         )
 
 
+def _piped() -> str:
+    """What another program writes to ours."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt on stdin: it can't be read as text ({error}): send it as utf-8") from error
+
+
 @app.command()
 @clear_errors
 def report(
@@ -208,7 +227,7 @@ def _padded(text: str) -> tuple[bool, ...]:
     """Whether rows are padded, for each measurement of a point."""
     known = {"both": (False, True), "none": (False,), "left": (True,)}
     if text not in known:
-        raise ValueError(f"padding '{text}': rows are padded at the left or not: write {', '.join(known)}")
+        raise UserError(f"padding '{text}': rows are padded at the left or not: write {', '.join(known)}")
     return known[text]
 
 
@@ -246,7 +265,7 @@ def bench_decoding(
 
     check_out(out)
     if peers not in ("transformers", "none"):
-        raise ValueError(
+        raise UserError(
             f"peers '{peers}': kvfold is measured beside transformers or alone: write 'transformers' or 'none'"
         )
     padded, said = _padded(padding), None if text is None else read_text_file(text)

@@ -10,6 +10,7 @@ import typer
 
 from kvfold.cli_model import SAMPLE, Bits, Device, Json
 from kvfold.console import clear_errors, progress, say, show_json, waiting
+from kvfold.errors import UserError
 from kvfold.layout.units import parse_count
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def convert(
     if init == "fitted" or owners is not None:
         ids = _calibration(source, calibration or [SAMPLE], parse_count(tokens), before)
     elif calibration:
-        raise ValueError(
+        raise UserError(
             f"calibration text with init '{init}': only 'fitted' and 'best:N' read any: use --init fitted or leave it out"
         )
     with progress() as report:
@@ -94,7 +95,7 @@ def convert(
 
 
 def _check(before: "FoldConfig", wanted: "Conversion", owners: int | None) -> None:
-    """Raises `ValueError` for what can't be done, before anything takes long."""
+    """Raises `UserError` for what can't be done, before anything takes long."""
     from kvfold.convert.chosen_layers import check_choice
     from kvfold.convert.conversion import new_config
 
@@ -102,7 +103,7 @@ def _check(before: "FoldConfig", wanted: "Conversion", owners: int | None) -> No
         new_config(before, wanted)
         return
     if wanted.target == "transformers":
-        raise ValueError(
+        raise UserError(
             f"layers '{wanted.layers}' for transformers: it has no words for shared layers: leave one of the two out"
         )
     new_config(before, replace(wanted, layers=None))

@@ -1,5 +1,6 @@
 """`kvfold eval`: parse, call, print. What it measures lives in eval/."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from kvfold.cli_model import (
     model_name,
 )
 from kvfold.console import check_out, clear_errors, hand_over, progress, say
+from kvfold.errors import UserError
 
 if TYPE_CHECKING:
     from kvfold.eval.beside import Beside
@@ -108,7 +110,7 @@ def evaluate(
     protocol = Protocol(windows=windows, context_tokens=context, batch=batch, call_tokens=chunk)
     names = [name.strip() for some in tasks or [] for name in some.split(",") if name.strip()]
     if tasks and not names:
-        raise ValueError(f"--tasks '{','.join(tasks)}': it names no task: write some, with commas between them")
+        raise UserError(f"--tasks '{','.join(tasks)}': it names no task: write some, with commas between them")
     peer = _peer(peers, model, adapter)
     of_tasks = {"task-folder": task_folder, "task-length": task_length, "limit": limit, "peers": peer}
     _check_asked(names, passkey, passkey_length, of_tasks)
@@ -127,11 +129,11 @@ def evaluate(
 def _peer(name: str, model: str, adapter: str | None) -> str | None:
     """What the other side of a comparison loads."""
     if name == "transformers" and adapter is not None:
-        raise ValueError(
+        raise UserError(
             f"--peers with --adapter {adapter}: transformers would score the base alone: give it with --beside"
         )
     if name not in ("transformers", "none"):
-        raise ValueError(f"--peers '{name}': tasks are scored beside transformers or alone: write transformers or none")
+        raise UserError(f"--peers '{name}': tasks are scored beside transformers or alone: write transformers or none")
     return model if name == "transformers" else None
 
 
@@ -169,7 +171,7 @@ def _check_asked(
 ) -> None:
     """Refuse options that nothing would heed, and tasks that can't be found, before anything large is loaded."""
     if passkey_length and not passkey:
-        raise ValueError("--passkey-length without --passkey: no key would be hidden: add --passkey")
+        raise UserError("--passkey-length without --passkey: no key would be hidden: add --passkey")
     if names:
         from kvfold.eval.tasks import check_tasks
 
@@ -177,7 +179,7 @@ def _check_asked(
     else:
         for option, value in of_tasks.items():
             if value is not None and value != []:
-                raise ValueError(f"--{option} without --tasks: no task would be scored: name some")
+                raise UserError(f"--{option} without --tasks: no task would be scored: name some")
 
 
 def _measure(
@@ -253,4 +255,6 @@ def _cells() -> Path:
     """Where finished measurements wait to be used again."""
     from kvfold.ops.native import cache_folder
 
-    return cache_folder() / "cells"
+    # A folder that was named is made when something is written there, not by a command that is refused.
+    named = os.environ.get("KVFOLD_CACHE")
+    return (Path(named) if named else cache_folder()) / "cells"

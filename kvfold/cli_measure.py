@@ -19,6 +19,7 @@ from kvfold.cli_model import (
     model_name,
 )
 from kvfold.console import check_out, check_packages, clear_errors, hand_over, progress
+from kvfold.errors import UserError
 
 
 def add_bench_train(bench: typer.Typer) -> None:
@@ -112,7 +113,7 @@ def inspect(
 def _head(text: str) -> tuple[int, int]:
     layer, dot, head = text.partition(".")
     if not (dot and layer.isdecimal() and head.isdecimal()):
-        raise ValueError(
+        raise UserError(
             f"--head '{text}': it is a layer and one of its KV heads, counted from 0: write e.g. --head 3.1"
         )
     return int(layer), int(head)

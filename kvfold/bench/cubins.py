@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from kvfold.bench.decode_calls import VARIANTS, Variant
+from kvfold.errors import UserError
 from kvfold.ops.paged import DecodeBatch
 from kvfold.ops.paged_triton import Launch, Tiling, plan_launches
 from kvfold.ops.quantised import scale_groups
@@ -67,10 +68,10 @@ def cubin_rows(
     targets: Sequence[int] = TARGETS, variants: Sequence[Variant] = VARIANTS, tiled: Tiling | None = None
 ) -> Iterator[dict[str, Any]]:
     """A row for each kernel of each variant and target. Takes over Triton's idea of the device at hand: for a process of
-    its own. Raises `ValueError` where kernels are interpreted.
+    its own. Raises `UserError` where kernels are interpreted.
     """
     if triton.knobs.runtime.interpret:
-        raise ValueError("TRITON_INTERPRET is set: interpreted kernels are not compiled: unset it")
+        raise UserError("TRITON_INTERPRET is set: interpreted kernels are not compiled: unset it")
     for target in targets:
         triton.runtime.driver.set_active(_NoDevice(target))
         for variant in variants:

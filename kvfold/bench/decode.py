@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from kvfold.bench.peak import PeakMemory
 from kvfold.data.texts import TextFile
 from kvfold.data.windows import text_windows
+from kvfold.errors import UserError
 from kvfold.eval.folding import method_about, method_layouts
 from kvfold.eval.progress import Report, silent
 from kvfold.eval.reading import entry_bytes, kept_shares
@@ -45,7 +46,7 @@ class Point:
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("prompt_tokens", 2), ("new_tokens", 2)):
             if getattr(self, name) < least:
-                raise ValueError(
+                raise UserError(
                     f"{name} {getattr(self, name)}: a point of measurement has {least} or more: ask for more"
                 )
 
@@ -58,7 +59,7 @@ POINTS = (
 
 
 def text_prompts(text: TextFile, tokenizer: Any) -> Callable[[Point], Tensor]:
-    """Prompts for `bench_decode` out of a text: as many stretches as a point has rows, evenly spaced. Raises `ValueError`
+    """Prompts for `bench_decode` out of a text: as many stretches as a point has rows, evenly spaced. Raises `UserError`
     where the text is too short.
     """
 
@@ -67,7 +68,7 @@ def text_prompts(text: TextFile, tokenizer: Any) -> Callable[[Point], Tensor]:
             warnings.simplefilter("ignore")  # of fewer windows than asked for: here that is an error
             found = text_windows(text, tokenizer, windows=point.batch, context_tokens=point.prompt_tokens).ids_WT
         if len(found) < point.batch:
-            raise ValueError(
+            raise UserError(
                 f"{text.name}: the text has {len(found)} prompts of {point.prompt_tokens:,} tokens, not {point.batch}: give a "
                 "longer text or ask for fewer"
             )
@@ -96,11 +97,11 @@ def bench_decode(
     Greedy; every row generates all its tokens.
     """
     if repeats < 1:
-        raise ValueError(f"{repeats} repeats: 1 or more are measured: ask for more")
+        raise UserError(f"{repeats} repeats: 1 or more are measured: ask for more")
     layouts = method_layouts(ours, methods)
     for point in points:
         if point.prompt_tokens + point.new_tokens > ours.config.max_position_embeddings:
-            raise ValueError(
+            raise UserError(
                 f"point '{point.name}': {point.prompt_tokens + point.new_tokens} tokens, and the model reads "
                 f"{ours.config.max_position_embeddings} at most: ask for fewer"
             )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvfold.bench.held import looks
+from kvfold.errors import UserError
 from kvfold.eval.folding import folded_cache, method_about, method_layouts
 from kvfold.eval.progress import Report, silent
 from kvfold.eval.reading import entry_bytes, kept_shares
@@ -34,11 +35,11 @@ def read_document(
 
     `pieces`: the characters of each token. `heads`: those whose tokens are told one by one, the same under every method; none
     = three that the first method which drops anything chooses, those that keep least, the median and most.
-    Raises `ValueError` for more tokens than the model reads, a head that is not there, or a method that can't be run.
+    Raises `UserError` for more tokens than the model reads, a head that is not there, or a method that can't be run.
     """
     layouts = method_layouts(model, methods)
     if len(ids_T) > model.config.max_position_embeddings:
-        raise ValueError(
+        raise UserError(
             f"{len(ids_T):,} tokens: the model reads {model.config.max_position_embeddings:,} at most: ask for fewer"
         )
     check_heads(model.config.layout, heads)
@@ -61,7 +62,7 @@ def check_heads(layout: KVLayout, heads: Sequence[Head]) -> None:
     for layer, head in heads:
         if layer not in layout.owners or not 0 <= head < layout.layers[layer].num_kv_heads:
             owners = ", ".join(map(str, layout.owners))
-            raise ValueError(
+            raise UserError(
                 f"head {layer}.{head}: there is no cache of that head: layers that have one are {owners}, their KV heads count "
                 f"from 0: write e.g. {layout.owners[0]}.0"
             )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from kvfold.errors import UserError
 from kvfold.eval.folding import method_about
 from kvfold.eval.progress import Report, silent
 from kvfold.layout.kvlayout import KVLayout
@@ -49,9 +50,9 @@ class StepPoint:
     def __post_init__(self) -> None:
         for name, least in (("sequence_tokens", 2), ("batch_sequences", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)}: a step has {least} or more: ask for more")
+                raise UserError(f"{name} {getattr(self, name)}: a step has {least} or more: ask for more")
         if self.trains not in ("full", "lora", "adapter"):
-            raise ValueError(f"train '{self.trains}': a step trains 'full', 'lora' or 'adapter': write one of them")
+            raise UserError(f"train '{self.trains}': a step trains 'full', 'lora' or 'adapter': write one of them")
 
 
 def bench_train(
@@ -67,14 +68,14 @@ def bench_train(
     """A result of kind `step`: a row for each method. `methods` are `--time` texts.
 
     Random tokens. The steps train the model's own weights: what it says afterwards is of no use. Needs `kvfold[train]`.
-    Raises `ValueError` for a method that is not trained, or a sequence that is too long for the model or too short for
+    Raises `UserError` for a method that is not trained, or a sequence that is too long for the model or too short for
     the method, before anything is timed.
     """
     point = point or StepPoint()
     if repeats < 1:
-        raise ValueError(f"{repeats} repeats: 1 or more are measured: ask for more")
+        raise UserError(f"{repeats} repeats: 1 or more are measured: ask for more")
     if point.sequence_tokens > model.config.max_position_embeddings:
-        raise ValueError(
+        raise UserError(
             f"sequence {point.sequence_tokens:,}: the model reads {model.config.max_position_embeddings:,} tokens at most: "
             "use shorter sequences"
         )
@@ -95,7 +96,7 @@ def bench_train(
 
 
 def step_settings(model: FoldForCausalLM, method: str, point: StepPoint, seed: int = 0) -> RetrofitSettings:
-    """The settings of a retrofit whose every step is at its target. Raises `ValueError` for one that can't be run."""
+    """The settings of a retrofit whose every step is at its target. Raises `UserError` for one that can't be run."""
     given = {
         "time": method, "trains": point.trains, "sequence_tokens": point.sequence_tokens, "ramp_steps": 0, "tail_steps": 1,
         "batch_sequences": point.batch_sequences, "sequences_at_once": point.batch_sequences, "seed": seed,
@@ -104,7 +105,7 @@ def step_settings(model: FoldForCausalLM, method: str, point: StepPoint, seed: i
     check_method(model, plain)
     most = retention_of(model, plain).compression_for(1.0)
     if most <= 1:
-        raise ValueError(
+        raise UserError(
             f"sequence {point.sequence_tokens:,}: {method} drops nothing in so few tokens: use longer sequences, or less delay"
         )
     return RetrofitSettings(**given, compression=min(_COMPRESSION, (1 + most) / 2))

@@ -14,6 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
+from kvfold.errors import UserError
+
 PYTHON_VARIABLE = "KVFOLD_VLLM_PYTHON"
 """The environment variable that names the Python in which vLLM is installed."""
 
@@ -87,7 +89,7 @@ class VllmPeer:
         threads: int | None = None, python: str | Path | None = None, options: Mapping[str, Any] | None = None,
     ):  # fmt: skip
         """`max_tokens`: of one row, prompt and answer. A step takes all rows' prompts, so that all begin to decode at once.
-        `options`: more settings of vLLM's engine. Raises `ValueError` where vLLM can't serve the model, in its own words.
+        `options`: more settings of vLLM's engine. Raises `UserError` where vLLM can't serve the model, in its own words.
         """
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
         threads = threads or len(os.sched_getaffinity(0))
@@ -139,7 +141,7 @@ class VllmPeer:
             line = ""
         answer = json.loads(line) if line else {"error": self._last_words()}
         if "error" in answer:
-            raise ValueError(f"vLLM: {' '.join(answer['error'].split())}")
+            raise UserError(f"vLLM: {' '.join(answer['error'].split())}")
         return answer
 
     def _last_words(self) -> str:
@@ -155,14 +157,14 @@ class VllmPeer:
 
 
 def vllm_python() -> str:
-    """The Python in which vLLM is installed: the one that a variable names, or this one. Raises `ValueError` for neither."""
+    """The Python in which vLLM is installed: the one that a variable names, or this one. Raises `UserError` for neither."""
     named = os.environ.get(PYTHON_VARIABLE)
     if named:
         if not Path(named).is_file():
-            raise ValueError(f"{PYTHON_VARIABLE} {named}: there is no such file: name the Python of vLLM's environment")
+            raise UserError(f"{PYTHON_VARIABLE} {named}: there is no such file: name the Python of vLLM's environment")
         return named
     if importlib.util.find_spec("vllm") is None:
-        raise ValueError(
+        raise UserError(
             f"vLLM is not installed beside kvfold: set {PYTHON_VARIABLE} to the Python of an environment that has it"
         )
     return sys.executable

@@ -42,9 +42,9 @@ class SegmentedView:
         out = torch.zeros_like(q_BTHD)
         for index, segment in self._segments:
             q, k, v = (None if x is None else x[index] for x in (q_BTHD, k_BTKD, v_BTKD))
-            turned = None if rotation is None else rotation.rows(index)
-            told = None if gates is None else gates.rows(index)
-            out[index] = segment.attend(layer, q, k, v, turned, told)
+            segment_rotation = None if rotation is None else rotation.rows(index)
+            segment_gates = None if gates is None else gates.rows(index)
+            out[index] = segment.attend(layer, q, k, v, segment_rotation, segment_gates)
         return out
 
     def close(self) -> None:

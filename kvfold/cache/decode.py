@@ -48,11 +48,11 @@ class DecodeSegment:
         """The real tokens stand in different columns: they are picked out, and their outputs put back."""
         row, column = torch.arange(q.shape[0], device=q.device), self._column_B
         one = [None if x is None else x[row, column].unsqueeze(1) for x in (q, k, v)]
-        turned = None if rotation is None else rotation.column(column)
-        told = None if gates is None else gates.column(column)
+        own_rotation = None if rotation is None else rotation.column(column)
+        own_gates = None if gates is None else gates.column(column)
         self._column_B = None
         try:
-            out = self.attend(layer, *one, turned, told)
+            out = self.attend(layer, *one, own_rotation, own_gates)
         finally:
             self._column_B = column
         spread = out.new_zeros((*q.shape[:2], *out.shape[2:]))

@@ -17,6 +17,7 @@ from kvfold.cache.decode import DecodeSegment
 from kvfold.cache.store import Batch, Store
 from kvfold.cache.usage import Usage, usage_of
 from kvfold.cache.views import KVView
+from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import PAGE_SLOTS
 
@@ -39,7 +40,7 @@ class _LayerFace(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Refused: a model of another library would not say which tokens are padding, nor attend as the methods need."""
-        raise ValueError("a kvfold cache is filled by a kvfold model only: load this one with kvfold.load")
+        raise UserError("a kvfold cache is filled by a kvfold model only: load this one with kvfold.load")
 
     def get_seq_length(self) -> int:
         """Columns fed so far."""
@@ -67,9 +68,7 @@ class FoldCache(Cache):
         """
         super().__init__(layers=[])
         if rows < 0:
-            raise ValueError(
-                f"rows {rows}: there are none or more: say how many, or 0 where the first call brings them"
-            )
+            raise UserError(f"rows {rows}: there are none or more: say how many, or 0 where the first call brings them")
         self.layout, self._base_layout, self.gates = layout, base_layout or layout.base(), gates
         self.gate_table: Any = None
         """What the model worked out from them for this layout."""
@@ -143,7 +142,7 @@ class FoldCache(Cache):
 
     @property
     def full_bytes(self) -> int:
-        """Bytes that the same tokens take under the same sharing of layers and heads with nothing dropped or quantised."""
+        """Bytes that the same tokens take under the same sharing of layers and heads with nothing evicted or quantised."""
         return self.store.bytes_under(self.layout.base(), self.rows)
 
     @property
@@ -200,11 +199,11 @@ class FoldCache(Cache):
 
     def _fit_rows(self, num_rows: int, num_tokens: int) -> None:
         if num_tokens < 1 or num_rows < 1:
-            raise ValueError(
+            raise UserError(
                 f"a call of {num_rows} rows and {num_tokens} tokens: a call brings 1 or more of each: feed some"
             )
         if self.columns:
-            raise ValueError(
+            raise UserError(
                 f"the cache holds {len(self.rows)} rows and the call brings {num_rows}: give it as many rows"
             )
         self.store.split_anew(num_rows)
@@ -237,7 +236,7 @@ class FoldCache(Cache):
         return False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns fed so far, padding included: what was dropped has been fed all the same."""
+        """Columns fed so far, padding included: what was evicted has been fed all the same."""
         return self.columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
@@ -274,8 +273,8 @@ class FoldCache(Cache):
         self.select_rows(torch.arange(len(self.rows))[indices.cpu()].tolist())
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: pages are written in place, and a lossy method could not bring back what it dropped."""
-        raise ValueError("a kvfold cache can't be cut back: keep a copy with copy(), or start again from a new cache")
+        """Refused: pages are written in place, and a lossy method could not bring back what it evicted."""
+        raise UserError("a kvfold cache can't be cut back: keep a copy with copy(), or start again from a new cache")
 
     def copy(self) -> "FoldCache":
         """A second cache that continues from the same tokens in the same store; pages are shared until one side writes."""
@@ -288,7 +287,7 @@ class FoldCache(Cache):
         return self.copy()
 
     def free(self) -> None:
-        """Give back all pages now; the cache is empty and has no rows."""
+        """Free all pages now; the cache is empty and has no rows."""
         self.store.free(self.rows)
         self.rows, self.columns = [], 0
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvfold.cache.allocator import CacheFull, pages_for
 from kvfold.cache.group import CacheGroup
 from kvfold.cache.pages import PageClass, PagePool
+from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import (
     LENGTH_BYTES,
@@ -102,7 +103,7 @@ class Store:
         needs = self._needs(left, sequences)
         limits = [left * need // sum(needs.values()) // self._page_bytes[one] for one, need in needs.items()]
         if min(limits) < 1:
-            raise ValueError(
+            raise UserError(
                 f"memory_bytes={self.memory_bytes}: not one page fits beside the books of {sequences} rows: give more memory"
             )
         return limits

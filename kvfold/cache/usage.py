@@ -1,4 +1,4 @@
-"""What the bytes that a store's rows hold are used for."""
+"""What the bytes that a store's sequences hold are used for."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class Usage:
     rounding: int
     """Places of pages that no entry fills: pages are held whole."""
     rings: int
-    """What a learned method keeps of a lane's newest tokens beside its pages."""
+    """What a learned method keeps of a KV stream's newest tokens beside its pages."""
     books: int
     """Tables, lengths, and what a page takes beside its entries."""
 

@@ -22,6 +22,7 @@ from kvfold.convert.conversion import Conversion, converted_model, new_config
 from kvfold.convert.fitted import Fit, Report, do_layer
 from kvfold.convert.fitted_state import fingerprint_of
 from kvfold.convert.fitted_streams import Streams
+from kvfold.errors import UserError
 from kvfold.eval.scoring import score
 from kvfold.layout.patterns import explicit_text
 from kvfold.models.config import FoldConfig
@@ -41,11 +42,11 @@ _FILE = "layer_costs.json"
 
 def layer_kinds(config: FoldConfig) -> list[Hashable]:
     """What layers of one group have in common: shape, window, rotary positions, and what is kept along time and in bits.
-    Raises `ValueError` for a model that shares layers already.
+    Raises `UserError` for a model that shares layers already.
     """
     layout = config.layout
     if len(layout.owners) < layout.num_layers:
-        raise ValueError(
+        raise UserError(
             f"a model with layers '{layout.layers_text()}': which layers may share is asked of one that has keys and values "
             "in all: begin with the model that it was made from"
         )
@@ -61,10 +62,10 @@ def group_costs(
     model: FoldForCausalLM, ids_WT: Tensor, *, most: int, folder: Path | None = None, report: Report | None = None
 ) -> dict[Group, float]:
     """The cost of every group of 2 to `most` neighbours of one kind. `ids_WT`: windows of text, three or more. `folder`: where
-    costs wait for a second start, for the caller to remove. Raises `ValueError` for a model that shares layers already.
+    costs wait for a second start, for the caller to remove. Raises `UserError` for a model that shares layers already.
     """
     if len(ids_WT) < _HELD_OUT:
-        raise ValueError(
+        raise UserError(
             f"{len(ids_WT)} windows of text: a third of them is held out, so 3 are the least: give more calibration text"
         )
     search = _Search(model, _cut(ids_WT), folder)
@@ -75,14 +76,14 @@ def group_costs(
 def cheapest_owners(costs: Mapping[Group, float], kinds: Sequence[Hashable], owners: int) -> list[int]:
     """One owner per layer, `owners` of them in all, whose groups cost least together; a layer alone costs nothing.
 
-    Raises `ValueError` where groups as large as were measured do not come to so few.
+    Raises `UserError` where groups as large as were measured do not come to so few.
     """
     best: Cuts = {0: (0.0, ())}
     for kind in dict.fromkeys(kinds):
         layers = [layer for layer, one in enumerate(kinds) if one == kind]
         best = _together(best, _cuts(costs, layers))
     if owners not in best:
-        raise ValueError(
+        raise UserError(
             f"{owners} layers that keep keys and values: neighbours of one kind come to {min(best)} at the least: ask for "
             f"{min(best)} to {max(best) - 1}"
         )
@@ -101,10 +102,10 @@ def chosen_layers(
 
 
 def check_choice(config: FoldConfig, owners: int) -> int:
-    """The size of the largest group that will be measured. Raises `ValueError` where so many owners can't be chosen."""
+    """The size of the largest group that will be measured. Raises `UserError` where so many owners can't be chosen."""
     kinds = layer_kinds(config)
     if not 1 <= owners < len(kinds):
-        raise ValueError(
+        raise UserError(
             f"layers 'best:{owners}': of {len(kinds)} layers 1 to {len(kinds) - 1} can be chosen to keep keys and values"
         )
     most = most_layers(len(kinds), owners)

@@ -17,6 +17,7 @@ from kvfold.convert.export import export_model, family_config
 from kvfold.convert.fitted import Fit, Report, fit
 from kvfold.convert.heads import like_heads_together, merge_heads, reorder_heads
 from kvfold.convert.layers import average_groups, drop_readers
+from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.names import unknown_name
 from kvfold.models.checkpoint_files import check_folder, write_model
@@ -70,7 +71,7 @@ def convert(
     """Write `source` in another layout to the new folder `out`, and give the model that was written.
 
     `config`: the source's, where it was read already. `calibration_WT`: token ids for `fitted`. dtype None = the checkpoint's
-    own. A `fitted` that was interrupted goes on after the last finished layer when it is started again. Raises `ValueError`,
+    own. A `fitted` that was interrupted goes on after the last finished layer when it is started again. Raises `UserError`,
     in one line, before any weight is read for what can't be done.
     """
     out, found = Path(os.path.expanduser(out)), find_source(source)
@@ -79,7 +80,7 @@ def convert(
     if wanted.target == "transformers":
         family_config(config)
     if wanted.init == "fitted" and calibration_WT is None:
-        raise ValueError("init 'fitted': it needs text to fit on: give calibration text, or use 'mean' or 'drop'")
+        raise UserError("init 'fitted': it needs text to fit on: give calibration text, or use 'mean' or 'drop'")
     stored = dtype or str(config.dtype or torch.float32).removeprefix("torch.")
     if stored not in DTYPES:
         raise unknown_name("dtype", stored, DTYPES)
@@ -101,7 +102,7 @@ def convert(
 
 
 def new_config(config: FoldConfig, wanted: Conversion) -> FoldConfig:
-    """The config of the converted model. Raises `ValueError` where its layers, heads or specs don't fit."""
+    """The config of the converted model. Raises `UserError` where its layers, heads or specs don't fit."""
     old = config.layout
     new = old if wanted.heads is None else old.with_heads(wanted.heads)
     new = new if wanted.layers is None else KVLayout.parse(wanted.layers, new)
@@ -148,7 +149,7 @@ def converted_model(model: FoldForCausalLM, config: FoldConfig, wanted: Conversi
 def _refuse_gates(config: FoldConfig) -> None:
     learned = sorted({spec.name for spec in config.layout.time if spec.trained})
     if config.gates is not None or learned:
-        raise ValueError(
+        raise UserError(
             f"a model with learned {' and '.join(learned) or 'gates'}: merged heads or layers would mix its decisions: "
             "convert the model it was made from, and retrofit that"
         )
@@ -163,7 +164,7 @@ def _refuse_lost_specs(old: KVLayout, new: KVLayout) -> None:
             ("bits", old.bits_of(owner), new.bits_of(heir)),
         ):
             if kept != taken:
-                raise ValueError(
+                raise UserError(
                     f"layer {owner} has {what} '{kept.format()}' of its own but would read layer {heir}, which has "
                     f"'{taken.format()}': a group has one: give the source one {what} for both, or share other layers"
                 )

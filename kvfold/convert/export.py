@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from kvfold.errors import UserError
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.families import family_named, fold_config
@@ -27,7 +28,7 @@ _OURS_ALONE = (
 
 
 def check_exportable(config: FoldConfig) -> None:
-    """Raise `ValueError`, in one line, for a model that no config of its family describes."""
+    """Raise `UserError`, in one line, for a model that no config of its family describes."""
     layout = config.layout
     reasons = {
         f"it shares layers ({layout.layers_text()})": len(layout.owners) < layout.num_layers,
@@ -40,13 +41,11 @@ def check_exportable(config: FoldConfig) -> None:
     }
     for reason, holds in reasons.items():
         if holds:
-            raise ValueError(
-                f"for transformers: {reason}, which only kvfold can run: leave it out, or write for kvfold"
-            )
+            raise UserError(f"for transformers: {reason}, which only kvfold can run: leave it out, or write for kvfold")
 
 
 def family_config(config: FoldConfig) -> PreTrainedConfig:
-    """The transformers config of our family that means what ours means. Raises `ValueError` where there is none."""
+    """The transformers config of our family that means what ours means. Raises `UserError` where there is none."""
     check_exportable(config)
     family = family_named(config.family)
     values = {name: getattr(config, name) for name in config.to_dict() if hasattr(config, name)}
@@ -67,12 +66,12 @@ def family_config(config: FoldConfig) -> PreTrainedConfig:
         found = CONFIG_MAPPING[config.family](**theirs)
         again = fold_config(found)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
+        raise UserError(
             f"for transformers: {config.family} can't say this config ({one_line(error)}): write for kvfold"
         ) from error
     differing = _differing(config, again, heads)
     if differing:
-        raise ValueError(f"for transformers: {config.family} can't say {', '.join(differing)}: write for kvfold")
+        raise UserError(f"for transformers: {config.family} can't say {', '.join(differing)}: write for kvfold")
     return found
 
 

@@ -25,6 +25,7 @@ from kvfold.convert.fitted_state import FitState, fingerprint_of
 from kvfold.convert.fitted_streams import Streams
 from kvfold.convert.layer_halves import Half, feed_half, stream_behind, wanted_raw
 from kvfold.convert.least_squares import LeastSquares
+from kvfold.errors import UserError
 from kvfold.models.decoder import FoldForCausalLM
 
 Report = Callable[[str, int, int], None]
@@ -58,9 +59,9 @@ class Fit:
             ("query_rate", self.query_rate),
         ):
             if value < 0:
-                raise ValueError(f"{name} {value}: it is 0 or more: correct it")
+                raise UserError(f"{name} {value}: it is 0 or more: correct it")
         if self.batch < 1:
-            raise ValueError(f"batch {self.batch}: 1 window or more are read at once: correct it")
+            raise UserError(f"batch {self.batch}: 1 window or more are read at once: correct it")
 
 
 @torch.no_grad()
@@ -74,16 +75,16 @@ def fit(
     report: Report | None = None,
 ) -> None:
     """Refit `converted` in place. `ids_WT`: calibration windows. `folder`: where finished layers wait for a second start,
-    for the caller to remove once the result is written. Raises `ValueError` for an original that shares layers already.
+    for the caller to remove once the result is written. Raises `UserError` for an original that shares layers already.
     """
     options, layout = options or Fit(), converted.config.layout
     if len(original.config.layout.owners) < layout.num_layers:
-        raise ValueError(
+        raise UserError(
             f"init 'fitted' from a model with layers '{original.config.layout.layers_text()}': it starts where every layer "
             "has keys and values: convert the model it was made from, or use 'mean' or 'drop'"
         )
     if len(ids_WT) < 2:
-        raise ValueError(
+        raise UserError(
             "init 'fitted' on 1 window of text: one fits and another says how strongly: give more calibration text, or shorter "
             "windows"
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.data.texts import file_bytes, json_lines
+from kvfold.errors import UserError
 
 _RULE = (
     "each line is one object with 'input', 'choices' (2 or more texts), 'gold' (the index of one) and perhaps 'prefix'"
@@ -48,20 +49,20 @@ def is_question_file(name: str) -> bool:
 
 
 def read_question_file(path: str | Path) -> QuestionFile:
-    """The questions of a file. Raises `ValueError`, in one line, for a file that is missing, torn, empty or of another shape."""
+    """The questions of a file. Raises `UserError`, in one line, for a file that is missing, torn, empty or of another shape."""
     path = Path(path)
     data = file_bytes(path)
     questions = tuple(_question(path, number, record) for number, record in json_lines(path, data.split(b"\n"), _RULE))
     if not questions:
-        raise ValueError(f"{path}: there is no question in it: {_RULE}")
+        raise UserError(f"{path}: there is no question in it: {_RULE}")
     return QuestionFile(
         name=Path(path.name.removesuffix(".gz")).stem, questions=questions, digest=hashlib.sha256(data).hexdigest()
     )
 
 
 def _question(path: Path, number: int, record: Any) -> Question:
-    def refuse(what: str) -> ValueError:
-        return ValueError(f"{path} line {number}: {what}: {_RULE}")
+    def refuse(what: str) -> UserError:
+        return UserError(f"{path} line {number}: {what}: {_RULE}")
 
     if not isinstance(record, dict):
         raise refuse("not an object")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kvfold.data.texts import TEXT_RULE, check_there, holds_lines, json_lines, text_of
+from kvfold.errors import UserError
 
 _PARQUET_ROWS = 256
 """Rows in memory at once."""
@@ -18,7 +19,7 @@ _PARQUET_ROWS = 256
 
 class TextStream:
     """The file's text in order: a document at a time where each has a line or a row of its own, else about `characters` at a
-    time, cut at a line's end where there is one. Blank texts are left out. Raises `ValueError`, in one line, where reading
+    time, cut at a line's end where there is one. Blank texts are left out. Raises `UserError`, in one line, where reading
     comes to something that can't be read.
     """
 
@@ -45,9 +46,9 @@ class TextStream:
                 with gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw as file:
                     yield file
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: it is not UTF-8: save the file as UTF-8") from error
+            raise UserError(f"{path}: it is not UTF-8: save the file as UTF-8") from error
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: it can't be read ({' '.join(str(error).split())}): fetch it again") from error
+            raise UserError(f"{path}: it can't be read ({' '.join(str(error).split())}): fetch it again") from error
 
     def _note(self) -> None:
         self.share = self._raw.tell() / self._size
@@ -79,7 +80,7 @@ class TextStream:
             with parquet.ParquetFile(path) as file:
                 found, done, total = file.schema_arrow.names, 0, max(1, file.metadata.num_rows)
                 if "text" not in found:
-                    raise ValueError(
+                    raise UserError(
                         f"{path}: no column 'text' among {', '.join(found)}: rename the one that holds the text"
                     )
                 for rows in file.iter_batches(_PARQUET_ROWS, columns=["text"]):
@@ -87,4 +88,4 @@ class TextStream:
                     self.share = done / total
                     yield from rows["text"].to_pylist()
         except (OSError, ArrowInvalid) as error:
-            raise ValueError(f"{path}: it can't be read ({' '.join(str(error).split())}): fetch it again") from error
+            raise UserError(f"{path}: it can't be read ({' '.join(str(error).split())}): fetch it again") from error

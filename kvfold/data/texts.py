@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvfold.errors import UserError
+
 _LINES = (".jsonl", ".json")
 
 
@@ -35,13 +37,13 @@ class TextFile:
 
 
 def read_text_file(path: str | Path) -> TextFile:
-    """The documents of a text file. Raises `ValueError`, in one line, for a file that is missing, torn, empty or not UTF-8."""
+    """The documents of a text file. Raises `UserError`, in one line, for a file that is missing, torn, empty or not UTF-8."""
     path = Path(path)
     data = file_bytes(path)
     documents = _documents_of_lines(path, data) if holds_lines(path) else [_decoded(path, data)]
     documents = tuple(document for document in documents if document.strip())
     if not documents:
-        raise ValueError(f"{path}: there is no text in it: give a file with text")
+        raise UserError(f"{path}: there is no text in it: give a file with text")
     name = path.name.removesuffix(".gz")
     return TextFile(name=Path(name).stem, documents=documents, digest=hashlib.sha256(data).hexdigest())
 
@@ -53,21 +55,21 @@ def holds_lines(path: Path) -> bool:
 
 
 def file_bytes(path: Path) -> bytes:
-    """A file's bytes, unpacked where its name ends in `.gz`. Raises `ValueError`, in one line, where it can't be read."""
+    """A file's bytes, unpacked where its name ends in `.gz`. Raises `UserError`, in one line, where it can't be read."""
     check_there(path)
     try:
         data = path.read_bytes()
         return gzip.decompress(data) if path.suffix == ".gz" else data
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: it can't be read ({' '.join(str(error).split())}): fetch it again") from error
+        raise UserError(f"{path}: it can't be read ({' '.join(str(error).split())}): fetch it again") from error
 
 
 def check_there(path: Path) -> None:
-    """Raise `ValueError` where there is no file."""
+    """Raise `UserError` where there is no file."""
     if not path.exists():
-        raise ValueError(f"{path}: there is no such file: correct the path")
+        raise UserError(f"{path}: there is no such file: correct the path")
     if path.is_dir():
-        raise ValueError(f"{path}: this is a folder: give a text file")
+        raise UserError(f"{path}: this is a folder: give a text file")
 
 
 def _decoded(path: Path, data: bytes, start: int = 0) -> str:
@@ -76,13 +78,13 @@ def _decoded(path: Path, data: bytes, start: int = 0) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         at, byte = start + error.start, data[error.start]
-        raise ValueError(f"{path}: byte {at} (0x{byte:02x}) is not UTF-8: save the file as UTF-8") from error
+        raise UserError(f"{path}: byte {at} (0x{byte:02x}) is not UTF-8: save the file as UTF-8") from error
 
 
 def json_lines(path: Path, lines: Iterable[bytes], rule: str) -> Iterator[tuple[int, Any]]:
     """The JSON values of a file's lines with their numbers; blank lines are left out.
 
-    `rule`: what each line is, for the `ValueError` that a line which is no JSON raises.
+    `rule`: what each line is, for the `UserError` that a line which is no JSON raises.
     """
     start = 0
     for number, raw in enumerate(lines, start=1):
@@ -92,7 +94,7 @@ def json_lines(path: Path, lines: Iterable[bytes], rule: str) -> Iterator[tuple[
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path} line {number}: not JSON: {rule}") from error
+                raise UserError(f"{path} line {number}: not JSON: {rule}") from error
 
 
 TEXT_RULE = "each line is one object with its text under 'text'"
@@ -103,8 +105,8 @@ def _documents_of_lines(path: Path, data: bytes) -> list[str]:
 
 
 def text_of(path: Path, number: int, record: Any) -> str:
-    """The text of one line's object. Raises `ValueError` where it has none."""
+    """The text of one line's object. Raises `UserError` where it has none."""
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise ValueError(f"{path} line {number}: no text under 'text': {TEXT_RULE}")
+        raise UserError(f"{path} line {number}: no text under 'text': {TEXT_RULE}")
     return text

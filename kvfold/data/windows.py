@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvfold.data.texts import TextFile
+from kvfold.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,16 +45,16 @@ def text_windows(
     """`windows` windows of `context_tokens` tokens, evenly spaced over the consecutive windows of the text.
 
     Each is opened by the bos if the tokenizer adds one of its own accord. Warns where the text has fewer windows and takes
-    those. Raises `ValueError` where it has none, or a window is longer than the model's context (`most_context_tokens`).
+    those. Raises `UserError` where it has none, or a window is longer than the model's context (`most_context_tokens`).
     """
     if windows < 1:
-        raise ValueError(f"{windows} windows: text is measured on 1 window or more: ask for 1 or more")
+        raise UserError(f"{windows} windows: text is measured on 1 window or more: ask for 1 or more")
     if context_tokens < 2:
-        raise ValueError(
+        raise UserError(
             f"a context of {context_tokens} tokens: a window has 2 or more, one to read and one to score: ask for more"
         )
     if most_context_tokens is not None and context_tokens > most_context_tokens:
-        raise ValueError(
+        raise UserError(
             f"a context of {context_tokens} tokens: the model reads {most_context_tokens} at most: ask for a shorter context"
         )
     opening = opening_tokens(tokenizer)
@@ -61,7 +62,7 @@ def text_windows(
     body = context_tokens - len(opening)
     available = len(ids) // body
     if not available:
-        raise ValueError(
+        raise UserError(
             f"{text.name}: the text has {len(ids)} tokens and a window takes {body}: give a longer text or a shorter context"
         )
     if available < windows:
@@ -90,14 +91,14 @@ def text_beginning(text: TextFile, tokenizer: Any, *, tokens: int) -> tuple[Tens
     text. Of several tokens that share a character the first has it; a bos that the tokenizer adds has none.
     """
     if tokens < 2:
-        raise ValueError(f"{tokens} tokens: a text to look at has 2 or more: ask for more")
+        raise UserError(f"{tokens} tokens: a text to look at has 2 or more: ask for more")
     opening = opening_tokens(tokenizer)
     begun = text.joined[: _CHARACTERS_A_TOKEN * tokens]
     ids, ends = _tokenised(begun, tokenizer)
     ids, ends = ids[: tokens - len(opening)], [0, *ends]
     pieces = [begun[ends[index] : ends[index + 1]] for index in range(len(ids))]
     if len(opening) + len(ids) < 2:
-        raise ValueError(f"{text.name}: a text of {len(ids)} tokens: there is nothing to see: give a longer one")
+        raise UserError(f"{text.name}: a text of {len(ids)} tokens: there is nothing to see: give a longer one")
     return torch.tensor([*opening, *ids]), [*[""] * len(opening), *pieces]
 
 
@@ -110,7 +111,7 @@ def opening_tokens(tokenizer: Any) -> list[int]:
 def _tokenised(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Token ids without special tokens, and for each the character at which it ends."""
     if not tokenizer.is_fast:
-        raise ValueError(
+        raise UserError(
             f"{type(tokenizer).__name__}: it can't say which characters a token covers: use the model's fast tokenizer"
         )
     # verbose=False: a text longer than the model's context is no mistake here.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from kvfold.engine.request import Request
+from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import LENGTH_BYTES, SEQUENCE_BYTES, page_bytes, page_class, page_classes
 from kvfold.methods.base import Method
@@ -137,7 +138,7 @@ class SequenceCost:
         """Shares beyond `always_kept` from plain ratios."""
         for place, length in enumerate(ratios.lengths):
             if len(ratios.median[place]) != len(self.streams):
-                raise ValueError(
+                raise UserError(
                     f"kept ratios must be of {len(self.streams)} KV streams, got {len(ratios.median[place])}: calibrate again"
                 )
             for number, stream in enumerate(self._learned):

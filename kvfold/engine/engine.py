@@ -28,6 +28,7 @@ from kvfold.engine.sampler import SamplingState, sample, token_logprobs
 from kvfold.engine.scheduler import PREFILL_TOKENS, Scheduler
 from kvfold.engine.structured import Grammars
 from kvfold.engine.text import TextStream
+from kvfold.errors import UserError
 from kvfold.layout.units import parse_size
 from kvfold.models.decoder import FoldForCausalLM
 
@@ -48,7 +49,7 @@ class Engine:
         """
         memory_bytes = parse_size(kv_memory) if isinstance(kv_memory, str) else kv_memory
         if memory_bytes < 1:
-            raise ValueError(f"kv_memory must be at least 1 byte, got {memory_bytes} (for example '2GB')")
+            raise UserError(f"kv_memory must be at least 1 byte, got {memory_bytes} (for example '2GB')")
         self.model, self.tokenizer = model.eval(), tokenizer
         own = model.config.layout
         layouts = [own] if methods is None else [own.with_time(text) for text in methods]
@@ -139,7 +140,7 @@ class Engine:
         return [group[0] for group in answers]
 
     async def stream(self, asked: Asked) -> AsyncIterator[Piece]:
-        """One request's pieces as they come; left early, the request is cancelled. Raises `ValueError` for a bad request."""
+        """One request's pieces as they come; left early, the request is cancelled. Raises `UserError` for a bad request."""
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue()
         job = self.submit(asked, lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece))
         left = len(job)
@@ -154,7 +155,7 @@ class Engine:
 
     def submit(self, asked: Asked, deliver: Deliver, *, streams: bool = True) -> list[Request]:
         """Start a request; `deliver` gets its pieces on the engine's thread, or one whole piece if it does not stream. Gives
-        what `cancel` takes, one for each of the `n` answers. Raises `ValueError`, in one line, for a request that can't be run.
+        what `cancel` takes, one for each of the `n` answers. Raises `UserError`, in one line, for a request that can't be run.
         """
         lives = self._prepare(asked, deliver, streams=streams)
         self._send(lives)
@@ -167,14 +168,14 @@ class Engine:
     # -- what is asked, checked ----------------------------------------------------------------------------------
 
     def _prepare(self, asked: Asked, deliver: Deliver, *, streams: bool) -> list[Live]:
-        """The answers to be made, on the caller's thread. Raises `ValueError` for whatever is wrong."""
+        """The answers to be made, on the caller's thread. Raises `UserError` for whatever is wrong."""
         question = parse_question(asked)
         params, ids, method = question.params, self._ids(question), self._method(question.time)
         self._check_ids(params)
         if self.tokenizer is None and (
             params.stop or params.structured or any(isinstance(x, str) for x in params.bad_words)
         ):
-            raise ValueError(
+            raise UserError(
                 "stop, bad_words and structured output need a tokenizer, and the engine has none: leave them out"
             )
         bad_words = self._bad_words(params.bad_words)
@@ -194,28 +195,28 @@ class Engine:
             )
         refusal = self._budget.refusal(lives[0].request)
         if refusal is not None:
-            raise ValueError(refusal)
+            raise UserError(refusal)
         return lives
 
     def _ids(self, question: Question) -> list[int]:
         prompt, tokenizer = question.prompt, self.tokenizer
         if tokenizer is None and (question.messages or isinstance(prompt, str)):
-            raise ValueError("a text needs a tokenizer, and the engine has none: give token ids")
+            raise UserError("a text needs a tokenizer, and the engine has none: give token ids")
         if question.messages:
             try:
                 ids = tokenizer.apply_chat_template(
                     list(question.messages), add_generation_prompt=True, tokenize=True, return_dict=True
                 )["input_ids"]
             except Exception as error:  # a template is a program of the checkpoint's: it may raise anything
-                raise ValueError(f"messages must fit the chat template, got: {_one_line(error)}") from error
+                raise UserError(f"messages must fit the chat template, got: {_one_line(error)}") from error
         else:
             ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
         if not ids:
-            raise ValueError("prompt must have 1 token or more, got none")
+            raise UserError("prompt must have 1 token or more, got none")
         if max(ids) >= self._vocab_size:
-            raise ValueError(f"prompt must hold token ids below {self._vocab_size}, got {max(ids)}")
+            raise UserError(f"prompt must hold token ids below {self._vocab_size}, got {max(ids)}")
         if len(ids) >= self._context:
-            raise ValueError(
+            raise UserError(
                 f"prompt must be shorter than the model's context of {self._context} tokens, got {len(ids)}"
             )
         return ids
@@ -225,14 +226,14 @@ class Engine:
         biased = [token for token, _ in params.logit_bias]
         highest = max([*words, *biased, *params.stop_token_ids, *(params.allowed_token_ids or ())], default=0)
         if highest >= self._vocab_size:
-            raise ValueError(f"token ids must be below {self._vocab_size}, got {highest}")
+            raise UserError(f"token ids must be below {self._vocab_size}, got {highest}")
 
     def _method(self, time_text: str | None) -> str:
         if time_text is None:
             return self._default
         name = self.model.config.layout.with_time(time_text).time_text()
         if name not in self._layouts:
-            raise ValueError(f"time must be one of the methods loaded, {', '.join(self._layouts)}, got '{time_text}'")
+            raise UserError(f"time must be one of the methods loaded, {', '.join(self._layouts)}, got '{time_text}'")
         return name
 
     def _request(self, question: Question, ids: list[int], method: str, index: int) -> Request:

@@ -19,6 +19,7 @@ from typing import Any
 
 from kvfold.engine.answers import Answer, Piece
 from kvfold.engine.engine import Engine
+from kvfold.errors import UserError
 
 LOOKAHEAD = 1024
 """Lines that are read and submitted ahead of the first one that is not answered yet."""
@@ -41,7 +42,7 @@ def answer_file(
     """
     source, target = Path(source), Path(target)
     if not source.is_file():
-        raise ValueError(f"input {source} must be a file of JSON lines, got none: give one that is there")
+        raise UserError(f"input {source} must be a file of JSON lines, got none: give one that is there")
     with source.open("rb") as file:
         total = sum(1 for line in file if line.strip())
     there = _lines_done(source, target)
@@ -91,14 +92,14 @@ def _lines_done(source: Path, target: Path) -> int:
             except (ValueError, KeyError, TypeError):
                 same = False
             if not same:
-                raise ValueError(
+                raise UserError(
                     f"output {target} line {done + 1} must answer line {asked[0]} of {source}, got another: give a new file"
                 )
             done, end = done + 1, end + len(line)
         file.seek(end)
         rest = file.read(1 << 20)
     if b"\n" in rest:
-        raise ValueError(f"output {target} must not be longer than {source}, got more lines: give a new file")
+        raise UserError(f"output {target} must not be longer than {source}, got more lines: give a new file")
     if rest:
         with target.open("r+b") as file:
             file.truncate(end)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from json import dumps
 from typing import Any
 
+from kvfold.errors import UserError
 from kvfold.methods.names import unknown_name
 
 _RANGES: dict[str, tuple[float, float, str]] = {
@@ -86,30 +87,28 @@ class SamplingParams:
             if hasattr(self, name):
                 check_number(name, getattr(self, name))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}")
+            raise UserError(f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}")
         if any(not text for text in self.stop) or any(not word for word in self.bad_words):
-            raise ValueError(
-                "stop and bad_words must hold texts of 1 character or more, got an empty one: leave it out"
-            )
+            raise UserError("stop and bad_words must hold texts of 1 character or more, got an empty one: leave it out")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise ValueError("allowed_token_ids must name 1 token or more, got none: leave it out")
+            raise UserError("allowed_token_ids must name 1 token or more, got none: leave it out")
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raise `ValueError` where a number is none, or out of its range."""
+    """Raise `UserError` where a number is none, or out of its range."""
     least, most, example = _RANGES[name]
     if value is None:
         if name in ("max_tokens", "seed", "logprobs", "prompt_logprobs", "timeout"):
             return
-        raise ValueError(f"{name} must be a number, got null (for example {example})")
+        raise UserError(f"{name} must be a number, got null (for example {example})")
     kinds, kind = ((int,), "a whole number") if name in _WHOLE else ((int, float), "a number")
     if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
-        raise ValueError(f"{name} must be {kind}, got {dumps(value, default=str)} (for example {example})")
+        raise UserError(f"{name} must be {kind}, got {dumps(value, default=str)} (for example {example})")
     too_low = value <= 0 if name in _POSITIVE else value < least
     if too_low or value > most or math.isinf(value):
         low = f"more than {least}" if name in _POSITIVE else f"at least {least}"
         high = "" if math.isinf(most) else f" and at most {most}"
-        raise ValueError(f"{name} must be {low}{high}, got {value} (for example {example})")
+        raise UserError(f"{name} must be {low}{high}, got {value} (for example {example})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,11 +135,11 @@ _IGNORED = {"model", "user", "stream", "stream_options", "request_id", "metadata
 
 
 def parse_question(asked: "str | Sequence[int] | Mapping[str, Any]") -> Question:
-    """A checked request from a text, token ids or a dict of OpenAI's field names. Raises `ValueError`, in one line."""
+    """A checked request from a text, token ids or a dict of OpenAI's field names. Raises `UserError`, in one line."""
     if isinstance(asked, str) or (isinstance(asked, Sequence) and not isinstance(asked, bytes)):
         asked = {"prompt": asked}
     if not isinstance(asked, Mapping):
-        raise ValueError(f"a request must be a text, token ids or an object, got {type(asked).__name__}")
+        raise UserError(f"a request must be a text, token ids or an object, got {type(asked).__name__}")
     known = {one.name for one in fields(SamplingParams)} - {"structured"} | _ASKED | _TRANSLATED
     for name in asked:
         if name not in known | _IGNORED:
@@ -148,18 +147,18 @@ def parse_question(asked: "str | Sequence[int] | Mapping[str, Any]") -> Question
     values = {name: value for name, value in asked.items() if name not in _IGNORED}
     prompt, messages = _prompt(values.pop("prompt", None)), values.pop("messages", None)
     if (prompt is None) == (messages is None):
-        raise ValueError(
+        raise UserError(
             "a request must have a prompt or messages, one of the two: give for example {'prompt': 'Hello'}"
         )
     if messages is not None and not (isinstance(messages, Sequence) and messages and not isinstance(messages, str)):
-        raise ValueError(
+        raise UserError(
             "messages must be a list of 1 or more, got none: give for example [{'role': ..., 'content': ...}]"
         )
     time, priority, timeout = values.pop("time", None), values.pop("priority", 0), values.pop("timeout", None)
     check_number("priority", priority)
     check_number("timeout", timeout)
     if time is not None and not isinstance(time, str):
-        raise ValueError(f"time must be a method's text form, got {time!r} (for example 'full')")
+        raise UserError(f"time must be a method's text form, got {time!r} (for example 'full')")
     return Question(
         prompt=prompt, messages=None if messages is None else tuple(messages), params=_params(values),
         time=time, priority=priority, timeout=timeout,
@@ -169,21 +168,21 @@ def parse_question(asked: "str | Sequence[int] | Mapping[str, Any]") -> Question
 def _prompt(prompt: Any) -> str | tuple[int, ...] | None:
     if prompt is None or isinstance(prompt, str):
         if prompt == "":
-            raise ValueError("prompt must have 1 token or more, got an empty text")
+            raise UserError("prompt must have 1 token or more, got an empty text")
         return prompt
     return _ids("prompt", prompt) if len(prompt) else _empty_prompt()
 
 
 def _empty_prompt() -> None:
-    raise ValueError("prompt must have 1 token or more, got none")
+    raise UserError("prompt must have 1 token or more, got none")
 
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ValueError(f"{name} must be a list of token ids, got {dumps(value, default=str)}")
+        raise UserError(f"{name} must be a list of token ids, got {dumps(value, default=str)}")
     for one in value:
         if isinstance(one, bool) or not isinstance(one, int) or one < 0:
-            raise ValueError(f"{name} must hold token ids, whole numbers from 0, got {dumps(one, default=str)}")
+            raise UserError(f"{name} must hold token ids, whole numbers from 0, got {dumps(one, default=str)}")
     return tuple(value)
 
 
@@ -199,7 +198,7 @@ def _params(values: dict[str, Any]) -> SamplingParams:
             given = [given] if isinstance(given, str) else given
             ids = name == "bad_words"
             if not isinstance(given, Sequence) or not all(isinstance(one, str) or ids for one in given):
-                raise ValueError(f"{name} must be a text or a list of texts, got {dumps(given, default=str)}")
+                raise UserError(f"{name} must be a text or a list of texts, got {dumps(given, default=str)}")
             values[name] = tuple(one if isinstance(one, str) else _ids(name, one) for one in given)
     for name in ("stop_token_ids", "allowed_token_ids"):
         if name in values:
@@ -211,7 +210,7 @@ def _params(values: dict[str, Any]) -> SamplingParams:
             values[name] = 0 if values[name] else None
     for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
         if not isinstance(values.get(name, False), bool):
-            raise ValueError(f"{name} must be true or false, got {dumps(values[name], default=str)}")
+            raise UserError(f"{name} must be true or false, got {dumps(values[name], default=str)}")
     return SamplingParams(**values, structured=structured)
 
 
@@ -219,10 +218,10 @@ def _bias(given: Any) -> tuple[tuple[int, float], ...]:
     try:
         found = tuple((int(token), float(bias)) for token, bias in given.items())
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"logit_bias must map token ids to numbers, got {dumps(given, default=str)}") from error
+        raise UserError(f"logit_bias must map token ids to numbers, got {dumps(given, default=str)}") from error
     for token, bias in found:
         if token < 0 or not -100 <= bias <= 100:
-            raise ValueError(f"logit_bias must give tokens from 0 at least -100 and at most 100, got {token}: {bias:g}")
+            raise UserError(f"logit_bias must give tokens from 0 at least -100 and at most 100, got {token}: {bias:g}")
     return found
 
 
@@ -230,29 +229,29 @@ def _structured(outputs: Any, response: Any) -> tuple[str, str] | None:
     """(kind, text) from vLLM's `structured_outputs` or OpenAI's `response_format`."""
     if response is not None and response != {"type": "text"}:
         if outputs is not None:
-            raise ValueError("structured_outputs and response_format say the same: give one of the two")
+            raise UserError("structured_outputs and response_format say the same: give one of the two")
         kind = response.get("type") if isinstance(response, Mapping) else None
         if kind == "json_object":
             outputs = {"json_object": True}
         elif kind == "json_schema" and isinstance(response.get("json_schema"), Mapping):
             outputs = {"json": response["json_schema"].get("schema", {})}
         else:
-            raise ValueError(f"response_format must be of type text, json_object or json_schema, got {kind!r}")
+            raise UserError(f"response_format must be of type text, json_object or json_schema, got {kind!r}")
     if outputs is None:
         return None
     outputs = outputs if isinstance(outputs, Mapping) else {}
     given = {name: value for name, value in outputs.items() if value not in (None, False)}
     if len(given) != 1 or not given.keys() <= set(_STRUCTURED):
-        raise ValueError(f"structured_outputs must have one of {', '.join(_STRUCTURED)}, got {sorted(given) or 'none'}")
+        raise UserError(f"structured_outputs must have one of {', '.join(_STRUCTURED)}, got {sorted(given) or 'none'}")
     ((kind, value),) = given.items()
     if kind == "json_object":
         return "json", dumps({"type": "object"})
     if kind == "choice":
         if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-            raise ValueError("choice must be a list of 1 text or more (for example ['yes', 'no'])")
+            raise UserError("choice must be a list of 1 text or more (for example ['yes', 'no'])")
         return "grammar", "start: " + " | ".join(dumps(str(one)) for one in value)
     if kind == "json":
         return kind, value if isinstance(value, str) else dumps(value)
     if not isinstance(value, str):
-        raise ValueError(f"{kind} must be a text, got {dumps(value, default=str)}")
+        raise UserError(f"{kind} must be a text, got {dumps(value, default=str)}")
     return kind, value

@@ -21,6 +21,7 @@ from kvfold.cache.pages import PageClass, PagePool
 from kvfold.cache.store import Store
 from kvfold.engine.budget import KeptRatios, SequenceCost
 from kvfold.engine.scheduler import Call
+from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import PAGE_SLOTS, page_bytes, page_class, slot_arrays
 from kvfold.methods.base import DTYPE_BYTES
@@ -88,7 +89,7 @@ class Runner:
         for one, size in sizes.items():
             pages = max(0, memory_bytes) * shares[one] // sum(shares.values()) // size
             if pages < 1:
-                raise ValueError(
+                raise UserError(
                     f"kv_memory must hold a page beside {self.max_sequences} sequences, got {memory_bytes} bytes for pages: "
                     "give more (for example '2GB')"
                 )

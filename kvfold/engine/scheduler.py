@@ -13,6 +13,7 @@ from typing import Protocol
 from kvfold.engine.budget import Budget
 from kvfold.engine.prefix import PrefixTree
 from kvfold.engine.request import FinishReason, Request
+from kvfold.errors import UserError
 
 PREFILL_TOKENS = 512
 """Tokens of one prefill group, padding counted; the grid on which prompts of methods that are not chunk-invariant are cut."""
@@ -94,10 +95,10 @@ class Scheduler:
     # -- coming and going ----------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        """Let a request wait for its turn. Raises `ValueError` for one that can never fit."""
+        """Let a request wait for its turn. Raises `UserError` for one that can never fit."""
         refusal = self.budget.refusal(request)
         if refusal is not None:
-            raise ValueError(refusal)
+            raise UserError(refusal)
         if request.reuse:
             self.prefixes.visit(request.method, request.tokens)
         self.waiting.append(request)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from kvfold.errors import UserError
+
 
 class Grammars:
     """Compiles what requests ask for; the tokenizer's tables are made once, when they are first needed."""
@@ -15,11 +17,11 @@ class Grammars:
         self._tables: Any = None
 
     def compile(self, kind: str, text: str) -> "Matcher":
-        """A matcher for `json`, `regex` or `grammar` (Lark). Raises `ValueError` for what is malformed or can't be met."""
+        """A matcher for `json`, `regex` or `grammar` (Lark). Raises `UserError` for what is malformed or can't be met."""
         try:
             from llguidance import LLMatcher, LLTokenizer
         except ImportError as error:
-            raise ValueError("structured output needs llguidance: pip install 'kvfold[serve]'") from error
+            raise UserError("structured output needs llguidance: pip install 'kvfold[serve]'") from error
         if self._tables is None:
             backend = self._tokenizer.backend_tokenizer.to_str()
             self._tables = LLTokenizer(backend, n_vocab=self._vocab_size, eos_token=self._eos_ids)
@@ -31,9 +33,9 @@ class Grammars:
         try:
             found = Matcher(LLMatcher(self._tables, make(text), log_level=0), self._vocab_size)
         except ValueError as error:
-            raise ValueError(f"{kind} can't be used for structured output: {' '.join(str(error).split())}") from error
+            raise UserError(f"{kind} can't be used for structured output: {' '.join(str(error).split())}") from error
         if found.error:
-            raise ValueError(f"{kind} can't be used for structured output: {found.error}")
+            raise UserError(f"{kind} can't be used for structured output: {found.error}")
         return found
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvfold.cache.hf import FoldCache
+from kvfold.errors import UserError
 from kvfold.eval.folding import calls, folded_cache
 from kvfold.eval.progress import Report, silent
 from kvfold.eval.reading import entry_bytes, kept_shares, padded
@@ -49,11 +50,11 @@ def score_answers(
 ) -> list[Answer]:
     """One `Answer` for each pair, in their order; up to `rows` answers are read side by side.
 
-    `call_tokens`: tokens a row of one call, for prefix methods. Raises `ValueError` for an empty prompt or answer.
+    `call_tokens`: tokens a row of one call, for prefix methods. Raises `UserError` for an empty prompt or answer.
     """
     for prompt, answer in pairs:
         if not len(prompt) or not len(answer):
-            raise ValueError(
+            raise UserError(
                 f"a prompt of {len(prompt)} tokens and an answer of {len(answer)}: a token is scored after another one: "
                 "give 1 or more of each"
             )

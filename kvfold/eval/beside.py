@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from kvfold.errors import UserError
 from kvfold.eval.folding import method_about
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
@@ -26,19 +27,19 @@ class Beside:
 
 
 def check_labels(beside: Sequence[Beside]) -> None:
-    """Raises `ValueError` where two models would have the same name."""
+    """Raises `UserError` where two models would have the same name."""
     labels = [other.label for other in beside]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
-        raise ValueError(f"two models beside are called '{twice}': a row's name is its folder's: rename one of the two")
+        raise UserError(f"two models beside are called '{twice}': a row's name is its folder's: rename one of the two")
 
 
 @contextmanager
 def opened(other: Beside, first: FoldForCausalLM) -> Iterator[FoldForCausalLM]:
-    """The other model. Raises `ValueError` where it does not read the first one's tokens."""
+    """The other model. Raises `UserError` where it does not read the first one's tokens."""
     model = other.open()
     if model.config.vocab_size != first.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{other.label}: its vocabulary has {model.config.vocab_size:,} tokens and the model's "
             f"{first.config.vocab_size:,}: put models with the same tokenizer beside each other"
         )

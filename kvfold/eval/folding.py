@@ -24,7 +24,7 @@ def folded_cache(model: FoldForCausalLM, layout: KVLayout, rows: int) -> Iterato
 
 
 def method_layouts(model: FoldForCausalLM, methods: Sequence[str]) -> list[KVLayout]:
-    """The model's layout under each `--time` text, each once. Raises `ValueError` for a method that can't be run."""
+    """The model's layout under each `--time` text, each once. Raises `UserError` for a method that can't be run."""
     layouts = list(dict.fromkeys(model.config.layout.with_time(method) for method in methods))
     for layout in layouts:
         gate_table(model.config.gate_config, layout, freed_owners=model.config.freed_owners)

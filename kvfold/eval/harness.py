@@ -15,6 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from kvfold.errors import UserError
 from kvfold.eval.answers import score_answers
 from kvfold.eval.folding import calls, folded_cache
 from kvfold.eval.progress import Report, progress_bars
@@ -57,7 +58,7 @@ class FoldLM(HFLM):
             device = device if device != "cuda:0" or torch.cuda.is_available() else None
             pretrained = load(pretrained, time=time, bits=bits, adapter=adapter, dtype=dtype, device=device)
         if tokenizer.eos_token_id is None:
-            raise ValueError(
+            raise UserError(
                 "the tokenizer names no eos token: lm-eval opens empty texts and ends written ones with it: name one in "
                 "tokenizer_config.json"
             )
@@ -140,7 +141,7 @@ class FoldLM(HFLM):
 def _fitted(context: list[int], continuation: list[int], most_tokens: int) -> tuple[list[int], list[int]]:
     """A context without as much of its beginning as does not fit the model; the continuation's last token is not read."""
     if not 1 <= len(continuation) <= most_tokens:
-        raise ValueError(
+        raise UserError(
             f"a continuation of {len(continuation)} tokens: the model scores 1 to {most_tokens}: shorten or mend the task"
         )
     fitting = (context + continuation)[-(most_tokens + 1) :]

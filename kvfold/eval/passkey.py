@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvfold.data.windows import opening_tokens
+from kvfold.errors import UserError
 from kvfold.eval.beside import Beside, method_beside, opened
 from kvfold.eval.cells import Cells, ids_key, layout_key, model_key
 from kvfold.eval.folding import calls, folded_cache, method_layouts, with_unfolded
@@ -107,11 +108,11 @@ def measure_passkey_beside(
 
 
 def check_lengths(model: FoldForCausalLM, tokenizer: Any, lengths: Sequence[int]) -> None:
-    """Raises `ValueError` for a length that the model can't read, or that is too short for a prompt."""
+    """Raises `UserError` for a length that the model can't read, or that is too short for a prompt."""
     most = model.config.max_position_embeddings
     for length in lengths:
         if length > most:
-            raise ValueError(
+            raise UserError(
                 f"a passkey prompt of {length} tokens: the model reads {most} at most: ask for shorter ones"
             )
         passkey_prompt(tokenizer, "12345", length, 0.5)
@@ -128,7 +129,7 @@ def passkey_prompt(tokenizer: Any, key: str, length: int, depth: float) -> list[
 
     fewest, most = 1, max(2, length)
     if len(tokens(fewest)) > length:
-        raise ValueError(
+        raise UserError(
             f"a passkey prompt of {length} tokens: the shortest has {len(tokens(fewest))}: ask for longer ones"
         )
     while most - fewest > 1:

@@ -47,7 +47,7 @@ def measure_quality(
 
     `methods` are `--time` texts, `name` what the model is called. `beside`: other models, a row each under their own method,
     held against this one. Cells that `cells` (a folder) holds are not measured again.
-    All texts and methods are checked before the first is measured; whatever is wrong raises `ValueError`.
+    All texts and methods are checked before the first is measured; whatever is wrong raises `UserError`.
     """
     protocol = protocol or Protocol()
     check_labels(beside)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from kvfold.errors import UserError
+
 CALL_TOKENS = 64
 """Tokens a row of one call, of methods whose state does not depend on where calls are cut, unless asked otherwise."""
 
@@ -23,4 +25,4 @@ class Protocol:
         for name, least in (("windows", 1), ("context_tokens", 2), ("batch", 1), ("call_tokens", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"{name} {value}: it is {least} or more: ask for more")
+                raise UserError(f"{name} {value}: it is {least} or more: ask for more")

@@ -16,6 +16,7 @@ from datasets import Dataset
 from lm_eval.tasks import TaskManager
 
 from kvfold.data.choices import QuestionFile, is_question_file, read_question_file
+from kvfold.errors import UserError
 
 _WORDING = 1
 """Counts the wordings that questions of files have had; figures of one are never taken for another's."""
@@ -41,12 +42,12 @@ class NamedTask:
 def find_tasks(
     names: Sequence[str], *, folder: str | Path | None = None, lengths: Sequence[int] = (), tokenizer: str | Path = ""
 ) -> list[NamedTask]:
-    """The tasks of these names, each once. Raises `ValueError` for what is unknown, naming the nearest name that is known.
+    """The tasks of these names, each once. Raises `UserError` for what is unknown, naming the nearest name that is known.
 
     `folder`: more tasks, as lm-eval's YAML files. `lengths`, in tokens, and `tokenizer`, the folder of one: for synthetic tasks.
     """
     if folder is not None and not Path(folder).is_dir():
-        raise ValueError(f"{folder}: there is no such folder of tasks: correct the path")
+        raise UserError(f"{folder}: there is no such folder of tasks: correct the path")
     names = list(dict.fromkeys(names))
     known = [name for name in names if not is_question_file(name)]
     manager = _Manager(known, folder, {"tokenizer": str(tokenizer)}) if known else None
@@ -77,7 +78,7 @@ class _Manager:
             if name not in self._manager.task_index:
                 near = get_close_matches(name, self._manager.all_tasks, n=1)
                 meant = f"the nearest is '{near[0]}': " if near else ""
-                raise ValueError(
+                raise UserError(
                     f"task '{name}': lm-eval knows no such task: {meant}name one of its tasks, or a .jsonl file"
                 )
 

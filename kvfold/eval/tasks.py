@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
+from kvfold.errors import UserError
 from kvfold.eval.beside import Beside, about_beside, opened
 from kvfold.eval.cells import Cells, layout_key, model_key
 from kvfold.eval.folding import method_about, method_layouts, with_unfolded
@@ -57,7 +58,7 @@ def measure_tasks(
     `tasks`: names of lm-eval's tasks, also of those in `folder`, and files of questions (`data/choices.py`). `limit`:
     questions of a task, its first. `lengths`: tokens of the prompts of synthetic tasks, each a row. `rows`: requests read
     side by side. `peer` loads the same checkpoint as transformers' own class: it is scored by lm-eval's own `hf`, in the last
-    row of each task. All names and methods are checked before the first is measured. Raises `ValueError` for what is wrong
+    row of each task. All names and methods are checked before the first is measured. Raises `UserError` for what is wrong
     with them, and `RuntimeError` where a task's data can't be had.
     """
     _need_lm_eval()
@@ -119,7 +120,7 @@ def measure_tasks_beside(
 
 
 def check_tasks(names: Sequence[str], folder: str | Path | None = None) -> None:
-    """Raises `ValueError` for tasks that can't be found, and where lm-eval is not installed; fetches nothing."""
+    """Raises `UserError` for tasks that can't be found, and where lm-eval is not installed; fetches nothing."""
     _need_lm_eval()
     from kvfold.eval.task_names import find_tasks
 
@@ -130,7 +131,7 @@ def check_tasks(names: Sequence[str], folder: str | Path | None = None) -> None:
 def _need_lm_eval() -> None:
     for package, project in (("lm_eval", "lm-eval"), ("accelerate", "accelerate")):
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"{project} is not installed: tasks need it: run pip install 'kvfold[eval]'")
+            raise UserError(f"{project} is not installed: tasks need it: run pip install 'kvfold[eval]'")
 
 
 def _loaded(task: "NamedTask") -> dict[str, Any]:
@@ -139,7 +140,7 @@ def _loaded(task: "NamedTask") -> dict[str, Any]:
             return task.load()
     except ImportError as error:
         missing = error.name or getattr(error.__cause__, "name", None) or "a package"
-        raise ValueError(
+        raise UserError(
             f"task '{task.name}': it needs {missing}, which is not installed: run pip install 'kvfold[eval]'"
         ) from error
     except Exception as error:

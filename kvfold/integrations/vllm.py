@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
+from kvfold.errors import UserError
+
 if TYPE_CHECKING:
     from kvfold.layout.kvlayout import KVLayout
     from kvfold.models.config import FoldConfig
@@ -127,25 +129,25 @@ def explain_model(config: "FoldConfig") -> str | None:
 
 
 def check(config: "FoldConfig") -> None:
-    """Raise `ValueError` with the line of `explain_model`, where there is one."""
+    """Raise `UserError` with the line of `explain_model`, where there is one."""
     reason = explain_model(config)
     if reason is not None:
-        raise ValueError(reason)
+        raise UserError(reason)
 
 
 def check_tensor_parallel(layout: "KVLayout", size: int) -> None:
-    """Raise `ValueError` where KV heads can't be dealt out to `size` devices: equal shares, or each head to as many."""
+    """Raise `UserError` where KV heads can't be dealt out to `size` devices: equal shares, or each head to as many."""
     heads = layout.layers[0].num_kv_heads
     if heads % size and size % heads:
-        raise ValueError(
+        raise UserError(
             f"tensor parallel {size} of {heads} KV heads: the size divides them, or is a multiple of them: choose another"
         )
 
 
 def check_pipeline(layout: "KVLayout", size: int) -> None:
-    """Raise `ValueError` where stages would part layers that share keys and values: a reader reads its own stage's memory."""
+    """Raise `UserError` where stages would part layers that share keys and values: a reader reads its own stage's memory."""
     if size > 1 and len(layout.owners) < layout.num_layers:
-        raise ValueError(
+        raise UserError(
             f"pipeline parallel {size} of layers that share ({layout.layers_text()}): readers stand with their owners: "
             "use tensor parallel"
         )

@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from kvfold.errors import UserError
 from kvfold.layout.known_models import KNOWN_MODELS
 from kvfold.layout.kvlayout import NO_ROPE, ROPE, KVLayout
 from kvfold.layout.sharing_formats import read_sharing, read_sliding
@@ -81,7 +82,7 @@ def read_config(source: Any) -> tuple[str, dict[str, Any]]:
     elif isinstance(source, str | PathLike):
         return str(source), _named_config(str(source))
     else:
-        raise ValueError(f"source {source!r}: a plan reads a config, a path, a name or a model: give one of them")
+        raise UserError(f"source {source!r}: a plan reads a config, a path, a name or a model: give one of them")
     return str(config.get("_name_or_path") or config.get("model_type") or "config"), config
 
 
@@ -107,7 +108,7 @@ def value_bytes(config: Config) -> int:
     dtype = text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
     name = "bfloat16" if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
     if name not in DTYPE_BYTES:
-        raise ValueError(
+        raise UserError(
             f"dtype {dtype!r}: a cache is planned in one of {', '.join(DTYPE_BYTES)}: set dtype in the config"
         )
     return DTYPE_BYTES[name]
@@ -124,7 +125,7 @@ def _named_config(name: str) -> dict[str, Any]:
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
-            raise ValueError(f"{name}: the folder has no config.json: give the folder of a checkpoint")
+            raise UserError(f"{name}: the folder has no config.json: give the folder of a checkpoint")
     if path.is_file():
         return _read_json(path)
     if name.lower() in KNOWN_MODELS:
@@ -132,7 +133,7 @@ def _named_config(name: str) -> dict[str, Any]:
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix not in (".json", ".gguf"):
         return _read_json(_hub_config(name))
     if "/" in name or path.suffix in (".json", ".gguf"):
-        raise ValueError(
+        raise UserError(
             f"{name}: no such file or folder: give a checkpoint's folder, its config.json, or a hub name owner/model"
         )
     shown = [known for known in KNOWN_MODELS if not known.startswith("cla-")]
@@ -148,29 +149,29 @@ def _hub_config(name: str) -> Path:
         return Path(hf_hub_download(name, "config.json"))
     except Exception as error:  # the hub client raises dozens of unrelated types, its transport's among them
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"{name}: no config.json came from the hub ({reason}): check the name and the network, or give a folder"
         ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if path.suffix == ".gguf":
-        raise ValueError(
+        raise UserError(
             f"{path}: a .gguf holds no config.json: load the model and plan that, or give the original's config.json"
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: can't be read as JSON ({error}): give a checkpoint's config.json") from error
+        raise UserError(f"{path}: can't be read as JSON ({error}): give a checkpoint's config.json") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: holds a {type(config).__name__}, not an object: give a checkpoint's config.json")
+        raise UserError(f"{path}: holds a {type(config).__name__}, not an object: give a checkpoint's config.json")
     return config
 
 
 def _saved_layout(config: Config, key: str) -> KVLayout:
     saved = config.get(key)
     if saved is None:
-        raise ValueError(
+        raise UserError(
             f"a kvfold config without '{key}': it says who keeps what: take the config.json that kvfold wrote"
         )
     return saved if isinstance(saved, KVLayout) else KVLayout.from_json(saved)
@@ -184,7 +185,7 @@ def _text_config(config: Config) -> dict[str, Any]:
 
 
 def _refuse_foreign(config: Config) -> None:
-    """Raise `ValueError` for models whose cache is not keys and values per token and head."""
+    """Raise `UserError` for models whose cache is not keys and values per token and head."""
     kinds = [kind for key, kind in _FOREIGN_KEYS.items() if config.get(key) not in (None, False)]
     if config.get("is_encoder_decoder"):
         kinds.append("an encoder and a decoder")
@@ -192,7 +193,7 @@ def _refuse_foreign(config: Config) -> None:
         strange = sorted(set(config["layer_types"]) - {"full_attention", "sliding_attention"})
         kinds += [f"layers of type {', '.join(strange)}"] if strange else []
     if kinds:
-        raise ValueError(
+        raise UserError(
             f"model type '{config.get('model_type')}' has {kinds[0]}: kvfold folds keys and values of causal full or "
             "sliding-window attention: use a model of that kind (Llama, Mistral, Qwen, Gemma, ...)"
         )
@@ -204,7 +205,7 @@ def _plain_layout(config: Config) -> KVLayout:
     num_heads = _number(config, "num_attention_heads", "n_head")
     num_kv_heads = _number(config, "num_key_value_heads", default=1 if config.get("multi_query") else num_heads)
     if num_heads % num_kv_heads:
-        raise ValueError(f"{num_kv_heads} KV heads for {num_heads} query heads: they share evenly: correct config.json")
+        raise UserError(f"{num_kv_heads} KV heads for {num_heads} query heads: they share evenly: correct config.json")
     head_dim = (
         config.get("head_dim")
         or config.get("attention_head_dim")
@@ -237,10 +238,10 @@ def _rope_kinds(config: Config, windows: Sequence[int | None]) -> list[str]:
     if not flags and every:
         flags = [(layer + 1) % every for layer in range(len(windows))]
     if flags and len(flags) != len(windows):
-        raise ValueError(
+        raise UserError(
             f"no_rope_layers names {len(flags)} layers of {len(windows)}: it names each once: correct config.json"
         )
-    without, types = {layer for layer, turned in enumerate(flags or ()) if not turned}, config.get("layer_types")
+    without, types = {layer for layer, rotated in enumerate(flags or ()) if not rotated}, config.get("layer_types")
     return rope_kinds(without, None if isinstance(types, str) else types, config.get("rope_parameters"), windows)
 
 
@@ -248,7 +249,7 @@ def layer_windows(config: Config, num_layers: int) -> tuple[int | None, ...]:
     """The architecture's own sliding window of each layer, None for full attention."""
     window, types = config.get("sliding_window"), config.get("layer_types")
     if window is not None and (type(window) is not int or window < 1):
-        raise ValueError(f"sliding_window {window!r}: it is a whole number of tokens or null: correct config.json")
+        raise UserError(f"sliding_window {window!r}: it is a whole number of tokens or null: correct config.json")
     if isinstance(types, str):
         slides = read_sliding(config)
     elif types is not None:
@@ -262,11 +263,11 @@ def layer_windows(config: Config, num_layers: int) -> tuple[int | None, ...]:
         first = config.get("max_window_layers") or 0
         slides = [index >= first for index in range(num_layers)]
     if len(slides) != num_layers:
-        raise ValueError(
+        raise UserError(
             f"layer_types names {len(slides)} layers of {num_layers}: it names each once: correct config.json"
         )
     if any(slides) and window is None:
-        raise ValueError("layer_types names sliding layers but sliding_window is missing: set it in config.json")
+        raise UserError("layer_types names sliding layers but sliding_window is missing: set it in config.json")
     return tuple(window if sliding else None for sliding in slides)
 
 
@@ -274,7 +275,7 @@ def _number(config: Config, *names: str, default: int | None = None) -> int:
     """The first of the named keys that is there; families disagree on what to call it."""
     value = next((config[name] for name in names if config.get(name) is not None), default)
     if type(value) is not int or value < 1:
-        raise ValueError(
+        raise UserError(
             f"config of model type '{config.get('model_type')}': {names[0]} is {value!r}, it has to be a whole "
             "number of 1 or more: give the config of a causal language model with attention"
         )

@@ -1,6 +1,6 @@
 """KVLayout, who keeps what: which layers own keys and values, how many heads, what each owner keeps, how it is stored.
 
-The noun that every other room turns on. It moves no bytes and knows no model family; it is frozen, checked, and writes
+The noun that every other package turns on. It moves no bytes and knows no model family; it is frozen, checked, and writes
 itself into a checkpoint's config.json. Owner maps by name live in patterns.py, other projects' grammars in sharing_formats.py.
 """
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar
 
+from kvfold.errors import UserError
 from kvfold.layout.patterns import check_owners, owner_map, pattern_text
 from kvfold.layout.per_layer import join_per_owner, most_common, split_per_owner
 from kvfold.methods.base import Method
@@ -48,9 +49,9 @@ class LayerKV:
             if value is None and name == "window":
                 continue
             if type(value) is not int or value < least:
-                raise ValueError(f"{name} {value!r}: a layer's {name} is a whole number of {least} or more: correct it")
+                raise UserError(f"{name} {value!r}: a layer's {name} is a whole number of {least} or more: correct it")
         if type(self.rope) is not str:
-            raise ValueError(f"rope {self.rope!r}: it names a kind of rotary positions, such as '{ROPE}': correct it")
+            raise UserError(f"rope {self.rope!r}: it names a kind of rotary positions, such as '{ROPE}': correct it")
 
     @property
     def kind(self) -> tuple[int | None, int, int, str]:
@@ -65,7 +66,7 @@ class LayerKV:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVLayout:
-    """The KV cache of one model: one `LayerKV` per layer; one time spec and one storage per owner."""
+    """The KV cache of one model: one `LayerKV` per layer; one method along time and one storage per owner."""
 
     layers: tuple[LayerKV, ...]
     """One per decoder layer, from the bottom up."""
@@ -81,20 +82,20 @@ class KVLayout:
 
     def __post_init__(self) -> None:
         if not self.layers:
-            raise ValueError("a layout of 0 layers: a model has 1 layer or more: name them")
+            raise UserError("a layout of 0 layers: a model has 1 layer or more: name them")
         check_owners([layer.owner for layer in self.layers])
         readers: dict[int, list[int]] = {}
         for index, layer in enumerate(self.layers):
             readers.setdefault(layer.owner, []).append(index)
             if layer.kind != self.layers[layer.owner].kind:
-                raise ValueError(
+                raise UserError(
                     f"layer {index} reads layer {layer.owner} but has (window, kv heads, head dim, rotary positions) "
                     f"{layer.kind} where that has {self.layers[layer.owner].kind}: a group has one of each: share between "
                     "equal layers"
                 )
         for name in ("time", "bits"):
             if len(getattr(self, name)) != len(readers):
-                raise ValueError(
+                raise UserError(
                     f"{len(getattr(self, name))} {name} entries for {len(readers)} owners: give one per owner"
                 )
         # A frozen dataclass is written through object: these are asked for once per layer and token.
@@ -102,13 +103,13 @@ class KVLayout:
         object.__setattr__(self, "_place", {owner: place for place, owner in enumerate(self.owners)})
         object.__setattr__(self, "_readers", {owner: tuple(group) for owner, group in readers.items()})
         pairs = zip(self.owners, self.time, strict=True)
-        object.__setattr__(self, "_in_force", {o: _in_force(spec, self.layers[o].window) for o, spec in pairs})
+        object.__setattr__(self, "_in_force", {o: _in_force(method, self.layers[o].window) for o, method in pairs})
 
     @classmethod
     def plain(
         cls, num_layers: int, num_kv_heads: int, head_dim: int, windows: Sequence[int | None] | None = None
     ) -> Self:
-        """Every layer an owner, nothing dropped or quantised; `windows` = the architecture's own, one per layer."""
+        """Every layer an owner, nothing evicted or quantised; `windows` = the architecture's own, one per layer."""
         windows = [None] * num_layers if windows is None else windows
         return cls(
             layers=tuple(
@@ -137,7 +138,7 @@ class KVLayout:
         return self._readers[owner]
 
     def last_reader(self, owner: int) -> int:
-        """The last layer of the group: after it has attended, what the step drops may go."""
+        """The last layer of the group: after it has attended, what the step evicts may go."""
         return self._readers[owner][-1]
 
     def index_of(self, owner: int) -> int:
@@ -145,7 +146,7 @@ class KVLayout:
         return self._place[owner]
 
     def time_of(self, owner: int) -> Method:
-        """The time spec in force: of a sliding owner that was asked for nothing, its own window without sinks."""
+        """The method in force: of a sliding owner under `full`, its own window without sinks."""
         return self._in_force[owner]
 
     def bits_of(self, owner: int) -> BitsSpec:
@@ -153,7 +154,7 @@ class KVLayout:
         return self.bits[self._place[owner]]
 
     def base(self) -> Self:
-        """The same owners and heads with nothing dropped and nothing quantised."""
+        """The same owners and heads with nothing evicted and nothing quantised."""
         return replace(self, time=(FULL,) * len(self.owners), bits=(MODEL_BITS,) * len(self.owners))
 
     @classmethod
@@ -163,13 +164,13 @@ class KVLayout:
         return base.with_owners(owner_map(text, [layer.kind for layer in base.layers], slides))
 
     def with_owners(self, owners: Sequence[int]) -> Self:
-        """The same model with other owners, one per layer: heads, windows and each remaining owner's specs stay."""
+        """The same model with other owners, one per layer: heads, windows and each remaining owner's method and storage stay."""
         if len(owners) != self.num_layers:
-            raise ValueError(f"{len(owners)} owners for {self.num_layers} layers: give one per layer")
+            raise UserError(f"{len(owners)} owners for {self.num_layers} layers: give one per layer")
         kept = sorted(set(owners))
         for owner in kept:
             if 0 <= owner < self.num_layers and not self.is_owner(owner):
-                raise ValueError(
+                raise UserError(
                     f"layer {owner} would own keys and values, but in this model it reads layer {self.owner_of(owner)} "
                     f"and has none: choose owners among {', '.join(map(str, self.owners))}"
                 )
@@ -186,7 +187,7 @@ class KVLayout:
         """The same with fewer KV heads: `num_kv_heads` divides each layer's, as heads merge in equal groups."""
         for index, layer in enumerate(self.layers):
             if num_kv_heads < 1 or layer.num_kv_heads % num_kv_heads:
-                raise ValueError(
+                raise UserError(
                     f"heads {num_kv_heads}: layer {index} has {layer.num_kv_heads} KV heads, merged in equal groups: "
                     f"use {', '.join(str(n) for n in range(1, layer.num_kv_heads + 1) if layer.num_kv_heads % n == 0)}"
                 )
@@ -221,14 +222,14 @@ class KVLayout:
     def time_text(self) -> str:
         """What was asked for along time as a `--time` text: `with_time` of it gives this layout again."""
         full_owners = [i for i, owner in enumerate(self.owners) if self.layers[owner].window is None]
-        texts = [spec.format() for spec in self.time]
+        texts = [method.format() for method in self.time]
         rest = most_common([texts[i] for i in full_owners]) or FULL.format()
         given = [rest if i in full_owners else FULL.format() for i in range(len(texts))]
         return join_per_owner(rest, given, texts, self.owners)
 
     def bits_text(self) -> str:
         """The storage as a `--bits` text: `with_bits` of it gives this layout again."""
-        texts = [spec.format() for spec in self.bits]
+        texts = [storage.format() for storage in self.bits]
         rest = most_common(texts)
         return join_per_owner(rest, [rest] * len(texts), texts, self.owners)
 
@@ -237,16 +238,16 @@ class KVLayout:
         return {
             "format": FORMAT,
             "layers": [one.to_json() for one in self.layers],
-            "time": [spec.format() for spec in self.time],
-            "bits": [spec.format() for spec in self.bits],
+            "time": [method.format() for method in self.time],
+            "bits": [storage.format() for storage in self.bits],
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """The layout that `to_json` wrote. Raises `ValueError` for another format or a missing or foreign key."""
+        """The layout that `to_json` wrote. Raises `UserError` for another format or a missing or foreign key."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise ValueError(
+            raise UserError(
                 f"layout format {found!r}: this kvfold reads format {FORMAT}: update kvfold or write the layout again"
             )
         try:
@@ -256,7 +257,7 @@ class KVLayout:
                 bits=tuple(BitsSpec.parse(text) for text in data["bits"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"layout with a missing or unknown part ({error}): it has layers, time, bits: write it again"
             ) from error
 
@@ -266,12 +267,12 @@ class KVLayout:
         named: dict[int, Spec] = {}
         for layers, value in parts:
             if layers[-1] >= self.num_layers:
-                raise ValueError(
+                raise UserError(
                     f"'{text}': there is no layer {layers[-1]}: the model has layers 0 to {self.num_layers - 1}"
                 )
             owners = [owner for owner in self.owners if owner in layers]
             if not owners:
-                raise ValueError(
+                raise UserError(
                     f"'{text}': layer {layers[0]} stores nothing, it reads layer {self.owner_of(layers[0])}: "
                     f"name an owner: {', '.join(map(str, self.owners))}"
                 )
@@ -279,7 +280,7 @@ class KVLayout:
         return None if rest is None else parse(rest), named
 
 
-def _in_force(spec: Method, window: int | None) -> Method:
-    if window is not None and spec == FULL:
+def _in_force(method: Method, window: int | None) -> Method:
+    if window is not None and method == FULL:
         return Window(recent=Budget(fixed=window), sinks=0)
-    return spec
+    return method

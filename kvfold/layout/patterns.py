@@ -9,6 +9,7 @@ for any number of layers.
 import re
 from collections.abc import Callable, Hashable, Sequence
 
+from kvfold.errors import UserError
 from kvfold.methods.names import unknown_name
 
 OwnerMap = tuple[int, ...]
@@ -90,7 +91,7 @@ def owner_map(text: str, kinds: Sequence[Hashable], sliding: Sequence[bool]) -> 
     elif re.fullmatch(r"\d+s?(_\d+s?)*", text, re.ASCII):
         owners = _explicit(text, sliding)
     elif best_of(text) is not None:
-        raise ValueError(
+        raise UserError(
             f"layers '{text}': which layers these are has to be measured: `kvfold convert --layers {text}` does so and says"
         )
     else:
@@ -98,7 +99,7 @@ def owner_map(text: str, kinds: Sequence[Hashable], sliding: Sequence[bool]) -> 
     check_owners(owners)
     for layer, owner in enumerate(owners):
         if kinds[layer] != kinds[owner]:
-            raise ValueError(
+            raise UserError(
                 f"layers '{text}': layer {layer} would read layer {owner}, which differs in window, head shape or rotary "
                 "positions: a group has one of each: name a map that shares within a kind, such as 'trailing:N' or '0_1_0_1...'"
             )
@@ -114,14 +115,12 @@ def best_of(text: str | None) -> int | None:
 
 
 def check_owners(owners: Sequence[int]) -> None:
-    """Raise `ValueError` unless every owner exists, owns itself and is not above its readers."""
+    """Raise `UserError` unless every owner exists, owns itself and is not above its readers."""
     for layer, owner in enumerate(owners):
         if not 0 <= owner <= layer:
-            raise ValueError(
-                f"layer {layer} reads layer {owner}: an owner is never above its readers: use 0 to {layer}"
-            )
+            raise UserError(f"layer {layer} reads layer {owner}: an owner is never above its readers: use 0 to {layer}")
         if owners[owner] != owner:
-            raise ValueError(
+            raise UserError(
                 f"layer {layer} reads layer {owner}, which itself reads layer {owners[owner]}: an owner owns itself: "
                 f"write {owners[owner]} for layer {layer}"
             )
@@ -149,12 +148,12 @@ def _explicit(text: str, sliding: Sequence[bool]) -> OwnerMap:
         raise _misfit(text, len(sliding), f"it names {len(parts)} layers: name each layer's owner once")
     for layer, part in enumerate(parts):
         if part.endswith("s") and not sliding[layer]:
-            raise ValueError(
+            raise UserError(
                 f"layers '{text}': 's' marks layer {layer} as sliding, but the model's is not: "
                 "a map changes who shares, never the attention type: leave the 's' out"
             )
     return tuple(int(part.removesuffix("s")) for part in parts)
 
 
-def _misfit(pattern: str, num_layers: int, rule: str) -> ValueError:
-    return ValueError(f"layers '{pattern}' does not fit a model of {num_layers} layers: {rule}")
+def _misfit(pattern: str, num_layers: int, rule: str) -> UserError:
+    return UserError(f"layers '{pattern}' does not fit a model of {num_layers} layers: {rule}")

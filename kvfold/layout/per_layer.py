@@ -7,6 +7,8 @@ owners among them get. What stands between the separators is not looked at here.
 import re
 from collections.abc import Sequence
 
+from kvfold.errors import UserError
+
 
 def join_per_owner(rest: str, given: Sequence[str], wanted: Sequence[str], owners: Sequence[int]) -> str:
     """`rest`, then the owners whose wanted text is not the given one, in runs of neighbouring owners."""
@@ -33,13 +35,13 @@ def split_per_owner(text: str) -> tuple[str | None, list[tuple[range, str]]]:
     for part in (part.strip() for part in text.split(";")):
         layers, equals, value = (piece.strip() for piece in part.partition("="))
         if not part or (equals and not (layers and value)):
-            raise ValueError(f"'{text}': a part is empty: write e.g. 'h2o:64+64; 0-3=full'")
+            raise UserError(f"'{text}': a part is empty: write e.g. 'h2o:64+64; 0-3=full'")
         if equals:
             named += [(_layer_range(piece.strip(), text), value) for piece in layers.split(",")]
         elif rest is None and not named:
             rest = part
         else:
-            raise ValueError(
+            raise UserError(
                 f"'{text}': only the first part may hold for all layers: give '{part}' its layers, e.g. '0-3={part}'"
             )
     return rest, named
@@ -49,5 +51,5 @@ def _layer_range(piece: str, text: str) -> range:
     match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", piece, re.ASCII)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if first > last:
-        raise ValueError(f"'{text}': '{piece}' is no layer or range of layers: write e.g. '3=full' or '0-3,7=full'")
+        raise UserError(f"'{text}': '{piece}' is no layer or range of layers: write e.g. '3=full' or '0-3,7=full'")
     return range(first, last + 1)

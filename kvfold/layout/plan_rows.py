@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import PAGE_SLOTS, plan
 
@@ -16,7 +17,7 @@ class PlanRow:
     layout: KVLayout
     """The layout."""
     bytes_per_token: int
-    """K and V of one more token while nothing is dropped."""
+    """K and V of one more token while nothing is evicted."""
     context_bytes: int
     """All rows at the context asked for; for DMC and DMS the most it may be, or what their compression makes it."""
     max_rows: int | None
@@ -44,7 +45,7 @@ def plan_rows(
     `compression`: what a learned method reaches; None = the most it may hold.
     """
     if rows < 1 or context_tokens < 1:
-        raise ValueError(
+        raise UserError(
             f"{rows} rows of {context_tokens} tokens: a plan is for 1 or more of each: write positive numbers"
         )
     axes = {"heads": heads, "layers": layers, "time": time, "bits": bits}
@@ -53,7 +54,7 @@ def plan_rows(
     if len(axes) > 1:
         folds["together"] = axes
     if compression is not None and time is None:
-        raise ValueError(f"compression {compression:g} without time: only dmc and dms learn one: add one of them")
+        raise UserError(f"compression {compression:g} without time: only dmc and dms learn one: add one of them")
     plans = {
         name: plan(source, page_slots=page_slots, compression=compression if "time" in fold else None, **fold)
         for name, fold in folds.items()

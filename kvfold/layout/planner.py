@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
+from kvfold.errors import UserError
 from kvfold.layout.hf_config import base_layout, config_layout, model_tokens, read_config, value_bytes
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.base import DTYPE_BYTES, Method
@@ -54,7 +55,7 @@ def slot_arrays(layout: KVLayout) -> dict[PageClass, dict[str, str]]:
         arrays = found.setdefault(page_class(layout, owner), {})
         for name, dtype in layout.time_of(owner).slot_arrays.items():
             if arrays.setdefault(name, dtype) != dtype:
-                raise ValueError(
+                raise UserError(
                     f"time '{layout.time_text()}': two methods keep '{name}' with each entry, as {arrays[name]} and as {dtype}: "
                     "use one of them"
                 )
@@ -104,7 +105,7 @@ def _kept(method: Method, seen: int, compression: float | None) -> int:
 
 
 def token_bytes(layout: KVLayout, model_bytes: int) -> int:
-    """K and V of one more token while nothing is dropped or merged: payload alone, without pages and positions."""
+    """K and V of one more token while nothing is evicted or merged: payload alone, without pages and positions."""
     return sum(
         layout.layers[owner].num_kv_heads
         * sum(layout.bits_of(owner).slot_bytes(layout.layers[owner].head_dim, model_bytes))
@@ -133,7 +134,7 @@ class Plan:
 
     @property
     def bytes_per_token(self) -> int:
-        """K and V of one more token while nothing is dropped or merged, without pages and positions."""
+        """K and V of one more token while nothing is evicted or merged, without pages and positions."""
         return token_bytes(self.layout, self.model_bytes)
 
     def bytes(self, seen_tokens: Sequence[int]) -> int:
@@ -154,7 +155,7 @@ class Plan:
         """
         _refuse_negative(memory_bytes=memory_bytes)
         if rows < 1:
-            raise ValueError(f"rows {rows}: a context is that of 1 row or more: write 1 or more")
+            raise UserError(f"rows {rows}: a context is that of 1 row or more: write 1 or more")
         a_row = memory_bytes // rows
         fits, too_long = 0, 1
         while self.bytes([too_long]) <= a_row:
@@ -191,9 +192,9 @@ def plan(
     what the gates of DMC or DMS reach, tokens seen over tokens kept; None = they never fire.
     """
     if compression is not None and not 1 <= compression < inf:
-        raise ValueError(f"compression {compression:g}: it is times smaller, 1 or more: write e.g. 4")
+        raise UserError(f"compression {compression:g}: it is times smaller, 1 or more: write e.g. 4")
     if page_slots < 1:
-        raise ValueError(f"page_slots {page_slots}: a page has 1 slot or more: write e.g. {PAGE_SLOTS}")
+        raise UserError(f"page_slots {page_slots}: a page has 1 slot or more: write e.g. {PAGE_SLOTS}")
     name, config = read_config(source)
     layout = config_layout(config)
     if heads is not None:
@@ -204,8 +205,8 @@ def plan(
         layout = layout.with_time(time)
     if bits is not None:
         layout = layout.with_bits(bits)
-    if compression is not None and not any(spec.trained for spec in layout.time):
-        raise ValueError(
+    if compression is not None and not any(method.trained for method in layout.time):
+        raise UserError(
             f"compression {compression:g} with time '{layout.time_text()}': only what dmc and dms keep is learned: "
             "add one of them, or leave it out"
         )
@@ -223,4 +224,4 @@ def plan(
 def _refuse_negative(**amounts: int) -> None:
     for name, amount in amounts.items():
         if amount < 0:
-            raise ValueError(f"{name} {amount}: an amount is 0 or more: write a positive number")
+            raise UserError(f"{name} {amount}: an amount is 0 or more: write a positive number")

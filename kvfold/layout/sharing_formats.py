@@ -12,6 +12,7 @@ A config is read as a dict and never through transformers, which refuses some of
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
+from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.patterns import OwnerMap, explicit_text, owner_map, trailing
 from kvfold.methods.names import unknown_name
@@ -26,7 +27,7 @@ def read_sharing(config: Mapping[str, Any], plain: KVLayout) -> KVLayout:
             if shared != plain:
                 found[key] = shared
     if len(set(found.values())) > 1:
-        raise ValueError(
+        raise UserError(
             f"config.json names two owner maps that differ, in {' and '.join(found)}: keep the one that holds"
         )
     return next(iter(found.values()), plain)
@@ -41,7 +42,7 @@ def read_sliding(config: Mapping[str, Any]) -> list[bool] | None:
 def write_sharing(layout: KVLayout, grammar: str) -> dict[str, Any]:
     """The layout's owner map as config.json keys of `grammar`, a key of `GRAMMARS`.
 
-    Raises `ValueError` where the grammar can't say it.
+    Raises `UserError` where the grammar can't say it.
     """
     if grammar not in GRAMMARS:
         raise unknown_name("sharing grammar", grammar, GRAMMARS)
@@ -56,7 +57,7 @@ def _read_list(key: str) -> Callable[[Mapping[str, Any], KVLayout], KVLayout]:
     def read(config: Mapping[str, Any], plain: KVLayout) -> KVLayout:
         owners = config[key]
         if not isinstance(owners, list) or not all(type(owner) is int for owner in owners):
-            raise ValueError(f"{key} {owners!r}: it is a list of layer numbers, one per layer: correct config.json")
+            raise UserError(f"{key} {owners!r}: it is a list of layer numbers, one per layer: correct config.json")
         return plain.with_owners(owners)
 
     return read
@@ -79,7 +80,7 @@ def _read_lckv(config: Mapping[str, Any], plain: KVLayout) -> KVLayout:
 def _read_hunyuan(config: Mapping[str, Any], plain: KVLayout) -> KVLayout:
     factor = config.get("cla_share_factor", 1)
     if type(factor) is not int or factor < 1:
-        raise ValueError(f"cla_share_factor {factor!r}: it is a whole number of 1 or more: correct config.json")
+        raise UserError(f"cla_share_factor {factor!r}: it is a whole number of 1 or more: correct config.json")
     return plain.with_owners([layer - layer % factor for layer in range(plain.num_layers)])
 
 
@@ -101,7 +102,7 @@ def _write_trailing(layout: KVLayout) -> dict[str, Any]:
     num_readers, (kinds, _) = layout.num_layers - num_owners, _attention_types(layout)
     readers_last = layout.owners == tuple(range(num_owners))
     if num_readers and not (readers_last and owners == trailing(kinds, num_readers)):
-        raise ValueError(
+        raise UserError(
             f"layers '{layout.layers_text()}': num_kv_shared_layers can only say that the last layers read the nearest "
             "earlier owner of their kind: write kv_source_layers instead, or convert with --layers trailing:N"
         )
@@ -117,7 +118,7 @@ def _write_dolomite(layout: KVLayout) -> dict[str, Any]:
     for layer in range(1, len(owners)):
         if owners[layer] < owners[layer - 1]:
             text = explicit_text(owners, [False] * len(owners))
-            raise ValueError(
+            raise UserError(
                 f"layers '{text}': dolomite's sharing_pattern must not decrease, but layer {layer} reads "
                 f"{owners[layer]} after {owners[layer - 1]}: write kv_source_layers instead, or share neighbours only"
             )
@@ -129,7 +130,7 @@ def _write_hunyuan(layout: KVLayout) -> dict[str, Any]:
     # With one owner every factor from the number of layers on says the same: the smallest is written.
     factor = layout.owners[1] if len(layout.owners) > 1 else layout.num_layers
     if owners != tuple(layer - layer % factor for layer in range(layout.num_layers)):
-        raise ValueError(
+        raise UserError(
             f"layers '{layout.layers_text()}': cla_share_factor can only say groups of one size counted from layer 0: "
             "write kv_source_layers instead, or convert with --layers cla2 on an even number of layers"
         )

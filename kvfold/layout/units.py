@@ -7,6 +7,8 @@ habit of model names: k is 1,024 tokens, M 1,024 k (a "32k" model reads 32,768 t
 import re
 from fractions import Fraction
 
+from kvfold.errors import UserError
+
 SIZE_UNITS: dict[str, int] = {
     "": 1,
     "b": 1,
@@ -32,5 +34,5 @@ def _parse(what: str, text: str, units: dict[str, int], examples: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower(), re.ASCII)
     amount = Fraction(match[1]) * units[match[2]] if match and match[2] in units else Fraction(0)
     if amount < 1:
-        raise ValueError(f"{what} '{text}': it is a positive number with a unit it knows: write e.g. {examples}")
+        raise UserError(f"{what} '{text}': it is a positive number with a unit it knows: write e.g. {examples}")
     return int(amount)

@@ -15,6 +15,8 @@ from math import ceil, prod
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
+from kvfold.errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -95,7 +97,7 @@ class Method(ABC):
     @classmethod
     @abstractmethod
     def parse(cls, args: str) -> Self:
-        """The method from what stands after `name:` in its text form, "" where nothing does. Raises `ValueError`."""
+        """The method from what stands after `name:` in its text form, "" where nothing does. Raises `UserError`."""
 
     @abstractmethod
     def format(self) -> str:
@@ -206,13 +208,13 @@ class Method(ABC):
 
 
 def refuse_args(name: str, args: str) -> None:
-    """Raise `ValueError` where a method that takes no settings was given some."""
+    """Raise `UserError` where a method that takes no settings was given some."""
     if args:
-        raise ValueError(f"'{name}:{args}': {name} takes no settings: write '{name}'")
+        raise UserError(f"'{name}:{args}': {name} takes no settings: write '{name}'")
 
 
 def parse_count(name: str, args: str, example: str) -> int:
     """A whole number of tokens from a method's settings; `example` is a text form that would have been right."""
     if not (args.isascii() and args.isdigit()):
-        raise ValueError(f"'{name}:{args}': {name} takes a whole number of tokens: write e.g. '{example}'")
+        raise UserError(f"'{name}:{args}': {name} takes a whole number of tokens: write e.g. '{example}'")
     return int(args)

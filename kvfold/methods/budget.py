@@ -1,13 +1,15 @@
 """How many tokens a head may keep: a fixed number, or a share of what has been seen.
 
-A share grows with the text, but what was dropped stays dropped. Shares are counted in integers, so that every
-machine and every room rounds alike.
+A share grows with the text, but what was evicted stays evicted. Shares are counted in integers, so that every
+machine and every package rounds alike.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
+
+from kvfold.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,18 +26,18 @@ class Budget:
 
     def __post_init__(self) -> None:
         if (self.fixed is None) == (self.percent is None):
-            raise ValueError(f"{self!r}: a budget is either tokens or a share: set one of fixed and percent")
+            raise UserError(f"{self!r}: a budget is either tokens or a share: set one of fixed and percent")
         if self.fixed is not None and self.fixed < 1:
-            raise ValueError(f"budget {self.fixed}: a budget keeps at least 1 token: write 1 or more")
+            raise UserError(f"budget {self.fixed}: a budget keeps at least 1 token: write 1 or more")
         if self.percent is not None and not 1 <= self.percent <= 100:
-            raise ValueError(f"budget {self.percent}%: a share is 1% to 100% of the tokens seen: write e.g. 25%")
+            raise UserError(f"budget {self.percent}%: a share is 1% to 100% of the tokens seen: write e.g. 25%")
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """`64` or `25%`."""
         digits = text.strip().removesuffix("%").rstrip()
         if not (digits.isascii() and digits.isdigit()):
-            raise ValueError(f"budget '{text}': a budget is whole tokens or a whole percentage: write e.g. 64 or 25%")
+            raise UserError(f"budget '{text}': a budget is whole tokens or a whole percentage: write e.g. 64 or 25%")
         return cls(percent=int(digits)) if text.strip().endswith("%") else cls(fixed=int(digits))
 
     def format(self) -> str:
@@ -55,5 +57,5 @@ def parse_pair(name: str, args: str, example: str) -> tuple[str, str]:
     """The two sides of `A+B` in the settings of method `name`; `example` is a text form that would have been right."""
     left, plus, right = args.partition("+")
     if not plus or not left.strip() or not right.strip():
-        raise ValueError(f"'{name}:{args}': {name} takes two budgets joined by '+': write e.g. '{example}'")
+        raise UserError(f"'{name}:{args}': {name} takes two budgets joined by '+': write e.g. '{example}'")
     return left.strip(), right.strip()

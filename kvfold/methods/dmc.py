@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from kvfold.errors import UserError
 from kvfold.methods.base import GateForm, Method, StateForm, parse_count
 from kvfold.methods.plans import Chunk, ChunkPlan, Entered, StepPlan, Streams, TrainingForm, TrainingTokens
 
@@ -45,7 +46,7 @@ class DMC(Method):
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
-            raise ValueError(
+            raise UserError(
                 f"dmc window {self.window}: an entry averages at least 1 token: write e.g. 'dmc:12' or 'dmc:inf'"
             )
 

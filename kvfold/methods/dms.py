@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from kvfold.errors import UserError
 from kvfold.methods.base import GateForm, Method, StateForm, parse_count
 from kvfold.methods.plans import Chunk, ChunkPlan, Entered, StepPlan, Streams, TrainingForm, TrainingTokens
 
@@ -44,9 +45,7 @@ class DMS(Method):
 
     def __post_init__(self) -> None:
         if self.delay < 1:
-            raise ValueError(
-                f"{self.name} delay {self.delay}: a delay is 1 token or more: write e.g. '{self.name}:256'"
-            )
+            raise UserError(f"{self.name} delay {self.delay}: a delay is 1 token or more: write e.g. '{self.name}:256'")
 
     @classmethod
     def parse(cls, args: str) -> Self:
@@ -127,7 +126,7 @@ class MarkedStep(StepPlan):
         self.streams.state_X[self.streams.id_OBK, self._column_B1] = place_OBK.int()
 
     def enter(self, owner: int, gates: Gates | None, k_BKD: Tensor, v_BKD: Tensor) -> Entered | None:
-        """Take down what the gate of one owner decided at this token."""
+        """Record what the gate of one owner decided at this token."""
         import torch
 
         if gates is None or gates.alpha_BTK is None:

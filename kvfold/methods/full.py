@@ -8,7 +8,7 @@ from kvfold.methods.base import Method, refuse_args
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Full(Method):
-    """Nothing is dropped or merged.
+    """Nothing is evicted or merged.
 
     Source: arXiv 1706.03762, section 3.2.
     Differs: none.

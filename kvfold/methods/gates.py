@@ -5,6 +5,7 @@ adapter's. How logits are computed is the model's business (models/gates.py).
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
+from kvfold.errors import UserError
 from kvfold.methods.base import GateForm
 from kvfold.methods.registry import METHODS, method_class
 
@@ -46,34 +47,34 @@ class GateConfig:
         object.__setattr__(self, "form", form)
         if form is None:
             learned = sorted(name for name, method in METHODS.items() if method.gate_form is not None)
-            raise ValueError(f"gates of {self.method}: it learns nothing: use gates of {' or '.join(learned)}")
+            raise UserError(f"gates of {self.method}: it learns nothing: use gates of {' or '.join(learned)}")
         for name, known in (("source", ("channel", "adapter")), ("reads", ("own", "next")), ("per", ("head", "layer"))):
             if getattr(self, name) not in known:
-                raise ValueError(f"gates: {name} '{getattr(self, name)}' is not known: use {' or '.join(known)}")
+                raise UserError(f"gates: {name} '{getattr(self, name)}' is not known: use {' or '.join(known)}")
         possible = form.adapter if self.source == "adapter" else form.channel_of is not None
         if not possible or self.reads not in form.reads:
-            raise ValueError(
+            raise UserError(
                 f"gates of {self.method} from its {self.source}, {self.reads}: the method has no such form: give these up"
             )
         if not self.tau > 0:
-            raise ValueError(f"gates: tau {self.tau}: a temperature is above 0: write e.g. 0.1")
+            raise UserError(f"gates: tau {self.tau}: a temperature is above 0: write e.g. 0.1")
 
     @classmethod
     def published_channel(cls, method: str) -> Self:
-        """The published channel form, for a model whose checkpoint says nothing of its gates. Raises `ValueError` where the
+        """The published channel form, for a model whose checkpoint says nothing of its gates. Raises `UserError` where the
         method has none.
         """
         form = method_class(method).gate_form
         if form is None or form.channel_of is None:
-            raise ValueError(f"gates 'channel' under {method}: it has no published channel form: leave gates out")
+            raise UserError(f"gates 'channel' under {method}: it has no published channel form: leave gates out")
         return cls(method=method, reads=form.reads[-1], scale=form.scale)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """From config.json; raises `ValueError` at a key that is not known."""
+        """From config.json; raises `UserError` at a key that is not known."""
         unknown = sorted(set(values) - {one.name for one in fields(cls) if one.init})
         if unknown or "method" not in values:
-            raise ValueError(
+            raise UserError(
                 f"gates: {f'unknown key {unknown[0]}' if unknown else 'no method'}: "
                 "they were written by another version: fetch the checkpoint again"
             )

@@ -2,6 +2,7 @@
 
 from importlib.metadata import entry_points
 
+from kvfold.errors import UserError
 from kvfold.methods.base import Method
 from kvfold.methods.dmc import DMC
 from kvfold.methods.dms import DMS
@@ -33,5 +34,10 @@ def parse_time(text: str) -> Method:
     name, colon, args = (part.strip() for part in text.partition(":"))
     found = method_class(name)
     if colon and not args:
-        raise ValueError(f"'{text.strip()}': nothing follows the colon: write '{name}' or give its settings")
-    return found.parse(args)
+        raise UserError(f"'{text.strip()}': nothing follows the colon: write '{name}' or give its settings")
+    try:
+        return found.parse(args)
+    except UserError:
+        raise
+    except ValueError as error:  # of a third party, whose users write the text all the same
+        raise UserError(str(error)) from error

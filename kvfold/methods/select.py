@@ -1,4 +1,4 @@
-"""Choosing which entries stay by their score: the one piece that several policies share.
+"""Choosing which entries stay by their score: the one piece that several methods share.
 
 Letters: B rows, K kv heads (1 where all heads of a layer decide together), E entries.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from kvfold.errors import UserError
 from kvfold.methods.base import Method
 from kvfold.methods.budget import Budget
 
@@ -36,7 +37,7 @@ class TOVA(Method):
     def parse(cls, args: str) -> Self:
         """`N`, in tokens or percent."""
         if not args.strip():
-            raise ValueError("'tova': tova takes one budget: write e.g. 'tova:128'")
+            raise UserError("'tova': tova takes one budget: write e.g. 'tova:128'")
         return cls(tokens=Budget.parse(args))
 
     def format(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from kvfold.errors import UserError
 from kvfold.methods.base import Method
 from kvfold.methods.budget import Budget, parse_pair
 
@@ -27,13 +28,13 @@ class Window(Method):
     lossy: ClassVar[bool] = True
 
     recent: Budget
-    """Newest tokens kept; a share grows by at most one token a token, so it never asks for one already dropped."""
+    """Newest tokens kept; a share grows by at most one token a token, so it never asks for one already evicted."""
     sinks: int = 0
-    """First tokens of the text, kept for good. A fixed number: a share would grow into tokens already dropped."""
+    """First tokens of the text, kept for good. A fixed number: a share would grow into tokens already evicted."""
 
     def __post_init__(self) -> None:
         if self.sinks < 0:
-            raise ValueError(
+            raise UserError(
                 f"window sinks {self.sinks}: a number of first tokens is 0 or more: write e.g. 'window:64+4'"
             )
 
@@ -42,7 +43,7 @@ class Window(Method):
         """`W+S`, W in tokens or percent, S in tokens."""
         recent, sinks = parse_pair(cls.name, args, "window:64+4")
         if not (sinks.isascii() and sinks.isdigit()):
-            raise ValueError(
+            raise UserError(
                 f"'window:{args}': first tokens are a fixed whole number, not '{sinks}': write e.g. 'window:25%+4'"
             )
         return cls(recent=Budget.parse(recent), sinks=int(sinks))

@@ -1,4 +1,4 @@
-"""The decoder and its config. Importing this room makes transformers' Auto classes know model_type `kvfold`."""
+"""The decoder and its config. Importing this package makes transformers' Auto classes know model_type `kvfold`."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 from kvfold.models.blocks import new_adapter
@@ -66,7 +67,7 @@ class AdapterAbout:
 
     base: Base
     time: str | None = None
-    """The method's text form; None where nothing is dropped or merged."""
+    """The method's text form; None where nothing is evicted or merged."""
     gates: dict[str, Any] | None = None
     """`GateConfig` as plain values."""
     lora: dict[str, Any] | None = None
@@ -89,7 +90,7 @@ def adapter_folder(name: str | Path) -> Path:
 def apply_adapter(model: FoldForCausalLM, folder: str | Path, *, time: str | None = None) -> None:
     """Put an adapter on its base, in place; its method is on from then, under the settings `time` where given.
 
-    Raises `ValueError`, in one line, for a folder that is no whole adapter, and for one that belongs to another base.
+    Raises `UserError`, in one line, for a folder that is no whole adapter, and for one that belongs to another base.
     """
     about, weights = read_adapter(folder)
     _check_base(model, about.base, Path(folder))
@@ -114,12 +115,12 @@ CHANNEL = "channel"
 
 def gates_for_cache(model: FoldPreTrainedModel, gates: str | Path | GateSet | None, layout: KVLayout) -> GateSet | None:
     """What decides for a cache of this layout: None = the model's own gates; an adapter's folder or name, or a gate set;
-    `channel` = the published freed channel. Raises `ValueError` where a learned method would have no gates.
+    `channel` = the published freed channel. Raises `UserError` where a learned method would have no gates.
     """
     if gates == CHANNEL:
         learned = {layout.time_of(owner).name for owner in layout.owners if layout.time_of(owner).trained}
         if len(learned) != 1:
-            raise ValueError(
+            raise UserError(
                 f"gates 'channel' under time '{layout.time_text()}': it is for one learned method: leave gates out"
             )
         found = GateSet(CHANNEL, GateConfig.published_channel(learned.pop()), {})
@@ -127,7 +128,7 @@ def gates_for_cache(model: FoldPreTrainedModel, gates: str | Path | GateSet | No
         found = gates if gates is None or isinstance(gates, GateSet) else load_gates(model, gates)
     freed = model.config.freed_owners
     if found is not None and freed:
-        raise ValueError(
+        raise UserError(
             f"gates {found.name}: this model's own gates are written into its weights, so no others can decide: leave gates out"
         )
     gate_table(model.config.gate_config if found is None else found.config, layout, freed_owners=freed)
@@ -135,12 +136,12 @@ def gates_for_cache(model: FoldPreTrainedModel, gates: str | Path | GateSet | No
 
 
 def load_gates(model: FoldPreTrainedModel, folder: str | Path) -> GateSet:
-    """The gates of an adapter, beside a model that keeps its own. Raises `ValueError` for one that changes weights too."""
+    """The gates of an adapter, beside a model that keeps its own. Raises `UserError` for one that changes weights too."""
     about, weights = read_adapter(folder)
     _check_base(model, about.base, Path(folder))
     if about.gates is None or about.lora is not None:
         has = "no gates" if about.gates is None else "low-rank additions to the weights beside its gates"
-        raise ValueError(f"gates {folder}: the adapter has {has}: load it with the model, as adapter=")
+        raise UserError(f"gates {folder}: the adapter has {has}: load it with the model, as adapter=")
     config, modules = GateConfig.from_json(about.gates), {}
     for owner in model.config.layout.owners if config.source == "adapter" else ():
         modules[owner] = new_adapter(config, model.config, owner)
@@ -159,7 +160,7 @@ def load_gates(model: FoldPreTrainedModel, folder: str | Path) -> GateSet:
 def _fill(targets: dict[str, Tensor], weights: dict[str, Tensor], folder: str | Path) -> None:
     """Write an adapter's weights over these, if they are just these."""
     if weights.keys() != targets.keys() or any(weights[name].shape != targets[name].shape for name in weights):
-        raise ValueError(f"adapter {folder}: its weights are not those that its {ABOUT} describes: fetch it again")
+        raise UserError(f"adapter {folder}: its weights are not those that its {ABOUT} describes: fetch it again")
     for name, weight in weights.items():
         targets[name].copy_(weight)
 
@@ -173,28 +174,28 @@ def read_adapter(folder: str | Path) -> tuple[AdapterAbout, dict[str, Tensor]]:
     """What an adapter says of itself, and its weights."""
     folder = adapter_folder(folder)
     if not is_adapter(folder):
-        raise ValueError(f"adapter {folder}: no {ABOUT} there: give the folder that `kvfold retrofit` wrote")
+        raise UserError(f"adapter {folder}: no {ABOUT} there: give the folder that `kvfold retrofit` wrote")
     try:
         data = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         if data.pop("format") != FORMAT:
-            raise ValueError("it was written by another version of kvfold")
+            raise UserError("it was written by another version of kvfold")
         base = Base(**data.pop("base"))
         return AdapterAbout(base=base, **data), load_file(folder / WEIGHTS)
     except (OSError, ValueError, TypeError, AttributeError, LookupError, SafetensorError) as error:
-        raise ValueError(f"adapter {folder}: it can't be read ({one_line(error)}): fetch it again") from error
+        raise UserError(f"adapter {folder}: it can't be read ({one_line(error)}): fetch it again") from error
 
 
 def _check_base(model: FoldForCausalLM, base: Base, folder: Path) -> None:
     ours = Base.of(model, base.name)
     if (ours.layers, ours.hidden_size, list(ours.kv_heads)) != (base.layers, base.hidden_size, list(base.kv_heads)):
-        raise ValueError(
+        raise UserError(
             f"adapter {folder}: it is for {base.name} ({_shape(base)}), and this model has {_shape(ours)}: load it on its base"
         )
     # Half a percent is more than any dtype's rounding and less than any other model's difference.
     if all(abs(a - b) <= 0.005 * abs(b) + 1e-6 for a, b in zip(ours.probe, base.probe, strict=True)):
         return
     if _likeness(ours.probe, base.probe) < _LIKE:
-        raise ValueError(
+        raise UserError(
             f"adapter {folder}: it was trained on {base.name}, and this model has the same shape but other weights: "
             "load it on its base"
         )
@@ -243,6 +244,6 @@ def _merge_lora(model: FoldForCausalLM, weights: dict[str, Tensor], about: Adapt
         down, up = weights[f"{name}.lora_A"], weights.get(f"{name}.lora_B")
         target = getattr(modules.get(name), "weight", None)
         if up is None or target is None or (up.shape[0], down.shape[1]) != tuple(target.shape):
-            raise ValueError(f"its low-rank addition to {name} does not fit this model: fetch the adapter again")
+            raise UserError(f"its low-rank addition to {name} does not fit this model: fetch the adapter again")
         product = (up.float() @ down.float()) * about.lora["scale"]
         target += product.to(device=target.device, dtype=target.dtype)

@@ -106,11 +106,11 @@ class FoldAttention(nn.Module):
         return projection(norm(hidden_BTC))
 
     def _with_gain(self, rotation: Rotation | None) -> Rotation | None:
-        """For norms behind the turn, q and k come here without their gains: a turn keeps a head's size, so that this much of a
-        norm may stand before it. Since q . (w * k) = (q * w) . k, both gains go to the turned query, and layers with gains
-        of their own can read one cache.
+        """For norms behind the rotation, q and k come here without their gains: a rotation keeps a head's size, so that this
+        much of a norm may stand before it. Since q . (w * k) = (q * w) . k, both gains go to the rotated query, and layers with
+        gains of their own can read one cache.
 
-        Source: arXiv 2411.02265 (Hunyuan-Large) norms turned keys in every layer of a group, with that layer's gain.
+        Source: arXiv 2411.02265 (Hunyuan-Large) norms rotated keys in every layer of a group, with that layer's gain.
         Differs: the norm is taken once, before the keys are stored.
         """
         if rotation is None:
@@ -148,7 +148,7 @@ def new_adapter(gates: GateConfig, config: FoldConfig, layer: int) -> tuple[Gate
 
 
 def _head_norm(config: FoldConfig, width: int) -> nn.Module | None:
-    """What norms the heads of q or k, `width` channels in all, before they are turned."""
+    """What norms the heads of q or k, `width` channels in all, before they are rotated."""
     if config.qk_norm == "none":
         return None
     if config.qk_norm == "turned":

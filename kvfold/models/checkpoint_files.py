@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from kvfold.errors import UserError
 from kvfold.models.load import load_tokenizer, quiet
 from kvfold.models.source import Source
 
@@ -21,11 +22,11 @@ _TOKENIZER_FILES = (
 def check_folder(out: Path) -> None:
     """Refuse a place where no new folder can be, before any work is done."""
     if out.parts[:1] == ("~",):
-        raise ValueError(f"{out}: no home folder is known: write the whole path")
+        raise UserError(f"{out}: no home folder is known: write the whole path")
     if out.is_file() or any(parent.is_file() for parent in out.parents):
-        raise ValueError(f"{out}: a file is in the way: name a folder that is not there yet")
+        raise UserError(f"{out}: a file is in the way: name a folder that is not there yet")
     if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out}: the folder is not empty: name a new one, or empty it")
+        raise UserError(f"{out}: the folder is not empty: name a new one, or empty it")
 
 
 @contextmanager

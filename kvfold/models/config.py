@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from kvfold.errors import UserError
 from kvfold.layout.hf_config import rope_kinds
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
@@ -115,7 +116,7 @@ class FoldConfig(PreTrainedConfig):
 
     @property
     def base_layout(self) -> KVLayout:
-        """The layout before conversion; of a model that was never converted, its own with nothing dropped."""
+        """The layout before conversion; of a model that was never converted, its own with nothing evicted."""
         return self._layout.base() if self._base_layout is None else self._base_layout
 
     @base_layout.setter
@@ -147,13 +148,13 @@ class FoldConfig(PreTrainedConfig):
     def _checked(self, layout: KVLayout | dict) -> KVLayout:
         layout = layout if isinstance(layout, KVLayout) else KVLayout.from_json(layout)
         if layout.num_layers != self.num_hidden_layers:
-            raise ValueError(
+            raise UserError(
                 f"a layout of {layout.num_layers} layers in a config of {self.num_hidden_layers}: "
                 "the two must agree: give the layout of this model"
             )
         for index, entry in enumerate(layout.layers):
             if entry.head_dim != self.head_dim or self.num_attention_heads % entry.num_kv_heads:
-                raise ValueError(
+                raise UserError(
                     f"layer {index} has {entry.num_kv_heads} KV heads of {entry.head_dim} channels in the layout: KV heads "
                     f"divide the {self.num_attention_heads} query heads and have {self.head_dim} channels: give its own layout"
                 )

@@ -16,6 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from kvfold.cache.hf import FoldCache
 from kvfold.cache.training import TrainingView
 from kvfold.cache.views import KVView
+from kvfold.errors import UserError
 from kvfold.layout.planner import PAGE_SLOTS
 from kvfold.models.adapters import gates_for_cache
 from kvfold.models.blocks import FoldLayer, FoldRMSNorm
@@ -60,7 +61,7 @@ class FoldPreTrainedModel(PreTrainedModel):
 
         `time` and `bits` hold for this cache alone, in place of the config's. `gates`: what decides under a learned method:
         None = the model's own, an adapter's folder or name, a `GateSet`, or `channel` = the published freed channel.
-        Raises `ValueError` for a learned method without gates.
+        Raises `UserError` for a learned method without gates.
         """
         layout = self.config.layout
         layout = layout if time is None else layout.with_time(time)
@@ -118,14 +119,14 @@ class FoldModel(FoldPreTrainedModel):
         # A wrong number of rows is the cache's to refuse.
         begun = cache is not None and cache.columns > 0 and len(cache.rows) == rows
         rotations = self._rotations(position_ids, real, cache.seen_tokens if begun else None, hidden)
-        asked = {"noise_key": noise_key, "records": output_decisions, "keep": output_hidden_states}
+        run_options = {"noise_key": noise_key, "records": output_decisions, "keep": output_hidden_states}
         if cache is None or tokens == 1:
-            return self._run(hidden, real, rotations, cache, options, **asked)
+            return self._run(hidden, real, rotations, cache, options, **run_options)
         parts = []
         for start, end in cache.pieces(real, num_rows=rows, num_tokens=tokens):
-            turns = [turn and turn.part(start, end) for turn in rotations]
+            piece_rotations = [rotation and rotation.part(start, end) for rotation in rotations]
             piece = None if real is None else real[:, start:end]
-            parts.append(self._run(hidden[:, start:end], piece, turns, cache, options, **asked))
+            parts.append(self._run(hidden[:, start:end], piece, piece_rotations, cache, options, **run_options))
         return joined(parts)
 
     def _run(
@@ -138,14 +139,15 @@ class FoldModel(FoldPreTrainedModel):
         if cache.gate_table is None:
             config = self.config.gate_config if cache.gates is None else cache.gates.config
             cache.gate_table = gate_table(config, cache.layout, freed_owners=self.config.freed_owners)
-        asked = cache.gate_table, self.training, options, noise_key, records, cache.gates
-        gates = None if cache.gate_table.is_empty else GateCall.of(*asked)
+        gates = None
+        if not cache.gate_table.is_empty:
+            gates = GateCall.of(cache.gate_table, self.training, options, noise_key, records, cache.gates)
         # Pages are written in place, so no gradient could pass through them.
         call = cache.call(real, num_rows=hidden.shape[0], num_tokens=hidden.shape[1], **self.attention_options)
         with torch.no_grad(), call as view:
             hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
-        told = recorded(gates, cache.layout.owners) if records else {}
-        return FoldOutput(last_hidden_state=hidden, past_key_values=cache, hidden_states=states, **told)
+        decided = recorded(gates, cache.layout.owners) if records else {}
+        return FoldOutput(last_hidden_state=hidden, past_key_values=cache, hidden_states=states, **decided)
 
     def _run_freely(
         self, hidden: Tensor, real: Tensor | None, rotations: list[Rotation | None], options: CallOptions,
@@ -159,8 +161,8 @@ class FoldModel(FoldPreTrainedModel):
         gates = None if table.is_empty else GateCall.of(table, self.training, options, noise_key, records, None)
         view = TrainingView(layout, real_BT=real, **self.attention_options)
         hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
-        told = recorded(gates, layout.owners) if records else {}
-        return FoldOutput(last_hidden_state=hidden, past_key_values=None, hidden_states=states, **told)
+        decided = recorded(gates, layout.owners) if records else {}
+        return FoldOutput(last_hidden_state=hidden, past_key_values=None, hidden_states=states, **decided)
 
     def opened(self, ids_BT: Tensor) -> tuple[Tensor, list[Rotation | None]]:
         """Of texts without padding: the residual stream before the first layer, and each layer's rotation, for those who run the
@@ -171,11 +173,11 @@ class FoldModel(FoldPreTrainedModel):
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids and inputs_embeds: a call takes one of the two: give the other up")
+            raise UserError("input_ids and inputs_embeds: a call takes one of the two: give the other up")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if hidden.ndim != 3 or not hidden.shape[1]:
             shape = tuple(hidden.shape[:-1])
-            raise ValueError(f"an input of shape {shape}: a call takes [rows, tokens] with 1 token or more: feed some")
+            raise UserError(f"an input of shape {shape}: a call takes [rows, tokens] with 1 token or more: feed some")
         multiplier = self.config.embedding_multiplier
         # Rounded to the dtype first, as the families that have one were trained.
         return hidden if multiplier == 1.0 else hidden * torch.tensor(multiplier, dtype=hidden.dtype).item()
@@ -205,7 +207,7 @@ class FoldModel(FoldPreTrainedModel):
         """Who owns can't change under the weights, what is kept can."""
         layout, built = self.config.layout, tuple(sorted({layer.owner for layer in self._layers}))
         if layout.owners != built:
-            raise ValueError(
+            raise UserError(
                 f"the layout was changed to owners {layout.owners}, the weights have owners {built}: "
                 "a model's layers are fixed once it is built: use `kvfold convert`"
             )
@@ -217,7 +219,7 @@ class FoldModel(FoldPreTrainedModel):
         self._check_layout()
         if options.sharing is not None:
             if given is not None:
-                raise ValueError(
+                raise UserError(
                     "past_key_values while layers share for a while: convert the model, or leave the cache out"
                 )
             return None
@@ -227,27 +229,27 @@ class FoldModel(FoldPreTrainedModel):
             fresh = wanted and not self.training and not torch.is_grad_enabled()
             return self.new_cache(rows=rows) if fresh else None
         if not isinstance(given, FoldCache):
-            raise ValueError(
+            raise UserError(
                 f"past_key_values is a {type(given).__name__}: a kvfold model needs its own cache: "
                 "pass model.new_cache(rows=...) or leave it out"
             )
         if given.layout.layers != self.config.layout.layers:
-            raise ValueError(
+            raise UserError(
                 "past_key_values was made for a model of other layers or heads: make one with new_cache of the model that uses it"
             )
         if self.training and torch.is_grad_enabled():
-            raise ValueError(
+            raise UserError(
                 "past_key_values in training: no gradient passes through a cache: leave it out, or call model.eval()"
             )
         return given
 
     def _warn_of_steps(self) -> None:
-        """Once for training, once for inference: without a cache, methods that drop between calls drop nothing."""
-        steps = sorted({spec.title for spec in self.config.layout.time if not spec.chunk_invariant})
+        """Once for training, once for inference: without a cache, methods that evict between calls evict nothing."""
+        steps = sorted({method.title for method in self.config.layout.time if not method.chunk_invariant})
         if steps and self.training not in self._warned:
             self._warned.add(self.training)
             rule = "it is off in training" if self.training else "a call without a cache reads its own tokens whole"
-            warnings.warn(f"{' and '.join(steps)} drops tokens between calls: {rule}", stacklevel=3)
+            warnings.warn(f"{' and '.join(steps)} evicts tokens between calls: {rule}", stacklevel=3)
 
 
 class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GatedModel, GenerationMixin):
@@ -272,7 +274,7 @@ class FoldForCausalLM(FoldPreTrainedModel, FoldGeneration, GatedModel, Generatio
         of the tokens wanted. What `kwargs` holds goes to the loss function, as in transformers. The rest as in `FoldModel`.
         """
         if kwargs.pop("output_attentions", None):
-            raise ValueError("output_attentions: attention weights are not kept: leave it out")
+            raise UserError("output_attentions: attention weights are not kept: leave it out")
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
             inputs_embeds=inputs_embeds, use_cache=use_cache, output_hidden_states=output_hidden_states,
@@ -299,7 +301,7 @@ def _real_tokens(attention_mask: Tensor, rows: int, tokens: int) -> Tensor | Non
     """The call's own columns of the mask, bool [B, T]; None where nothing is padding."""
     shape = tuple(getattr(attention_mask, "shape", ()))
     if len(shape) != 2 or shape[0] != rows or shape[1] < tokens:
-        raise ValueError(
+        raise UserError(
             f"attention_mask of shape {shape} for {rows} rows of {tokens} tokens: it is [rows, columns], 1 where real: give that"
         )
     real = attention_mask[:, -tokens:].bool()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from kvfold.errors import UserError
 from kvfold.layout.sharing_formats import read_sharing
 from kvfold.models.config import FULL_ATTENTION, SLIDING_ATTENTION, FoldConfig
 from kvfold.models.official_dms import official_gates
@@ -96,15 +97,15 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_named(model_type: str | None) -> Family:
-    """The family of a model_type. Raises `ValueError` where the decoder doesn't know it."""
+    """The family of a model_type. Raises `UserError` where the decoder doesn't know it."""
     if model_type not in FAMILIES:
-        raise ValueError(f"model family '{model_type}': kvfold has no decoder for it: it knows {', '.join(FAMILIES)}")
+        raise UserError(f"model family '{model_type}': kvfold has no decoder for it: it knows {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 
 def fold_config(theirs: PreTrainedConfig) -> FoldConfig:
     """The FoldConfig of a transformers config: the plain layout, or who reads whom where the config says so in a grammar of
-    sharing_formats.py. Raises `ValueError` for what the decoder can't do.
+    sharing_formats.py. Raises `UserError` for what the decoder can't do.
 
     Differs: dropout, which some configs ask for in training, is left out.
     """
@@ -115,7 +116,9 @@ def fold_config(theirs: PreTrainedConfig) -> FoldConfig:
         value = getattr(theirs, name)
         values[ours] = value if power == 1 else value**power
     if family.rope_flags is not None:
-        values["nope_layers"] = [layer for layer, turned in enumerate(getattr(theirs, family.rope_flags)) if not turned]
+        values["nope_layers"] = [
+            layer for layer, rotated in enumerate(getattr(theirs, family.rope_flags)) if not rotated
+        ]
     config = FoldConfig(
         family=theirs.model_type,
         rope_parameters=_rope_parameters(family, theirs),
@@ -158,31 +161,31 @@ def _refuse(family: Family, theirs: PreTrainedConfig) -> None:
     name = theirs.model_type
     for attribute, reason in family.refused.items():
         if getattr(theirs, attribute, None):
-            raise ValueError(
+            raise UserError(
                 f"{name} with {attribute}={getattr(theirs, attribute)}: {reason}: choose another checkpoint"
             )
     foreign = set(getattr(theirs, "layer_types", None) or []) - {FULL_ATTENTION, SLIDING_ATTENTION}
     if foreign:
-        raise ValueError(
+        raise UserError(
             f"{name} with layers of type {', '.join(sorted(foreign))}: only full and sliding attention are known: choose another"
         )
     if theirs.is_heterogeneous:
-        raise ValueError(
+        raise UserError(
             f"{name} with per_layer_config: kvfold's layers differ in their KV only: choose another checkpoint"
         )
     rope = theirs.rope_parameters
     for parameters in rope.values() if _nested(rope) else [rope]:
         kind, part = parameters.get("rope_type", "default"), parameters.get("partial_rotary_factor", 1.0)
         if kind not in ("default", *ROPE_INIT_FUNCTIONS):
-            raise ValueError(
+            raise UserError(
                 f"{name} with rope_type '{kind}': transformers knows {', '.join(ROPE_INIT_FUNCTIONS)}: choose another"
             )
         if kind in ("yarn", "longrope") and family.fixed.get("qk_norm") == "turned":
-            raise ValueError(
+            raise UserError(
                 f"{name} with rope_type '{kind}': it scales heads before a norm that stands behind it: choose another checkpoint"
             )
         if part != 1.0 and not family.partial_rotary:
-            raise ValueError(
+            raise UserError(
                 f"{name} with partial_rotary_factor {part}: only {_partial_families()} turn a part of each head: correct it"
             )
 

@@ -17,10 +17,10 @@ from kvfold.models.gates import GateCall, gate_table
 
 @dataclass
 class FoldOutput(BaseModelOutputWithPast):
-    """What the decoder returns, with what its gates said where that was asked for."""
+    """What the decoder returns, with what its gates decided where that was asked for."""
 
     decisions: tuple[Tensor | None, ...] | None = None
-    """[B, K, T] of each owner, ascending, None where an owner has no gates: 1 = merge or flag; fp32, and in training
+    """[B, K, T] of each owner, ascending, None where an owner has no gates: 1 = merge or mark; fp32, and in training
     straight-through on the noisy probability."""
     gate_probs: tuple[Tensor | None, ...] | None = None
     """The probabilities that were rounded to the decisions, same shapes."""
@@ -35,7 +35,7 @@ class FoldCausalLMOutput(CausalLMOutputWithPast):
 
 
 def recorded(call: GateCall | None, owners: tuple[int, ...]) -> dict[str, tuple[Tensor | None, ...]]:
-    """The fields of `FoldOutput` that tell what gates decided."""
+    """The fields of `FoldOutput` that say what gates decided."""
     found = {"decisions": {}, "gate_probs": {}}
     if call is not None:
         found = {"decisions": call.record.decisions, "gate_probs": call.record.probabilities}

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.base import Method
 from kvfold.methods.gates import GateConfig
@@ -128,7 +129,7 @@ def gate_table(given: GateConfig | None, layout: KVLayout, *, freed_owners: tupl
     """The gates of a layout's layers, all of which come from `given`. `freed_owners`: those in whose groups the decision
     channel was written out of the weights.
 
-    Raises `ValueError` for a learned method that `given` does not decide for.
+    Raises `UserError` for a learned method that `given` does not decide for.
     """
     owners = [layout.owner_of(layer) for layer in range(layout.num_layers)]
     configs = tuple(_gates_of(given, layout.time_of(owner)) for owner in owners)
@@ -143,7 +144,7 @@ def _gates_of(given: GateConfig | None, method: Method) -> GateConfig | None:
         return None
     if given is None or given.method != method.name:
         has = "no gates" if given is None else f"gates of {given.method}"
-        raise ValueError(
+        raise UserError(
             f"time '{method.format()}': the model has {has}, and {method.name} is learned: give it an adapter that was trained "
             "for it, or gates='channel' for the published freed channel as it stands"
         )
@@ -162,7 +163,7 @@ class GateCall:
     factor: float | None = None
     """Of the freed channel in a zero-out stage; None = 0 where gates decide."""
     records: bool = True
-    """Take down what gates decide."""
+    """Record what gates decide."""
     noise_key: Tensor | None = None
     """int64 [B]; the noise is a function of a row's key and the layer. None = no noise."""
     gate_set: GateSet | None = None
@@ -219,7 +220,7 @@ def decide(
     logit = _logit(config, q_BTHD, k_BTKD, adapted_BTX)
     alpha, log_stay = _soft(config, call, layer, logit) if call.training else hard_alpha(logit)
     if call.records:
-        _take_down(config, call, layer, logit, alpha)
+        _record(config, call, layer, logit, alpha)
     if config.form.weighs:
         more["weight_BTK"] = _importance(config, q_BTHD, k_BTKD.shape[2])
     return Gates(alpha_BTK=alpha, log_stay_BTK=log_stay, from_next=config.reads == "next", **more)
@@ -245,7 +246,7 @@ def _soft(config: GateConfig, call: GateCall, layer: int, logit: Tensor) -> tupl
     return soft_alpha((logit + noise) / config.tau)
 
 
-def _take_down(config: GateConfig, call: GateCall, layer: int, logit: Tensor, alpha: Tensor) -> None:
+def _record(config: GateConfig, call: GateCall, layer: int, logit: Tensor, alpha: Tensor) -> None:
     """For those who asked what gates decide."""
     call.record.probabilities[layer] = alpha if call.training else (logit / config.tau).sigmoid()
     call.record.decisions[layer] = (alpha.detach() > 0.5) + (alpha - alpha.detach())

@@ -1,6 +1,6 @@
 """What `generate` needs of a kvfold model beyond a plain forward: its own cache, and no padding after a row has ended.
 
-transformers goes on feeding padding, marked as real, to rows that have ended. A cache that merges or drops would lose
+transformers goes on feeding padding, marked as real, to rows that have ended. A cache that merges or evicts would lose
 real tokens to it, so here such tokens reach the store as what they are.
 """
 
@@ -14,6 +14,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerationMode
 
 from kvfold.cache.hf import FoldCache
+from kvfold.errors import UserError
 from kvfold.models.packing import pack
 
 FEEDS_CHUNKS_RIGHT = Version("5.23")
@@ -40,17 +41,17 @@ class FoldGeneration:
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """transformers' `generate`; what a kvfold cache can't do is refused before anything runs."""
-        asked = kwargs.get("cache_implementation") or getattr(generation_config, "cache_implementation", None)
-        if asked is not None:
-            raise ValueError(f"cache_implementation='{asked}': a kvfold model has its own cache: leave it out")
+        implementation = kwargs.get("cache_implementation") or getattr(generation_config, "cache_implementation", None)
+        if implementation is not None:
+            raise UserError(f"cache_implementation='{implementation}': a kvfold model has its own cache: leave it out")
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if ids is not None and ids.numel() == 0:
-            raise ValueError(
+            raise UserError(
                 f"an input of shape {tuple(ids.shape)}: there is nothing to go on from: give 1 token or more"
             )
         given = kwargs.get("past_key_values")
         if given is not None and not isinstance(given, FoldCache):
-            raise ValueError(
+            raise UserError(
                 f"past_key_values is a {type(given).__name__}: a kvfold model needs its own cache: "
                 "pass model.new_cache(rows=...) or leave it out"
             )
@@ -66,7 +67,7 @@ class FoldGeneration:
     ) -> None:
         """A cache of ours where none was given; a given one is made to fit the rows of this call."""
         if generation_mode is GenerationMode.ASSISTED_GENERATION:
-            raise ValueError(
+            raise UserError(
                 "assisted generation cuts the cache back, which a kvfold cache can't do: leave the assistant out"
             )
         expansion = max(generation_config.num_beams, generation_config.num_return_sequences)
@@ -76,7 +77,7 @@ class FoldGeneration:
             cache = model_kwargs["past_key_values"] = self.new_cache(rows=batch_size * expansion)
         elif cache is not None and cache.get_seq_length():
             if generation_config.prefill_chunk_size and Version(transformers.__version__) < FEEDS_CHUNKS_RIGHT:
-                raise ValueError(
+                raise UserError(
                     f"prefill_chunk_size on a continued cache: transformers {transformers.__version__} would feed the text "
                     "twice: leave it out"
                 )

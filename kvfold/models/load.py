@@ -7,7 +7,7 @@ What a source is, and what may be wrong with it, is looked up in source.py befor
 import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from kvfold.errors import UserError, is_out_of_memory, raised_in_kvfold
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 from kvfold.models.adapters import CHANNEL, apply_adapter, read_adapter
@@ -54,12 +55,12 @@ def load(
     wrote. `gates="channel"` makes the published freed channel the model's own gates. dtype None = the checkpoint's, and fp32
     on a CPU (device None); there a copy of the weights in a form that decodes faster is kept beside them
     (`kvfold.models.packing`).
-    Raises `ValueError`, in one line, for whatever can't be loaded.
+    Raises `UserError`, in one line, for whatever can't be loaded.
     """
     if adapter is not None:
         read_adapter(adapter)  # before anything large is read
     if gates is not None and (gates != CHANNEL or adapter is not None):
-        raise ValueError(f"gates '{gates}': a model is loaded with 'channel', or with an adapter: give one of the two")
+        raise UserError(f"gates '{gates}': a model is loaded with 'channel', or with an adapter: give one of the two")
     device = _wanted_device(device)
     dtype = _wanted_dtype(dtype, device)
     found = find_source(source)
@@ -67,19 +68,14 @@ def load(
         check_source(found)
         theirs = _read_config(found)
         config = theirs if isinstance(theirs, FoldConfig) else fold_config(theirs)
-        asked = _folded(config.layout, time, bits)
+        layout = _folded(config.layout, time, bits)
         if gates is not None:
-            _add_channel_gates(config, asked)
+            _add_channel_gates(config, layout)
         if adapter is None:
-            config.layout = asked
-            gate_table(config.gate_config, asked, freed_owners=config.freed_owners)
+            config.layout = layout
+            gate_table(config.gate_config, layout, freed_owners=config.freed_owners)
         read = _read_kvfold if theirs is config else _read_foreign
-        try:
-            model, report = read(found, theirs, config, dtype)
-        except _UNREADABLE as error:
-            raise ValueError(
-                f"{found}: the weights can't be read ({one_line(error)}): fetch the checkpoint again"
-            ) from error
+        model, report = read(found, theirs, config, dtype)
     _check_report(found, report, strict=theirs is config)
     model = model.to(device)
     if adapter is not None:
@@ -96,12 +92,12 @@ def _add_channel_gates(config: FoldConfig, layout: KVLayout) -> None:
     learned = {layout.time_of(owner).name for owner in layout.owners if layout.time_of(owner).trained}
     if len(learned) != 1 or config.gates is not None:
         why = "the checkpoint has gates of its own" if config.gates is not None else "it is for one learned method"
-        raise ValueError(f"gates 'channel' under time '{layout.time_text()}': {why}: leave gates out")
+        raise UserError(f"gates 'channel' under time '{layout.time_text()}': {why}: leave gates out")
     config.gates = GateConfig.published_channel(learned.pop()).to_json()
 
 
 def load_config(source: str | Path) -> FoldConfig:
-    """The config of a model before anything large is read, with the checkpoint's own dtype. Raises `ValueError` likewise."""
+    """The config of a model before anything large is read, with the checkpoint's own dtype. Raises `UserError` likewise."""
     found = find_source(source)
     with quiet():
         check_source(found)
@@ -110,30 +106,22 @@ def load_config(source: str | Path) -> FoldConfig:
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies with a model. Raises `ValueError` where there is none."""
+    """The tokenizer that lies with a model. Raises `UserError` where there is none."""
     found = find_source(source)
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(found.name, trust_remote_code=False, **found.options)
-    except _UNREADABLE as error:
-        raise ValueError(
-            f"{found}: no tokenizer can be read there ({one_line(error)}): put its files beside it"
-        ) from error
+    with quiet(), _reading(f"{found}: no tokenizer can be read there", "put its files beside it"):
+        return AutoTokenizer.from_pretrained(found.name, trust_remote_code=False, **found.options)
 
 
 def _read_config(found: Source) -> PreTrainedConfig:
-    try:
+    with _reading(f"{found}: its config can't be understood", "correct it or fetch it again"):
         return AutoConfig.from_pretrained(found.name, trust_remote_code=False, **found.options)
-    except _UNREADABLE as error:
-        raise ValueError(
-            f"{found}: its config can't be understood ({one_line(error)}): correct it or fetch it again"
-        ) from error
 
 
 def _read_kvfold(
     found: Source, theirs: FoldConfig, config: FoldConfig, dtype: torch.dtype | str
 ) -> tuple[FoldForCausalLM, dict]:
-    return FoldForCausalLM.from_pretrained(found.name, config=config, dtype=dtype, **_LOADING)
+    with _reading_weights(found):
+        return FoldForCausalLM.from_pretrained(found.name, config=config, dtype=dtype, **_LOADING)
 
 
 def _read_foreign(
@@ -142,7 +130,7 @@ def _read_foreign(
     """Let transformers read the family's own model, and take its tensors over."""
     options = _LOADING if found.gguf is None else _LOADING | {"use_safetensors": None}
     options = options | reading_options(theirs)
-    with warnings.catch_warnings():
+    with _reading_weights(found), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # meant: to widen what is stored
         model, report = AutoModelForCausalLM.from_pretrained(
             found.name, config=theirs, dtype=dtype, **options, **found.options
@@ -152,7 +140,8 @@ def _read_foreign(
     ours.generation_config, config.dtype = model.generation_config, model.dtype
     weights = widened(theirs, model.state_dict(), model.dtype)
     if config.gates is not None:
-        weights |= official_weights(found.name, found.options, sorted(report["unexpected_keys"]))
+        with _reading_weights(found):
+            weights |= official_weights(found.name, found.options, sorted(report["unexpected_keys"]))
     # The tensors live on in `weights` alone, so that fused ones are freed as they are cut apart.
     del model
     lacking, unread = ours.load_state_dict(fold_weights(config, weights), strict=False, assign=True)
@@ -161,6 +150,21 @@ def _read_foreign(
     report["missing_keys"] = [*missing, *(name for name in lacking if name != "lm_head.weight")]
     ours.tie_weights()
     return ours, report
+
+
+@contextmanager
+def _reading(what: str, remedy: str) -> Iterator[None]:
+    """One line for what is wrong with a file that is read inside. Too little memory, and a slip of ours, are no file's fault."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        if is_out_of_memory(error) or (isinstance(error, LookupError) and raised_in_kvfold(error)):
+            raise
+        raise UserError(f"{what} ({one_line(error)}): {remedy}") from error
+
+
+def _reading_weights(found: Source) -> AbstractContextManager[None]:
+    return _reading(f"{found}: the weights can't be read", "fetch the checkpoint again")
 
 
 _LOADING = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -176,7 +180,7 @@ def _check_report(found: Source, report: dict, *, strict: bool) -> None:
     }
     for what, names in kinds.items():
         if names:
-            raise ValueError(
+            raise UserError(
                 f"{found}: the checkpoint {what} {len(names)} weights, the first is {names[0]}: "
                 "weights and config.json must be of one model: fetch or convert it again"
             )
@@ -191,9 +195,9 @@ def _wanted_device(device: str | torch.device | None) -> torch.device:
     try:
         device = torch.device("cpu" if device is None else device)
     except RuntimeError as error:
-        raise ValueError(f"device '{device}': torch knows no such device: use e.g. 'cpu' or 'cuda'") from error
+        raise UserError(f"device '{device}': torch knows no such device: use e.g. 'cpu' or 'cuda'") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device '{device}': torch sees no GPU on this machine: use 'cpu'")
+        raise UserError(f"device '{device}': torch sees no GPU on this machine: use 'cpu'")
     return device
 
 
@@ -203,7 +207,7 @@ def _wanted_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
         return torch.float32 if device.type == "cpu" else "auto"
     dtype = _DTYPES.get(dtype, dtype)
     if dtype not in _DTYPES.values():
-        raise ValueError(f"dtype '{dtype}': weights are held as {', '.join(_DTYPES)}: use one of them")
+        raise UserError(f"dtype '{dtype}': weights are held as {', '.join(_DTYPES)}: use one of them")
     return dtype
 
 

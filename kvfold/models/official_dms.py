@@ -36,13 +36,13 @@ def official_gates(theirs: PreTrainedConfig) -> tuple[GateConfig, str] | None:
     keys = [key for key in vars(theirs) if key.startswith("dms_")]
     if not keys and not any("DMS" in name for name in getattr(theirs, "architectures", None) or []):
         return None
-    told = {key: getattr(theirs, key, default) for key, default in _DEFAULTS.items()}
+    values = {key: getattr(theirs, key, default) for key, default in _DEFAULTS.items()}
     gates = GateConfig(
-        method="dms", source="adapter" if told["dms_separate_alpha"] else "channel", reads="next",
-        per=told["dms_alpha_per"], scale=told["dms_alpha_scale"], offset=told["dms_initial_alpha_offset"],
-        tau=told["dms_tau"],
+        method="dms", source="adapter" if values["dms_separate_alpha"] else "channel", reads="next",
+        per=values["dms_alpha_per"], scale=values["dms_alpha_scale"], offset=values["dms_initial_alpha_offset"],
+        tau=values["dms_tau"],
     )  # fmt: skip
-    return gates, "full" if told["dms_disable_eviction"] else f"dms:{told['dms_window_size']}"
+    return gates, "full" if values["dms_disable_eviction"] else f"dms:{values['dms_window_size']}"
 
 
 def official_weights(source: str, options: dict[str, Any], names: list[str]) -> dict[str, Tensor]:

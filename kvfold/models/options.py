@@ -5,6 +5,7 @@ one model, from threads too.
 from dataclasses import dataclass
 from typing import Literal
 
+from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 
 
@@ -27,7 +28,7 @@ class CallOptions:
 
     def __post_init__(self) -> None:
         if self.gates not in ("on", "off"):
-            raise ValueError(f"gates '{self.gates}': a call has its gates on or off: write one of the two")
+            raise UserError(f"gates '{self.gates}': a call has its gates on or off: write one of the two")
 
 
 PLAIN = CallOptions()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import CompressedTensorsConfig, FineGrainedFP8Config
 
+from kvfold.errors import UserError
+
 _PACKAGES = {"fp8": None, "compressed-tensors": "compressed_tensors", "torchao": "torchao"}
 """What is read -> the package that it takes besides transformers."""
 _LEFTOVERS = ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point")
@@ -20,19 +22,19 @@ _LEFTOVERS = ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx
 
 
 def check_quantisation(source: str, config: Mapping[str, Any]) -> None:
-    """Raise `ValueError`, in one line, for a config.json whose weights are quantised in a form that can't be read here."""
+    """Raise `UserError`, in one line, for a config.json whose weights are quantised in a form that can't be read here."""
     method = _method(config)
     if method is None:
         return
     if method not in _PACKAGES:
-        raise ValueError(
+        raise UserError(
             f"{source}: its weights are quantised by {method}, which transformers reads with kernels of other packages: kvfold "
             f"reads plain weights, GGUF, {', '.join(_PACKAGES)}: use a checkpoint in one of these"
         )
     package = _PACKAGES[method]
     if package is not None and find_spec(package) is None:
         name = package.replace("_", "-")
-        raise ValueError(
+        raise UserError(
             f"{source}: its weights are quantised by {method}, and {name} is not installed: run 'pip install {name}'"
         )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from kvfold.errors import UserError
 from kvfold.models.config import FoldConfig
 from kvfold.ops.rotation import Rotation
 
@@ -15,7 +16,7 @@ Frequencies = tuple[Tensor, float]
 """Radians a position, fp32 [R/2], and the factor of cosine and sine."""
 
 _ALL = ""
-"""The name of the only group, where every attention type turns alike."""
+"""The name of the only group, where every attention type is rotated alike."""
 
 
 class RopeGroup:
@@ -59,7 +60,7 @@ class RopeGroup:
             return length if length > self.max_position_embeddings else None
         border = self.rope_parameters["original_max_position_embeddings"]
         if continued and length > border and int(position_BT[:, 0].max()) <= border:
-            raise ValueError(
+            raise UserError(
                 f"a text of {length} tokens that was begun in an earlier call: beyond {border} tokens this model turns all keys "
                 "otherwise, those already stored included: feed the whole text in one call"
             )
@@ -83,7 +84,7 @@ class Rope:
 
         Angles are fp32 whatever the dtype: positions beyond 256 have no exact form in bf16.
         """
-        turned = {None: None}
+        rotations = {None: None}
         for name, group in self._groups.items():
             frequencies, factor = group.fixed.get(position_BT.device) or group.frequencies(position_BT, continued)
             angles = position_BT.unsqueeze(-1).float() * frequencies
@@ -91,5 +92,5 @@ class Rope:
             cos, sin = angles.cos(), angles.sin()
             if factor != 1.0:
                 cos, sin = cos * factor, sin * factor
-            turned[name] = Rotation(cos_BTR=cos.to(dtype), sin_BTR=sin.to(dtype))
-        return [turned[name] for name in self.group_of]
+            rotations[name] = Rotation(cos_BTR=cos.to(dtype), sin_BTR=sin.to(dtype))
+        return [rotations[name] for name in self.group_of]

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
+from kvfold.errors import UserError
 from kvfold.models.config import FoldConfig
 from kvfold.models.families import family_named
 from kvfold.models.quantised_weights import check_quantisation
@@ -35,22 +36,22 @@ class Source:
 
 
 def find_source(source: str | Path) -> Source:
-    """What `source` names. A hub name is one or two words; raises `ValueError` where a path leads nowhere."""
+    """What `source` names. A hub name is one or two words; raises `UserError` where a path leads nowhere."""
     path = Path(os.path.expanduser(source))
     if path.is_dir():
         return Source(name=str(path))
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ValueError(f"{path}: a single file is read as GGUF only: give the model's folder")
+            raise UserError(f"{path}: a single file is read as GGUF only: give the model's folder")
         return Source(name=str(path.parent), gguf=path.name)
     named = isinstance(source, str) and len(path.parts) in (1, 2) and not source.startswith((".", "/", "~"))
     if not named or path.suffix == ".gguf":
-        raise ValueError(f"{source}: there is no such file or folder: correct the path")
+        raise UserError(f"{source}: there is no such file or folder: correct the path")
     return Source(name=str(source))
 
 
 def check_source(found: Source) -> None:
-    """Raise `ValueError`, in one line, for a model of an unknown family or with files that can't be read."""
+    """Raise `UserError`, in one line, for a model of an unknown family or with files that can't be read."""
     if found.gguf is not None:
         return
     folder = Path(found.name)
@@ -77,7 +78,7 @@ def _hub_config(found: Source) -> dict[str, Any]:
     try:
         return PreTrainedConfig.get_config_dict(found.name)[0]
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{found}: no folder here, and no model of that name on the hub ({one_line(error)}): correct the name"
         ) from error
 
@@ -90,10 +91,10 @@ def _check_weights(folder: Path) -> None:
     elif index.is_file():
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise ValueError(f"{index}: it has no weight_map: fetch the checkpoint again")
+            raise UserError(f"{index}: it has no weight_map: fetch the checkpoint again")
         files = sorted(set(weight_map.values()))
     else:
-        raise ValueError(
+        raise UserError(
             f"{folder}: no {_SINGLE} or {_INDEX} there: kvfold reads safetensors only: save the model as safetensors"
         )
     for name in files:
@@ -101,7 +102,7 @@ def _check_weights(folder: Path) -> None:
             with safe_open(folder / name, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{folder / name}: it can't be read ({one_line(error)}): fetch the checkpoint again"
             ) from error
 
@@ -110,11 +111,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"{path.parent}: no {path.name} there: a model's folder has one: give the folder that holds it"
         ) from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: it is not JSON ({one_line(error)}): fetch the checkpoint again") from error
+        raise UserError(f"{path}: it is not JSON ({one_line(error)}): fetch the checkpoint again") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: it holds a {type(data).__name__}, not an object: fetch the checkpoint again")
+        raise UserError(f"{path}: it holds a {type(data).__name__}, not an object: fetch the checkpoint again")
     return data

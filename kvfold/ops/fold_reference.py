@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvfold.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoldRule:
@@ -39,7 +41,7 @@ class FoldRule:
     def __post_init__(self) -> None:
         for name, least in (("delay", 0), ("grid", 1), ("reach", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)}: at least {least}: use a larger one")
+                raise UserError(f"{name} {getattr(self, name)}: at least {least}: use a larger one")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

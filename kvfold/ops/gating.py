@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 STAY_NEVER = -1e30
-"""log(1 - alpha) of a hard decision to merge or to drop: as good as minus infinity, and its gradient is no NaN."""
+"""log(1 - alpha) of a hard decision to merge or to evict: as good as minus infinity, and its gradient is no NaN."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,7 +19,7 @@ class Gates:
     """The decisions of one layer, as computed at each token, and the channel that they freed."""
 
     alpha_BTK: Tensor | None = None
-    """fp32 in [0, 1], 0 or 1 where decisions are hard: how much the token merges (DMC) or is flagged (DMS). None in a
+    """fp32 in [0, 1], 0 or 1 where decisions are hard: how much the token merges (DMC) or is marked (DMS). None in a
     reader, and where gates are off."""
     log_stay_BTK: Tensor | None = None
     """log(1 - alpha), fp32."""

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from kvfold.errors import UserError
+
 _FOLDER = Path(__file__).parent
 # Not -ffast-math: it would let the compiler forget that NaN exists, and switch the whole process to flush denormals.
 FLAGS = ("-O2", "-std=gnu11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
@@ -85,7 +87,7 @@ def instruction_set() -> str:
     at_hand = instruction_sets()
     isa = os.environ.get("KVFOLD_ISA") or at_hand[0]
     if isa not in at_hand:
-        raise ValueError(f"KVFOLD_ISA '{isa}': this CPU has {', '.join(at_hand)}: name one of them, or unset it")
+        raise UserError(f"KVFOLD_ISA '{isa}': this CPU has {', '.join(at_hand)}: name one of them, or unset it")
     return isa
 
 

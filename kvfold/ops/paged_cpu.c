@@ -9,6 +9,8 @@
 
 #include "paged_tiles.h"
 
+#define BLOCK 256            /* slots whose logits are held at once */
+#define LINE (BLOCK + LANES) /* floats between the logits of two heads */
 #define ITEMS_A_THREAD 16    /* so many that threads end together */
 #define AHEAD_BYTES 8192     /* how far ahead memory is asked for */
 #define THREAD_BYTES 65536   /* what a further thread is worth waking up for */
@@ -74,7 +76,7 @@ typedef struct {
 
 /* What one thread works with. */
 typedef struct {
-  float *query, *logits, *scales, *halves, *weights, *bias, *joined, *tops, *shares;
+  float *query, *logits, *scales, *weights, *bias, *joined, *tops, *shares;
   uint8_t *hidden, *padded;
   map *here, *next; /* of the block at hand and of the one after it, be it another item's */
 } room;
@@ -152,48 +154,37 @@ static const uint8_t *ahead_of(const shape *s, const map *here, int64_t i, const
     i -= here->count, here = next, s = next_s;
     if (i >= here->count) return NULL;
   }
-  return s->pool + here->at[i].slot * s->row_bytes;
+  const int64_t slot = here->at[i].slot;
+  if (s->scale) prefetch((const uint8_t *)(s->scale + slot * s->scale_groups), 2 * s->scale_groups * here->at[i].n);
+  return s->pool + slot * s->row_bytes;
 }
 
-static void prefetch_scales(const shape *s, const map *m) {
-  if (!s->scale) return;
-  for (const stretch *at = m->at; at < m->at + m->count; at++)
-    prefetch((const uint8_t *)(s->scale + at->slot * s->scale_groups), 2 * s->scale_groups * at->n);
-}
-
-/* The scales of a stretch, side by side by group: `to` [S, LINE]. `room` has space for two times S * RUN and 2 vectors. */
-static void read_scales(const shape *s, const stretch *at, float *room, float *to) {
-  const int64_t S = s->scale_groups, count = at->n * S;
-  const uint16_t *halves = s->scale + at->slot * S;
-  float *from = S == 1 ? to : room, *other = room + S * RUN + 2 * LANES;
+/* Scales of n slots as [S, RUN]. */
+static const float *read_scales(const shape *s, room *t, int64_t slot, int64_t n) {
+  const int64_t S = s->scale_groups, count = n * S;
+  const uint16_t *halves = s->scale + slot * S;
+  float *from = t->scales, *to = t->scales + (S * RUN + 2 * LANES);
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) store(from + i, floats_of_halves((const uint8_t *)(halves + i)));
   for (; i < count; i++) from[i] = half_to_float(halves[i]);
   if (S & (S - 1)) {
     for (int64_t g = 0; g < S; g++)
-      for (int64_t j = 0; j < at->n; j++) to[g * LINE + j] = from[j * S + g];
-    return;
+      for (int64_t j = 0; j < n; j++) to[g * RUN + j] = from[j * S + g];
+    return to;
   }
   /* Row r has the groups r, r + S / width, ...: every pass parts it into two rows. */
   for (int64_t width = S; width > 1; width /= 2) {
-    float *out = width == 2 ? to : other;
-    const int64_t line = width == 2 ? LINE : width / 2 * RUN;
     for (int64_t r = 0; r < S / width; r++)
-      for (int64_t j = 0; j < at->n * width; j += 2 * LANES) {
+      for (int64_t j = 0; j < n * width; j += 2 * LANES) {
         vec even, odd;
         split(load(from + r * width * RUN + j), load(from + r * width * RUN + j + LANES), &even, &odd);
-        store(out + r * line + j / 2, even);
-        store(out + (r + S / width) * line + j / 2, odd);
+        store(to + r * width / 2 * RUN + j / 2, even);
+        store(to + (r + S / width) * width / 2 * RUN + j / 2, odd);
       }
-    other = from, from = out;
+    float *other = from;
+    from = to, to = other;
   }
-}
-
-/* The scales of a block: all at once, since one stretch's are too few to keep a core busy. */
-static void read_block_scales(const shape *s, room *t) {
-  if (!s->scale) return;
-  for (const stretch *at = t->here->at; at < t->here->at + t->here->count; at++)
-    read_scales(s, at, t->halves, t->scales + at->first);
+  return from;
 }
 
 /* Logits of a tile of heads with the keys of a block. */
@@ -206,38 +197,41 @@ static void block_products(const plan *p, room *t, int64_t g) {
     for (int64_t j = 0, n; j < at->n; j += n) {
       n = readable(s, at->slot + j, at->n - j);
       const uint8_t *rows = rows_at(s, t, at->slot + j);
-      const run r = {rows, ahead ? ahead + j * s->row_bytes : rows, t->scales + at->first + j, n};
-      p->job->products(s, &r, query, t->logits + at->first + j, (int)p->tile);
+      const run r = {rows, ahead ? ahead + j * s->row_bytes : rows, s->scale ? read_scales(s, t, at->slot + j, n) : NULL, n};
+      p->job->products(s, &r, query, t->logits + at->first + j, LINE, (int)p->tile);
     }
   }
 }
 
-/* Adds a block's n values under their weights (in t->logits) to a tile of heads; hidden entries are never read. */
-static void block_sums(const plan *p, room *t, float *out, int64_t n, int any_hidden) {
+/* Adds the block's values under their weights (in t->logits) to a tile of heads; hidden entries are never read. */
+static void block_sums(const plan *p, room *t, float *out, int any_hidden) {
   const shape *s = &p->v;
-  const float *weights = t->logits;
-  if (s->scale) {
-    weights = t->weights;
-    for (int64_t h = 0; h < p->tile; h++)
-      for (int64_t g = 0; g < s->scale_groups; g++)
-        for (int64_t i = 0; i < n; i += LANES)
-          store(t->weights + (h * s->scale_groups + g) * LINE + i, load(t->logits + h * LINE + i) * load(t->scales + g * LINE + i));
-  }
   for (int64_t i = 0; i < t->here->count; i++) {
     const stretch *at = &t->here->at[i];
     const uint8_t *ahead = ahead_of(s, t->here, i, &p->k, t->next);
-    for (int64_t j = 0, part; j < at->n; j += part) {
-      part = readable(s, at->slot + j, at->n - j);
+    for (int64_t j = 0, n; j < at->n; j += n) {
+      n = readable(s, at->slot + j, at->n - j);
       const uint8_t *hidden = t->hidden + at->first + j;
       if (any_hidden) {
         int64_t same = 1;
-        while (same < part && hidden[same] == hidden[0]) same++;
-        part = same;
+        while (same < n && hidden[same] == hidden[0]) same++;
+        n = same;
         if (hidden[0]) continue;
       }
       const uint8_t *rows = rows_at(s, t, at->slot + j);
-      const run r = {rows, ahead ? ahead + j * s->row_bytes : rows, NULL, part};
-      p->job->sums(s, &r, weights + at->first + j, out, (int)p->tile);
+      const float *weights = t->logits + at->first + j, *scales = NULL;
+      int64_t line = LINE;
+      if (s->scale) {
+        scales = read_scales(s, t, at->slot + j, n);
+        for (int64_t h = 0; h < p->tile; h++)
+          for (int64_t group = 0; group < s->scale_groups; group++)
+            for (int64_t k = 0; k < n; k += LANES)
+              store(t->weights + (h * s->scale_groups + group) * RUN + k,
+                    load(weights + h * LINE + k) * load(scales + group * RUN + k));
+        weights = t->weights, line = RUN;
+      }
+      const run r = {rows, ahead ? ahead + j * s->row_bytes : rows, scales, n};
+      p->job->sums(s, &r, weights, line, out, (int)p->tile);
     }
   }
 }
@@ -326,10 +320,8 @@ static int64_t attend_item(plan *p, int64_t index, room *t) {
     t->here = t->next, t->next = other;
     if (last == end) next = claim(p, t);
     else map_block(p->job, stream, last, end - last > BLOCK ? last + BLOCK : end, t->next);
-    prefetch_scales(&p->k, t->next), prefetch_scales(&p->v, t->next);
     const int any_hidden = look_up(p, t, stream);
     for (int64_t g = 0; g < p->heads; g += p->tile) {
-      read_block_scales(&p->k, t);
       block_products(p, t, g);
       for (int64_t h = g; h < g + p->tile && h < G; h++) {
         float *logits = t->logits + (h - g) * LINE, top = finish_logits(p, t, logits, last - first, any_hidden);
@@ -346,8 +338,7 @@ static int64_t attend_item(plan *p, int64_t index, room *t) {
             store(part + h * p->row + d, load(part + h * p->row + d) * splat(factor));
         tops[h] = top;
       }
-      read_block_scales(&p->v, t);
-      block_sums(p, t, part + g * p->row, last - first, any_hidden);
+      block_sums(p, t, part + g * p->row, any_hidden);
     }
   }
   return next >= 0 ? next : claim(p, t);
@@ -426,9 +417,8 @@ static int64_t room_layout(const plan *p, float *from, room *t) {
 #define TAKE(floats) (used += ((floats) + 15) / 16 * 16, from ? from + used - ((floats) + 15) / 16 * 16 : NULL)
   t->query = TAKE(p->heads * p->k.units * 2 * LANES);
   t->logits = TAKE(p->tile * LINE);
-  t->scales = TAKE(groups * LINE);
-  t->halves = TAKE(2 * (groups * RUN + 2 * LANES));
-  t->weights = TAKE(p->tile * p->v.scale_groups * LINE);
+  t->scales = TAKE(2 * (groups * RUN + 2 * LANES));
+  t->weights = TAKE(p->tile * p->v.scale_groups * RUN);
   t->bias = TAKE(LINE);
   t->joined = TAKE(p->row);
   t->tops = TAKE(p->heads);

@@ -31,7 +31,7 @@ INLINE void key_unit(const shape *s, const run *r, const uint8_t *rows, const fl
     vec part[2];
     READ_PAIR(rows + k * s->row_bytes + u * UNIT_BYTES, part);
     if (SCALED) {
-      const vec scale = splat(r->scales[u / UNITS_PER_SCALE * LINE + j + k]);
+      const vec scale = splat(r->scales[u / UNITS_PER_SCALE * RUN + j + k]);
       part[0] *= scale, part[1] *= scale;
     } else if (MASKED) { /* what lies behind the vector may be NaN */
       part[0] = masked(part[0], s->mask[0]), part[1] = masked(part[1], s->mask[1]);
@@ -44,8 +44,8 @@ INLINE void key_unit(const shape *s, const run *r, const uint8_t *rows, const fl
   }
 }
 
-/* Logits of KEYS keys from j on: logits[g * LINE + j]. */
-INLINE void keys(const shape *s, const run *r, const float *q, float *logits, int64_t j,
+/* Logits of KEYS keys from j on: logits[g * stride + j]. */
+INLINE void keys(const shape *s, const run *r, const float *q, float *logits, int64_t stride, int64_t j,
                  const int HEADS, const int KEYS) {
   const uint8_t *rows = r->rows + j * s->row_bytes;
   const int64_t whole = SCALED ? s->units : s->whole;
@@ -61,25 +61,25 @@ INLINE void keys(const shape *s, const run *r, const float *q, float *logits, in
   if (whole < s->units) key_unit(s, r, rows, q, j, whole, sums, HEADS, KEYS, 1);
   UNROLL
   for (int g = 0; g < HEADS; g += KEYS == 2 ? 2 : 1) {
-    float *out = logits + g * LINE + j, four[4];
+    float *out = logits + g * stride + j, four[4];
     if (KEYS == 4) sum_four(sums[0][g], sums[1][g], sums[2][g], sums[3][g], out);
     if (KEYS == 2) {
       sum_four(sums[0][g], sums[1][g], sums[0][g + 1], sums[1][g + 1], four);
-      memcpy(out, four, 8), memcpy(out + LINE, four + 2, 8);
+      memcpy(out, four, 8), memcpy(out + stride, four + 2, 8);
     }
     if (KEYS == 1) out[0] = sum_of(sums[0][g]);
   }
 }
 
-INLINE void keys_of(const shape *s, const run *r, const float *q, float *logits, const int HEADS) {
+INLINE void keys_of(const shape *s, const run *r, const float *q, float *logits, int64_t stride, const int HEADS) {
   const int KEYS = HEADS * 4 <= REGISTERS - 4 ? 4 : 2;
   int64_t j = 0;
-  for (; j + KEYS <= r->n; j += KEYS) keys(s, r, q, logits, j, HEADS, KEYS);
-  for (; j < r->n; j++) keys(s, r, q, logits, j, HEADS, 1);
+  for (; j + KEYS <= r->n; j += KEYS) keys(s, r, q, logits, stride, j, HEADS, KEYS);
+  for (; j < r->n; j++) keys(s, r, q, logits, stride, j, HEADS, 1);
 }
 
 /* Adds the weighted values of the run to UNITS units of the sums of HEADS heads. */
-INLINE void values(const shape *s, const run *r, const float *weights, float *out, int64_t u,
+INLINE void values(const shape *s, const run *r, const float *weights, int64_t stride, float *out, int64_t u,
                          const int HEADS, const int UNITS) {
   const int64_t step = s->units * 2 * LANES;
   vec sums[8][8];
@@ -100,7 +100,7 @@ INLINE void values(const shape *s, const run *r, const float *weights, float *ou
       for (int g = 0; g < HEADS; g++) {
         /* With scales, `weights` are those of one head and scale group, one after the other. */
         const int64_t line = SCALED ? g * s->scale_groups + (u + t) / UNITS_PER_SCALE : g;
-        const vec weight = splat(weights[line * LINE + j]);
+        const vec weight = splat(weights[line * stride + j]);
         sums[g][2 * t] += weight * part[0];
         sums[g][2 * t + 1] += weight * part[1];
       }
@@ -113,13 +113,13 @@ INLINE void values(const shape *s, const run *r, const float *weights, float *ou
   }
 }
 
-INLINE void values_of(const shape *s, const run *r, const float *weights, float *out,
+INLINE void values_of(const shape *s, const run *r, const float *weights, int64_t stride, float *out,
                             const int HEADS) {
   const int UNITS = HEADS * 8 <= REGISTERS - 4 ? 4 : HEADS * 4 <= REGISTERS - 4 ? 2 : 1;
   int64_t u = 0;
-  for (; u + UNITS <= s->units; u += UNITS) values(s, r, weights, out, u, HEADS, UNITS);
-  if (UNITS > 2 && u + 2 <= s->units) values(s, r, weights, out, u, HEADS, 2), u += 2;
-  if (u < s->units) values(s, r, weights, out, u, HEADS, 1);
+  for (; u + UNITS <= s->units; u += UNITS) values(s, r, weights, stride, out, u, HEADS, UNITS);
+  if (UNITS > 2 && u + 2 <= s->units) values(s, r, weights, stride, out, u, HEADS, 2), u += 2;
+  if (u < s->units) values(s, r, weights, stride, out, u, HEADS, 1);
 }
 
 #if REGISTERS > 16
@@ -136,14 +136,14 @@ INLINE void values_of(const shape *s, const run *r, const float *weights, float 
     FOR_MOST_HEADS(CALL) \
   }
 
-void kvfold_products(const shape *s, const run *r, const float *q, float *logits, int heads) {
-#define CALL(HEADS) keys_of(s, r, q, logits, HEADS); break
+void kvfold_products(const shape *s, const run *r, const float *q, float *logits, int64_t stride, int heads) {
+#define CALL(HEADS) keys_of(s, r, q, logits, stride, HEADS); break
   FOR_HEADS(CALL)
 #undef CALL
 }
 
-void kvfold_sums(const shape *s, const run *r, const float *weights, float *out, int heads) {
-#define CALL(HEADS) values_of(s, r, weights, out, HEADS); break
+void kvfold_sums(const shape *s, const run *r, const float *weights, int64_t stride, float *out, int heads) {
+#define CALL(HEADS) values_of(s, r, weights, stride, out, HEADS); break
   FOR_HEADS(CALL)
 #undef CALL
 }

@@ -4,9 +4,7 @@
 
 #include "paged_simd.h"
 
-#define BLOCK 256            /* slots whose logits are held at once */
-#define LINE (BLOCK + LANES) /* floats from a head's or a scale group's to the next one's */
-#define RUN 32               /* slots of a run at most */
+#define RUN 32 /* slots of a run at most */
 #define MOST_HEADS (REGISTERS > 16 ? 8 : 6)
 
 /* One side (keys or values) of a call: how a vector lies in a page, and how it is read in units of 2 * LANES channels. */
@@ -24,14 +22,14 @@ typedef struct {
 /* Entries that lie side by side. */
 typedef struct {
   const uint8_t *rows, *ahead; /* `ahead`: what will be read next after this run, or the run itself */
-  const float *scales;         /* [S, LINE], of keys alone: those of values are in the weights */
+  const float *scales;         /* [S, RUN] */
   int64_t n;
 } run;
 
-/* Logits of a run with `heads` rows of q: `logits` [heads, LINE]. */
-typedef void (*products_fn)(const shape *s, const run *r, const float *q, float *logits, int heads);
-/* Adds the run's values under `weights` [heads, LINE] to `out`; with scales, under weights [heads, S, LINE]. */
-typedef void (*sums_fn)(const shape *s, const run *r, const float *weights, float *out, int heads);
+/* Logits of a run: for each of `heads` rows of q, `stride` apart in `logits`. */
+typedef void (*products_fn)(const shape *s, const run *r, const float *q, float *logits, int64_t stride, int heads);
+/* Adds the run's values under the weights of `heads` heads to `out`; with scales, one row of weights a head and group. */
+typedef void (*sums_fn)(const shape *s, const run *r, const float *weights, int64_t stride, float *out, int heads);
 
 /* Into the second cache: to the first one it took longer, by 10 % on an Intel core. */
 INLINE void prefetch(const uint8_t *p, int64_t bytes) {

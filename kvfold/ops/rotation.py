@@ -19,12 +19,12 @@ class Rotation:
     cos_BTR: Tensor
     sin_BTR: Tensor
     query_gain_D: Tensor | None = None
-    """What each channel of a turned query is multiplied by: a norm's gain that stands behind the turn."""
+    """What each channel of a rotated query is multiplied by: a norm's gain that stands behind the rotation."""
     _cos_BT1R: Tensor = field(init=False, repr=False, compare=False)
     _sin_BT1R: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Once a call, not once a layer: room for the heads, and the sign that the first half of the turned vector has.
+        # Once a call, not once a layer: room for the heads, and the sign that the first half of the rotated vector has.
         left, right = self.sin_BTR.chunk(2, dim=-1)
         object.__setattr__(self, "_cos_BT1R", self.cos_BTR.unsqueeze(2))
         object.__setattr__(self, "_sin_BT1R", torch.cat((-left, right), dim=-1).unsqueeze(2))
@@ -72,5 +72,5 @@ def rotate(rotation: Rotation | None, x_BTHD: Tensor, keep_HD: Tensor | None = N
 
 def rotate_queries(rotation: Rotation | None, q_BTHD: Tensor, keep_HD: Tensor | None = None) -> Tensor:
     """`rotate` for queries, with the gain that they alone have."""
-    turned = rotate(rotation, q_BTHD, keep_HD)
-    return turned if rotation is None or rotation.query_gain_D is None else turned * rotation.query_gain_D
+    rotated = rotate(rotation, q_BTHD, keep_HD)
+    return rotated if rotation is None or rotation.query_gain_D is None else rotated * rotation.query_gain_D

@@ -29,7 +29,7 @@ MOST_FACTS = 4
 def write_page(results: Path, out: Path) -> Path:
     """Read a folder of results (or one file) and write the page; it is complete or not there at all.
 
-    ValueError, one line, if nothing readable is there.
+    UserError, one line, if nothing readable is there.
     """
     found, problems = read_results(Path(results))
     groups = group_results(found)

@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from kvfold.errors import UserError
+
 KINDS = ("quality", "tasks", "memory", "kept", "document", "curve", "decode", "step", "plan", "pretraining")
 
 CURVE = Path("training") / "curve.jsonl"
@@ -89,11 +91,11 @@ def read_results(path: Path) -> tuple[list[Result], list[str]]:
     """The results in a folder (its *.json, and curves of retrofits: its *.jsonl, or that of the run whose folder it is) or in
     one file, oldest first, and one line for each file that is no result.
 
-    ValueError if nothing readable is there.
+    UserError if nothing readable is there.
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path}: no such file or folder; results are written by `kvfold eval` and `kvfold bench`")
+        raise UserError(f"{path}: no such file or folder; results are written by `kvfold eval` and `kvfold bench`")
     files = [path]
     if path.is_dir():
         run = [path / CURVE] if (path / CURVE).is_file() else []
@@ -104,7 +106,7 @@ def read_results(path: Path) -> tuple[list[Result], list[str]]:
         (results if isinstance(outcome, Result) else problems).append(outcome)
     if not results:
         why = f" ({problems[0]})" if problems else ""
-        raise ValueError(f"{path}: no readable results{why}; make some with `kvfold eval` or `kvfold bench`")
+        raise UserError(f"{path}: no readable results{why}; make some with `kvfold eval` or `kvfold bench`")
     return sorted(results, key=lambda result: result.created), problems
 
 
@@ -156,7 +158,7 @@ def write_result(path: Path, kind: str, payload: Mapping, command: str) -> Path:
     Numbers that are not finite become null, since JSON has no word for them.
     """
     if kind not in KINDS:
-        raise ValueError(f"kind {kind!r} is unknown: a result is one of {', '.join(KINDS)}")
+        raise UserError(f"kind {kind!r} is unknown: a result is one of {', '.join(KINDS)}")
     data = {
         "kind": kind,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

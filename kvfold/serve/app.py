@@ -22,7 +22,7 @@ from kvfold.serve.settings import ServerSettings
 
 
 def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
-    """The application. `app.state.serving` is what its endpoints share. Raises `ValueError` where engine and settings
+    """The application. `app.state.serving` is what its endpoints share. Raises `UserError` where engine and settings
     don't fit together.
     """
     serving = Serving(engine, settings)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.engine.engine import Engine
+from kvfold.errors import UserError
 from kvfold.models.load import load, load_tokenizer
 from kvfold.serve.app import create_app
 from kvfold.serve.http import Server
@@ -36,15 +37,15 @@ def serve(
     forms that requests may name, the first is the default; none = the model's own. `chat_template`: a file, or the template
     itself. `api_key`: none = the words of the environment's KVFOLD_API_KEY. `generation_config`: `auto` takes sampling
     defaults from the checkpoint, `vllm` takes none, anything else is a folder or file to take them from. `limits`: other
-    fields of `ServerSettings`. `say` is told where the server listens. Raises `ValueError`, in one line, for whatever can't
+    fields of `ServerSettings`. `say` is told where the server listens. Raises `UserError`, in one line, for whatever can't
     be served.
     """
     if device_map is not None or tensor_parallel_size != 1 or (device and "," in device):
-        raise ValueError(
+        raise UserError(
             "serving takes 1 device, got several: run a server on each device, or a layout that vLLM knows under vLLM"
         )
     if (model is None) == (demo is None):
-        raise ValueError("serve needs a model or --demo, one of the two: give a folder, a .gguf file or a hub name")
+        raise UserError("serve needs a model or --demo, one of the two: give a folder, a .gguf file or a hub name")
     source = str(model or demo)
     if demo is not None:
         adapter, method = adapter or DEMO_ADAPTER, method or DEMO_METHODS
@@ -100,7 +101,7 @@ def set_up_log() -> None:
 
 
 def generation_defaults(choice: str, model: Any, source: str) -> dict[str, Any]:
-    """Sampling fields that a checkpoint recommends. Raises `ValueError` for a `choice` that can't be read."""
+    """Sampling fields that a checkpoint recommends. Raises `UserError` for a `choice` that can't be read."""
     if choice == "vllm":
         return {}
     if choice == "auto":
@@ -121,9 +122,9 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"generation_config {path} must be a JSON file: {' '.join(str(error).split())}") from None
+        raise UserError(f"generation_config {path} must be a JSON file: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"generation_config {path} must hold a JSON object")
+        raise UserError(f"generation_config {path} must hold a JSON object")
     return found
 
 
@@ -136,7 +137,7 @@ def _template(given: str | None) -> str | None:
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise ValueError(f"chat_template {given}: no such file, and no template ({error})") from None
+            raise UserError(f"chat_template {given}: no such file, and no template ({error})") from None
     return given
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import Request
 
 from kvfold.engine.engine import Engine, Piece
+from kvfold.errors import UserError
 from kvfold.serve import watch
 from kvfold.serve.errors import ApiError
 from kvfold.serve.fields import Base
@@ -28,15 +29,15 @@ class Serving:
     """One engine behind one server."""
 
     def __init__(self, engine: Engine, settings: ServerSettings):
-        """Raises `ValueError` where the engine has no tokenizer."""
+        """Raises `UserError` where the engine has no tokenizer."""
         if engine.tokenizer is None:
-            raise ValueError("a server needs a tokenizer, and the engine has none: load one and give it to the engine")
+            raise UserError("a server needs a tokenizer, and the engine has none: load one and give it to the engine")
         self.engine, self.settings = engine, settings
         self.methods = watch.methods(engine)
         context = watch.context_tokens(engine)
         asked = settings.max_model_len
         if asked is not None and context is not None and asked > context:
-            raise ValueError(f"max_model_len must be at most the model's context of {context} tokens, got {asked}")
+            raise UserError(f"max_model_len must be at most the model's context of {context} tokens, got {asked}")
         self.max_model_len = asked or context or 1 << 31
         self.tokens = Tokens(engine.tokenizer, self.max_model_len)
         self.template = ChatTemplate(self.tokens, settings.chat_template)

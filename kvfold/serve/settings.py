@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from kvfold.errors import UserError
+
 _AT_LEAST = {
     "max_model_len": 1,
     "max_body_bytes": 1024,
@@ -70,18 +72,18 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         if not self.model_names or not all(self.model_names):
-            raise ValueError("a server needs 1 name for its model or more, got none: give for example 'llama'")
+            raise UserError("a server needs 1 name for its model or more, got none: give for example 'llama'")
         if not 0 <= self.port <= 65535:
-            raise ValueError(f"port must be at least 0 and at most 65535, got {self.port} (for example 8000)")
+            raise UserError(f"port must be at least 0 and at most 65535, got {self.port} (for example 8000)")
         if not all(key.strip() for key in self.api_keys):
-            raise ValueError("api_key must have 1 character or more, got an empty one: leave it out for no key")
+            raise UserError("api_key must have 1 character or more, got an empty one: leave it out for no key")
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+                raise UserError(f"{name} must be at least {least}, got {value}")
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be more than 0 seconds, got {getattr(self, name)} (for example 30)")
+                raise UserError(f"{name} must be more than 0 seconds, got {getattr(self, name)} (for example 30)")
 
     @property
     def is_local(self) -> bool:

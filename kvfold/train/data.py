@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kvfold.data.windows import opening_tokens
+from kvfold.errors import UserError
 from kvfold.train.noise import noise_key
 from kvfold.train.sources import training_texts
 
@@ -43,7 +44,7 @@ def draw_text(
 ) -> TrainingText:
     """As many sequences as `tokens` fill, less where the data is shorter, and up to `spared` more for each other part.
 
-    The documents follow each other with a blank line between, as they do in measuring. Raises `ValueError` where the data
+    The documents follow each other with a blank line between, as they do in measuring. Raises `UserError` where the data
     does not fill three sequences, one for each part.
     """
     wanted = -(-tokens // sequence_tokens)
@@ -52,7 +53,7 @@ def draw_text(
     opening = opening_tokens(tokenizer)
     body = sequence_tokens - len(opening)
     if body < 1:
-        raise ValueError(f"sequences of {sequence_tokens} tokens: the opening token takes that many: use longer ones")
+        raise UserError(f"sequences of {sequence_tokens} tokens: the opening token takes that many: use longer ones")
     blocks, seen = [], 0
     for ids in blocks_of(texts, tokenizer, body):
         seen += len(ids)
@@ -61,7 +62,7 @@ def draw_text(
         if len(blocks) == wanted + 2 * spared:
             break
     if len(blocks) < 3:
-        raise ValueError(
+        raise UserError(
             f"data of {seen:,} tokens: a sequence takes {sequence_tokens:,}, and a run takes 3, two of them held out: "
             "give more text, or shorter sequences"
         )

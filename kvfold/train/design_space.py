@@ -117,7 +117,7 @@ def recipes() -> dict[str, Recipe]:
 
 
 def recipe_of(name: str) -> Recipe:
-    """The recipe of a name. Raises `ValueError` that names the nearest for one that is not there."""
+    """The recipe of a name. Raises `UserError` that names the nearest for one that is not there."""
     known = recipes()
     if name not in known:
         raise unknown_name("recipe", name, list(known), shown=["those that `kvfold train --list` shows"])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from kvfold.errors import UserError
 from kvfold.eval.scoring import next_token_logits
 from kvfold.train.checkpoints import drop_old, seal
 from kvfold.train.data import TrainingOrder
@@ -290,7 +291,7 @@ def training_arguments(settings: LoopSettings, folder: Path, *, use_cpu: bool) -
     )  # fmt: skip
     together = args.world_size * settings.sequences_at_once
     if settings.batch_sequences % together:
-        raise ValueError(
+        raise UserError(
             f"batch_sequences {settings.batch_sequences}: {args.world_size} processes of {settings.sequences_at_once} sequences "
             "share them equally: use a multiple of their product"
         )

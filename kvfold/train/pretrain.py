@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from kvfold.errors import UserError
 from kvfold.eval.progress import Report, silent
 from kvfold.train.curve import Curve, read_curve
 from kvfold.train.data import TrainingOrder
@@ -148,7 +149,7 @@ def begin(folder: RunFolder, recipe: str, settings: PretrainSettings, text: Path
 
 
 def prepare_text(settings: PretrainSettings, folder: Path, *, report: Report) -> None:
-    """Tokenizer and packed text in `folder`, unless they lie there. Raises `ValueError` where the data is too short."""
+    """Tokenizer and packed text in `folder`, unless they lie there. Raises `UserError` where the data is too short."""
     if is_packed(folder / "train.bin"):
         return
     length, options = settings.sequence_tokens, {"vocabulary": settings.vocabulary, "report": report}
@@ -159,7 +160,7 @@ def prepare_text(settings: PretrainSettings, folder: Path, *, report: Report) ->
     tokenizer.save_pretrained(folder / "tokenizer")
     wanted = settings.total_steps * settings.batch_sequences
     if not pack(train, folder / "train.bin", most=wanted, **options) or not found:
-        raise ValueError(
+        raise UserError(
             f"data too short: {found} sequences of {length:,} tokens are held out, and none is left: "
             "give more text, shorter sequences, or fewer validation_tokens"
         )

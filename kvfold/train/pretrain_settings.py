@@ -5,6 +5,7 @@ and weights come to. No torch.
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
+from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import token_bytes
 from kvfold.train.numbers import check_numbers
@@ -95,22 +96,22 @@ class PretrainSettings:
     def __post_init__(self) -> None:
         check_numbers(self, counts=_COUNTS, from_zero=("weight_decay", "norm_eps"), above_zero=_ABOVE_ZERO)
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            raise UserError(
                 f"num_kv_heads {self.num_kv_heads}: each serves as many of the {self.num_heads} query heads: use a divisor"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim}: rotary positions turn channels in pairs: use an even number")
+            raise UserError(f"head_dim {self.head_dim}: rotary positions turn channels in pairs: use an even number")
         if self.sequence_tokens < 2:
-            raise ValueError("sequence_tokens 1: a sequence has a token to read and one to predict: use 2 or more")
+            raise UserError("sequence_tokens 1: a sequence has a token to read and one to predict: use 2 or more")
         if self.tokens < self.step_tokens:
-            raise ValueError(
+            raise UserError(
                 f"tokens {self.tokens:,}: one step takes {self.batch_sequences} sequences of {self.sequence_tokens:,}, "
                 f"{self.step_tokens:,} in all: give it more tokens or smaller steps"
             )
         if not 0 <= self.warmup_share < 1:
-            raise ValueError(f"warmup_share {self.warmup_share:g}: it is a share of the steps: use 0 to below 1")
+            raise UserError(f"warmup_share {self.warmup_share:g}: it is a share of the steps: use 0 to below 1")
         if self.batch_sequences % self.sequences_at_once:
-            raise ValueError(
+            raise UserError(
                 f"sequences_at_once {self.sequences_at_once}: steps of {self.batch_sequences} are cut in equal parts: "
                 "use a divisor of it"
             )

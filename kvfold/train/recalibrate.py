@@ -7,6 +7,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kvfold.errors import UserError
 from kvfold.eval.progress import Report, silent
 from kvfold.methods.gates import GateConfig
 from kvfold.models.adapters import ABOUT, WEIGHTS, adapter_folder, read_adapter
@@ -17,15 +18,15 @@ from kvfold.train.settings import RetrofitSettings
 
 
 def shifted_settings(time: str, *, compression: float, sequence_tokens: int) -> RetrofitSettings:
-    """What calibration goes by. Raises `ValueError` for a compression that the method can't reach at this length."""
+    """What calibration goes by. Raises `UserError` for a compression that the method can't reach at this length."""
     return RetrofitSettings(time=time, compression=compression, sequence_tokens=sequence_tokens, trains="full")
 
 
 def method_of(folder: Path) -> str:
-    """The method of an adapter. Raises `ValueError` for a folder that is none, and for an adapter without gates."""
+    """The method of an adapter. Raises `UserError` for a folder that is none, and for an adapter without gates."""
     about, _ = read_adapter(folder)
     if about.gates is None or about.time is None:
-        raise ValueError(f"adapter {folder}: it has no gates to shift: give one that compresses")
+        raise UserError(f"adapter {folder}: it has no gates to shift: give one that compresses")
     return about.time
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
@@ -60,11 +61,11 @@ class RecallTask:
 
     def __post_init__(self) -> None:
         if not self.hops or min(self.hops) < 1 or not self.pairs or not min(self.hops) < min(self.pairs):
-            raise ValueError(
+            raise UserError(
                 f"hops {self.hops} of pairs {self.pairs}: hops are 1 or more, the least below the least pairs"
             )
         if max(self.pairs) > self.symbols:
-            raise ValueError(
+            raise UserError(
                 f"pairs {max(self.pairs)} of {self.symbols} symbols: at most one for each: use more symbols"
             )
 

@@ -12,6 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kvfold.errors import UserError
+
 Settings = TypeVar("Settings")
 
 
@@ -22,7 +24,7 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name: str, settings: type) -> dict[str, Any]:
-    """The values of a recipe, checked against the fields of `settings`. Raises `ValueError`, in one line, for a recipe that
+    """The values of a recipe, checked against the fields of `settings`. Raises `UserError`, in one line, for a recipe that
     is missing or no YAML, an unknown key (with the nearest known one), or a value of the wrong kind.
     """
     import yaml
@@ -30,7 +32,7 @@ def read_recipe(name: str, settings: type) -> dict[str, Any]:
     path = Path(name)
     if is_file_name(name):
         if not path.is_file():
-            raise ValueError(f"{name}: there is no such file: correct the path")
+            raise UserError(f"{name}: there is no such file: correct the path")
         text = path.read_text(encoding="utf-8")
     elif name in recipe_names():
         text = (resources.files("kvfold") / "assets" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
@@ -39,9 +41,9 @@ def read_recipe(name: str, settings: type) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"recipe {name}: not YAML ({' '.join(str(error).split())}): correct it") from error
+        raise UserError(f"recipe {name}: not YAML ({' '.join(str(error).split())}): correct it") from error
     if not isinstance(values, dict):
-        raise ValueError(f"recipe {name}: it holds no keys: write e.g. 'time: dms:128'")
+        raise UserError(f"recipe {name}: it holds no keys: write e.g. 'time: dms:128'")
     return checked_values(values, settings, where=f"recipe {name}")
 
 
@@ -58,11 +60,11 @@ def parse_assignments(texts: Sequence[str], settings: type) -> dict[str, Any]:
     for text in texts:
         key, sign, value = text.partition("=")
         if not sign or not key.strip():
-            raise ValueError(f"--set '{text}': it is a key and a value: write e.g. --set learning_rate=3e-5")
+            raise UserError(f"--set '{text}': it is a key and a value: write e.g. --set learning_rate=3e-5")
         try:
             found[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ValueError(f"--set '{text}': the value can't be read: write e.g. --set learning_rate=3e-5") from error
+            raise UserError(f"--set '{text}': the value can't be read: write e.g. --set learning_rate=3e-5") from error
     return checked_values(found, settings, where="--set")
 
 
@@ -73,11 +75,11 @@ def checked_values(values: Mapping[str, Any], settings: type, *, where: str) -> 
     found = {}
     for key, value in values.items():
         if key not in known:
-            raise ValueError(f"{where}: {_unknown('key', str(key), known)}")
+            raise UserError(f"{where}: {_unknown('key', str(key), known)}")
         try:
             found[key] = _as_kind(value, hints[key])
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {key} {value!r}: it is {_told(hints[key])}: correct it") from error
+            raise UserError(f"{where}: {key} {value!r}: it is {_told(hints[key])}: correct it") from error
     return found
 
 
@@ -113,6 +115,6 @@ def _told(kind: Any) -> str:
     return words.get(kind, "a list of texts")
 
 
-def _unknown(what: str, name: str, known: Sequence[str]) -> ValueError:
+def _unknown(what: str, name: str, known: Sequence[str]) -> UserError:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return ValueError(f"unknown {what} '{name}': the nearest is '{near[0]}': use one of {', '.join(known)}")
+    return UserError(f"unknown {what} '{name}': the nearest is '{near[0]}': use one of {', '.join(known)}")

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from kvfold.data.whole_file import write_whole_file
+from kvfold.errors import UserError
 from kvfold.eval.perplexity import measure_quality
 from kvfold.eval.progress import Report, silent
 from kvfold.eval.protocol import Protocol
@@ -149,11 +150,11 @@ class Retrofit:
     def _text(self) -> TrainingText:
         settings, most = self.settings, self.model.config.max_position_embeddings
         if settings.sequence_tokens > most:
-            raise ValueError(
+            raise UserError(
                 f"sequence_tokens {settings.sequence_tokens:,}: the model reads {most:,} at most: use shorter sequences"
             )
         if self.teacher is not None and self.teacher.config.vocab_size != self.model.config.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"teacher {settings.teacher}: its vocabulary has {self.teacher.config.vocab_size:,} tokens and the model's "
                 f"{self.model.config.vocab_size:,}: distil from a model with the same tokenizer"
             )

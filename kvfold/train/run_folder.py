@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.data.whole_file import write_whole_file
+from kvfold.errors import UserError
 from kvfold.train.checkpoints import newest_whole, step_of
 
 MAY_DIFFER = ("sequences_at_once", "save_steps", "checkpoint_activations", "teacher_states")
@@ -41,19 +42,19 @@ class RunFolder:
     def check(self, source: str, settings: Any, dtype: str = _DTYPE) -> None:
         """`source`: the model that is trained on, or the recipe; `settings`: a dataclass of plain values; `dtype`:
         of weights that don't learn. Writes nothing.
-        Raises `ValueError` where a run with other settings lies there, or something else is in the way.
+        Raises `UserError` where a run with other settings lies there, or something else is in the way.
         """
         there = self.read("run")
         if there is not None:
             for name, old, new in _differences(there, _run(source, settings, dtype), settings):
-                raise ValueError(
+                raise UserError(
                     f"{self.out}: a run lies there with {name} {old!r}, not {new!r}: "
                     "give the same settings to go on, or another folder"
                 )
         elif self.out.is_file() or any(parent.is_file() for parent in self.out.parents):
-            raise ValueError(f"{self.out}: a file is in the way: name a folder that is not there yet")
+            raise UserError(f"{self.out}: a file is in the way: name a folder that is not there yet")
         elif self.out.is_dir() and any(self.out.iterdir()):
-            raise ValueError(f"{self.out}: the folder holds something else: name a new one, or empty it")
+            raise UserError(f"{self.out}: the folder holds something else: name a new one, or empty it")
 
     def begin(self, source: str, settings: Any, dtype: str = _DTYPE) -> None:
         """Begin a run, or go on with the one that lies there; see `check`."""
@@ -61,12 +62,12 @@ class RunFolder:
         self.write("run", _run(source, settings, dtype))
 
     def keep_text(self, digest: str) -> None:
-        """Note which text is trained on. Raises `ValueError` where it was another one."""
+        """Note which text is trained on. Raises `UserError` where it was another one."""
         there = self.read("text")
         if there is None:
             self.write("text", {"sha256": digest})
         elif there != {"sha256": digest}:
-            raise ValueError(
+            raise UserError(
                 f"{self.out}: the run that lies there was begun on another text: the data has changed since, or how kvfold "
                 "reads it: put it back to go on, or begin in another folder"
             )

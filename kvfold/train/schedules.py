@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.base import Method
 
@@ -55,15 +56,15 @@ class Retention:
 
     def share_for(self, compression: float) -> float:
         """alpha*, the share of decisions that must fire so that 1 / `compression` is kept; 0 where less is kept anyway. Raises
-        `ValueError` below 1, and where more is kept whatever fires.
+        `UserError` below 1, and where more is kept whatever fires.
         """
         if not compression >= 1:
-            raise ValueError(f"compression {compression:g}: it is times smaller, 1 or more: ask for e.g. 4")
+            raise UserError(f"compression {compression:g}: it is times smaller, 1 or more: ask for e.g. 4")
         wanted = 1 / compression - self.without_gates - self.always
         if compression == 1 or wanted >= self.decided > 0:
             return 0.0
         if wanted * self.context_tokens <= 1e-9:
-            raise ValueError(self._unreachable(compression))
+            raise UserError(self._unreachable(compression))
         return 1 - wanted / self.decided
 
     def compression_for(self, share: float) -> float:
@@ -113,9 +114,9 @@ class Stages:
 
     def __post_init__(self) -> None:
         if not self.compression >= 1:
-            raise ValueError(f"compression {self.compression:g}: it is times smaller, 1 or more: ask for e.g. 4")
+            raise UserError(f"compression {self.compression:g}: it is times smaller, 1 or more: ask for e.g. 4")
         if min(self.zero_out_steps, self.ramp_steps, self.tail_steps) < 0 or not self.total:
-            raise ValueError(
+            raise UserError(
                 f"stages of {self.zero_out_steps} + {self.ramp_steps} + {self.tail_steps} steps: a retrofit takes 1 step or "
                 "more: give it more tokens"
             )

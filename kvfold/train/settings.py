@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
+from kvfold.errors import UserError
 from kvfold.layout.per_layer import split_per_owner
 from kvfold.methods.base import Method
 from kvfold.methods.registry import parse_time
@@ -104,16 +105,16 @@ class RetrofitSettings:
     def __post_init__(self) -> None:
         check_numbers(self, counts=_COUNTS, from_zero=_FROM_ZERO, above_zero=_ABOVE_ZERO)
         if self.sequence_tokens < 2:
-            raise ValueError(
+            raise UserError(
                 f"sequence_tokens {self.sequence_tokens}: nothing is predicted in so short a text: use e.g. 1024"
             )
         if self.tokens is not None and self.tokens < self.step_tokens:
-            raise ValueError(
+            raise UserError(
                 f"tokens {self.tokens:,}: one step takes {self.batch_sequences} sequences of {self.sequence_tokens:,}, "
                 f"{self.step_tokens:,} in all: give it more tokens or smaller steps"
             )
         if self.batch_sequences % self.sequences_at_once:
-            raise ValueError(
+            raise UserError(
                 f"sequences_at_once {self.sequences_at_once}: steps of {self.batch_sequences} are cut in equal parts: "
                 "use a divisor of it"
             )
@@ -124,48 +125,48 @@ class RetrofitSettings:
 
     def _check_method(self) -> None:
         if not self.compression >= 1:
-            raise ValueError(f"compression {self.compression:g}: it is times smaller, 1 or more: ask for e.g. 4")
+            raise UserError(f"compression {self.compression:g}: it is times smaller, 1 or more: ask for e.g. 4")
         if self.time is not None and not self.spec.trained:
-            raise ValueError(
+            raise UserError(
                 f"time '{self.time}': it learns nothing: use a learned method such as dms or dmc, or leave it out"
             )
         if self.trains == "adapter" and (self.time is None or not self.spec.gate_form.adapter):
-            raise ValueError(
+            raise UserError(
                 f"an adapter for {self.time or 'no method'}: it has no gates beside a frozen model: "
                 "use lora or full, or time dms"
             )
         if self.control and self.trains == "adapter":
-            raise ValueError("control of an adapter: a frozen model is its own control: leave one of the two out")
+            raise UserError("control of an adapter: a frozen model is its own control: leave one of the two out")
         if self.shard and (self.trains == "lora" or (self.time is not None and self.spec.gate_form.zero_out)):
             what = "lora" if self.trains == "lora" else self.spec.name
-            raise ValueError(f"shard with {what}: it writes into whole weights: leave shard out")
+            raise UserError(f"shard with {what}: it writes into whole weights: leave shard out")
         if self.drawn_layers is not None and (self.time is not None or self.shard):
             other = "shard" if self.shard else f"time '{self.time}'"
-            raise ValueError(f"drawn_layers {self.drawn_layers} with {other}: train one of the two after the other")
+            raise UserError(f"drawn_layers {self.drawn_layers} with {other}: train one of the two after the other")
         if self.teacher_states is not None and (self.shard or self.distils == "none"):
             why = "spread weights are asked together" if self.shard else "nothing is distilled"
-            raise ValueError(f"teacher_states {self.teacher_states}: {why}: leave it out")
+            raise UserError(f"teacher_states {self.teacher_states}: {why}: leave it out")
         if self.state_weight and (self.distils == "none" or self.teacher_states is not None):
             why = (
                 "nothing is distilled"
                 if self.distils == "none"
                 else "teacher_states keep those of the last layer alone"
             )
-            raise ValueError(f"state_weight {self.state_weight:g}: {why}: leave one of the two out")
+            raise UserError(f"state_weight {self.state_weight:g}: {why}: leave one of the two out")
         if self.warm_start and (self.gate_source, self.reads) != ("adapter", "own"):
-            raise ValueError("warm_start: it fits DMS adapters that read their own decision: leave it out")
+            raise UserError("warm_start: it fits DMS adapters that read their own decision: leave it out")
         if self.trains == "adapter" and self.source == "channel":
-            raise ValueError(
+            raise UserError(
                 "source 'channel' with an adapter: its decisions are its own: use lora or full, or leave it out"
             )
         if self.source == "adapter" and self.gated and not self.spec.gate_form.adapter:
-            raise ValueError(f"source 'adapter' with {self.spec.name}: it reads a freed channel: leave it out")
+            raise UserError(f"source 'adapter' with {self.spec.name}: it reads a freed channel: leave it out")
         if self.gate_source != "channel":
             for name in ("zero_out_steps", "channel", "find_channel"):
                 if getattr(self, name) not in (0, None):  # False is 0
-                    raise ValueError(f"{name} {getattr(self, name)}: an adapter frees no channel: leave it out")
+                    raise UserError(f"{name} {getattr(self, name)}: an adapter frees no channel: leave it out")
         if self.channel is not None and self.find_channel:
-            raise ValueError(f"channel {self.channel} and find_channel: give one of the two")
+            raise UserError(f"channel {self.channel} and find_channel: give one of the two")
 
     @property
     def spec(self) -> Method:
@@ -176,7 +177,7 @@ class RetrofitSettings:
         learned = [one for one in methods if one.trained] or methods
         if len({one.name for one in learned if one.trained}) > 1:
             names = " and ".join(sorted({one.name for one in learned}))
-            raise ValueError(f"time '{self.time}': gates of one model are of one method, not {names}: choose one")
+            raise UserError(f"time '{self.time}': gates of one model are of one method, not {names}: choose one")
         return learned[0]
 
     @property

@@ -20,15 +20,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from kvfold.errors import UserError
 from kvfold.models.decoder import FoldForCausalLM
 
 _OPTIMIZER = "optimizer.pt"
 
 
 def check_processes() -> None:
-    """Raise `ValueError` where there is nothing to spread over."""
+    """Raise `UserError` where there is nothing to spread over."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        raise ValueError(
+        raise UserError(
             "shard: there is one process, and nothing to spread over: start it with torchrun, or leave it out"
         )
 

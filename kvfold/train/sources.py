@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvfold.data.streams import TextStream
+from kvfold.errors import UserError
 
 _TEXT_ENDINGS = (".txt", ".md", ".json", ".jsonl", ".gz")
 _BUFFER_CHARACTERS = 2**28
@@ -24,7 +25,7 @@ def training_texts(
     """Pieces of all sources in an order that the seed rules: those of files first, then those of hub data sets.
 
     A name with a known ending or a file's path is a local file; anything else is a hub name, or `name:split`. Files of more
-    than `buffer_characters` in all are never in memory whole. Raises `ValueError`, in one line, for whatever can't be read.
+    than `buffer_characters` in all are never in memory whole. Raises `UserError`, in one line, for whatever can't be read.
     """
     local = [source for source in sources if _is_local(source)]
     files = [_File(source, piece_characters) for source in local]
@@ -63,7 +64,7 @@ class _File:
             found = True
             yield from _pieces(text, self._most)
         if not found:
-            raise ValueError(f"{self._source}: there is no text in it: give a file with text")
+            raise UserError(f"{self._source}: there is no text in it: give a file with text")
 
 
 def _shuffled_on_the_way(files: Sequence[_File], drawn: random.Random, most: int) -> Iterator[str]:
@@ -104,7 +105,7 @@ def _hub_texts(source: str, seed: int) -> Iterator[str]:
         rows = datasets.load_dataset(name, split=split or "train", streaming=True)
     except Exception as error:  # the library raises whatever its many parts raise
         told = " ".join(str(error).split())
-        raise ValueError(
+        raise UserError(
             f"data '{source}': neither a file nor a data set that can be had ({told}): correct it"
         ) from error
     rows = iter(rows.shuffle(seed=seed, buffer_size=_HUB_BUFFER))
@@ -112,13 +113,13 @@ def _hub_texts(source: str, seed: int) -> Iterator[str]:
         try:
             row = next(rows, None)
         except Exception as error:  # as above, and whatever a network does
-            raise ValueError(
+            raise UserError(
                 f"data '{source}': reading it came to an end ({' '.join(str(error).split())}): try again"
             ) from error
         if row is None:
             return
         if not isinstance(row.get("text"), str):
-            raise ValueError(f"data '{source}': its rows have no text under 'text': use another data set")
+            raise UserError(f"data '{source}': its rows have no text under 'text': use another data set")
         if row["text"].strip():
             yield row["text"]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 from kvfold.models.decoder import FoldForCausalLM
@@ -95,41 +96,41 @@ def make_student(
     for owner, layer in enumerate(model.model.layers):
         for gate in (layer.self_attn.fold_norm, layer.self_attn.fold_proj):
             if gate is not None:  # also where another method rules, which learns nothing
-                gate.requires_grad_(settings.compresses and model.config.layout.time_of(owner).trained)
+                gate.requires_grad_(model.config.layout.time_of(owner).trained)
     return Student(model=model, teacher=teacher, kept=kept, widest=widest_layout(model, settings))
 
 
 def widest_layout(model: FoldForCausalLM, settings: RetrofitSettings) -> KVLayout | None:
-    """The layout of `drawn_layers`. Raises `ValueError` for one that does not fit the model's layers."""
+    """The layout of `drawn_layers`. Raises `UserError` for one that does not fit the model's layers."""
     if settings.drawn_layers is None:
         return None
     return KVLayout.parse(settings.drawn_layers, model.config.layout)
 
 
 def check_states(model: FoldForCausalLM, teacher: FoldForCausalLM) -> None:
-    """Raises `ValueError` where a model's states cannot be held to those of its teacher."""
+    """Raises `UserError` where a model's states cannot be held to those of its teacher."""
     ours, theirs = ((one.config.num_hidden_layers, one.config.hidden_size) for one in (model, teacher))
     if ours != theirs:
-        raise ValueError(
+        raise UserError(
             f"state_weight: the teacher has {theirs[0]} layers of width {theirs[1]}, the model {ours[0]} of {ours[1]}: "
             "leave it out"
         )
 
 
 def check_method(model: FoldForCausalLM, settings: RetrofitSettings) -> None:
-    """Raises `ValueError` where the method of the settings has nothing to do in this model."""
+    """Raises `UserError` where the method of the settings has nothing to do in this model."""
     if not settings.gated:
         return
     layout, dim = model.config.layout.with_time(settings.time), model.config.head_dim
     if not any(layout.time_of(owner).trained for owner in layout.owners):
-        raise ValueError(
+        raise UserError(
             f"time '{settings.time}': no layer of this model comes under {settings.spec.format()}: what is said of all goes to "
             "layers of full attention: name others, or choose another model"
         )
     if settings.compresses:
         retention_of(model, settings).share_for(settings.compression)
     if settings.channel is not None and not -dim <= settings.channel < dim:
-        raise ValueError(f"channel {settings.channel}: heads have {dim} channels: use 0 to {dim - 1}")
+        raise UserError(f"channel {settings.channel}: heads have {dim} channels: use 0 to {dim - 1}")
 
 
 def retention_of(model: FoldForCausalLM, settings: RetrofitSettings) -> Retention:

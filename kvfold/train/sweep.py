@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from kvfold.errors import UserError
 from kvfold.train.loop import DivergedError
 from kvfold.train.pretrain_settings import PretrainSettings
 from kvfold.train.run_folder import RunFolder, leads
@@ -51,9 +52,9 @@ def sweep(
 
 
 def rates(first: float, factor: float) -> Iterator[float]:
-    """`first`, then each `factor` times the one before, to six digits. Raises `ValueError` for a factor that raises nothing."""
+    """`first`, then each `factor` times the one before, to six digits. Raises `UserError` for a factor that raises nothing."""
     if not factor > 1:
-        raise ValueError(f"--sweep-lr {factor:g}: each rate is so many times the one before: use more than 1, e.g. 1.5")
+        raise UserError(f"--sweep-lr {factor:g}: each rate is so many times the one before: use more than 1, e.g. 1.5")
     return (float(f"{first * factor**step:.6g}") for step in itertools.count())
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from kvfold.errors import UserError
+
 END_OF_TEXT = "<|endoftext|>"
 _MOST_CHARACTERS = 20_000_000
 """Of the text, so much at most decides which tokens there are."""
@@ -16,7 +18,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
     least = len(pre_tokenizers.ByteLevel.alphabet()) + 1
     if vocabulary < least:
-        raise ValueError(
+        raise UserError(
             f"vocabulary {vocabulary}: a tokenizer of bytes has {least} tokens or more: ask for more, or give a tokenizer"
         )
     tokenizer = Tokenizer(models.BPE())
@@ -33,12 +35,12 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def given_tokenizer(source: str, vocabulary: int) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or on the hub. Raises `ValueError` where it can't be had or does not fit."""
+    """The tokenizer in a folder or on the hub. Raises `UserError` where it can't be had or does not fit."""
     from kvfold.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(source)
     if len(tokenizer) > vocabulary:
-        raise ValueError(
+        raise UserError(
             f"tokenizer {Path(source).name}: it has {len(tokenizer):,} tokens and the model's vocabulary {vocabulary:,}: "
             "use a vocabulary as large, or another tokenizer"
         )

@@ -227,8 +227,8 @@ def test_transformers_has_no_class_for_a_checkpoint_of_ours(refused, folder, cap
 @pytest.mark.parametrize(
     ("raised", "line"),
     [
-        (RuntimeError("one\n two"), "failed: one two"),
-        (MemoryError(), "failed: MemoryError"),
+        (RuntimeError("one\n two"), "failed: RuntimeError: one two: `kvfold --debug ...` shows where"),
+        (MemoryError(), "failed: out of memory (MemoryError): make the batch, the context or the cache smaller"),
         (OSError(28, "No space left"), "failed: [Errno 28] No space left"),
         (KeyboardInterrupt(), "stopped"),
     ],

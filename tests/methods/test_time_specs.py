@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvfold.errors import UserError
 from kvfold.methods import registry
 from kvfold.methods.base import Method
 from kvfold.methods.budget import Budget
@@ -152,6 +153,8 @@ class EveryOther(Method):
 
     @classmethod
     def parse(cls, args):
+        if args:
+            raise ValueError("every-other takes nothing")
         return cls()
 
     def format(self):
@@ -172,4 +175,6 @@ def test_a_third_party_brings_a_method(monkeypatch):
     with pytest.raises(ValueError, match="did you mean 'every-other'"):
         parse_time("every_other")
     assert parse_time("every-other").max_kept(9) == 5
+    with pytest.raises(UserError, match="every-other takes nothing"):
+        parse_time("every-other:3")
     assert "every-other" not in METHODS

@@ -133,3 +133,49 @@ def test_loading_is_quiet_and_leaves_the_settings_of_transformers_alone(folder, 
     refusal(folder.parent / "nowhere")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
     assert capfd.readouterr() == ("", "")
+
+
+class Fitting:
+    """Raises in the middle of loading."""
+
+    def __init__(self, error: BaseException):
+        self.error = error
+
+    def __call__(self, *args, **kwargs):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["python", "a GPU", "a CPU"],
+)
+def test_too_little_memory_is_no_fault_of_the_checkpoint(folder, ours_folder, monkeypatch, error):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", Fitting(error))
+    monkeypatch.setattr("kvfold.models.load.FoldForCausalLM.from_pretrained", Fitting(error))
+    for source in (folder, ours_folder):
+        with pytest.raises(type(error)) as caught:
+            load(source)
+        assert caught.value is error
+
+
+def test_a_slip_of_ours_is_not_blamed_on_the_checkpoint(folder, ours_folder, monkeypatch):
+    def slip(*args, **kwargs):
+        return {}["a name of ours"]
+
+    monkeypatch.setattr("kvfold.models.load.fold_weights", slip)
+    with pytest.raises(KeyError, match="a name of ours"):
+        load(folder)
+    slip = eval("lambda *args, **kwargs: {}['a name of ours']", {"__name__": "kvfold.models.blocks"})
+    monkeypatch.setattr("kvfold.models.blocks.FoldMLP.__init__", slip)
+    with pytest.raises(KeyError, match="a name of ours"):
+        load(ours_folder)
+
+
+def test_a_key_that_a_file_lacks_is_the_files(folder, monkeypatch):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", Fitting(KeyError("weight_map")))
+    assert "the weights can't be read ('weight_map'): fetch the checkpoint again" in refusal(folder)

@@ -43,7 +43,7 @@ def build(pattern: str, time: str, kv_heads: int, **norms) -> FoldForCausalLM:
     return model.eval()
 
 
-@pytest.mark.filterwarnings("ignore:.*drops tokens between calls")
+@pytest.mark.filterwarnings("ignore:.*evicts tokens between calls")
 @pytest.mark.parametrize("norms", NORMS, ids=lambda norms: ", ".join(norms) or "norm shared")
 @pytest.mark.parametrize("time", TIMES)
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -8,8 +8,8 @@
 #include "../../kvfold/ops/paged_cpu.c"
 
 #define DECLARE(X)                                                                             \
-  void products_##X(const shape *, const run *, const float *, float *, int); \
-  void sums_##X(const shape *, const run *, const float *, float *, int);
+  void products_##X(const shape *, const run *, const float *, float *, int64_t, int); \
+  void sums_##X(const shape *, const run *, const float *, int64_t, float *, int);
 DECLARE(fp32) DECLARE(bf16) DECLARE(fp16) DECLARE(fp8) DECLARE(int8) DECLARE(int4)
 static const products_fn PRODUCTS[] = {products_fp32, products_bf16, products_fp16, products_fp8, products_int8, products_int4};
 static const sums_fn SUMS[] = {sums_fp32, sums_bf16, sums_fp16, sums_fp8, sums_int8, sums_int4};

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from kvfold.errors import UserError
 from kvfold.methods.base import Method, parse_count
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class KeepEven(Method):
 
     def __post_init__(self) -> None:
         if self.block < 1:
-            raise ValueError(f"keepeven block {self.block}: a block is 1 token or more: write e.g. 'keepeven:32'")
+            raise UserError(f"keepeven block {self.block}: a block is 1 token or more: write e.g. 'keepeven:32'")
 
     @classmethod
     def parse(cls, args: str) -> Self:

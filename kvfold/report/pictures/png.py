@@ -6,6 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from kvfold.errors import UserError
 from kvfold.report.groups import Group, group_results
 from kvfold.report.numbers import tick
 from kvfold.report.pictures.drawing import apart
@@ -22,15 +23,15 @@ INK, SOFT, LEVEL = "#1d1f23", "#5d6169", "#e9e6df"
 def save_quality_png(results: Path, out: Path) -> Path:
     """Draw the newest quality measurement in `results` (a folder or a file) to `out`, a panel a text.
 
-    ValueError where matplotlib is missing or nothing is there to draw; nothing half-written is left.
+    UserError where matplotlib is missing or nothing is there to draw; nothing half-written is left.
     """
     if find_spec("matplotlib") is None:
-        raise ValueError("a PNG needs matplotlib, which is not installed: run `pip install kvfold[plot]`")
+        raise UserError("a PNG needs matplotlib, which is not installed: run `pip install kvfold[plot]`")
     found, _ = read_results(Path(results))
     groups = [group for group in group_results(found) if group.kind == "quality"]
     panels = _panels(groups[0]) if groups else []
     if not panels:
-        raise ValueError(
+        raise UserError(
             f"{results}: no folded method with kept bytes and perplexity to draw: run `kvfold eval --out` first"
         )
     picture = BytesIO()

@@ -1,0 +1,29 @@
+"""What a user did wrong, and what a machine has too little of. A module of its own on the lowest floor: every room refuses
+something.
+"""
+
+
+class UserError(ValueError):
+    """A mistake of the user's: one line that says what was given, which rule it breaks, and the remedy.
+
+    The command line ends with exit code 2 on one. Any other error is a failure or a fault of ours, and ends with 1.
+    """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was too small: Python's, a GPU's, or the plain RuntimeError of torch on a CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+
+
+def raised_in_kvfold(error: BaseException) -> bool:
+    """Whether our own code raised it, and not a library that it called."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_next is not None:
+        frames = frames.tb_next
+    return frames is not None and str(frames.tb_frame.f_globals.get("__name__")).partition(".")[0] == "kvfold"
+
+
+_NO_MEMORY = ("can't allocate memory", "not enough memory")
+"""In what torch's allocator for CPUs says."""
