@@ -17,6 +17,8 @@ from typing import Any
 
 import httpx
 
+from kvfold.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
@@ -45,13 +47,13 @@ class Load:
 
     def __post_init__(self) -> None:
         if self.rate is not None and self.clients is not None:
-            raise ValueError(
+            raise UserError(
                 "a load is given by rate or by clients: give one of the two, or none for a trace's own times"
             )
         if self.rate is not None and not self.rate > 0:
-            raise ValueError(f"rate must be more than 0 requests a second, got {self.rate} (for example 2)")
+            raise UserError(f"rate must be more than 0 requests a second, got {self.rate} (for example 2)")
         if self.clients is not None and self.clients < 1:
-            raise ValueError(f"clients must be at least 1, got {self.clients} (for example 16)")
+            raise UserError(f"clients must be at least 1, got {self.clients} (for example 16)")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,6 +73,10 @@ class Seen:
     """Tokens seen and kept, where the server tells."""
 
 
+class _Failed(Exception):
+    """An answer that says that the request failed."""
+
+
 def read_trace(path: str | Path) -> list[Asked]:
     """Requests from JSON lines with `prompt` and `max_tokens`, and `at_s` and `time` where they have them."""
     found = []
@@ -82,11 +88,11 @@ def read_trace(path: str | Path) -> list[Asked]:
             prompt = row["prompt"] if isinstance(row["prompt"], str) else tuple(row["prompt"])
             found.append(Asked(prompt=prompt, max_tokens=row["max_tokens"], at_s=row.get("at_s"), time=row.get("time")))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"trace {path} line {number} must be a JSON object with prompt and max_tokens: {error}"
             ) from None
     if not found:
-        raise ValueError(f"trace {path} must hold 1 request or more, got none")
+        raise UserError(f"trace {path} must hold 1 request or more, got none")
     return found
 
 
@@ -97,7 +103,7 @@ def draw_requests(
     """Requests with prompts cut from a text; both lengths drawn evenly between their bounds."""
     words, rng = text.split(), random.Random(seed)
     if len(words) <= prompt_words[1]:
-        raise ValueError(f"text must have more than {prompt_words[1]} words, got {len(words)}: give a longer one")
+        raise UserError(f"text must have more than {prompt_words[1]} words, got {len(words)}: give a longer one")
     found = []
     for _ in range(number):
         length = rng.randint(*prompt_words)
@@ -113,7 +119,7 @@ def bench_serve(
 ) -> dict[str, Any]:  # fmt: skip
     """Ask an endpoint (`url` ends in /v1) all of `requests`, and summarise. `report` is told done and total requests."""
     if not requests:
-        raise ValueError("a run needs 1 request or more, got none")
+        raise UserError("a run needs 1 request or more, got none")
     return asyncio.run(_bench(url.rstrip("/"), requests, load, model, api_key, report))
 
 
@@ -129,7 +135,7 @@ async def _bench(
             answer.raise_for_status()
             name = model or answer.json()["data"][0]["id"]
         except (httpx.HTTPError, ValueError, LookupError) as error:
-            raise ValueError(f"{url} must be an OpenAI endpoint, such as http://127.0.0.1:8000/v1: {error}") from None
+            raise UserError(f"{url} must be an OpenAI endpoint, such as http://127.0.0.1:8000/v1: {error}") from None
         began, done = time.monotonic(), 0
 
         async def one(asked: Asked) -> Seen:
@@ -138,7 +144,7 @@ async def _bench(
             try:
                 async with asyncio.timeout(load.timeout_s):
                     await _ask(client, url, name, asked, seen, began)
-            except (httpx.HTTPError, ValueError, LookupError, TimeoutError) as error:
+            except (httpx.HTTPError, _Failed, ValueError, LookupError, TimeoutError) as error:
                 seen.error = f"{type(error).__name__}: {error}"
             seen.ended_s = time.monotonic() - began
             done += 1
@@ -181,13 +187,13 @@ async def _ask(client: httpx.AsyncClient, url: str, model: str, asked: Asked, se
     last = None
     async with client.stream("POST", f"{url}/completions", json=body) as response:
         if response.status_code != 200:
-            raise ValueError(f"status {response.status_code}: {(await response.aread())[:200]!r}")
+            raise _Failed(f"status {response.status_code}: {(await response.aread())[:200]!r}")
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):
                 continue
             now, chunk = time.monotonic() - began, json.loads(line[6:])
             if "error" in chunk:
-                raise ValueError(str(chunk["error"].get("message")))
+                raise _Failed(str(chunk["error"].get("message")))
             if chunk.get("choices"):
                 if last is None:
                     seen.first_s = now
