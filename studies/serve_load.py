@@ -2,8 +2,9 @@
 
     python studies/serve_load.py [results/serve/load.json]
 
-Two runs of one server: 300 requests with 32 open at once, first all honest, then 10 % of the clients leaving in mid-answer,
-5 % reading slowly and 5 % sending what is malformed. Then every honest answer is compared with the engine's own.
+Three runs of one server: 300 requests with 32 open at once, all honest; then 10 % of the clients leave in mid-answer, 5 % read
+slowly and 5 % send what is malformed; then all honest again. Then the server is killed with streams open and started again,
+and every honest answer is compared with the engine's own.
 """
 
 import asyncio
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import quantiles
 
@@ -31,7 +34,7 @@ def draw(seed: int, *, rude: bool) -> list[tuple[dict, str]]:
     rng, found = random.Random(seed), []
     for _ in range(REQUESTS):
         asked = {
-            "prompt": [rng.randrange(1000, 40_000) for _ in range(rng.randint(10, 90))], "max_tokens": rng.randint(8, 40),
+            "prompt": [rng.randrange(1000, 40_000) for _ in range(rng.randint(10, 90))], "max_tokens": rng.randint(8, 32),
             "temperature": 0, "ignore_eos": True, "time": rng.choice(METHODS), "logprobs": 2,
         }  # fmt: skip
         drawn, manner = rng.random(), "honest"
@@ -123,45 +126,59 @@ def wrong_answers(pairs: list[tuple[dict, list[int]]]) -> dict:
     return counts
 
 
-def main(out: Path) -> None:
-    """Both runs, the comparison, one file."""
-    command = [
-        sys.executable,
-        "-c",
-        "from kvfold.cli import app; app()",
-        "serve",
-        "--demo",
-        "--port",
-        "0",
-        "--kv-memory",
-        "600MB",
-    ]
-    command += [word for time in METHODS for word in ("--method", time)]
-    result, pairs = {}, []
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+@contextmanager
+def server_at(port: int) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A server process and its address; told to stop at the end, if it still runs."""
+    command = [sys.executable, "-c", "from kvfold.cli import app; app()", "serve", "--demo", "--kv-memory", "600MB"]
+    command += ["--port", str(port)] + [word for time in METHODS for word in ("--method", time)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        url = None
-        for line in server.stderr:
-            place = re.search(r"at (http://[\d.:]+)/v1", line)
-            if place:
-                url = place[1]
-                break
-        threading.Thread(target=lambda: [None for _ in server.stderr], daemon=True).start()
-        asyncio.run(run(url, server.pid, draw(7, rude=False)[:OPEN]))  # warm
+        found = next(filter(None, (re.search(r"at (http://[\d.:]+)/v1", line) for line in process.stderr)))
+        threading.Thread(target=lambda: [None for _ in process.stderr], daemon=True).start()
+        yield process, found[1]
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait(60)
+
+
+def after_a_kill(process: subprocess.Popen, url: str) -> dict:
+    """Killed with streams open, and started again on the same port: does it answer, and the same?"""
+    asked = draw(2, rude=False)[:OPEN]
+    one = [(asked[0][0], "honest")]
+    before, _ = asyncio.run(run(url, process.pid, one))
+    threading.Timer(2.0, process.kill).start()
+    try:
+        asyncio.run(run(url, process.pid, asked))
+        cut = False
+    except (httpx.HTTPError, OSError):
+        cut = True
+    began = time.monotonic()
+    with server_at(int(url.rsplit(":", 1)[1])) as (again, same):
+        seconds = time.monotonic() - began
+        after, _ = asyncio.run(run(same, again.pid, one))
+    equal = before[0]["ids"] == after[0]["ids"]
+    return {"streams_cut": cut, "same_port": same == url, "same_answer": equal, "seconds_to_start": seconds,
+            "exit_code_when_told_to_stop": again.returncode}  # fmt: skip
+
+
+def main(out: Path) -> None:
+    """All runs, the comparison, one file."""
+    result, pairs = {}, []
+    with server_at(0) as (process, url):
+        asyncio.run(run(url, process.pid, draw(7, rude=False)[:OPEN]))  # warm
         for name, rude in (("honest", False), ("rude", True), ("honest again", False)):
             clients = draw(1, rude=rude)
-            found, memory = asyncio.run(run(url, server.pid, clients))
+            found, memory = asyncio.run(run(url, process.pid, clients))
             result[name] = summary(clients, found, memory)
             print(name, json.dumps(result[name]), flush=True)
-            if name == "rude":
-                pairs = [
-                    (asked, one["ids"])
-                    for (asked, manner), one in zip(clients, found, strict=True)
-                    if manner in ("honest", "slow")
-                ]
-    finally:
-        server.terminate()
-        result["exit_code"] = server.wait(60)
+            pairs += [
+                (asked, one["ids"])
+                for (asked, manner), one in zip(clients, found, strict=True)
+                if manner in ("honest", "slow")
+            ]
+        result["kill"] = after_a_kill(process, url)
+        print("kill", json.dumps(result["kill"]), flush=True)
     base = min(result["honest"]["honest_p95_s"], result["honest again"]["honest_p95_s"])
     result["p95_ratio"] = result["rude"]["honest_p95_s"] / base
     result["answers"] = wrong_answers(pairs)

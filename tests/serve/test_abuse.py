@@ -156,7 +156,9 @@ def test_schema_bombs(guarded, name):
 
 
 def test_large_bodies(guarded):
-    refused(guarded, "/v1/completions", b"x" * (1 << 20) + b"x", status=413)
+    refused(guarded, "/v1/completions", b"x" * (1 << 20) + b"x", status=413, word="bytes")
+    refused(guarded, "/v1/completions", b"x" * (100 << 20), status=413, word="bytes")
+    refused(guarded, "/v1/completions", b"x" * (1 << 20), key="wrong", status=401)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer right\r\n"
     head += b"Content-Type: application/json\r\n"
     assert b" 413 " in raw(guarded, head + b"Content-Length: 104857600\r\n\r\n{", close=False)
@@ -186,10 +188,16 @@ def test_other_peoples_pages_and_names(guarded):
 
 
 def test_floods_of_headers_and_slow_clients(guarded):
+    def is_refused(data, word=b"KiB of headers"):
+        answer = raw(guarded, data)
+        assert b" 400 " in answer and word in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"].encode()
+
     many = b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"X-%d: y\r\n" % one for one in range(10_000))
-    assert b" 400 " in raw(guarded, many)
-    assert b" 400 " in raw(guarded, b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 100_000)
-    assert b" 400 " in raw(guarded, b"\x00\x01\x02 nonsense\r\n\r\n")
+    is_refused(many)
+    is_refused(many * 20)
+    is_refused(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 100_000)
+    is_refused(b"\x00\x01\x02 nonsense\r\n\r\n")
+    is_refused(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n" + b"x" * 1000)
     assert raw(guarded, b"GET /health HTTP/1.1\r\nHost: loc") == b""  # never more: cut off
     body = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer right\r\n"
     body += b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
