@@ -96,6 +96,19 @@ def read_trace(path: str | Path) -> list[Asked]:
     return found
 
 
+def lengths(text: str) -> tuple[int, int]:
+    """The least and the most of a range such as `16-128`, or one length twice."""
+    least, _, most = text.partition("-")
+    if not least.strip().isdecimal() or not (most or least).strip().isdecimal():
+        raise UserError(f"a range of lengths is two numbers, got {text!r}: write for example 16-128")
+    found = int(least), int(most or least)
+    if not 1 <= found[0] <= found[1]:
+        raise UserError(
+            f"a range of lengths begins at 1 or more and does not fall, got {text!r}: write for example 16-128"
+        )
+    return found
+
+
 def draw_requests(
     text: str, number: int, *, prompt_words: tuple[int, int], max_tokens: tuple[int, int], seed: int = 0,
     time: str | None = None,
@@ -207,7 +220,9 @@ async def _ask(client: httpx.AsyncClient, url: str, model: str, asked: Asked, se
 
 
 def summary(found: Sequence[Seen], model: str, url: str, load: Load) -> dict[str, Any]:
-    """Rates over the whole run, and the spread of what clients waited for, in milliseconds."""
+    """Rates over the whole run, and the spread of what clients waited for, in milliseconds. `points`: when each answer began,
+    had its first token and ended, in seconds, and its tokens.
+    """
     good = [one for one in found if one.error is None and one.first_s is not None]
     seconds = max(one.ended_s for one in found) - min(one.began_s for one in found)
     output, read = sum(one.completion_tokens for one in good), sum(one.prompt_tokens for one in good)
@@ -224,6 +239,7 @@ def summary(found: Sequence[Seen], model: str, url: str, load: Load) -> dict[str
         "whole_answer_ms": _spread([one.ended_s - one.began_s for one in good]),
         "kept_tokens": sum(one["kept_tokens"] for one in kept) if kept else None,
         "seen_tokens": sum(one["seen_tokens"] for one in kept) if kept else None,
+        "points": [[one.began_s, one.first_s, one.ended_s, one.completion_tokens] for one in good],
     }  # fmt: skip
 
 

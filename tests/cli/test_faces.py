@@ -26,6 +26,8 @@ COMMANDS = {
     "inspect": f"MODEL --text --time --tokens --head --out {MODEL_OPTIONS}",
     "serve": "MODEL --demo --method --kv-memory --host --port --api-key --served-model-name --max-model-len --max-num-seqs "
     "--max-num-batched-tokens --chat-template --generation-config --adapter --dtype --device",
+    "bench serve": "URL... --clients --rate --requests --trace --text --prompt-words --max-tokens --time --model --api-key "
+    "--seed --out --picture --json",
     "report": "RESULTS --out",
     "demo": "--out",
 }
@@ -47,6 +49,7 @@ DEFAULTS = {
     "generate": {"prompt": "-", "kv_memory": "2GB", "max_new_tokens": 128, "temperature": 0.0, "seed": 0},
     "bench decode": {"prompt": 32, "new": 64, "padding": "both", "peers": "transformers", "repeats": 5},
     "bench train": {"sequence": 1024, "batch": 1, "repeats": 3, "train": "full"},
+    "bench serve": {"requests": 100, "prompt_words": "20-200", "max_tokens": "16-128", "seed": 0},
     "inspect": {"tokens": 1024},
     "serve": {
         "demo": False,

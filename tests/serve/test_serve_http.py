@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from kvfold.bench.serve_http import Load, bench_serve, draw_requests, read_trace
+from kvfold.bench.serve_http import Load, bench_serve, draw_requests, lengths, read_trace
+from kvfold.cli_serve import bench_serving
+from kvfold.errors import UserError
 
 TEXT = " ".join(f"word{number}" for number in range(300))
 
@@ -40,6 +42,21 @@ def test_what_makes_no_sense_is_said(server, tmp_path):
         bench_serve(f"{server.url}/v9", read_trace(write(tmp_path, '{"prompt": "a", "max_tokens": 1}')), Load())
     with pytest.raises(ValueError, match="line 1"):
         read_trace(write(tmp_path, '{"prompt": "a"}'))
+
+
+def test_the_command_writes_json_and_a_picture(server, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    out, picture = tmp_path / "load.json", tmp_path / "load.png"
+    bench_serving(
+        [f"{server.url}/v1"] * 2, clients=3, requests=6, text=text, prompt_words="2-8", max_tokens="3", out=out, picture=picture,
+    )  # fmt: skip
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["completed"] for row in rows] == [6, 6] and len(rows[0]["points"]) == 6
+    assert picture.read_bytes().startswith(b"\x89PNG") and "6 of 6 requests" in capsys.readouterr().out
+    for wrong in ("x", "3-1", "0-4", "1-2-3"):
+        with pytest.raises(UserError, match="for example"):
+            lengths(wrong)
 
 
 def write(folder, text):
