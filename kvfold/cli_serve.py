@@ -84,7 +84,9 @@ def bench_serving(
     """Load on OpenAI endpoints, one after the other: first tokens, gaps, whole answers, failures."""
     for path in (out, picture):
         check_out(path)
-    check_packages("httpx", *(("matplotlib",) if picture else ()), extra="plot" if picture else "serve", what="bench serve")
+    check_packages(
+        "httpx", *(("matplotlib",) if picture else ()), extra="plot" if picture else "serve", what="bench serve"
+    )
     from kvfold.bench.serve_http import Load, bench_serve, draw_requests, lengths, read_trace, summary_lines
     from kvfold.report.pictures.load import save_load_png
     from kvfold.report.results import write_whole

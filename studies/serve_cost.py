@@ -4,7 +4,7 @@
 
 One run of both sides, which take turns: `engine.generate` in this process, then the same prompts through `kvfold serve` in a
 process of its own, its answers whole and streamed, with this process as the client. A round has prompts that neither side has
-seen before; every side makes the same tokens.
+seen before; every side makes the same tokens. A file that is there already is gone on with: its rounds count too.
 """
 
 import asyncio
@@ -23,17 +23,17 @@ from kvfold.demo import ADAPTER, bundled_model
 from kvfold.engine.engine import Engine
 from kvfold.models.load import load, load_tokenizer
 
-REQUESTS, PROMPT, NEW, ROUNDS = 16, 64, 64, 9
+REQUESTS, PROMPT, NEW, ROUNDS = 16, 32, 64, 5
 METHOD = "dms:128"
 SIDES = ("in process", "HTTP, whole", "HTTP, streamed")
 
 
-def draw(number: int) -> list[dict]:
+def draw(number: int, *, new: int) -> list[dict]:
     """The requests of a round."""
     ids = [
         [1000 + (number * 7919 + one * 104_729 + at * 31) % 40_000 for at in range(PROMPT)] for one in range(REQUESTS)
     ]
-    return [{"prompt": prompt, "max_tokens": NEW, "temperature": 0, "ignore_eos": True} for prompt in ids]
+    return [{"prompt": prompt, "max_tokens": new, "temperature": 0, "ignore_eos": True} for prompt in ids]
 
 
 async def ask(url: str, requests: list[dict], *, stream: bool) -> tuple[float, list[int]]:
@@ -63,6 +63,11 @@ def main(out: Path) -> None:
     command += ["--method", METHOD, "--kv-memory", "500MB"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    if out.is_file():
+        seconds = json.loads(out.read_text())["seconds"]
+        json.loads(out.read_text())["seconds"] if out.is_file() else {name: [] for name in SIDES}
+    )
+    before = len(seconds[SIDES[0]])
     try:
         source = bundled_model()
         found = next(filter(None, (re.search(r"at (http://[\d.:]+)/v1", line) for line in server.stderr)))
@@ -70,19 +75,20 @@ def main(out: Path) -> None:
         with Engine(
             load(source, adapter=ADAPTER), load_tokenizer(source), "500MB", [METHOD], prefill_tokens=512
         ) as engine:
-            for number in range(ROUNDS + 1):
+            for number in range(before, before + ROUNDS + 1):
+                warm = number == before
                 ids = {}
                 for place in range(len(SIDES)):
                     name = SIDES[(place + number) % len(SIDES)]
                     # Each side its own prompts: the two HTTP sides would find each other's prefixes.
-                    requests = draw(number * len(SIDES) + SIDES.index(name))
+                    requests = draw(number * len(SIDES) + SIDES.index(name), new=4 if warm else NEW)
                     if name == "in process":
                         began = time.perf_counter()
                         ids[name] = engine.generate(requests)[0].token_ids
                         taken = time.perf_counter() - began
                     else:
                         taken, ids[name] = asyncio.run(ask(found[1], requests, stream="streamed" in name))
-                    if number:  # the first round warms both
+                    if not warm:
                         seconds[name].append(taken)
                 print(number, {name: round(values[-1], 3) for name, values in seconds.items() if values}, flush=True)
     finally:
@@ -91,7 +97,7 @@ def main(out: Path) -> None:
     assert all(len(one) == NEW for one in ids.values())
     tokens = REQUESTS * NEW
     result = {
-        "requests": REQUESTS, "prompt_tokens": PROMPT, "new_tokens": NEW, "method": METHOD, "rounds": ROUNDS, "seconds": seconds,
+        "requests": REQUESTS, "prompt_tokens": PROMPT, "new_tokens": NEW, "method": METHOD, "rounds": len(seconds[SIDES[0]]), "seconds": seconds,
         "median_tokens_per_s": {name: tokens / statistics.median(values) for name, values in seconds.items()},
         "cost": {name: _cost(values, seconds["in process"]) for name, values in seconds.items() if name != "in process"},
     }  # fmt: skip

@@ -1,10 +1,11 @@
 """A server under load with rude clients, on the bundled model: are answers right, does memory grow, do honest clients wait?
 
-    python studies/serve_load.py [results/serve/load.json]
+    python studies/serve_load.py load [results/serve/load.json]       # minutes: nothing else should run
+    python studies/serve_load.py check [results/serve/load.json]
 
 Three runs of one server: 300 requests with 32 open at once, all honest; then 10 % of the clients leave in mid-answer, 5 % read
-slowly and 5 % send what is malformed; then all honest again. Then the server is killed with streams open and started again,
-and every honest answer is compared with the engine's own.
+slowly and 5 % send what is malformed; then all honest again. The check compares every honest answer with the engine's own, kills
+a server with streams open, and starts it again.
 """
 
 import asyncio
@@ -34,7 +35,7 @@ def draw(seed: int, *, rude: bool) -> list[tuple[dict, str]]:
     rng, found = random.Random(seed), []
     for _ in range(REQUESTS):
         asked = {
-            "prompt": [rng.randrange(1000, 40_000) for _ in range(rng.randint(10, 90))], "max_tokens": rng.randint(8, 32),
+            "prompt": [rng.randrange(1000, 40_000) for _ in range(rng.randint(10, 60))], "max_tokens": rng.randint(4, 16),
             "temperature": 0, "ignore_eos": True, "time": rng.choice(METHODS), "logprobs": 2,
         }  # fmt: skip
         drawn, manner = rng.random(), "honest"
@@ -65,7 +66,7 @@ async def ask(client: httpx.AsyncClient, asked: dict, manner: str) -> dict:
             if "error" in chunk:
                 return {"status": 500, "ids": ids, "seconds": time.monotonic() - began}
             ids += chunk["choices"][0]["token_ids"]
-            if manner == "leaves" and len(ids) > 4:
+            if manner == "leaves" and len(ids) > 2:
                 break
             if manner == "slow":
                 await asyncio.sleep(0.2)
@@ -107,22 +108,25 @@ def summary(clients: list[tuple[dict, str]], found: list[dict], memory: list[int
     }  # fmt: skip
 
 
-def wrong_answers(pairs: list[tuple[dict, list[int]]]) -> dict:
-    """Answers that are not the engine's own: at a near tie, and otherwise."""
+def wrong_answers(answers: list[tuple[dict, str, list[int]]]) -> dict:
+    """Answers that are not the engine's own for the same request: at a near tie, and otherwise."""
     from kvfold.demo import ADAPTER, bundled_model
     from kvfold.engine.engine import Engine
     from kvfold.models.load import load, load_tokenizer
 
-    source, counts = bundled_model(), {"compared": len(pairs), "wrong": 0, "near_ties": 0}
+    source, counts = bundled_model(), {"compared": len(answers), "wrong": 0, "near_ties": 0}
+    requests = {json.dumps(asked): asked for asked, _, _ in answers}  # the runs asked alike
     with Engine(load(source, adapter=ADAPTER), load_tokenizer(source), "600MB", METHODS) as engine:
-        for (_, ids), theirs in zip(pairs, engine.generate([asked for asked, _ in pairs]), strict=True):
-            if ids == theirs.token_ids:
-                continue
-            first = next(
-                (at for at, pair in enumerate(zip(ids, theirs.token_ids, strict=False)) if pair[0] != pair[1]), None
-            )
-            top = theirs.logprobs[first].top if first is not None else ((0, 0.0), (0, -9.0))
-            counts["near_ties" if top[0][1] - top[1][1] < TIE else "wrong"] += 1
+        own = dict(zip(requests, engine.generate(list(requests.values())), strict=True))
+    for asked, _, ids in answers:
+        theirs = own[json.dumps(asked)]
+        if ids == theirs.token_ids:
+            continue
+        first = next(
+            (at for at, pair in enumerate(zip(ids, theirs.token_ids, strict=False)) if pair[0] != pair[1]), None
+        )
+        top = theirs.logprobs[first].top if first is not None else ((0, 0.0), (0, -9.0))
+        counts["near_ties" if top[0][1] - top[1][1] < TIE else "wrong"] += 1
     return counts
 
 
@@ -162,30 +166,46 @@ def after_a_kill(process: subprocess.Popen, url: str) -> dict:
             "exit_code_when_told_to_stop": again.returncode}  # fmt: skip
 
 
-def main(out: Path) -> None:
-    """All runs, the comparison, one file."""
-    result, pairs = {}, []
+def under_load(out: Path) -> None:
+    """The three runs of one server."""
+    result: dict = {}
     with server_at(0) as (process, url):
         asyncio.run(run(url, process.pid, draw(7, rude=False)[:OPEN]))  # warm
         for name, rude in (("honest", False), ("rude", True), ("honest again", False)):
             clients = draw(1, rude=rude)
             found, memory = asyncio.run(run(url, process.pid, clients))
-            result[name] = summary(clients, found, memory)
-            print(name, json.dumps(result[name]), flush=True)
-            pairs += [
-                (asked, one["ids"])
-                for (asked, manner), one in zip(clients, found, strict=True)
-                if manner in ("honest", "slow")
-            ]
-        result["kill"] = after_a_kill(process, url)
-        print("kill", json.dumps(result["kill"]), flush=True)
+            result[name] = summary(clients, found, memory) | {"ids": [one["ids"] for one in found]}
+            print(name, {key: value for key, value in result[name].items() if key != "ids"}, flush=True)
     base = min(result["honest"]["honest_p95_s"], result["honest again"]["honest_p95_s"])
     result["p95_ratio"] = result["rude"]["honest_p95_s"] / base
+    print("p95 ratio", round(result["p95_ratio"], 2))
+    write(out, result)
+
+
+def afterwards(out: Path) -> None:
+    """Whether what those runs answered was right, and the kill."""
+    result = json.loads(out.read_text())
+    pairs = []
+    for name, rude in (("honest", False), ("rude", True), ("honest again", False)):
+        clients, answers = draw(1, rude=rude), result[name]["ids"]
+        pairs += [
+            (*client, ids) for client, ids in zip(clients, answers, strict=True) if client[1] in ("honest", "slow")
+        ]
     result["answers"] = wrong_answers(pairs)
+    print(result["answers"], flush=True)
+    with server_at(0) as (process, url):
+        result["kill"] = after_a_kill(process, url)
+    print(result["kill"])
+    write(out, result)
+
+
+def write(out: Path, result: dict) -> None:
+    """As JSON, a list of ids a line."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["answers"]), "p95 ratio", round(result["p95_ratio"], 2))
+    text = re.sub(r"\[[\d,\s]*\]", lambda found: re.sub(r"\s+", " ", found[0]), json.dumps(result, indent=1))
+    out.write_text(text + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "results/serve/load.json"))
+    steps = {"load": under_load, "check": afterwards}
+    steps[sys.argv[1]](Path(sys.argv[2] if len(sys.argv) > 2 else "results/serve/load.json"))
