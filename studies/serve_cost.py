@@ -65,8 +65,6 @@ def main(out: Path) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     if out.is_file():
         seconds = json.loads(out.read_text())["seconds"]
-        json.loads(out.read_text())["seconds"] if out.is_file() else {name: [] for name in SIDES}
-    )
     before = len(seconds[SIDES[0]])
     try:
         source = bundled_model()
@@ -97,7 +95,8 @@ def main(out: Path) -> None:
     assert all(len(one) == NEW for one in ids.values())
     tokens = REQUESTS * NEW
     result = {
-        "requests": REQUESTS, "prompt_tokens": PROMPT, "new_tokens": NEW, "method": METHOD, "rounds": len(seconds[SIDES[0]]), "seconds": seconds,
+        "requests": REQUESTS, "prompt_tokens": PROMPT, "new_tokens": NEW, "method": METHOD,
+        "rounds": len(seconds[SIDES[0]]), "seconds": seconds,
         "median_tokens_per_s": {name: tokens / statistics.median(values) for name, values in seconds.items()},
         "cost": {name: _cost(values, seconds["in process"]) for name, values in seconds.items() if name != "in process"},
     }  # fmt: skip
