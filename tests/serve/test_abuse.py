@@ -270,16 +270,42 @@ def test_a_closed_port_is_a_closed_port(guarded):
 
 
 @pytest.mark.slow
-def test_each_is_refused_within_a_second(guarded):
-    """The best of three tries: other programs run on this machine too."""
+def test_each_is_refused_within_a_second_and_nobody_notices():
+    """Under the limits that a server has by itself. The best of three tries: other programs run on this machine too."""
     asked = {f"body {name}": body for name, (body, _) in BODIES.items()}
     asked |= {f"schema {name}": ask(**schema(bomb)) for name, bomb in BOMBS.items()}
-    asked |= {"stops": ask(stop=["a"] * 200_000), "ids": ask(prompt=[5] * 300_000), "text": ask(prompt="a " * 500_000)}
-    asked |= {"body": b"x" * (2 << 20), "choices": ask(structured_outputs={"choice": ["a" * 100] * 5000})}
-    late = {}
-    for name, body in asked.items():
-        found = [timed(lambda body=body: post(guarded, "/v1/completions", body)) for _ in range(3)]
-        assert {status for _, status, _ in found} <= {200, 400, 413}, (name, found[0][1:])
-        if min(found)[0] > 1.0:
-            late[name] = min(found)[0]
+    asked |= {"stops": ask(stop=["a"] * 10**6), "ids": ask(prompt=[5] * 10**6), "text": ask(prompt="a " * 10**6)}
+    asked |= {"body": b"x" * (100 << 20), "choices": ask(structured_outputs={"choice": ["a" * 100] * 5000})}
+    asked |= {
+        "biases": ask(logit_bias={str(one): 1 for one in range(10**5)}),
+        "bytes": b'{"prompt": "' + b"a" * (7 << 20) + b'"}',
+    }
+    late, waits, stop = {}, {"alone": [], "meanwhile": []}, threading.Event()
+    with running_server() as server:
+
+        def honest(kind):
+            body = {"prompt": "hi", "max_tokens": 8, "seed": 1, "ignore_eos": True}
+            while not stop.is_set():
+                seconds, status, answer = timed(lambda: post(server, "/v1/completions", body))
+                assert status == 200 and json.loads(answer)["usage"]["completion_tokens"] == 8
+                waits[kind].append(seconds)
+
+        for kind in waits:
+            stop.clear()
+            thread = threading.Thread(target=honest, args=(kind,))
+            thread.start()
+            if kind == "alone":
+                time.sleep(4)
+            else:
+                for name, body in asked.items():
+                    found = [timed(lambda body=body: post(server, "/v1/completions", body)) for _ in range(3)]
+                    assert {status for _, status, _ in found} <= {200, 400, 413}, (name, found[0][1:])
+                    if min(found)[0] > 1.0:
+                        late[name] = min(found)[0]
+            stop.set()
+            thread.join(20)
+    typical = {kind: sorted(times)[len(times) // 2] for kind, times in waits.items()}
+    print({kind: (len(times), typical[kind], max(times)) for kind, times in waits.items()})
     assert late == {}
+    # The client that sends all this runs in this very process, and takes its share of the time.
+    assert typical["meanwhile"] < 3 * typical["alone"] + 0.05 and max(waits["meanwhile"]) < 1.5

@@ -6,6 +6,7 @@ import random
 import socket
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -54,13 +55,19 @@ async def ask(client, asked, manner, rng):
     return ids
 
 
+def resident_pages():
+    """Of this process, the server's too; 1 where the system does not tell."""
+    path = Path("/proc/self/statm")
+    return int(path.read_text().split()[1]) if path.is_file() else 1
+
+
 def test_load_with_rude_clients_loses_no_answer():
     """Every honest answer is the engine's own for the same request, and at the end everything is free."""
     rng = random.Random(0)
     manners = ["leaves"] * 8 + ["slow"] * 4 + ["malformed"] * 4 + ["honest"] * 44
     rng.shuffle(manners)
     requests = [draw_asked(rng) for _ in manners]
-    engine = new_engine(kv_memory="200kB", prefill_tokens=64)
+    engine, resident = new_engine(kv_memory="200kB", prefill_tokens=64), []
 
     async def run(url):
         gate, limits = asyncio.Semaphore(12), httpx.Limits(max_connections=32)
@@ -68,7 +75,9 @@ def test_load_with_rude_clients_loses_no_answer():
 
             async def one(asked, manner):
                 async with gate:
-                    return await ask(client, asked, manner, rng)
+                    answer = await ask(client, asked, manner, rng)
+                    resident.append(resident_pages())
+                    return answer
 
             return await asyncio.gather(*(one(*pair) for pair in zip(requests, manners, strict=True)))
 
@@ -79,6 +88,7 @@ def test_load_with_rude_clients_loses_no_answer():
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert not server.serving.jobs.by_name
+    assert resident[-1] <= 1.01 * resident[len(resident) // 2]
     with Engine(tiny_model(), TOKENIZER, "2MB", METHODS, page_slots=4, prefill_tokens=64) as alone:
         for asked, manner, ids in zip(requests, manners, found, strict=True):
             if manner in ("honest", "slow"):
