@@ -26,7 +26,7 @@ from kvfold.cli_model import (
     quiet_transformers,
 )
 from kvfold.cli_pretrain import add_train
-from kvfold.cli_serve import add_serve
+from kvfold.cli_serve import add_bench_serve, add_serve
 from kvfold.cli_train import add_retrofit
 from kvfold.console import check_out, clear_errors, command_line, hand_over, progress, say, show, show_json
 from kvfold.errors import UserError

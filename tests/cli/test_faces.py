@@ -31,6 +31,8 @@ COMMANDS = {
     "inspect": f"MODEL --text --time --tokens --head --out {MODEL_OPTIONS}",
     "serve": "MODEL --demo --method --kv-memory --host --port --api-key --served-model-name --max-model-len --max-num-seqs "
     "--max-num-batched-tokens --chat-template --generation-config --adapter --dtype --device",
+    "bench serve": "URL... --clients --rate --requests --trace --text --prompt-words --max-tokens --time --model --api-key "
+    "--seed --out --picture --json",
     "report": "RESULTS --out",
     "demo": "--out",
 }
@@ -63,6 +65,7 @@ DEFAULTS = {
     "bench kernel": {"batch": 8, "kv_heads": 3, "group": 3, "head_dim": 64, "repeats": 30},
     "bench gpu": {},
     "bench train": {"sequence": 1024, "batch": 1, "repeats": 3, "train": "full"},
+    "bench serve": {"requests": 100, "prompt_words": "20-200", "max_tokens": "16-128", "seed": 0},
     "inspect": {"tokens": 1024},
     "serve": {
         "demo": False,
