@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from kvfold import console
 from kvfold.cli_bench import add_bench
 from kvfold.cli_calibrate import add_calibrate
 from kvfold.cli_convert import add_convert
 from kvfold.cli_eval import add_eval
-from kvfold.cli_measure import add_bench_serve, add_bench_train, add_inspect
+from kvfold.cli_measure import add_bench_offline, add_bench_train, add_inspect
 from kvfold.cli_model import (
     METHODS,
     Adapter,
@@ -45,7 +46,19 @@ def kvfold(
     console.debug.set(debug)
 
 
-bench = typer.Typer(help="Measure speed and memory beside transformers, in one run.", no_args_is_help=True)
+class BenchGroup(TyperGroup):
+    """`bench serve --offline` measures a model in process, `bench serve` any endpoint: two commands of one name."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Gives name, command and what is left of the words."""
+        if args[0] == "serve" and "--offline" in args:
+            args = ["serve-offline", *(word for word in args[1:] if word != "--offline")]
+        return super().resolve_command(ctx, args)
+
+
+bench = typer.Typer(
+    cls=BenchGroup, help="Measure speed and memory beside transformers, in one run.", no_args_is_help=True
+)
 app.add_typer(bench, name="bench")
 add_eval(app)
 add_serve(app)
@@ -56,6 +69,7 @@ add_calibrate(app)
 add_bench(bench)
 add_bench_train(bench)
 add_bench_serve(bench)
+add_bench_offline(bench)
 add_inspect(app)
 
 

@@ -66,20 +66,17 @@ def bench_training(
     hand_over("step", result, [step_table], out=out, as_json=as_json)
 
 
-def add_bench_serve(bench: typer.Typer) -> None:
+def add_bench_offline(bench: typer.Typer) -> None:
     """Put the command among the others."""
     bench.command(
-        "serve",
-        epilog="Example: `kvfold bench serve my-model --offline --time full --time h2o:64+64 --budget 4 --requests 16`",
+        "serve-offline",
+        epilog="Example: `kvfold bench serve --offline my-model --time full --time h2o:64+64 --budget 4 --requests 16`",
     )(bench_serving)
 
 
 @clear_errors
 def bench_serving(
     model: Model,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="In process, without HTTP: the only form there is.")
-    ] = False,
     time: Times = None,
     budget: Annotated[
         list[str] | None,
@@ -113,10 +110,6 @@ def bench_serving(
 ) -> None:
     """Requests in flight, tokens/s and waiting of many requests in one KV budget, methods beside each other and peers."""
     check_out(out)
-    if not offline:
-        raise UserError(
-            "bench serve measures in process: add --offline (a server is measured by any client of OpenAI's API)"
-        )
     from kvfold.bench.serve import bench_serve, budget_bytes
     from kvfold.bench.serve_peers import PEERS, open_peers
     from kvfold.bench.serve_requests import drawn_requests, parse_lengths, trace_requests

@@ -33,6 +33,8 @@ COMMANDS = {
     "--max-num-batched-tokens --chat-template --generation-config --adapter --dtype --device",
     "bench serve": "URL... --clients --rate --requests --trace --text --prompt-words --max-tokens --time --model --api-key "
     "--seed --out --picture --json",
+    "bench serve-offline": "MODEL --time --budget --requests --prompt --new --trace --text --temperature --peers --repeats --seed "
+    f"--out {MODEL_OPTIONS}",
     "report": "RESULTS --out",
     "demo": "--out",
 }
@@ -66,6 +68,7 @@ DEFAULTS = {
     "bench gpu": {},
     "bench train": {"sequence": 1024, "batch": 1, "repeats": 3, "train": "full"},
     "bench serve": {"requests": 100, "prompt_words": "20-200", "max_tokens": "16-128", "seed": 0},
+    "bench serve-offline": {"requests": 16, "prompt": "128", "new": "128", "temperature": 0.0, "repeats": 1, "seed": 0},
     "inspect": {"tokens": 1024},
     "serve": {
         "demo": False,
@@ -164,3 +167,7 @@ def test_what_cannot_be_parsed_is_bad_usage(kvfold, line):
     assert done.code == 2
     assert "Traceback" not in done.out + done.err
     assert not line or line == "bench" or done.err.startswith("Usage: ")
+
+
+def test_serving_is_measured_in_process_or_over_http(kvfold):
+    assert "MODEL" in kvfold("bench serve --offline --help").out and "URL" in kvfold("bench serve --help").out
