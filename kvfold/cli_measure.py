@@ -70,7 +70,7 @@ def add_bench_offline(bench: typer.Typer) -> None:
     """Put the command among the others."""
     bench.command(
         "serve-offline",
-        epilog="Example: `kvfold bench serve --offline my-model --time full --time h2o:64+64 --budget 4 --requests 16`",
+        epilog="Example: `kvfold bench serve-offline my-model --time full --time h2o:64+64 --budget 4 --requests 16`",
     )(bench_serving)
 
 

@@ -33,8 +33,8 @@ COMMANDS = {
     "--max-num-batched-tokens --chat-template --generation-config --adapter --dtype --device",
     "bench serve": "URL... --clients --rate --requests --trace --text --prompt-words --max-tokens --time --model --api-key "
     "--seed --out --picture --json",
-    "bench serve-offline": "MODEL --time --budget --requests --prompt --new --trace --text --temperature --peers --repeats --seed "
-    f"--out {MODEL_OPTIONS}",
+    "bench serve-offline": "MODEL --time --budget --requests --prompt --new --trace --text --temperature --peers "
+    f"--repeats --seed --out {MODEL_OPTIONS}",
     "report": "RESULTS --out",
     "demo": "--out",
 }
