@@ -50,7 +50,7 @@ def test_every_method_declares_itself(name):
     assert spec_class.name == name
     assert spec_class.title and "arXiv" in spec_class.source
     assert spec_class.chunk_invariant == (name not in ("h2o", "tova"))
-    assert (spec_class.gate_form is not None) == (name in ("dmc", "dms"))
+    assert (spec_class.gate_form is not None) == (name in ("dmc", "dms", "fold"))
     assert spec_class.lossy == (name != "full")
     assert "Source: arXiv" in spec_class.__doc__ and "Differs:" in spec_class.__doc__
 

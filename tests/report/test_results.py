@@ -94,7 +94,7 @@ def test_what_cannot_be_read_is_named_beside_what_can(tmp_path):
     assert len(found) == 10
     assert problems == [
         "bad.json: not readable as JSON",
-        'other.json: no "kind" among quality, tasks, memory, kept, document, curve, decode, step, plan, pretraining',
+        'other.json: no "kind" among quality, tasks, memory, kept, document, curve, decode, step, plan, pretraining, serve',
     ]
 
 
