@@ -109,7 +109,6 @@ def bench_serving(
     as_json: Json = False,
 ) -> None:
     """Requests in flight, tokens/s and waiting of many requests in one KV budget, methods beside each other and peers."""
-    check_out(out)
     from kvfold.bench.serve import bench_serve, budget_bytes
     from kvfold.bench.serve_peers import check_peers, open_peers
     from kvfold.bench.serve_requests import drawn_requests, parse_lengths, trace_requests
@@ -117,7 +116,7 @@ def bench_serving(
     from kvfold.record import write_result
     from kvfold.report.tables import serve_table
 
-    check_peers(peers or ())
+    check_out(out), check_peers(peers or ())
     bounds = parse_lengths(prompt), parse_lengths(new)
     file = read_text_file(text or SAMPLE) if trace is None else None
     weights, tokenizer = load_model(model, None, bits, adapter, dtype, device, gates, time or ())
