@@ -22,6 +22,8 @@ COMMANDS = {
     f"--task-folder --task-length --limit --beside --peers --fresh --out {MODEL_OPTIONS}",
     "generate": f"MODEL PROMPT --input --output --kv-memory --max-new-tokens --temperature --seed --time {MODEL_OPTIONS}",
     "bench decode": f"MODEL --time --batch --prompt --new --text --padding --peers --repeats --out {MODEL_OPTIONS}",
+    "bench serve": "MODEL --offline --time --budget --requests --prompt --new --trace --text --temperature --peers --repeats "
+    f"--seed --out {MODEL_OPTIONS}",
     "bench train": "MODEL --time --sequence --batch --repeats --train --out --dtype --device --json",
     "inspect": f"MODEL --text --time --tokens --head --out {MODEL_OPTIONS}",
     "serve": "MODEL --demo --method --kv-memory --host --port --api-key --served-model-name --max-model-len --max-num-seqs "
@@ -46,6 +48,15 @@ DEFAULTS = {
     },
     "generate": {"prompt": "-", "kv_memory": "2GB", "max_new_tokens": 128, "temperature": 0.0, "seed": 0},
     "bench decode": {"prompt": 32, "new": 64, "padding": "both", "peers": "transformers", "repeats": 5},
+    "bench serve": {
+        "offline": False,
+        "requests": 16,
+        "prompt": "128",
+        "new": "128",
+        "temperature": 0.0,
+        "repeats": 1,
+        "seed": 0,
+    },
     "bench train": {"sequence": 1024, "batch": 1, "repeats": 3, "train": "full"},
     "inspect": {"tokens": 1024},
     "serve": {
