@@ -54,7 +54,7 @@ class CacheGroup:
         """`num_bytes` once there is room for so many sequences, and for so many pages a stream of some of them."""
         streams = len(self.owners) * max(sequences, self.length.shape[1]) * self.num_kv_heads
         state = 0 if self._form is None else self._form.num_bytes
-        return self.tables.bytes_with(pages) + streams * (self.length.itemsize + state)
+        return self.tables.bytes_with(sequences, pages) + streams * (self.length.itemsize + state)
 
     def state_bytes(self, sequences: int) -> int:
         """Bytes of the stream state of so many sequences."""
