@@ -67,6 +67,12 @@ def budget_bytes(model: FoldForCausalLM, requests: float, tokens: int, *, max_ru
     return math.ceil(pages / (1 - WATERMARK)) + 2 * max_running * cost.state_bytes
 
 
+def requests_held(model: FoldForCausalLM, memory_bytes: int, tokens: int, *, max_running: int = MAX_RUNNING) -> float:
+    """The other way round: how many such requests a KV memory holds."""
+    one = budget_bytes(model, 1, tokens, max_running=max_running)
+    return 1 + (memory_bytes - one) / (budget_bytes(model, 2, tokens, max_running=max_running) - one)
+
+
 def bench_serve(
     model: FoldForCausalLM,
     requests: Sequence[Wanted],
@@ -104,7 +110,6 @@ def bench_serve(
         },
         "repeats": repeats, "max_running": max_running, "rows": [],
     }  # fmt: skip
-    base = SequenceCost(model.config.layout.base(), model_bytes=model.dtype.itemsize, page_slots=PAGE_SLOTS)
     for place, memory in enumerate(budgets):
         sides: dict[str, Side] = {}
         for layout in layouts:
@@ -117,7 +122,9 @@ def bench_serve(
         about = {layout.time_text(): method_about(layout) for layout in layouts}
         for side, found in runs.items():
             result["rows"].append({
-                "budget_bytes": memory, "holds_uncompressed": memory / base.bytes(longest - 1), "side": side,
+                "budget_bytes": memory, "holds_uncompressed": requests_held(
+                    model, memory, longest - 1, max_running=max_running
+                ), "side": side,
                 **about.get(side, {"method": None, "title": side}), **_figures(found),
                 "over_first": _spread([
                     _speed(one) / _speed(other) for one, other in zip(found, first, strict=True)

@@ -29,6 +29,7 @@ from kvfold.engine.scheduler import PREFILL_TOKENS, Scheduler
 from kvfold.engine.structured import Grammars
 from kvfold.engine.text import TextStream
 from kvfold.errors import UserError
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.units import parse_size
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.ops.native import free_openmp_threads
@@ -56,10 +57,9 @@ class Engine:
         layouts = [own] if methods is None else [own.with_time(text) for text in methods]
         self._layouts = {layout.time_text(): layout for layout in layouts}
         self._default = layouts[0].time_text()
-        ratios = getattr(model.config, "kept_ratios", None)
         self._runner = Runner(
             model, self._layouts, memory_bytes, max_sequences=2 * max_running, page_slots=page_slots, poison=poison,
-            ratios={own.time_text(): KeptRatios.from_json(ratios)} if ratios else None,
+            ratios=_kept_ratios(model, self._layouts),
         )  # fmt: skip
         self._budget = Budget(
             self._runner.costs, self._runner.pool_bytes, prefill_tokens=prefill_tokens, scale=estimate_scale
@@ -407,6 +407,15 @@ def _note_prompt(live: Live, logits_TV: Tensor, before: int) -> None:
     if targets:
         rows = logits_TV[start : start + len(targets)]
         live.prompt_logprobs += token_logprobs(rows, targets, request.params.prompt_logprobs)
+
+
+def _kept_ratios(model: FoldForCausalLM, layouts: Mapping[str, KVLayout]) -> dict[str, KeptRatios]:
+    """As calibration wrote them for one method and one set of gates; nothing where that method is not among those loaded."""
+    ratios = model.config.kept_ratios
+    if ratios is None:
+        return {}
+    name = model.config.layout.base().with_time(ratios["time"]).time_text()
+    return {name: KeptRatios.from_json(ratios)} if name in layouts else {}
 
 
 def _one_line(error: BaseException) -> str:

@@ -102,11 +102,14 @@ def test_errors_are_one_requests_own():
         "unknown method": {"prompt": "a", "time": "window:9+1"},
         "bad method": {"prompt": "a", "time": "windw"},
         "bad number": {"prompt": "a", "temperature": -1},
+        "no tokens": {"prompt": "a", "max_tokens": 0},
+        "no entries": {"prompt": "a", "time": "h2o:0+0"},
         "foreign id": {"prompt": [9999]},
         "schema": {"prompt": "a", "structured_outputs": {"json": {"type": "string", "minLength": 3, "maxLength": 1}}},
         "nothing left": {"prompt": "a", "allowed_token_ids": [5], "logit_bias": {}, "bad_words": [[5]]},
         "not an object": 7,
-        "long stop": GREEDY | {"prompt": "hello", "stop": "x" * 10_000},
+        "stop of 10 kB": GREEDY | {"prompt": "hello", "stop": "x" * 10_000},
+        "long stop": GREEDY | {"prompt": "hello", "stop": "x" * 4096},
     }
     with new_engine() as engine:
         answers = dict(zip(asked, engine.generate(asked.values()), strict=True))
@@ -114,6 +117,7 @@ def test_errors_are_one_requests_own():
         assert errors.keys() == asked.keys() - {"fine", "long stop"}
         for name, error in errors.items():
             assert "\n" not in error and len(error) < 500 and answers[name].finish_reason == "error", name
+        assert "at most 4,096 characters, got one of 10,000" in errors["stop of 10 kB"]
         assert "did you mean 'max_tokens'" in errors["unknown field"]
         assert "minLength" in errors["schema"] and "no token is left" in errors["nothing left"]
         assert answers["fine"].token_ids == answers["long stop"].token_ids and len(answers["fine"].token_ids) == 8
