@@ -1,11 +1,12 @@
 """Other people's clients, unchanged, against `kvfold serve`: litellm, lm-evaluation-harness, and schemathesis.
 
     python -m venv CLIENTS && CLIENTS/bin/pip install litellm schemathesis 'lm-eval[api]' transformers
-    python studies/serve_clients.py CLIENTS/bin/python [results/serve/clients.json]
+    python studies/serve_clients.py CLIENTS/bin/python litellm,lm-eval,schemathesis [results/serve/clients.json]
 
-The server is `kvfold serve --demo` with the uncompressed method first. litellm asks for completions, chats, streams, tools, a
-JSON schema and responses. lm-eval scores the same small tasks through both of its API models and in process, with kvfold's
-own model for it: log-likelihoods must agree. schemathesis draws requests from the OpenAPI schema and looks for a status 500.
+The server is `kvfold serve --demo` with the uncompressed method first, for schemathesis a tiny random model. litellm asks for
+completions, chats, streams, tools, a JSON schema and responses. lm-eval scores the same small tasks through both of its API
+models and in process, with kvfold's own model for it: log-likelihoods must agree. schemathesis draws requests from the
+OpenAPI schema and looks for a status 500.
 """
 
 import json
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NAME = "demo"
-EXAMPLES = 60
+EXAMPLES = 30
 """Requests that schemathesis draws for an endpoint in each of its phases."""
 SENTENCES = [
     ("The capital of France is", " Paris"), ("Two and two make", " four"), ("The opposite of hot is", " cold"),
@@ -79,7 +80,7 @@ print("FOUND " + json.dumps(seen))
 
 @contextmanager
 def server(*options: str) -> Iterator[str]:
-    """The address of a demo server."""
+    """The address of a server; `options`: what it serves, first of all."""
     command = [
         sys.executable,
         "-c",
@@ -199,21 +200,41 @@ def ask_schemathesis(clients: str, url: str) -> dict[str, object]:
     }  # fmt: skip
 
 
-def main(clients: str, out: Path) -> None:
-    """Each client against its server, one file."""
-    result: dict[str, object] = {}
-    with server() as url, tempfile.TemporaryDirectory() as folder:
-        result["litellm"] = ask_litellm(clients, url)
-        result["lm_eval"] = ask_lm_eval(clients, url, Path(folder))
-    with server("--max-model-len", "40") as url:
-        result["schemathesis"] = ask_schemathesis(clients, url)
-    names = ("litellm", "lm_eval", "schemathesis")
-    versions = f"import importlib.metadata as m, json; print(json.dumps({{name: m.version(name) for name in {names}}}))"
-    result["versions"] = json.loads(run([clients, "-c", versions]))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+def write_tiny(folder: Path) -> str:
+    """A checkpoint of two small random layers with the demo's tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from kvfold.demo import bundled_model
+    from kvfold.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(bundled_model())
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def main(clients: str, which: list[str], out: Path) -> None:
+    """Each client against its server; what the file has of others stays."""
+    result: dict[str, object] = json.loads(out.read_text()) if out.is_file() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in which:
+            with server(*((write_tiny(Path(folder)),) if name == "schemathesis" else ("--demo",))) as url:
+                if name == "litellm":
+                    result[name] = ask_litellm(clients, url)
+                elif name == "lm-eval":
+                    result[name] = ask_lm_eval(clients, url, Path(folder))
+                else:
+                    result[name] = ask_schemathesis(clients, url)
+            version = run([clients, "-c", f"import importlib.metadata as m; print(m.version({name!r}))"]).strip()
+            result[name] = {"version": version} | result[name]
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(result, indent=1) + "\n")
+            print(name, json.dumps(result[name], indent=1))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2] if len(sys.argv) > 2 else "results/serve/clients.json"))
+    main(sys.argv[1], sys.argv[2].split(","), Path(sys.argv[3] if len(sys.argv) > 3 else "results/serve/clients.json"))

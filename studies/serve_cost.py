@@ -89,10 +89,16 @@ def main(out: Path) -> None:
                     if not warm:
                         seconds[name].append(taken)
                 print(number, {name: round(values[-1], 3) for name, values in seconds.items() if values}, flush=True)
+                if not warm:
+                    assert all(len(one) == NEW for one in ids.values())
+                    write(out, seconds)
     finally:
         server.terminate()
         server.wait(60)
-    assert all(len(one) == NEW for one in ids.values())
+
+
+def write(out: Path, seconds: dict[str, list[float]]) -> None:
+    """What is there so far."""
     tokens = REQUESTS * NEW
     result = {
         "requests": REQUESTS, "prompt_tokens": PROMPT, "new_tokens": NEW, "method": METHOD,
@@ -102,7 +108,7 @@ def main(out: Path) -> None:
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["cost"], indent=1), json.dumps(result["median_tokens_per_s"]))
+    print(json.dumps(result["cost"]), flush=True)
 
 
 def _cost(values: list[float], base: list[float]) -> dict[str, float]:

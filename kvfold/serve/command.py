@@ -1,5 +1,6 @@
 """`kvfold serve`: from what was typed to a server that answers until it is told to stop."""
 
+import gc
 import json
 import logging
 import os
@@ -65,6 +66,8 @@ def serve(
         prefill_tokens=max_num_batched_tokens,
     ) as engine:  # fmt: skip
         server = _AnnouncedServer(create_app(engine, settings), say)
+        gc.collect()
+        gc.freeze()  # what is loaded by now stays: no collection between two steps needs to look at it
         try:
             server.run()
         except KeyboardInterrupt:
