@@ -2,7 +2,7 @@
 """Two engines under Ray Serve, on this machine and a random model: what routing by prefix is worth, and what clients see
 when a replica dies under them.
 
-  studies/ray_serve.py OUT.json [--requests 200 --families 16 --clients 8 --new 16]
+  studies/ray_serve.py OUT.json [--requests 200 --families 32 --clients 8 --new 16]
 
 Prompts are of families that share a long beginning. Each setting is one run of all requests: routed by prefix, by Serve's own
 router, and by prefix with one replica killed by its actor's id in between. A client whose request failed cleanly, with status
@@ -52,9 +52,8 @@ def main() -> None:
         model = Path(folder) / "tiny"
         token_bytes = write_model(model)
         expected = _alone(model, prompts, wanted.new)
-        # Room for the beginnings of five eighths of the families in one replica, and for what runs.
-        running = wanted.clients * (BEGINNING + TAIL + wanted.new)
-        kv_bytes = (wanted.families * 5 // 8 * BEGINNING + running) * token_bytes
+        # Room for all prompts in each replica, so that nothing but the way that requests take decides what is cached.
+        kv_bytes = wanted.requests * (BEGINNING + TAIL + wanted.new) * token_bytes
         port = _free_port()
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
         try:
@@ -97,7 +96,7 @@ def write_model(folder: Path) -> int:
         head_dim=16, num_key_value_heads=2, max_position_embeddings=2048, eos_token_id=0, initializer_range=0.1,
     )  # fmt: skip
     kvfold.FoldForCausalLM(config).save_pretrained(folder)
-    return kvfold.plan(config).bytes_per_token * 2  # planned in bf16, run in fp32
+    return kvfold.plan(config).bytes_per_token
 
 
 async def _measured(name: str, port: int, prompts: list[str], expected: list[str], wanted: Any, kill_at: int | None):
@@ -121,11 +120,12 @@ async def _measured(name: str, port: int, prompts: list[str], expected: list[str
             if kill_at is None:
                 return
             before = await asyncio.to_thread(_replicas)
-            victim = before[0]
-            actor = ray.get_actor(victim, namespace=NAMESPACE)
-            while sum(len(log["answers"]) for log in logs) < kill_at:
+            actors = {name.rpartition("#")[2]: ray.get_actor(name, namespace=NAMESPACE) for name in before}
+            while len(told := [answer["replica"] for log in logs for answer in log["answers"]]) < kill_at:
                 await asyncio.sleep(0.01)
-            killed.update(replica=victim.rpartition("#")[2], actor_id=actor._actor_id.hex(), at=time.monotonic())
+            victim = max(actors, key=told[-3 * wanted.clients :].count)  # the one that is busier now
+            actor = actors[victim]
+            killed.update(replica=victim, actor_id=actor._actor_id.hex(), at=time.monotonic())
             ray.kill(actor)
             while time.monotonic() - killed["at"] < WAIT_S:
                 others = [one for one in await asyncio.to_thread(_replicas) if one not in before]
@@ -265,7 +265,7 @@ def _free_port() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    for name, value in {"requests": 200, "families": 16, "clients": 8, "new": 16}.items():
+    for name, value in {"requests": 200, "families": 32, "clients": 8, "new": 16}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     return parser.parse_args()
 

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -29,6 +30,9 @@ def main(folder: Path) -> None:
         print("left")
         refused(f"http://127.0.0.1:{port}")
         print("refused")
+        serve.delete("kvfold")
+        scaled(model, f"http://127.0.0.1:{port}")
+        print("scaled")
         serve.delete("kvfold")
         batches(model)
         print("answered")
@@ -58,6 +62,24 @@ def refused(url: str) -> None:
     assert answer.status_code == 400 and "context" in answer.json()["error"]["message"]
     answer = httpx.post(f"{url}/v1/completions", content=b"x" * (9 << 20), timeout=60)
     assert answer.status_code == 413, answer.status_code
+
+
+def scaled(model: str, url: str) -> None:
+    """Requests that want more KV memory than one replica has bring a second one."""
+    args = {"model": model, "kv_memory": "2MB", "cpus": 0.5, "max_replicas": 2}
+    serve.run(build(args), name="kvfold", route_prefix="/")
+    body = {"prompt": "a" * 100, "max_tokens": 1500, "ignore_eos": True}
+    deadline = time.monotonic() + 90
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=120) for _ in range(6)]
+        while _running() < 2:
+            assert time.monotonic() < deadline, f"still {_running()} replica"
+            time.sleep(0.2)
+        assert all(one.result().status_code == 200 for one in asked)
+
+
+def _running() -> int:
+    return serve.status().applications["kvfold"].deployments["Replica"].replica_states.get("RUNNING", 0)
 
 
 def batches(model: str) -> None:

@@ -30,9 +30,9 @@ def test_nobody_is_left_without_an_answer_when_a_replica_dies(tmp_path):
     assert killed["attempts"] == 96 + killed["failed_cleanly"] and killed["killed"]["replaced_after_s"] > 0
 
 
-def test_who_leaves_is_no_longer_worked_for_and_batches_are_answered(tmp_path):
+def test_clients_that_leave_replicas_that_are_added_and_batches(tmp_path):
     script = ROOT / "tests" / "integrations" / "ray_script.py"
     command = [sys.executable, str(script), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["left", "refused", "answered"]
+    assert done.stdout.split() == ["left", "refused", "scaled", "answered"]
