@@ -1,4 +1,4 @@
-"""A method that takes over trained gates: the decisions stay, importance is what the definition says, and what is fitted predicts it."""
+"""A method that takes over trained gates: the decisions stay, importance is as defined, and what is fitted predicts it."""
 
 import pytest
 import torch
@@ -36,7 +36,9 @@ def test_mean_attention_by_its_definition():
     q, k = torch.randn(2, 140, 4, 8), torch.randn(2, 140, 2, 8)
     found = mean_attention(q, k, delay=5, scale=0.4)
     logits = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(2, dim=2)) * 0.4
-    weights = logits.masked_fill(torch.ones(140, 140).triu(1) > 0, -torch.inf).softmax(dim=-1).unflatten(1, (2, 2)).sum(dim=2)
+    weights = (
+        logits.masked_fill(torch.ones(140, 140).triu(1) > 0, -torch.inf).softmax(dim=-1).unflatten(1, (2, 2)).sum(dim=2)
+    )
     for token in (0, 1, 77, 133):
         torch.testing.assert_close(found[:, :, token], weights[:, :, token + 6 :, token].mean(dim=2))
     assert (found[:, :, 134:] == 0).all()
