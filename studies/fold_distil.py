@@ -34,6 +34,7 @@ from kvfold.layout.planner import layout_bytes, page_bytes, page_class, page_cla
 from kvfold.models.adapters import Base, apply_adapter
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.record import cpu_name, git_commit
+from kvfold.train.calibrate import calibrate
 from kvfold.train.data import TrainingOrder, draw_text
 from kvfold.train.losses import divergence, ratio_loss, slice_rows, summed_in_slices
 from kvfold.train.results import write_trained
@@ -82,11 +83,13 @@ class Run:
         self.args, self.model = args, kvfold.load(args.model)
         self.base, self.tokenizer = Base.of(self.model, args.name), kvfold.load_tokenizer(args.model)
         self.teacher = None if args.teacher_states is None else TeacherStates(args.teacher_states, self.model)
-        apply_adapter(self.model, args.start)
+        apply_adapter(self.model, args.start, time=args.time)
         self.settings = settings_of(args, self.model.config.layout.time_text())
         self.folds = self.model.config.layout.time_of(0).grid is not None
         self.steps = args.tokens // (args.batch * SEQUENCE_TOKENS)
         text = _text(args, self.tokenizer, args.tokens)
+        if args.calibrate and not (args.work / "state.pt").exists():
+            _say(json.dumps(calibrate(self.model, text.calibration[:8], self.settings)))
         self.samples = TrainingOrder(text.train, steps=self.steps, batch=args.batch, seed=args.seed)
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95), weight_decay=0.0)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -190,6 +193,9 @@ def train(args: argparse.Namespace) -> None:
             run.save(checkpoint)
         _say(f"step {run.done} of {run.steps}: KL {point['kl']:.5f}, {point['cpu_seconds']:.0f} s")
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.calibrate:
+        text = _text(args, run.tokenizer, args.tokens)
+        _say(json.dumps(calibrate(run.model, text.calibration, run.settings)))
     write_trained(run.model.eval(), run.tokenizer, run.settings, run.base, args.out, tokens=args.tokens)
 
 
@@ -371,6 +377,10 @@ def main() -> None:
     one.add_argument("--work", type=Path, required=True)
     one.add_argument("--teacher-states", type=Path)
     one.add_argument("--tokens", type=int, default=262_144)
+    one.add_argument("--time", help="another text form of the adapter's method")
+    one.add_argument(
+        "--calibrate", action="store_true", help="shift the gates to the compression before the first step"
+    )
     one.add_argument("--batch", type=int, default=4)
     one.add_argument("--rate", type=float, default=3e-5, help="of projections (and of norms under DMS)")
     one.add_argument("--heads-rate", type=float, default=1e-2, help="of b, c and lambda")

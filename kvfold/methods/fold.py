@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -96,6 +97,10 @@ class Fold(Method):
     def always_kept(self, seen: int) -> int:
         """What is younger than the delay was at the last border."""
         return seen - max(0, (seen - 1) // self.spacing * self.spacing - self.delay)
+
+    def expected_kept(self, seen: int, compression: float) -> int:
+        """See `Method.expected_kept`; of all phases of the grid the one in which most is held."""
+        return max(min(seen, self.delay + self.spacing), ceil(seen / compression))
 
     @property
     def grid(self) -> int:

@@ -276,6 +276,9 @@ def test_what_is_planned_is_allocated():
             each = layout_bytes(layout, [0], 4, 1), layout_bytes(layout, [1], 4, 1)
             assert cache.allocated_bytes == each[0] + int(kept.sum()) * (each[1] - each[0]) // 2
     assert int(kept.sum()) < 120
+    least = [method.always_kept(seen) for seen in range(1, 71)]
+    assert max(least) == method.expected_kept(70, 70.0) == 6 + 8
+    assert method.expected_kept(70, 2.0) == 35
     usage = cache.usage
     assert usage.total == cache.allocated_bytes
     position = torch.tensor([[one in held(cache, text)[0][head] for one in range(70)] for head in range(2)])

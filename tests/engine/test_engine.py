@@ -48,6 +48,7 @@ def draw_requests(number, *, seed=0, methods=METHODS, longest=60):
         (METHODS, "dms", {"kv_memory": "150kB", "prefill_tokens": 32}),
         (["dmc:4", "tova:20", "window:16+4"], "dmc", {"kv_memory": "150kB", "prefill_tokens": 32}),
         (["full", "dms:8"], "dms", {"kv_memory": "60kB", "prefill_tokens": 64, "estimate_scale": 0.25}),
+        (["full", "fold:8+8@0.3"], "fold", {"kv_memory": "60kB", "prefill_tokens": 32, "estimate_scale": 0.25}),
     ],
 )
 def test_every_answer_is_that_of_its_request_alone(methods, gates, options):

@@ -1,4 +1,4 @@
-"""A method that takes over trained gates: decisions stay, importance is what the definition says, what is fitted predicts it."""
+"""A method that takes over trained gates: the decisions stay, importance is as defined, and what is fitted predicts it."""
 
 import pytest
 import torch
