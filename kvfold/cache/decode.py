@@ -8,11 +8,15 @@ the last reader is done (`ScoredStep`). No layer asks the host anything, but at 
 Letters: O owners of a group, B sequences, K kv heads, D head dim, N slots a page, S stored entries, E = S + 1.
 """
 
+from dataclasses import replace
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from kvfold.cache.group import CacheGroup
 from kvfold.cache.store import Batch, Store
+from kvfold.methods.base import Method
 from kvfold.methods.plans import Entries, Streams
 from kvfold.ops.gating import Gates
 from kvfold.ops.paged import DecodeBatch, decode_attention
@@ -26,7 +30,7 @@ class DecodeSegment:
         self._batch, self._layers = batch, store.place_of_layer
         # Where each sequence's real token stands among the columns.
         self._column_B = None if batch.columns == 1 else batch.real_BT.to(torch.uint8).argmax(dim=1)
-        self._steps = {id(group): step_of(group)(group, batch) for group in store.groups}
+        self._steps = {id(group): step_of(group.method)(group, batch) for group in store.groups}
 
     def attend(
         self, layer: int, q_BTHD: Tensor, k_BTKD: Tensor | None, v_BTKD: Tensor | None, rotation: Rotation | None,
@@ -253,7 +257,7 @@ class ScoredStep(PlacedStep):
         self._wants_old = self.group.method.attention_scores == "last"
         columns = self.stored + 1 if self._wants_old else 1
         self._received = torch.zeros((*shape, columns), dtype=torch.float32, device=self.start_OBK.device)
-        self.lengths_OBK = self.streams.length_OBK.int()
+        self.lengths_OBK, self.slot_OBK = self.streams.length_OBK.int(), (None,) * shape[0]
 
     def new_token(
         self, index: int, k_B1KD: Tensor | None, v_B1KD: Tensor | None, rotation: Rotation | None, gates: Gates | None
@@ -266,14 +270,10 @@ class ScoredStep(PlacedStep):
         return k, v
 
     def described(self, index: int) -> DecodeBatch:
-        """See `PlacedStep.described`."""
-        pool, arrays = self.group.pool, self.group.pool.arrays
-        return DecodeBatch(
-            k_PND=arrays["k"], v_PND=arrays["v"], k_scale_PNS=arrays.get("k_scale"), v_scale_PNS=arrays.get("v_scale"),
-            position_PN=arrays["position"], bias_PN=arrays.get(self.group.method.bias_array), oldest_B=self.oldest_B,
-            table_T=self.group.tables.flat, start_BK=self.start_OBK[index], length_BK=self.lengths_OBK[index],
-            max_length=self.stored, head_dim=pool.page_class.head_dim, slots_BK=None,
-            score_PN=None if self._wants_old else arrays["score"], received_BKE=self._received[index],
+        """See `PlacedStep.described`; the waiting token has no slot, and what entries receive is asked for."""
+        score = None if self._wants_old else self.group.pool.arrays["score"]
+        return replace(
+            super().described(index), max_length=self.stored, score_PN=score, received_BKE=self._received[index],
             received_old=self._wants_old,
         )  # fmt: skip
 
@@ -312,10 +312,11 @@ class ScoredStep(PlacedStep):
         pool.write_state(slot, {"score": self._received[..., -1].reshape(-1)[chosen]})
 
 
-def step_of(group: CacheGroup) -> type[PlacedStep]:
-    """How a group's method finds the places of new tokens."""
-    if group.method.attention_scores is not None:
+@lru_cache
+def step_of(method: Method) -> type[PlacedStep]:
+    """How a method finds the places of new tokens."""
+    if method.attention_scores is not None:
         return ScoredStep
-    if group.method.grid is not None:
+    if method.grid is not None:
         return GridStep
-    return LayerStep if group.method.places_at_layer else PlacedStep
+    return LayerStep if method.places_at_layer else PlacedStep

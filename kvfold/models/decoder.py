@@ -22,7 +22,7 @@ from kvfold.models.adapters import gates_for_cache
 from kvfold.models.blocks import FoldLayer, FoldRMSNorm
 from kvfold.models.config import FoldConfig
 from kvfold.models.gated import FoldCausalLMOutput, FoldOutput, GatedModel, joined, recorded
-from kvfold.models.gates import GateCall, GateNorm, GateProjection, GateSet, gate_table
+from kvfold.models.gates import GateCall, GateNorm, GateProjection, GateSet, GateTable, gate_table
 from kvfold.models.generation import FoldGeneration
 from kvfold.models.options import PLAIN, CallOptions
 from kvfold.models.rope import Rope
@@ -112,11 +112,8 @@ class FoldModel(FoldPreTrainedModel):
         rows, tokens = hidden.shape[:2]
         real = None if attention_mask is None else _real_tokens(attention_mask, rows, tokens)
         cache = past_key_values
-        if (
-            not (isinstance(cache, FoldCache) and cache.layout.layers is self._layers)
-            or self.training
-            or options.sharing
-        ):
+        fits = isinstance(cache, FoldCache) and cache.layout.layers is self._layers
+        if not fits or self.training or options.sharing:
             cache = self._cache_of(past_key_values, use_cache, rows, options)
         # A wrong number of rows is the cache's to refuse.
         begun = cache is not None and cache.columns > 0 and len(cache.rows) == rows
@@ -138,18 +135,20 @@ class FoldModel(FoldPreTrainedModel):
         """All layers over one piece of a call."""
         if cache is None:
             return self._run_freely(hidden, real, rotations, options, noise_key, records, keep)
-        if cache.gate_table is None:
-            config = self.config.gate_config if cache.gates is None else cache.gates.config
-            cache.gate_table = gate_table(config, cache.layout, freed_owners=self.config.freed_owners)
-        gates = None
-        if not cache.gate_table.is_empty:
-            gates = GateCall.of(cache.gate_table, self.training, options, noise_key, records, cache.gates)
+        table = cache.gate_table or self._gate_table(cache)
+        gates = None if table.is_empty else GateCall.of(table, self.training, options, noise_key, records, cache.gates)
         # Pages are written in place, so no gradient could pass through them.
         call = cache.call(real, num_rows=hidden.shape[0], num_tokens=hidden.shape[1], **self.attention_options)
         with torch.no_grad(), call as view:
             hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
         decided = recorded(gates, cache.layout.owners) if records else {}
         return FoldOutput(last_hidden_state=hidden, past_key_values=cache, hidden_states=states, **decided)
+
+    def _gate_table(self, cache: FoldCache) -> GateTable:
+        """Worked out once for a cache, at its first call."""
+        config = self.config.gate_config if cache.gates is None else cache.gates.config
+        cache.gate_table = gate_table(config, cache.layout, freed_owners=self.config.freed_owners)
+        return cache.gate_table
 
     def _run_freely(
         self, hidden: Tensor, real: Tensor | None, rotations: list[Rotation | None], options: CallOptions,

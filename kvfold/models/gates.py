@@ -223,8 +223,7 @@ def decide(
     if off or k_BTKD is None:
         return Gates(**more)
     if adapted_BTX is not None and config.form.outputs > 1:
-        adapted_BTKF = adapted_BTX.unflatten(2, (k_BTKD.shape[2], -1))
-        adapted_BTX, more["outputs_BTKF"] = adapted_BTKF[..., 0], adapted_BTKF[..., 1:]
+        adapted_BTX, more["outputs_BTKF"] = _first_and_rest(adapted_BTX, k_BTKD.shape[2])
     logit = _logit(config, q_BTHD, k_BTKD, adapted_BTX)
     alpha, log_stay = _soft(config, call, layer, logit) if call.training else hard_alpha(logit)
     if call.records:
@@ -234,6 +233,12 @@ def decide(
     return Gates(
         alpha_BTK=alpha, log_stay_BTK=log_stay, from_next=config.reads == "next", heads_KP=heads_KP, **more
     )  # fmt: skip
+
+
+def _first_and_rest(adapted_BTX: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """The decision's logit [B, T, K], and what else an adapter says of each token and head."""
+    adapted_BTKF = adapted_BTX.unflatten(2, (heads, -1))
+    return adapted_BTKF[..., 0], adapted_BTKF[..., 1:]
 
 
 def hard_alpha(logit_BTK: Tensor) -> tuple[Tensor, Tensor]:
