@@ -36,7 +36,8 @@ def add_bench_train(bench: typer.Typer) -> None:
 def bench_training(
     model: Model,
     time: Annotated[
-        list[str] | None, typer.Option("--time", help="dmc[:W] | dms[:W]; several times: a row each. Default: both.")
+        list[str] | None,
+        typer.Option("--time", help="dmc[:W][+S] | dms[:W]; several times: a row each. Default: both."),
     ] = None,
     sequence: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 1024,
     batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 1,
@@ -65,20 +66,17 @@ def bench_training(
     hand_over("step", result, [step_table], out=out, as_json=as_json)
 
 
-def add_bench_serve(bench: typer.Typer) -> None:
+def add_bench_offline(bench: typer.Typer) -> None:
     """Put the command among the others."""
     bench.command(
-        "serve",
-        epilog="Example: `kvfold bench serve my-model --offline --time full --time h2o:64+64 --budget 4 --requests 16`",
+        "serve-offline",
+        epilog="Example: `kvfold bench serve-offline my-model --time full --time h2o:64+64 --budget 4 --requests 16`",
     )(bench_serving)
 
 
 @clear_errors
 def bench_serving(
     model: Model,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="In process, without HTTP: the only form there is.")
-    ] = False,
     time: Times = None,
     budget: Annotated[
         list[str] | None,
@@ -111,21 +109,14 @@ def bench_serving(
     as_json: Json = False,
 ) -> None:
     """Requests in flight, tokens/s and waiting of many requests in one KV budget, methods beside each other and peers."""
-    check_out(out)
-    if not offline:
-        raise UserError(
-            "bench serve measures in process: add --offline (a server is measured by any client of OpenAI's API)"
-        )
     from kvfold.bench.serve import bench_serve, budget_bytes
-    from kvfold.bench.serve_peers import PEERS, open_peers
+    from kvfold.bench.serve_peers import check_peers, open_peers
     from kvfold.bench.serve_requests import drawn_requests, parse_lengths, trace_requests
     from kvfold.data.texts import read_text_file
-    from kvfold.report.results import write_result
+    from kvfold.record import write_result
     from kvfold.report.tables import serve_table
 
-    unknown = sorted(set(peers or ()) - set(PEERS))
-    if unknown:
-        raise UserError(f"peers '{unknown[0]}': it is one of {', '.join(PEERS)}: write one of them")
+    check_out(out), check_peers(peers or ())
     bounds = parse_lengths(prompt), parse_lengths(new)
     file = read_text_file(text or SAMPLE) if trace is None else None
     weights, tokenizer = load_model(model, None, bits, adapter, dtype, device, gates, time or ())

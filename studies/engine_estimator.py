@@ -25,9 +25,10 @@ import torch
 import kvfold
 from kvfold.bench.serve_requests import parse_lengths
 from kvfold.data.texts import read_text_file
+from kvfold.data.whole_file import write_whole_file
 from kvfold.engine.budget import KeptRatios, SequenceCost
 from kvfold.layout.planner import PAGE_SLOTS
-from kvfold.report.results import cpu_name, git_commit, write_whole
+from kvfold.record import cpu_name, git_commit
 from kvfold.train.kept_ratios import CALL_TOKENS, kept_streams
 
 
@@ -62,7 +63,7 @@ def main() -> None:
         "time": model.config.layout.time_text(), "prompts": wanted.prompts, "tokens": bounds, "rows": rows,
         "environment": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
     }  # fmt: skip
-    write_whole(wanted.out, json.dumps(result, indent=1) + "\n")
+    write_whole_file(wanted.out, json.dumps(result, indent=1) + "\n")
     for row in rows:
         print(f"{row['estimator']:13} {row['text']:16} error {row['mean_error']:.3f} ({row['mean_signed']:+.3f})  "
               f"covered {row['covered']:.3f}")  # fmt: skip

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 import kvfold
+from kvfold.data.whole_file import write_whole_file
 from kvfold.engine.engine import Engine
-from kvfold.report.results import cpu_name, git_commit, write_whole
+from kvfold.record import cpu_name, git_commit
 
 SAMPLE = Path(kvfold.__file__).parent / "assets" / "sample" / "persuasion.txt"
 THINGS = (
@@ -45,7 +46,7 @@ def main() -> None:
         "command": shlex.join(["studies/engine_prefix.py", *sys.argv[1:]]), "adapter": wanted.adapter, "rows": rows,
         "environment": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
     }  # fmt: skip
-    write_whole(wanted.out, json.dumps(result, indent=1) + "\n")
+    write_whole_file(wanted.out, json.dumps(result, indent=1) + "\n")
 
 
 def questions_row(model, tokenizer, time: str, text: list[int], asked: list[list[int]], cold: int) -> dict:

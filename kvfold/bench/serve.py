@@ -103,10 +103,7 @@ def bench_serve(
             f"a request of {longest} tokens: the model reads {model.config.max_position_embeddings} at most: ask for fewer"
         )
     result = {
-        "model": {"name": name, "parameters": model.num_parameters(), "packed_bytes": packed_bytes(model)},
-        "environment": {
-            "device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
-        },
+        **_about(model, name),
         "requests": {
             "number": len(requests), "prompt_tokens": _ends([len(one.prompt) for one in requests]),
             "new_tokens": _ends([one.max_tokens for one in requests]), "temperature": temperature,
@@ -135,6 +132,16 @@ def bench_serve(
             })  # fmt: skip
         keep(result)
     return result
+
+
+def _about(model: FoldForCausalLM, name: str) -> dict[str, Any]:
+    """The model, and where it ran."""
+    return {
+        "model": {"name": name, "parameters": model.num_parameters(), "packed_bytes": packed_bytes(model)},
+        "environment": {
+            "device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
+        },
+    }  # fmt: skip
 
 
 def run_engine(

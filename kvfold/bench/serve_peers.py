@@ -22,6 +22,13 @@ PEERS = ("generate", "transformers", "continuous", "vllm")
 """Names on the command line."""
 
 
+def check_peers(names: Sequence[str]) -> None:
+    """Raise `UserError` for a peer that nobody knows."""
+    unknown = sorted(set(names) - set(PEERS))
+    if unknown:
+        raise UserError(f"peers '{unknown[0]}': it is one of {', '.join(PEERS)}: write one of them")
+
+
 def open_peers(
     names: Sequence[str],
     model: FoldForCausalLM,

@@ -14,6 +14,8 @@ from kvfold.cache.allocator import pages_for
 from kvfold.cache.pages import PagePool
 from kvfold.cache.tables import BlockTables
 from kvfold.methods.base import Method
+from kvfold.methods.plans import Crossed, Held
+from kvfold.ops.gating import Gates
 from kvfold.ops.paged import stream_slots
 
 
@@ -130,6 +132,45 @@ class CacheGroup:
         """int32 [..., S], -1 where there is no entry."""
         slot, filled = self.stored_slots(id_X, stored)
         return self.pool.arrays["position"].view(-1)[slot].masked_fill(~filled, -1)
+
+    # -- borders of a method's grid --------------------------------------------------------------------------------
+
+    def slot_values(self, slot: Tensor, filled: Tensor) -> dict[str, Tensor]:
+        """The method's slot arrays at flat slots of any shape, 0 where there is no entry."""
+        arrays = self.pool.arrays
+        return {name: arrays[name].view(-1)[slot].masked_fill(~filled, 0) for name in self.method.slot_arrays}
+
+    def merge(self, id_BK: Tensor, stored: int, crossed: Crossed) -> None:
+        """Write what was merged into the entries of one owner's streams, and evict those that left: the first `stored` entries
+        of `crossed`.
+        """
+        changed, stays = crossed.changed_BKE[..., :stored], crossed.stays_BKE[..., :stored]
+        leaves = self.stored_slots(id_BK, stored)[1] & ~stays
+        if not bool(leaves.any()):
+            return
+        self.copy_on_write(id_BK)
+        if bool(changed.any()):
+            slot = self.stored_slots(id_BK, stored)[0][changed]
+            state = {name: one[..., :stored][changed] for name, one in crossed.arrays.items()}
+            self.pool.rewrite(slot, crossed.v_BEKD.transpose(1, 2)[:, :, :stored][changed], state)
+        self.evict(id_BK, stays)
+
+    def cross(self, id_BK: Tensor, position_B: Tensor, gates: Gates | None) -> None:
+        """Of one owner: a border that each of these sequences has come to with its token at `position`, which is stored."""
+        most = int(self.lengths(id_BK).max())
+        slot, filled = self.stored_slots(id_BK, most)
+        position = self.pool.position.view(-1)[slot].masked_fill(~filled, -1)
+        # The new token's key and value are not there yet.
+        there = (filled & (position < position_B[:, None, None])).unsqueeze(-1)
+        k, v = (self.pool.read(name, slot).masked_fill(~there, 0).transpose(1, 2) for name in ("k", "v"))
+        crossed = self.method.cross(
+            Held(
+                k_BEKD=k, v_BEKD=v, position_BKE=position, arrays=self.slot_values(slot, filled), before_B=position_B,
+                seen_B=position_B + 1, as_stored=lambda x: self.pool.as_stored(x, "v"),
+            ),
+            gates,
+        )  # fmt: skip
+        self.merge(id_BK, most, crossed)
 
     # -- the verbs -----------------------------------------------------------------------------------------------
 

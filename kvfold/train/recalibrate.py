@@ -51,7 +51,7 @@ def recalibrate(
     elif gates.source == "adapter":
         # As calibration did to the model, which may be in another dtype.
         for name in gate_biases(model.config.layout):
-            weights[name] = weights[name] + facts["shift"] / gates.scale
+            weights[name][:: gates.form.outputs] += facts["shift"] / gates.scale
     else:
         about = replace(about, gates=about.gates | {"offset": gates.offset - facts["shift"]})
     model.config.kept_ratios = measure_kept_ratios(model, blocks_NT, report=report)

@@ -71,7 +71,6 @@ def test_what_a_step_costs(kvfold, folder):
         ("inspect tiny --text text.txt --tokens 257", "the model reads 256 at most"),
         ("inspect tiny --text text.txt --tokens 1", "a text to look at has 2 or more"),
         (f"{INSPECT} --out .", "no file can be written there"),
-        (SERVE, "add --offline"),
         (f"{SERVE} --offline --prompt 9-4", "length '9-4'"),
         (f"{SERVE} --offline --budget 0", "--budget '0'"),
         (f"{SERVE} --offline --peers sglang", "peers 'sglang'"),

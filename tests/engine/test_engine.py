@@ -48,6 +48,7 @@ def draw_requests(number, *, seed=0, methods=METHODS, longest=60):
         (METHODS, "dms", {"kv_memory": "150kB", "prefill_tokens": 32}),
         (["dmc:4", "tova:20", "window:16+4"], "dmc", {"kv_memory": "150kB", "prefill_tokens": 32}),
         (["full", "dms:8"], "dms", {"kv_memory": "60kB", "prefill_tokens": 64, "estimate_scale": 0.25}),
+        (["full", "fold:8+8@0.3"], "fold", {"kv_memory": "60kB", "prefill_tokens": 32, "estimate_scale": 0.25}),
     ],
 )
 def test_every_answer_is_that_of_its_request_alone(methods, gates, options):
@@ -210,7 +211,7 @@ def test_questions_about_one_text_read_it_once():
     with new_engine(prefill_tokens=128) as engine, new_engine(prefill_tokens=128) as cold:
         answers = engine.generate(requests)
         assert engine.stats()["prompt_tokens"] < 1.2 * (256 + 16 * 3)
-        assert [one.usage.cached_tokens for one in answers] == [0] + [257] * 15, "the 7 is theirs too"
+        assert [one.usage.cached_tokens for one in answers] == [0] + [257] * 15  # the text, and the token after it
         for request, answer in zip(requests[:4], answers, strict=False):
             # One after the other, so that nothing is there to be reused.
             cold._scheduler.drop_prefixes()
