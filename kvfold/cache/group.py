@@ -239,9 +239,14 @@ class CacheGroup:
 
     def copy_for_slot(self, id_X: Tensor, place_X: Tensor) -> None:
         """`copy_on_write` of the page in which one slot of each stream is about to be written."""
-        if self.has_shared:
-            index = place_X // self.pool.slots
-            self.copy_on_write(id_X, index, index + 1)
+        if not self.has_shared or id_X.numel() == 0:
+            return
+        ids, index = id_X.reshape(-1), place_X.reshape(-1) // self.pool.slots
+        held = index < self._pages(self.lengths(ids))
+        page = self.tables.flat[(self.starts(ids) + index).masked_fill(~held, 0)].long()
+        shared = held & (self.pool.references[page.masked_fill(~held, 0)] > 1)
+        if bool(shared.any()):
+            self.copy_on_write(ids[shared], index[shared], index[shared] + 1)
 
     def copies_ahead(self, id_X: Tensor) -> int:
         """Pages that `copy_on_write` may allocate for a call on these streams, at most."""
