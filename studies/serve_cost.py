@@ -24,7 +24,7 @@ from kvfold.demo import ADAPTER, bundled_model
 from kvfold.engine.engine import Engine
 from kvfold.models.load import load, load_tokenizer
 
-REQUESTS, PROMPT, NEW, ROUNDS = 16, 32, 64, 5
+REQUESTS, PROMPT, NEW, ROUNDS = 16, 32, 48, 8
 METHOD = "dms:128"
 SIDES = ("in process", "HTTP, whole", "HTTP, streamed")
 
