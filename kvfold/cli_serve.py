@@ -88,8 +88,8 @@ def bench_serving(
         "httpx", *(("matplotlib",) if picture else ()), extra="plot" if picture else "serve", what="bench serve"
     )
     from kvfold.bench.serve_http import Load, bench_serve, draw_requests, lengths, read_trace, summary_lines
+    from kvfold.data.whole_file import write_whole_file
     from kvfold.report.pictures.load import save_load_png
-    from kvfold.report.results import write_whole
 
     load = Load(rate=rate, clients=clients if rate or trace or clients else 8, seed=seed)
     if trace is not None:
@@ -104,7 +104,7 @@ def bench_serving(
         with progress() as report:
             rows.append(bench_serve(url, asked, load, model=model, api_key=api_key, report=partial(report, url)))
     if out is not None:
-        write_whole(out, json.dumps({"command": command_line(), "rows": rows}, indent=1) + "\n")
+        write_whole_file(out, json.dumps({"command": command_line(), "rows": rows}, indent=1) + "\n")
     if picture is not None:
         save_load_png(rows, picture)
     if as_json:

@@ -6,9 +6,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from kvfold.data.whole_file import write_whole_file
 from kvfold.errors import UserError
 from kvfold.report.pictures.png import COLOURS, INK, LEVEL, SOFT
-from kvfold.report.results import write_whole
 
 
 def save_load_png(rows: Sequence[Mapping[str, Any]], out: Path) -> Path:
@@ -22,7 +22,7 @@ def save_load_png(rows: Sequence[Mapping[str, Any]], out: Path) -> Path:
         raise UserError("there is nothing to draw: no request was answered")
     picture = BytesIO()
     _figure(rows).savefig(picture, format="png", dpi=200)
-    return write_whole(Path(out), picture.getvalue())
+    return write_whole_file(Path(out), picture.getvalue())
 
 
 def _figure(rows: Sequence[Mapping[str, Any]]) -> Any:
