@@ -9,6 +9,7 @@ seen before; every side makes the same tokens. A file that is there already is g
 
 import asyncio
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -23,7 +24,7 @@ from kvfold.demo import ADAPTER, bundled_model
 from kvfold.engine.engine import Engine
 from kvfold.models.load import load, load_tokenizer
 
-REQUESTS, PROMPT, NEW, ROUNDS = 16, 32, 64, 5
+REQUESTS, PROMPT, NEW, ROUNDS = 16, 32, 48, 8
 METHOD = "dms:128"
 SIDES = ("in process", "HTTP, whole", "HTTP, streamed")
 
@@ -63,8 +64,10 @@ def main(out: Path) -> None:
     command += ["--method", METHOD, "--kv-memory", "500MB"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    processor: dict[str, list[float]] = {name: [] for name in SIDES}
     if out.is_file():
-        seconds = json.loads(out.read_text())["seconds"]
+        before = json.loads(out.read_text())
+        seconds, processor = before["seconds"], before["processor_seconds"]
     before = len(seconds[SIDES[0]])
     try:
         source = bundled_model()
@@ -80,6 +83,7 @@ def main(out: Path) -> None:
                     name = SIDES[(place + number) % len(SIDES)]
                     # Each side its own prompts: the two HTTP sides would find each other's prefixes.
                     requests = draw(number * len(SIDES) + SIDES.index(name), new=4 if warm else NEW)
+                    cpu = cpu_seconds(server.pid)
                     if name == "in process":
                         began = time.perf_counter()
                         ids[name] = engine.generate(requests)[0].token_ids
@@ -88,27 +92,36 @@ def main(out: Path) -> None:
                         taken, ids[name] = asyncio.run(ask(found[1], requests, stream="streamed" in name))
                     if not warm:
                         seconds[name].append(taken)
+                        processor[name].append(cpu_seconds(server.pid) - cpu)
                 print(number, {name: round(values[-1], 3) for name, values in seconds.items() if values}, flush=True)
                 if not warm:
                     assert all(len(one) == NEW for one in ids.values())
-                    write(out, seconds)
+                    write(out, seconds, processor)
     finally:
         server.terminate()
         server.wait(60)
 
 
-def write(out: Path, seconds: dict[str, list[float]]) -> None:
+def cpu_seconds(pid: int) -> float:
+    """Of the processor, that this process and the server have used so far: other programs change it less than the clock."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return time.process_time() + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def write(out: Path, seconds: dict[str, list[float]], processor: dict[str, list[float]]) -> None:
     """What is there so far."""
     tokens = REQUESTS * NEW
     result = {
         "requests": REQUESTS, "prompt_tokens": PROMPT, "new_tokens": NEW, "method": METHOD,
         "rounds": len(seconds[SIDES[0]]), "seconds": seconds,
         "median_tokens_per_s": {name: tokens / statistics.median(values) for name, values in seconds.items()},
-        "cost": {name: _cost(values, seconds["in process"]) for name, values in seconds.items() if name != "in process"},
+        "cost": {name: _cost(seconds[name], seconds["in process"]) for name in SIDES[1:]},
+        "processor_seconds": processor,
+        "processor_cost": {name: _cost(processor[name], processor["in process"]) for name in SIDES[1:]},
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["cost"]), flush=True)
+    print(json.dumps(result["cost"]), json.dumps(result["processor_cost"]), flush=True)
 
 
 def _cost(values: list[float], base: list[float]) -> dict[str, float]:

@@ -29,29 +29,39 @@ def demo():
         yield server
 
 
-def test_pictures(demo, tmp_path):
-    with open_browser(tmp_path) as page:
-        page.size(1360, 900)
-        page.open(demo.url)
-        page.wait("return about !== null")
-        page.run("document.querySelector('#tokens').value = 400; document.querySelector('#heat').value = 0")
-        page.type("#text", QUESTION + "\n")
-        page.wait("return maps.a && maps.a.tokens > 300", timeout=300)
-        page.screenshot(PICTURES / "page.png")
-        page.wait("return running === null", timeout=300)
+@pytest.fixture
+def page(demo, tmp_path):
+    with open_browser(tmp_path) as found:
+        yield found
+        assert found.errors() == []
 
-        page.dark(True)
-        page.run("document.querySelector('#second').value = 'window:171+4'; begin()")
-        page.type("#text", QUESTION + "\n")
-        page.wait("return maps.a && maps.a.tokens > 300 && maps.b", timeout=300)
-        page.screenshot(PICTURES / "page-two-methods-dark.png")
-        page.wait("return running === null", timeout=300)
 
-        page.dark(False)
-        page.size(390, 1500)
-        page.run("document.querySelector('#second').value = ''; begin()")
-        page.type("#text", QUESTION + "\n")
-        page.wait("return running === null && lines.a.length > 5", timeout=300)
-        page.run("window.scrollTo(0, 0)")
-        page.screenshot(PICTURES / "page-phone.png")
-        assert page.errors() == []
+def ask(page, demo, *, tokens: int, beside: str = "") -> None:
+    page.open(demo.url)
+    page.wait("return about !== null")
+    page.run(f"document.querySelector('#tokens').value = {tokens}; document.querySelector('#heat').value = 0")
+    page.run(f"document.querySelector('#second').value = '{beside}'; begin()")
+    page.type("#text", QUESTION + "\n")
+
+
+def test_a_picture_of_the_page(page, demo):
+    page.size(1360, 900)
+    ask(page, demo, tokens=400)
+    page.wait("return maps.a && maps.a.tokens > 300", timeout=900)
+    page.screenshot(PICTURES / "page.png")
+
+
+def test_a_picture_of_two_methods_in_the_dark(page, demo):
+    page.size(1360, 900)
+    page.dark(True)
+    ask(page, demo, tokens=400, beside="window:171+4")
+    page.wait("return maps.a && maps.a.tokens > 300 && maps.b", timeout=900)
+    page.screenshot(PICTURES / "page-two-methods-dark.png")
+
+
+def test_a_picture_on_a_phone(page, demo):
+    page.size(390, 1500)
+    ask(page, demo, tokens=220)
+    page.wait("return running === null && lines.a.length > 5", timeout=900)
+    page.run("window.scrollTo(0, 0)")
+    page.screenshot(PICTURES / "page-phone.png")
