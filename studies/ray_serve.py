@@ -33,8 +33,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import kvfold
+from kvfold.data.whole_file import write_whole_file
 from kvfold.integrations.ray_serve import REPLICA, build
-from kvfold.report.results import cpu_name, git_commit, write_whole
+from kvfold.record import cpu_name, git_commit
 
 APP, NAMESPACE = "kvfold", "serve"
 BEGINNING, TAIL = 1200, 60
@@ -78,7 +79,7 @@ def main() -> None:
         "prompt_tokens": BEGINNING + TAIL, "shared_tokens": BEGINNING, "new_tokens": wanted.new, "kv_bytes": kv_bytes,
         "rows": rows,
     }  # fmt: skip
-    write_whole(wanted.out, json.dumps(result, indent=1) + "\n")
+    write_whole_file(wanted.out, json.dumps(result, indent=1) + "\n")
     for row in rows:
         print(_line(row))
 
