@@ -60,8 +60,9 @@ test-slow: .venv/made-model ## the long checks; commit the results/test-slow.txt
 	@mkdir -p results
 	$(BIN)/python -m pytest -m slow --timeout 3600 2>&1 | sed "/^rootdir:/d" | tee results/test-slow.txt
 
-test-integrations: .venv-vllm/made .venv-ray/made ## vLLM's CPU build, Ray Serve and Ray Data; commit the results/test-integrations.txt that they leave
-	@mkdir -p results
+test-integrations: .venv-vllm/made .venv-ray/made ## vLLM's CPU build, Ray Serve and Ray Data; commit what they leave in results/ (test-integrations.txt, integrations/)
+	@mkdir -p results/integrations
+	.venv-ray/bin/python studies/ray_serve.py results/integrations/ray-serve.json
 	{ .venv-vllm/bin/python $(INTEGRATIONS)/test_vllm_*.py; .venv-ray/bin/python $(INTEGRATIONS)/test_ray_*.py; } 2>&1 | sed "/^rootdir:/d" | tee results/test-integrations.txt
 
 lint: .venv/made-kvfold ## style, formatting, and that imports go down only

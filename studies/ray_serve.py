@@ -60,17 +60,24 @@ def main() -> None:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             rows = []
             for name, by_prefix, kill_at in (
-                ("routed by prefix", True, None), ("Serve's own router", False, None),
                 ("one replica killed", True, wanted.requests // 3),
+                ("routed by prefix", True, None), ("Serve's own router", False, None),
             ):  # fmt: skip
                 args = {"model": str(model), "kv_memory": str(kv_bytes), "replicas": 2, "route_by_prefix": by_prefix}
-                args |= {"cpus": 0.5, "health_period_s": 2, "max_num_seqs": wanted.clients}
+                args |= {"cpus": 0.5, "health_period_s": 2}
                 serve.run(build(args), name=APP, route_prefix="/")
                 rows.append(asyncio.run(_measured(name, port, prompts, expected, wanted, kill_at)))
+                _write(wanted, kv_bytes, rows)
                 serve.delete(APP)
                 sys.stderr.write(f"{_line(rows[-1])}\n")
         finally:
             ray.shutdown()
+    for row in rows:
+        print(_line(row))
+
+
+def _write(wanted: argparse.Namespace, kv_bytes: int, rows: list[dict]) -> None:
+    """The result so far."""
     result = {
         "kind": "ray-serve", "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["studies/ray_serve.py", *sys.argv[1:]]), "git_commit": git_commit(),
@@ -80,8 +87,6 @@ def main() -> None:
         "rows": rows,
     }  # fmt: skip
     write_whole_file(wanted.out, json.dumps(result, indent=1) + "\n")
-    for row in rows:
-        print(_line(row))
 
 
 def write_model(folder: Path) -> int:

@@ -19,6 +19,8 @@ from kvfold.errors import UserError
 PYTHON_VARIABLE = "KVFOLD_VLLM_PYTHON"
 """The environment variable that names the Python in which vLLM is installed."""
 
+_SIZE_LINE = "KV cache size"
+"""Words of the line in which vLLM logs how many tokens its cache holds."""
 _WORKER = Path(__file__).with_name("vllm_worker.py")
 _SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 """One process, so that a step can be timed, and no word to the network."""
@@ -103,7 +105,7 @@ class VllmPeer:
             env=worker_environment(threads, settings.get("tensor_parallel_size", 1)), text=True, bufsize=1,
         )  # fmt: skip
         try:
-            self.about = self._asked(settings)
+            self.about = self._asked(settings) | {"log": self._logged(_SIZE_LINE)}
         except BaseException:
             self.close()
             raise
@@ -143,6 +145,12 @@ class VllmPeer:
         if "error" in answer:
             raise UserError(f"vLLM: {' '.join(answer['error'].split())}")
         return answer
+
+    def _logged(self, words: str) -> str | None:
+        """The first message with these words in what vLLM has printed so far."""
+        printed = os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0).decode(errors="replace")
+        line = next((line for line in printed.split("\n") if words in line), None)
+        return None if line is None else line.rpartition("] ")[2]
 
     def _last_words(self) -> str:
         self._log.seek(0)

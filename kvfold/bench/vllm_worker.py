@@ -6,15 +6,11 @@ What vLLM and its libraries print goes to stderr. vllm_peer.py is the near end.
 """
 
 import json
-import logging
 import os
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any, TextIO
-
-_SIZE_LINE = "KV cache size"
-"""The words of the line in which vLLM logs how many tokens its cache holds."""
 
 
 class Engine:
@@ -24,18 +20,14 @@ class Engine:
         """`settings`: `model`, and what vLLM's engine takes beside it."""
         import vllm
 
-        # vLLM sets up its logging with the first of its names that is used, and takes away the handlers that were there.
-        make, self._lines = vllm.LLM, []
-        logging.getLogger("vllm").addHandler(_Keeper(self._lines))
-        self._llm = make(**settings, enable_prefix_caching=False, disable_log_stats=False)
+        self._llm = vllm.LLM(**settings, enable_prefix_caching=False, disable_log_stats=False)
         self._engine, self._version, self._asked = self._llm.llm_engine, vllm.__version__, 0
 
     def about(self) -> dict[str, Any]:
-        """The version, the tokens that the cache holds, and the line of vLLM's log that says so."""
+        """The version, and the tokens that the cache holds."""
         cache = self._engine.vllm_config.cache_config
         return {
             "version": self._version, "kv_tokens": cache.kv_cache_size_tokens, "block_tokens": cache.block_size,
-            "log": next((line for line in self._lines if _SIZE_LINE in line), None),
         }  # fmt: skip
 
     def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,18 +62,6 @@ class Engine:
 
     def _preemptions(self) -> int:
         return sum(int(metric.value) for metric in self._llm.get_metrics() if metric.name == "vllm:num_preemptions")
-
-
-class _Keeper(logging.Handler):
-    """Keeps what is logged."""
-
-    def __init__(self, lines: list[str]):
-        super().__init__()
-        self._lines = lines
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Add the line."""
-        self._lines.append(record.getMessage())
 
 
 def _own_stdout() -> TextIO:

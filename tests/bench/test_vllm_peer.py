@@ -16,7 +16,7 @@ STAND_IN = """
 
     __version__ = "9.9"
     logger = logging.getLogger("vllm.core")
-    logging.getLogger("vllm").setLevel(logging.INFO)
+    logging.basicConfig(format="(MainProcess) INFO [core.py:1] %(message)s", level=logging.INFO)
     print("noise of a library on stdout")
 
     class SamplingParams:
