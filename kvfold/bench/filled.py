@@ -47,6 +47,8 @@ class _Filled:
     step: Callable[[Tensor], Any]
     """One decoding step of all rows."""
     cache: Any
+    begun_OK: Tensor | None = None
+    """Entries of each owner and head when the steps begin."""
     seconds: list[list[float]] = field(default_factory=list)
     """Of each round, its steps."""
 
@@ -74,7 +76,7 @@ def bench_filled(
     machine, filled = measure_machine(ours.dtype), []
     for side in sides:
         report("filling caches", len(filled), len(sides))
-        filled.append(_ours(ours, side, batch, tokens, text_T))
+        filled.append(_ours(ours, side, batch, tokens, new_tokens * (repeats + 1), text_T))
     if theirs is not None:
         filled.append(_theirs(theirs, batch, tokens))
     ids_B1 = torch.randint(0, ours.config.vocab_size, (batch, 1), generator=torch.Generator().manual_seed(0))
@@ -133,14 +135,17 @@ def fill_cache(cache: FoldCache, entries_OK: Tensor, *, tokens: int, seed: int =
     cache.columns = tokens
 
 
-def _ours(model: FoldForCausalLM, side: Side, batch: int, tokens: int, text_T: Tensor | None) -> _Filled:
+def _ours(model: FoldForCausalLM, side: Side, batch: int, tokens: int, steps: int, text_T: Tensor | None) -> _Filled:
     cache = model.new_cache(rows=batch, time=side.layout.time_text(), bits=side.layout.bits_text())
-    fill_cache(cache, _entries(model, side, tokens, text_T), tokens=tokens)
-    return _Filled(side=side, step=lambda ids: model(ids, past_key_values=cache), cache=cache)
+    fill_cache(cache, _entries(model, side, tokens, steps, text_T), tokens=tokens)
+    begun_OK = cache.kept_tokens.double().mean(dim=1).cpu()
+    return _Filled(side=side, step=lambda ids: model(ids, past_key_values=cache), cache=cache, begun_OK=begun_OK)
 
 
-def _entries(model: FoldForCausalLM, side: Side, tokens: int, text_T: Tensor | None) -> Tensor:
-    """Entries of each owner and head, int64 [O, K]."""
+def _entries(model: FoldForCausalLM, side: Side, tokens: int, steps: int, text_T: Tensor | None) -> Tensor:
+    """Entries of each owner and head, int64 [O, K]. The tokens of the steps all stay, since what a filled cache holds is not
+    marked: the compression that was asked for is that of the middle of the run.
+    """
     layout = side.layout
     heads = max(layout.layers[owner].num_kv_heads for owner in layout.owners)
     methods = [layout.time_of(owner) for owner in layout.owners]
@@ -158,19 +163,21 @@ def _entries(model: FoldForCausalLM, side: Side, tokens: int, text_T: Tensor | N
     model(text_T[None, :tokens].to(model.device), past_key_values=cache, logits_to_keep=1)
     kept_OK = cache.kept_tokens[:, 0].cpu()
     cache.free()
-    return kept_OK if side.compression is None else _scaled(kept_OK, tokens, side.compression)
+    if side.compression is None:
+        return kept_OK
+    return _scaled(kept_OK, tokens, max(1.0, (tokens + steps / 2) / side.compression - steps / 2))
 
 
-def _scaled(kept_OK: Tensor, tokens: int, compression: float) -> Tensor:
-    """The same spread over heads, with a mean of tokens / compression; no head has more entries than tokens."""
+def _scaled(kept_OK: Tensor, tokens: int, mean: float) -> Tensor:
+    """The same spread over heads with another mean; no head has more entries than tokens."""
     least, most = 0.0, float(tokens)
     for _ in range(50):  # by halves, since what is cut at `tokens` makes the mean no multiple of the factor
         factor = (least + most) / 2
         scaled = (kept_OK * factor).round().clamp(1, tokens).long()
-        if scaled.double().mean() * compression < tokens:
-            least = factor
-        else:
+        if scaled.double().mean() > mean:
             most = factor
+        else:
+            least = factor
     return scaled
 
 
@@ -188,7 +195,8 @@ def _row(
     new_tokens: int,
 ) -> dict[str, Any]:  # fmt: skip
     side, cache = one.side, one.cache
-    kept_OK = cache.kept_tokens.double().mean(dim=1).cpu()
+    # Of the middle of the run.
+    kept_OK = (one.begun_OK + cache.kept_tokens.double().mean(dim=1).cpu()) / 2
     kv_bytes, kept_sum, streams = 0.0, 0.0, 0
     for layer in range(side.layout.num_layers):
         owner = side.layout.owner_of(layer)
@@ -202,7 +210,7 @@ def _row(
     row = {
         "point": f"{batch} x {tokens:,}, filled", "batch": batch, "context_tokens": tokens, "new_tokens": new_tokens,
         "padded": False, **method_about(side.layout), "bits": side.layout.bits_text(),
-        "compression": cache.seen_tokens.double().mean().item() * streams / kept_sum, "forced": side.compression,
+        "compression": (tokens + cache.seen_tokens.double().mean().item()) / 2 * streams / kept_sum, "forced": side.compression,
         "ours": {
             "tokens_per_second": spread(one.tokens_per_second(batch)), "step_ms": steps,
             "allocated_bytes": cache.allocated_bytes, "peak_bytes": None,

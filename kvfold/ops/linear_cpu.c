@@ -18,6 +18,7 @@
 #define COLUMNS 3
 #define PANEL (COLUMNS * LANES)
 #define ROWS (REGISTERS > 16 ? 8 : 4)
+#define NEAR 16 /* input channels: so far ahead weights are asked into the first cache */
 
 typedef void (*parallel_fn)(void (*work)(void *), void *argument, unsigned threads, unsigned flags);
 
@@ -42,6 +43,7 @@ INLINE void tile(const product *p, const float *x, const float *w, const char *a
     UNROLL
     for (int c = 0; c < COLUMNS; c++) {
       part[c] = load(w + c * LANES);
+      __builtin_prefetch(w + NEAR * PANEL + c * LANES, 0, 3);
       __builtin_prefetch(ahead + c * LANES * sizeof(float), 0, 2);
     }
     UNROLL

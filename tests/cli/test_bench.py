@@ -32,9 +32,7 @@ def test_caches_are_filled_to_the_compression_that_is_asked_for(kvfold):
         ("model", None), ("model", 2.0), ("model", 3.0), ("int8", None), ("int8", 2.0), ("int8", 3.0),
     ]  # fmt: skip
     full, half, third, packed, *_ = rows
-    # Four steps came behind the 48 tokens, and every one of them was kept.
-    assert full["compression"] == 1 and half["compression"] == pytest.approx(52 / 28, rel=0.03)
-    assert third["compression"] == pytest.approx(52 / 20, rel=0.05)
+    assert [row["compression"] for row in (full, half, third)] == pytest.approx([1, 2, 3], rel=0.05)
     assert full["kv_bytes_read"] > half["kv_bytes_read"] > third["kv_bytes_read"]
     assert full["kv_bytes_read"] > packed["kv_bytes_read"] and packed["over_first"]["median"] > 0
     assert full["roofline_ms"] > 0 and full["ratio"]["median"] > 0  # transformers took turns
