@@ -33,7 +33,7 @@ from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import layout_bytes, page_bytes, page_class, page_classes
 from kvfold.models.adapters import Base, apply_adapter
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.report.results import cpu_name, git_commit
+from kvfold.record import cpu_name, git_commit
 from kvfold.train.calibrate import calibrate
 from kvfold.train.data import TrainingOrder, draw_text
 from kvfold.train.losses import divergence, ratio_loss, slice_rows, summed_in_slices

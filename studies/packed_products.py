@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvfold.ops.linear import PackableLinear, PackedWeights, _blocks
+from kvfold.ops.linear import PackableLinear, PackedWeights
 
 SHAPES = {"q/k/v": (576, 960), "o": (576, 576), "gate/up": (576, 3072), "down": (1536, 576), "head": (576, 49152)}
 WEIGHT_BYTES = 100e6
@@ -42,16 +42,6 @@ def forms(weights: list[Tensor]) -> dict:
     if fp32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         onednn = [torch.ops.mkldnn._reorder_linear_weight(weight, 16) for weight in weights]
         found["oneDNN"] = lambda k, x: torch.ops.mkldnn._linear_pointwise(x, onednn[k], None, "none", [], "")
-    if fp32:
-        blocks = [_blocks(weight) for weight in weights]
-
-        def multiplied(k: int, x: Tensor) -> Tensor:
-            count, _, width = blocks[k].shape
-            out = x.new_empty(x.shape[0], count, width)
-            torch.bmm(x.expand(count, -1, -1), blocks[k], out=out.transpose(0, 1))
-            return out.view(x.shape[0], -1)
-
-        found["blocks"] = multiplied
     return found
 
 

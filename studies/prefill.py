@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import kvfold
-from kvfold.report.results import cpu_name, git_commit
+from kvfold.record import cpu_name, git_commit
 
 
 def main() -> None:

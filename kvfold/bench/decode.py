@@ -18,6 +18,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from kvfold.bench.peak import PeakMemory
+from kvfold.bench.roofline import Machine, measure_machine, step_allowed
+from kvfold.bench.vllm_peer import VllmPeer
 from kvfold.data.texts import TextFile
 from kvfold.data.windows import text_windows
 from kvfold.errors import UserError
@@ -88,13 +90,15 @@ def bench_decode(
     repeats: int = 5,
     seed: int = 0,
     prompts: Callable[[Point], Tensor] | None = None,
+    vllm: VllmPeer | None = None,
     report: Report = silent,
 ) -> dict[str, Any]:
     """A result of kind `decode`: a row for each point, with and without left padding, and method.
 
     `theirs`: transformers' model of the same checkpoint, or None to measure ours alone. `methods` are `--time` texts.
     `prompts`: the ids [B, T] of a point's prompt; None = random ids, at which learned gates decide otherwise than at text.
-    Greedy; every row generates all its tokens.
+    `vllm`: the same checkpoint there, with room for every point; it takes turns where rows are not padded.
+    Greedy; every row generates all its tokens. A row without padding has the roofline of its last step.
     """
     if repeats < 1:
         raise UserError(f"{repeats} repeats: 1 or more are measured: ask for more")
@@ -105,18 +109,21 @@ def bench_decode(
                 f"point '{point.name}': {point.prompt_tokens + point.new_tokens} tokens, and the model reads "
                 f"{ours.config.max_position_embeddings} at most: ask for fewer"
             )
-    rows = []
+    rows, machine = [], measure_machine(ours.dtype)
     for point in points:
         for pads in padded:
             ids = _random_ids(point, ours.config.vocab_size, seed) if prompts is None else prompts(point)
             prompt = _prompt(point, ids.to(ours.device), pads=pads)
-            rows += _measure_point(ours, theirs, layouts, point, pads, prompt, repeats, report)
+            found = _measure_point(ours, theirs, None if pads else vllm, layouts, point, pads, prompt, repeats, report)
+            rows += found if pads else [row | _allowed(row, machine, ours, point) for row in found]
     return {
         "model": {"name": name, "parameters": ours.num_parameters()},
         "environment": {
             "device": ours.device.type,
             "dtype": str(ours.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
+            **machine.about(),
+            **({} if vllm is None else {"vllm": vllm.about["version"]}),
         },
         "repeats": repeats,
         "rows": rows,
@@ -159,12 +166,13 @@ class _Clock(BaseStreamer):
 
 
 def _measure_point(
-    ours: FoldForCausalLM, theirs: PreTrainedModel | None, layouts: Sequence[KVLayout], point: Point, pads: bool,
-    prompt: tuple[Tensor, Tensor | None], repeats: int, report: Report,
+    ours: FoldForCausalLM, theirs: PreTrainedModel | None, vllm: VllmPeer | None, layouts: Sequence[KVLayout],
+    point: Point, pads: bool, prompt: tuple[Tensor, Tensor | None], repeats: int, report: Report,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rounds of one point: transformers once, then each method once."""
+    """Rounds of one point: the peers once, then each method once."""
     what = point.name + (", padded" if pads else "")
     sides: list[Callable[[int], _Run]] = [] if theirs is None else [lambda tokens: _run_theirs(theirs, prompt, tokens)]
+    sides += [] if vllm is None else [lambda tokens: _run_vllm(vllm, prompt[0], tokens)]
     sides += [lambda tokens, layout=layout: _run_ours(ours, layout, prompt, tokens) for layout in layouts]
     total = len(sides) * (repeats + 1)
     runs: list[list[_Run]] = [[] for _ in sides]
@@ -176,13 +184,14 @@ def _measure_point(
             runs[side].append(run)
     report(what, total, total)
     peer = None if theirs is None else runs.pop(0)
+    engine = None if vllm is None else runs.pop(0)
     first = runs[0] if len(runs) > 1 else None
-    return [_row(point, pads, layout, mine, peer, first) for layout, mine in zip(layouts, runs, strict=True)]
+    return [_row(point, pads, layout, mine, peer, engine, first) for layout, mine in zip(layouts, runs, strict=True)]
 
 
 def _row(
     point: Point, pads: bool, layout: KVLayout, ours: list[_Run], theirs: list[_Run] | None,
-    first: list[_Run] | None = None,
+    vllm: list[_Run] | None = None, first: list[_Run] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`first`: the runs of the first of several methods."""
     row = {
@@ -197,6 +206,8 @@ def _row(
     }
     if first is not None:
         row["over_first"] = _ratios(ours, first)
+    if vllm is not None:
+        row |= {"vllm": _figures(vllm), "vllm_ratio": _ratios(ours, vllm)}
     if theirs is None:
         return row
     pairs = list(zip(ours, theirs, strict=True))
@@ -209,20 +220,21 @@ def _row(
 
 def _ratios(ours: list[_Run], others: list[_Run]) -> dict[str, float]:
     """Of speeds, round by round."""
-    return _spread([one.tokens_per_second / other.tokens_per_second for one, other in zip(ours, others, strict=True)])
+    return spread([one.tokens_per_second / other.tokens_per_second for one, other in zip(ours, others, strict=True)])
 
 
 def _figures(runs: list[_Run]) -> dict[str, Any]:
     peaks = [run.peak_bytes for run in runs]
     return {
-        "tokens_per_second": _spread([run.tokens_per_second for run in runs]),
-        "step_ms": _spread([1000 * statistics.median(run.step_seconds) for run in runs]),
+        "tokens_per_second": spread([run.tokens_per_second for run in runs]),
+        "step_ms": spread([1000 * statistics.median(run.step_seconds) for run in runs]),
         "allocated_bytes": runs[-1].allocated_bytes,
         "peak_bytes": None if None in peaks else round(statistics.median(peaks)),
     }
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and most."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
@@ -253,6 +265,24 @@ def _run_theirs(model: PreTrainedModel, prompt: tuple[Tensor, Tensor | None], ne
         prompt,
         new_tokens,
     )
+
+
+def _run_vllm(vllm: VllmPeer, ids: Tensor, new_tokens: int) -> _Run:
+    run = vllm.run(ids.tolist(), new_tokens)
+    return _Run(step_seconds=run.step_seconds, allocated_bytes=0, peak_bytes=None, new_ids=torch.tensor(run.new_ids))
+
+
+def _allowed(row: dict[str, Any], machine: Machine, model: FoldForCausalLM, point: Point) -> dict[str, Any]:
+    """The roofline of a step in the middle of the answer."""
+    layout, tokens = model.config.layout, point.prompt_tokens + point.new_tokens // 2
+    kept = tokens / row["compression"]
+    entry = sum(
+        layout.layers[layer].num_kv_heads
+        * sum(layout.bits_of(layout.owner_of(layer)).slot_bytes(layout.layers[layer].head_dim, model.dtype.itemsize))
+        for layer in range(layout.num_layers)
+    )
+    allowed = step_allowed(machine, model, rows=point.batch, kv_bytes=point.batch * kept * entry, kept_mean=kept)
+    return allowed | {"over_roofline": row["ours"]["step_ms"]["median"] / allowed["roofline_ms"]}
 
 
 def _run_ours(model: FoldForCausalLM, layout: KVLayout, prompt: tuple[Tensor, Tensor | None], new_tokens: int) -> _Run:

@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfold.bench.reader import BUFFER_BYTES, Reader
 from kvfold.ops import native
 from kvfold.ops.paged import DecodeBatch, decode_attention
 from kvfold.ops.quantised import page_width, quantise, scale_groups, storage_dtype
 
 Row = dict[str, Any]
 _MODEL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_COLD_BYTES = 1 << 28
-"""Pages of all calls together, and the buffer of the bandwidth: more than a cache keeps between two visits."""
-_READ_BYTES = 1 << 24
-"""Read at a time for the bandwidth."""
+_COLD_BYTES = BUFFER_BYTES
+"""Pages of all calls together: more than a cache keeps between two visits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +60,7 @@ def measure_kernel(
     the ratios of neighbouring repetitions. Threads are torch's.
     """
     shape = shape or KernelShape()
-    read = _Reader()
+    read = Reader()
     for storage in storages:
         for mean in tokens:
             for spread in spreads:
@@ -69,7 +68,7 @@ def measure_kernel(
 
 
 def _measure(
-    shape: KernelShape, storage: str, mean: int, spread: int, repeats: int, shuffled: bool, read: "_Reader"
+    shape: KernelShape, storage: str, mean: int, spread: int, repeats: int, shuffled: bool, read: Reader
 ) -> Row:
     lengths = stream_lengths(shape.streams(), mean, spread)
     batches = _layers(shape, storage, lengths, shuffled)
@@ -154,25 +153,6 @@ def _repeated(few: Tensor, pages: int) -> Tensor:
         part = large[first : first + few.shape[0]]
         part.copy_(few[: part.shape[0]])
     return large
-
-
-class _Reader:
-    """Reads stretches of a large buffer, one after the other."""
-
-    def __init__(self) -> None:
-        self._buffer = native.huge_pages(torch.empty(_COLD_BYTES // 4)).fill_(1)
-        self._turn = 0
-
-    def rate(self) -> float:
-        """Bytes per second of the next stretch."""
-        size = _READ_BYTES // 4
-        self._turn = (self._turn + 1) % (self._buffer.numel() // size)
-        part = self._buffer[self._turn * size : (self._turn + 1) * size]
-        library = native.library()
-        if library is None:
-            return _READ_BYTES / _seconds(part.sum)
-        threads = torch.get_num_threads()
-        return _READ_BYTES / _seconds(lambda: library.read(part.data_ptr(), size, threads, library.parallel))
 
 
 def _seconds(work: Callable[[], Any]) -> float:

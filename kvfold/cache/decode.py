@@ -75,8 +75,6 @@ class PlacedStep:
 
     def __init__(self, group: CacheGroup, batch: Batch):
         self.group, self.batch, ids = group, batch, group.ids(batch.index_B)
-        if group.has_shared:
-            group.copy_on_write(ids, open_only=not group.method.lossy)
         # No stream holds more entries before this step.
         self.stored = max(map(group.most_stored, batch.sequences, batch.before))
         self.streams = Streams(
@@ -92,6 +90,7 @@ class PlacedStep:
         place = self.plan.overwritten()
         if place is None:
             place = self._room(self.plan.evicted() if self.stored else None)
+        self.group.copy_for_slot(self.streams.id_OBK, place)
         grows, length = place == self.streams.length_OBK, self.streams.length_OBK
         border = grows & (length % self.group.pool.slots == 0)
         number = int(border.sum())
@@ -201,6 +200,7 @@ class LayerStep(PlacedStep):
     """The new token's place is known when its owner's layer is reached."""
 
     def _place(self) -> None:
+        self.group.copy_on_write(self.streams.id_OBK)
         length = self.streams.length_OBK
         self.slot_OBK, self.lengths_OBK = torch.zeros_like(length), length.int()
         # A page for each stream that may cross a page border, by how many stand before it; of no meaning elsewhere.
@@ -244,6 +244,7 @@ class ScoredStep(PlacedStep):
     """The new token waits beside the store; what its attention tells decides what stays."""
 
     def _place(self) -> None:
+        self.group.copy_on_write(self.streams.id_OBK)
         page_class, shape = self.group.pool.page_class, self.streams.id_OBK.shape
         self._kv = [
             torch.empty((*shape, page_class.head_dim), dtype=page_class.dtype, device=self.start_OBK.device)

@@ -113,13 +113,16 @@ class CacheGroup:
 
     def page_ids(self, id_X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Every page that these streams hold: stream id, index within the stream, page id; flat."""
-        flat = id_X.reshape(-1)
-        count = self._pages(self.lengths(flat))
+        line, index, page = self._page_lines(id_X.reshape(-1))
+        return id_X.reshape(-1)[line], index, page
+
+    def _page_lines(self, id_X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`page_ids` with each stream's place among the X."""
+        count = self._pages(self.lengths(id_X))
         most = int(count.max()) if count.numel() else 0
-        index = torch.arange(most, device=flat.device)
-        stream, index = (index < count[:, None]).nonzero(as_tuple=True)
-        stream = flat[stream]
-        return stream, index, self.tables.flat[self.starts(stream) + index]
+        index = torch.arange(most, device=id_X.device)
+        line, index = (index < count[:, None]).nonzero(as_tuple=True)
+        return line, index, self.tables.flat[self.starts(id_X[line]) + index]
 
     def stored_slots(self, id_X: Tensor, stored: int) -> tuple[Tensor, Tensor]:
         """Flat slots [..., S] of these streams' entries, and which are filled; S = `stored`, no less than any length."""
@@ -179,7 +182,7 @@ class CacheGroup:
         slots, length = self.pool.slots, self.lengths(id_BK).long()
         added = chosen_BKT.sum(dim=-1)
         first = (length + slots - 1) // slots
-        self.copy_on_write(id_BK[added > 0], open_only=True)
+        self.copy_for_slot(id_BK[added > 0], length[added > 0])
         self._extend(id_BK, first, (length + added + slots - 1) // slots - first)
         # At once, so that pages just allocated are freed with the sequence should the call die below.
         self.length.view(-1)[id_BK] = (length + added).int()
@@ -197,10 +200,13 @@ class CacheGroup:
     def evict(self, id_X: Tensor, stay_XS: Tensor) -> None:
         """Keep only the entries marked to stay, closed up in their order; pages left empty are free at once."""
         ids, stay = id_X.reshape(-1), stay_XS.reshape(-1, stay_XS.shape[-1])
-        self.copy_on_write(ids)
-        slot_XS, filled_XS = self.stored_slots(ids, stay.shape[-1])
+        filled_XS = self.stored_slots(ids, stay.shape[-1])[1]
         stay = stay & filled_XS
         length, kept = self.lengths(ids), stay.sum(dim=-1)
+        # What lies before the first entry that leaves is not moved, and pages left empty are only read.
+        first = (stay.cumsum(dim=-1) == torch.arange(1, stay.shape[-1] + 1, device=stay.device)).sum(dim=-1)
+        self.copy_on_write(ids, first // self.pool.slots, self._pages(kept))
+        slot_XS = self.stored_slots(ids, stay.shape[-1])[0]
         place = stay.cumsum(dim=-1) - 1
         moved = stay & (place != torch.arange(stay.shape[-1], device=stay.device))
         target = slot_XS.gather(-1, place.clamp(min=0))
@@ -214,19 +220,28 @@ class CacheGroup:
         self.length.view(-1)[ids] = kept.int()
         self.pool.free(pages)
 
-    def copy_on_write(self, id_X: Tensor, *, open_only: bool = False) -> None:
-        """Copy the pages of these streams that others hold too, before they are written; `open_only`: only a last page that
-        has room.
+    def copy_on_write(self, id_X: Tensor, first_X: Tensor | None = None, stop_X: Tensor | None = None) -> None:
+        """Copy the pages of these streams that others hold too, before they are written: all of them, or those from index
+        `first` up to `stop`.
         """
         if not self.has_shared or id_X.numel() == 0:
             return
-        stream, index, page = self.page_ids(id_X)
-        written = self._is_open(stream, index) if open_only else torch.ones_like(page, dtype=torch.bool)
+        ids = id_X.reshape(-1)
+        line, index, page = self._page_lines(ids)
+        written = torch.ones_like(page, dtype=torch.bool)
+        if first_X is not None:
+            written = (index >= first_X.reshape(-1)[line]) & (index < stop_X.reshape(-1)[line])
         mine = self._must_copy(page, written)
         copies = self.pool.allocate(int(mine.sum()))
         self.pool.copy_pages(page[mine], copies)
-        self.tables.flat[self.starts(stream[mine]) + index[mine]] = copies
+        self.tables.flat[self.starts(ids[line[mine]]) + index[mine]] = copies
         self.pool.free(page[mine])
+
+    def copy_for_slot(self, id_X: Tensor, place_X: Tensor) -> None:
+        """`copy_on_write` of the page in which one slot of each stream is about to be written."""
+        if self.has_shared:
+            index = place_X // self.pool.slots
+            self.copy_on_write(id_X, index, index + 1)
 
     def copies_ahead(self, id_X: Tensor) -> int:
         """Pages that `copy_on_write` may allocate for a call on these streams, at most."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvfold.cache.allocator import PageBook
 from kvfold.methods.bits import Storage
+from kvfold.ops.native import huge_pages
 from kvfold.ops.quantised import dequantise, page_width, quantise, scale_groups, storage_dtype
 
 
@@ -208,11 +209,11 @@ class PagePool:
         old, free = book.capacity, book.exact_free()
         for name, array in self.arrays.items():
             if array.is_floating_point():
-                grown = array.new_empty((capacity, *array.shape[1:]))
+                grown = huge_pages(array.new_empty((capacity, *array.shape[1:])))
                 if self._poison:
                     grown.fill_(torch.nan)
             else:
-                grown = array.new_zeros((capacity, *array.shape[1:]))
+                grown = huge_pages(array.new_empty((capacity, *array.shape[1:]))).zero_()
             grown[:old] = array
             self.arrays[name] = grown
         references = self.references.new_zeros(capacity)

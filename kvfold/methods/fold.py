@@ -31,7 +31,7 @@ _EXAMPLE = "fold:256' or 'fold:256+32@0.65"
 class Fold(Method):
     """Merge marked tokens that leave into the most similar entry that stays, weighted by learned importance; drop the rest.
 
-    Source: ours, on top of the gates and the delayed eviction of arXiv 2506.05345, section 3.
+    Source: arXiv 2506.05345, section 3, for the gates and the delayed eviction; what becomes of what leaves is ours.
     Differs: tokens leave at the borders of a grid instead of one at a time, and are merged where something like them stays.
     """
 

@@ -1,11 +1,10 @@
-"""Linear layers that are quick for the few rows that decoding brings, by the libraries that torch comes with.
+"""Linear layers that are quick for the few rows that decoding brings.
 
-At one row a product reads its weights once, and any form of them will do. From three rows on MKL first rearranges the
-weights of an ordinary product, at every call. `PackedWeights` is a copy of the weights of one or several layers that need
-not be rearranged: oneDNN's own format, or in fp32, where the outputs are few, blocks of output channels, each contiguous,
-multiplied as a batch. Which layers are packed, and when, is decided in models/packing.py; `studies/packed_products.py`
-measures the products.
-Letters: R rows, C input channels, N blocks of W output channels.
+MKL rearranges the weights of an ordinary product at every call from three rows on. `PackedWeights` is a copy of the weights of
+one or several layers in a form that need not be rearranged: in fp32 panels of output channels for linear_cpu.c, which reads
+them once and in order; otherwise, and where no C file can be built, oneDNN's own format. Which layers are packed, and
+when, is decided in models/packing.py; `studies/packed_products.py` measures the products.
+Letters: R rows, C input channels, N panels of W output channels.
 """
 
 from collections.abc import Sequence
@@ -14,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BLOCK_WIDTHS = range(240, 79, -16)
-"""Output channels of a block, from best to worst: wider blocks fall back to the product that rearranges, narrower ones pay
-for more calls."""
-FP32_ROWS = range(3, 193)
-"""Rows for which a copy wins in fp32: below, memory is the limit; above, the rearranging no longer matters."""
-_WIDE = 2
-"""So many times more outputs than inputs make a product wide: oneDNN's format wins there, though its calls cost more."""
+from kvfold.ops import native
+
+FP32_ROWS = range(1, 193)
+"""Rows for which panels win in fp32: above, the rearranging no longer matters."""
+ONEDNN_ROWS = range(3, 193)
+"""Rows for which oneDNN's format wins in fp32: below, memory is the limit whatever the form."""
 _LEAST_OUTPUTS = 64
 _PROBES = 4
 _ONEDNN_ROWS_HINT = 16
@@ -68,16 +66,18 @@ class PackedWeights:
         if min(weight.shape) < _LEAST_OUTPUTS:
             return False
         if weight.dtype == torch.float32:
-            if rows is not None and rows not in FP32_ROWS:
+            if rows is not None and rows not in fp32_rows():
                 return False
+            if native.linear_library() is not None:
+                return True
             return torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
         return _onednn_knows(weight.dtype)
 
     @property
     def num_bytes(self) -> int:
         """What the copy takes in memory, on top of the weights."""
-        if self._blocks_NCW is not None:
-            return self._blocks_NCW.nbytes
+        if self._panels_NCW is not None:
+            return self._panels_NCW.nbytes
         return torch.ops.mkldnn._nbytes(self._onednn)
 
     def serves(self, layers: Sequence[nn.Module], x: Tensor) -> bool:
@@ -86,7 +86,7 @@ class PackedWeights:
             return False
         if len(layers) != len(self._layers) or any(a is not b for a, b in zip(layers, self._layers, strict=True)):
             return False
-        if self._dtype == torch.float32 and x.numel() // self._inputs not in FP32_ROWS:
+        if self._dtype == torch.float32 and x.numel() // self._inputs not in self._rows:
             return False
         if x.shape[-1] != self._inputs or torch.is_autocast_enabled("cpu"):
             return False
@@ -96,7 +96,7 @@ class PackedWeights:
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """[..., C] -> [..., outputs] of each layer, in turn."""
-        if self._blocks_NCW is None:
+        if self._panels_NCW is None:
             out = torch.ops.mkldnn._linear_pointwise(x, self._onednn, None, "none", [], "")
         else:
             out = self._multiplied(x.reshape(-1, self._inputs)).view(*x.shape[:-1], -1)
@@ -107,22 +107,27 @@ class PackedWeights:
         return parts
 
     def _multiplied(self, x_RC: Tensor) -> Tensor:
-        """[R, all outputs]; every block writes its own columns of the result."""
-        blocks, _, width = self._blocks_NCW.shape
-        rows = x_RC.shape[0]
-        out = x_RC.new_empty(rows, blocks, width)
-        torch.bmm(x_RC.expand(blocks, -1, -1), self._blocks_NCW, out=out.transpose(0, 1))
-        out, wanted = out.view(rows, -1), sum(self._outputs)
-        return out if blocks * width == wanted else out[:, :wanted].contiguous()
+        """[R, all outputs]."""
+        x_RC, library = x_RC.contiguous(), self._library
+        rows, outputs = x_RC.shape[0], sum(self._outputs)
+        out = x_RC.new_empty(rows, outputs)
+        failed = library.linear(
+            x_RC.data_ptr(), self._panels_NCW.data_ptr(), out.data_ptr(), rows, self._inputs, outputs,
+            torch.get_num_threads(), library.parallel,
+        )  # fmt: skip
+        if failed:
+            raise MemoryError(f"no memory for {rows} rows of a linear layer")
+        return out
 
     @torch.no_grad()
     def _make(self) -> None:
         weights = [layer.weight.detach() for layer in self._layers]
         joint = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self._dtype, self._inputs = joint.dtype, joint.shape[1]
-        self._blocks_NCW = self._onednn = None
-        if self._dtype == torch.float32 and joint.shape[0] < _WIDE * self._inputs:
-            self._blocks_NCW = _blocks(joint)
+        self._dtype, self._inputs, self._rows = joint.dtype, joint.shape[1], fp32_rows()
+        self._panels_NCW = self._onednn = None
+        self._library = native.linear_library() if self._dtype == torch.float32 else None
+        if self._library is not None:
+            self._panels_NCW = _panels(joint, self._library.panel)
         else:
             self._onednn = torch.ops.mkldnn._reorder_linear_weight(joint.contiguous(), _ONEDNN_ROWS_HINT)
         self._marks = [_Mark(layer.weight) for layer in self._layers]
@@ -149,8 +154,10 @@ class _Mark:
 
     def __init__(self, weight: Tensor):
         self._weight, self._version, self._pointer = weight, weight._version, weight.data_ptr()
-        self._probe = weight.detach()[len(weight) // 2, :_PROBES]  # side by side: a single access to memory
-        self._values = self._probe.tolist()
+        probe = weight.detach()[len(weight) // 2, :_PROBES]  # side by side: a single access to memory
+        # Seen through numpy, which is quicker than any operation of torch: this is asked for every layer of every step.
+        self._probe = probe.view(torch.uint8).numpy()
+        self._values = self._probe.tobytes()
 
     def holds(self, weight: Tensor) -> bool:
         """Neither another tensor, nor written, nor given other memory, nor edited behind torch's back."""
@@ -158,22 +165,25 @@ class _Mark:
             weight is self._weight
             and weight._version == self._version
             and weight.data_ptr() == self._pointer
-            and self._probe.tolist() == self._values
+            and self._probe.tobytes() == self._values
         )
 
 
-def _blocks(weight: Tensor) -> Tensor:
-    """[outputs, C] -> [N, C, W]. The last block is filled up with zeros where no good width divides the outputs; the number of
-    blocks is a multiple of the threads' where it can be.
-    """
+def fp32_rows() -> range:
+    """Rows for which a copy in fp32 wins here."""
+    return ONEDNN_ROWS if native.linear_library() is None else FP32_ROWS
+
+
+def _panels(weight: Tensor, width: int) -> Tensor:
+    """[outputs, C] -> [N, C, W]; the last panel is filled up with zeros."""
     outputs, inputs = weight.shape
-    threads = torch.get_num_threads()
-    widths = [width for width in BLOCK_WIDTHS if outputs % width == 0]
-    even = [width for width in widths if outputs // width % threads == 0]
-    width = next(iter(even or widths), min(192, outputs))
-    if outputs % width:
-        weight = F.pad(weight, (0, 0, 0, -outputs % width))
-    return weight.view(-1, width, inputs).transpose(1, 2).contiguous()
+    panels = native.huge_pages(weight.new_empty(-(-outputs // width), inputs, width))
+    whole = outputs // width
+    panels[:whole] = weight[: whole * width].view(whole, width, inputs).transpose(1, 2)
+    if whole < len(panels):
+        panels[whole].zero_()
+        panels[whole, :, : outputs - whole * width] = weight[whole * width :].t()
+    return panels
 
 
 def _onednn_knows(dtype: torch.dtype) -> bool:

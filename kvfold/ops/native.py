@@ -5,6 +5,7 @@ No compiler, no compilation: `library()` gives None with one warning, and plain 
 another cache folder. Threads are those of the OpenMP that torch itself has loaded, so that a process has one pool of them.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -33,8 +34,11 @@ _ISA_FLAGS = {
 }
 KINDS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4")
 """Storages of pages; their places are the numbers that C knows them by."""
+_SOURCES = {"driver": ["paged_cpu.c"], "linear": ["linear_cpu.c"]}
 SECONDS_TO_COMPILE = 120
 _MADV_HUGEPAGE = 14
+_PAUSE_HARD = 2
+"""`omp_pause_hard` of OpenMP 5."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +56,18 @@ class Library:
     """`kvfold_sums` of paged_tiles.c for the values."""
     parallel: int
     """OpenMP's start of a parallel region, 0 where it is not found: one thread."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearLibrary:
+    """What was compiled for linear layers."""
+
+    panel: int
+    """Output channels that lie side by side."""
+    linear: ctypes._CFuncPtr
+    """`kvfold_linear` of linear_cpu.c."""
+    parallel: int
+    """As in `Library`."""
 
 
 @functools.cache
@@ -72,6 +88,24 @@ def library(k_kind: str = "fp32", v_kind: str = "fp32") -> Library | None:
         isa=isa, decode=driver.kvfold_decode, read=driver.kvfold_read, products=_address(tiles[0].kvfold_products),
         sums=_address(tiles[-1].kvfold_sums), parallel=_openmp(),
     )  # fmt: skip
+
+
+@functools.cache
+def linear_library() -> LinearLibrary | None:
+    """The compiled products of linear_cpu.c, or None where they are switched off or can't be built, or would run without an
+    instruction set of their own.
+    """
+    isa = instruction_set()
+    if os.environ.get("KVFOLD_NATIVE", "1") == "0" or isa == "generic":
+        return None
+    try:
+        (loaded,) = _loaded(isa, ("linear",))
+    except (OSError, subprocess.SubprocessError) as problem:
+        _warn(str(problem).splitlines()[0])
+        return None
+    loaded.kvfold_panel.restype = ctypes.c_int64
+    loaded.kvfold_linear.argtypes = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 4, ctypes.c_void_p)
+    return LinearLibrary(panel=loaded.kvfold_panel(), linear=loaded.kvfold_linear, parallel=_openmp())
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -126,12 +160,25 @@ def _openmp_candidates() -> Iterator[Path]:
     yield from sorted(path for path in (home / "lib").glob("lib*") if path.name.startswith(names))
 
 
+def free_openmp_threads() -> None:
+    """End the threads that GNU's OpenMP keeps for parallel regions of the calling thread; its next region starts them anew.
+
+    Every thread that calls torch has helpers of its own. Where those of all together exceed the processors, libgomp lets them
+    sleep as soon as they have nothing to do, and each of the hundreds of regions of a forward call then pays for waking them:
+    8 to 15 % of a decoding step. To be called before another thread takes over for good. Other OpenMPs need no help.
+    """
+    path = next(_openmp_candidates(), None)
+    if path is not None and path.name.startswith("libgomp"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(str(path)).omp_pause_resource_all(_PAUSE_HARD)
+
+
 def _loaded(isa: str, parts: tuple[str, ...]) -> list[ctypes.CDLL]:
     """The driver and tiles by name, compiled side by side where they are missing."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise OSError("no C compiler found: install gcc or clang")
-    sources = b"".join(path.read_bytes() for path in sorted(_FOLDER.glob("paged_*.[ch]")))
+    sources = b"".join(path.read_bytes() for path in sorted((*_FOLDER.glob("paged_*.[ch]"), _FOLDER / "linear_cpu.c")))
     flags = (*FLAGS, *_ISA_FLAGS[isa])
     key = hashlib.sha256(sources + repr((flags, compiler, platform.machine())).encode()).hexdigest()[:16]
     folder = cache_folder()
@@ -148,11 +195,7 @@ def _compile(compiler: str, flags: tuple[str, ...], missing: dict[str, Path]) ->
         for part, target in missing.items():
             handle, name = tempfile.mkstemp(dir=target.parent, suffix=".so")
             os.close(handle)
-            source = (
-                ["paged_cpu.c"]
-                if part == "driver"
-                else ["paged_tiles.c", f"-DSTORAGE={part}", f"-DKIND={part.upper()}"]
-            )
+            source = _SOURCES.get(part) or ["paged_tiles.c", f"-DSTORAGE={part}", f"-DKIND={part.upper()}"]
             command = [compiler, *flags, *source[1:], str(_FOLDER / source[0]), "-o", name, "-lm"]
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             running.append((process, name, target))

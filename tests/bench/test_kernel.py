@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kvfold.bench import kernel
+from kvfold.bench.reader import Reader
 from kvfold.methods.bits import storage_bytes
 from kvfold.ops import native
 
@@ -11,7 +12,7 @@ from kvfold.ops import native
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(kernel, "_COLD_BYTES", 1 << 20)
-    monkeypatch.setattr(kernel, "_READ_BYTES", 1 << 16)
+    monkeypatch.setattr(kernel, "Reader", lambda: Reader(buffer_bytes=1 << 20, read_bytes=1 << 16))
 
 
 def test_a_row_for_each_storage_length_and_spread():

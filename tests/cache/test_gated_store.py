@@ -165,6 +165,21 @@ def test_copies_go_their_own_ways(time):
     assert cache.kept_positions == alone.kept_positions != twin.kept_positions
 
 
+@pytest.mark.parametrize(("tokens", "most"), [(1, 1), (3, 3)])
+def test_a_fork_copies_only_the_pages_that_it_writes(tokens, most):
+    """One token a stream writes one page; a chunk moves what lies behind the first entry that leaves, here in the window."""
+    cache, lanes = cache_of("dms:4"), 2 * HEADS
+    feed(cache, every_fourth_stays(1, 95))
+    held = cache.store.pools[0].held_pages
+    assert held >= 6 * lanes
+    twin = cache.copy()
+    assert cache.store.pools[0].held_pages == held
+    feed(twin, torch.ones((1, tokens), dtype=torch.bool), seed=1)
+    assert 0 < cache.store.pools[0].held_pages - held <= most * lanes
+    twin.free()
+    assert cache.store.pools[0].held_pages == held
+
+
 def test_gates_that_are_off_keep_everything():
     for time in ("dmc:3", "dms:4", "fold:4+4@0.5"):
         cache = cache_of(time)

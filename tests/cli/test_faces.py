@@ -10,7 +10,7 @@ from kvfold.cli import app
 
 MODEL_OPTIONS = "--bits --adapter --gates --dtype --device --json"
 COMMANDS = {
-    "plan": "MODEL --layers --heads --time --compression --bits --memory --context --batch --json",
+    "plan": "MODEL --layers --heads --time --compression --bits --memory --kv-memory --context --batch --json",
     "convert": "SOURCE OUT --layers --heads --init --calibration --tokens --pair-heads --for --time --bits --dtype "
     "--device --json",
     "train": "RECIPE --out --data --valid --tokens --learning-rate --seed --sweep-lr --set --list --device --json",
@@ -21,11 +21,20 @@ COMMANDS = {
     "eval": "MODEL --text --time --windows --context --batch --chunk --passkey --passkey-tries --passkey-length --tasks "
     f"--task-folder --task-length --limit --beside --peers --fresh --out {MODEL_OPTIONS}",
     "generate": f"MODEL PROMPT --input --output --kv-memory --max-new-tokens --temperature --seed --time {MODEL_OPTIONS}",
-    "bench decode": f"MODEL --time --batch --prompt --new --text --padding --peers --repeats --out {MODEL_OPTIONS}",
+    "bench decode": "MODEL --time --batch --prompt --new --text --padding --filled --compression --compare-bits --peers "
+    f"--repeats --out {MODEL_OPTIONS}",
+    "bench prefill": f"MODEL --time --batch --prompt --call --text --repeats --out {MODEL_OPTIONS}",
+    "bench capacity": f"MODEL --time --kv-memory --prompt --most --text --out {MODEL_OPTIONS}",
+    "bench kernel": "--storage --tokens --spread --batch --kv-heads --group --head-dim --repeats --out --json",
+    "bench gpu": "--out --json",
     "bench train": "MODEL --time --sequence --batch --repeats --train --out --dtype --device --json",
     "inspect": f"MODEL --text --time --tokens --head --out {MODEL_OPTIONS}",
     "serve": "MODEL --demo --method --kv-memory --host --port --api-key --served-model-name --max-model-len --max-num-seqs "
     "--max-num-batched-tokens --chat-template --generation-config --adapter --dtype --device",
+    "bench serve": "URL... --clients --rate --requests --trace --text --prompt-words --max-tokens --time --model --api-key "
+    "--seed --out --picture --json",
+    "bench serve-offline": "MODEL --time --budget --requests --prompt --new --trace --text --temperature --peers "
+    f"--repeats --seed --out {MODEL_OPTIONS}",
     "report": "RESULTS --out",
     "demo": "--out",
 }
@@ -45,8 +54,21 @@ DEFAULTS = {
         "fresh": False,
     },
     "generate": {"prompt": "-", "kv_memory": "2GB", "max_new_tokens": 128, "temperature": 0.0, "seed": 0},
-    "bench decode": {"prompt": 32, "new": 64, "padding": "both", "peers": "transformers", "repeats": 5},
+    "bench decode": {
+        "prompt": 32,
+        "new": 64,
+        "padding": "both",
+        "filled": False,
+        "peers": "transformers",
+        "repeats": 5,
+    },
+    "bench prefill": {"batch": 8, "prompt": 1024, "repeats": 2},
+    "bench capacity": {"kv_memory": "256MB", "prompt": 1024, "most": 256},
+    "bench kernel": {"batch": 8, "kv_heads": 3, "group": 3, "head_dim": 64, "repeats": 30},
+    "bench gpu": {},
     "bench train": {"sequence": 1024, "batch": 1, "repeats": 3, "train": "full"},
+    "bench serve": {"requests": 100, "prompt_words": "20-200", "max_tokens": "16-128", "seed": 0},
+    "bench serve-offline": {"requests": 16, "prompt": "128", "new": "128", "temperature": 0.0, "repeats": 1, "seed": 0},
     "inspect": {"tokens": 1024},
     "serve": {
         "demo": False,
@@ -145,3 +167,7 @@ def test_what_cannot_be_parsed_is_bad_usage(kvfold, line):
     assert done.code == 2
     assert "Traceback" not in done.out + done.err
     assert not line or line == "bench" or done.err.startswith("Usage: ")
+
+
+def test_serving_is_measured_in_process_or_over_http(kvfold):
+    assert "MODEL" in kvfold("bench serve --offline --help").out and "URL" in kvfold("bench serve --help").out

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvfold.ops.linear import FP32_ROWS, PackableLinear, PackedWeights, project
+from kvfold.ops import native
+from kvfold.ops.linear import PackableLinear, PackedWeights, fp32_rows, project
 
 SHAPES = [(1,), (2,), (3,), (8,), (63,), (192,), (193,), (3, 5), (2, 4, 2), (8, 1), (0,)]
 TOLERANCE = {
@@ -20,7 +21,7 @@ needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="th
 
 def packed_layers(*outputs, inputs=72, bias=False, dtype=torch.float32):
     layers = [PackableLinear(inputs, size, bias=bias).to(dtype) for size in outputs]
-    if not PackedWeights.helps(layers[0].weight):
+    if not all(PackedWeights.helps(layer.weight) for layer in layers):
         pytest.skip(f"this CPU has no quicker form for {dtype}")
     together = PackedWeights(layers)
     for layer in layers:
@@ -35,10 +36,30 @@ def plain(x, layers):
 def spoiled(layer):
     """From here on the product can't come from the layer's weights unnoticed."""
     copy = layer.packed
-    if copy._blocks_NCW is not None:
-        copy._blocks_NCW.mul_(2)
+    if copy._panels_NCW is not None:
+        copy._panels_NCW.mul_(2)
     else:
         copy._onednn = torch.ops.mkldnn._reorder_linear_weight(2 * torch.cat([one.weight for one in copy._layers]), 16)
+
+
+@pytest.fixture(params=[*(isa for isa in native.instruction_sets() if isa != "generic"), "no C"])
+def form(request, monkeypatch):
+    """The products of each instruction set, and those of a machine without a compiler."""
+    monkeypatch.setenv(*(("KVFOLD_NATIVE", "0") if request.param == "no C" else ("KVFOLD_ISA", request.param)))
+    native.linear_library.cache_clear()
+    yield request.param
+    native.linear_library.cache_clear()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 19, 192])
+@pytest.mark.parametrize("outputs", [(64,), (100, 331), (96, 144)], ids=str)
+def test_every_form_equals_linear(form, rows, outputs):
+    layers = packed_layers(*outputs, inputs=71)
+    assert (layers[0].packed._panels_NCW is None) == (form == "no C")
+    x = torch.randn(rows, 71)
+    with torch.no_grad():
+        for ours, theirs in zip(project(x, *layers), plain(x, layers), strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -65,7 +86,7 @@ def test_the_copy_is_used_for_few_rows_only(outputs):
         for rows in (1, 2, 3, 192, 193):
             x = torch.randn(rows, 72)
             doubled = torch.allclose(layer(x), 2 * F.linear(x, layer.weight), atol=1e-5)
-            assert doubled == (rows in FP32_ROWS)
+            assert doubled == (rows in fp32_rows())
 
 
 @needs_mkl

@@ -1,0 +1,111 @@
+/* y = x W^T for few rows: weights in panels of PANEL output channels, read once from memory, in order.
+ *
+ * A tile of up to ROWS rows shares each vector of weights; its sums stay in registers. More rows go over a panel again while
+ * it lies in the second cache, and the panel that the thread will have next is asked for meanwhile. ROWS and COLUMNS
+ * are constants where a function is inlined.
+ * Letters: R rows, C input channels, N output channels.
+ */
+#include <stdlib.h>
+
+#include "paged_simd.h"
+
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+#define COLUMNS 3
+#define PANEL (COLUMNS * LANES)
+#define ROWS (REGISTERS > 16 ? 8 : 4)
+
+typedef void (*parallel_fn)(void (*work)(void *), void *argument, unsigned threads, unsigned flags);
+
+typedef struct {
+  const float *x; /* blocks of [C, rows of the block] */
+  const float *w; /* [panels, C, PANEL] */
+  float *y;       /* [R, N] */
+  int64_t rows, inputs, outputs, panels, threads, next;
+} product;
+
+/* One block of HEIGHT rows through one panel; `ahead` is asked for on the way, `step` bytes for each input channel. */
+INLINE void tile(const product *p, const float *x, const float *w, const char *ahead, int64_t step, float *y,
+                 int64_t width, const int HEIGHT) {
+  vec sums[ROWS][COLUMNS];
+  UNROLL
+  for (int r = 0; r < HEIGHT; r++) {
+    UNROLL
+    for (int c = 0; c < COLUMNS; c++) sums[r][c] = splat(0.0f);
+  }
+  for (int64_t k = 0; k < p->inputs; k++, x += HEIGHT, w += PANEL, ahead += step) {
+    vec part[COLUMNS];
+    UNROLL
+    for (int c = 0; c < COLUMNS; c++) {
+      part[c] = load(w + c * LANES);
+      __builtin_prefetch(ahead + c * LANES * sizeof(float), 0, 2);
+    }
+    UNROLL
+    for (int r = 0; r < HEIGHT; r++) {
+      const vec one = splat(x[r]);
+      UNROLL
+      for (int c = 0; c < COLUMNS; c++) sums[r][c] += one * part[c];
+    }
+  }
+  UNROLL
+  for (int r = 0; r < HEIGHT; r++) {
+    float line[PANEL], *out = y + r * p->outputs;
+    UNROLL
+    for (int c = 0; c < COLUMNS; c++) store((width == PANEL ? out : line) + c * LANES, sums[r][c]);
+    if (width < PANEL) memcpy(out, line, width * sizeof(float));
+  }
+}
+
+static void panel(const product *p, int64_t number) {
+  const int64_t size = p->inputs * PANEL, first = number * PANEL;
+  const int64_t width = p->outputs - first < PANEL ? p->outputs - first : PANEL;
+  const float *w = p->w + number * size, *next = number + p->threads < p->panels ? w + p->threads * size : w;
+  const int64_t blocks = (p->rows + ROWS - 1) / ROWS, step = PANEL * sizeof(float) / blocks;
+  for (int64_t b = 0; b < blocks; b++) {
+    const float *x = p->x + b * ROWS * p->inputs;
+    const char *ahead = (const char *)next + b * step * p->inputs;
+    float *y = p->y + b * ROWS * p->outputs + first;
+    switch (p->rows - b * ROWS) {
+      case 1: tile(p, x, w, ahead, step, y, width, 1); break;
+      case 2: tile(p, x, w, ahead, step, y, width, 2); break;
+      case 3: tile(p, x, w, ahead, step, y, width, 3); break;
+#if REGISTERS > 16
+      case 4: tile(p, x, w, ahead, step, y, width, 4); break;
+      case 5: tile(p, x, w, ahead, step, y, width, 5); break;
+      case 6: tile(p, x, w, ahead, step, y, width, 6); break;
+      case 7: tile(p, x, w, ahead, step, y, width, 7); break;
+#endif
+      default: tile(p, x, w, ahead, step, y, width, ROWS);
+    }
+  }
+}
+
+static void work(void *argument) {
+  product *p = argument;
+  for (int64_t number; (number = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->panels;) panel(p, number);
+}
+
+/* Columns of a panel. */
+int64_t kvfold_panel(void) { return PANEL; }
+
+/* x [R, C] contiguous, w [panels, C, PANEL], y [R, N]; 0, or 1 where there was no memory. */
+int kvfold_linear(const float *x, const float *w, float *y, int64_t rows, int64_t inputs, int64_t outputs,
+                  int64_t threads, parallel_fn parallel) {
+  float *turned = rows > 1 ? malloc(rows * inputs * sizeof(float)) : NULL;
+  if (rows > 1 && !turned) return 1;
+  for (int64_t b = 0; turned && b < rows; b += ROWS) {
+    const int64_t height = rows - b < ROWS ? rows - b : ROWS;
+    float *to = turned + b * inputs;
+    for (int64_t k = 0; k < inputs; k++)
+      for (int64_t r = 0; r < height; r++) to[k * height + r] = x[(b + r) * inputs + k];
+  }
+  product p = {turned ? turned : x, w, y, rows, inputs, outputs, (outputs + PANEL - 1) / PANEL, threads, 0};
+  if (parallel && threads > 1) parallel(work, &p, (unsigned)threads, 0);
+  else p.threads = 1, work(&p);
+  free(turned);
+  return 0;
+}
