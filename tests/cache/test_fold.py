@@ -33,12 +33,14 @@ class Text:
     s_BTK: torch.Tensor
     heads_KP: torch.Tensor
     real_BT: torch.Tensor
+    from_next: bool = False
+    """Whether what is computed at a token marks the one before it."""
 
     def gates(self, part=slice(None)) -> Gates:
         alpha = self.marked_BTK[:, part].float()
         return Gates(
             alpha_BTK=alpha, log_stay_BTK=alpha * STAY_NEVER, outputs_BTKF=self.s_BTK[:, part].unsqueeze(-1),
-            heads_KP=self.heads_KP,
+            heads_KP=self.heads_KP, from_next=self.from_next,
         )  # fmt: skip
 
 
@@ -110,7 +112,10 @@ def reference(text: Text, method: Fold):
     )
     out, traces = torch.zeros_like(text.q_LBTHD), []
     for row, real in enumerate(text.real_BT):
-        own = [one[row, real][None] for one in (text.k_BTKD, text.v_BTKD, text.marked_BTK, text.s_BTK)]
+        k, v, marked, s = (one[row, real][None] for one in (text.k_BTKD, text.v_BTKD, text.marked_BTK, text.s_BTK))
+        if text.from_next:
+            marked = torch.cat((marked[:, 1:], torch.zeros_like(marked[:, :1])), dim=1)
+        own = k, v, marked, s
         for layer, q in enumerate(text.q_LBTHD):
             found, trace = fold_attention_reference(q[row, real][None], *own, rule, scale=SCALE, heads_KP=text.heads_KP)
             out[layer, row, real] = found[0]
@@ -156,6 +161,7 @@ def drawn_case(seed):
         tokens, rows=rows, layers=rng.randint(1, 3), heads=rng.randint(1, 3), group=rng.randint(1, 3), seed=seed,
         share=rng.choice((0.3, 0.6, 0.95)), pads=pads,
     )  # fmt: skip
+    text.from_next = rng.random() < 0.3
     time = f"fold:{rng.randint(1, 20)}+{rng.randint(1, 17)}@{rng.choice((0.2, 0.4, 0.6))}"
     cuts = [rng.choice((1, 1, 3, 8, 30)) for _ in range(rng.randint(1, 12))] + [rng.choice((1, 7, tokens))]
     return text, time, cuts, rng.choice((1, 2, 4, 16))
@@ -241,11 +247,13 @@ def test_what_is_stored_in_few_bits_depends_on_the_tokens_alone(bits):
         assert masses == found[0][1]
 
 
-def test_a_copy_goes_its_own_way():
+@pytest.mark.parametrize("from_next", [False, True])
+def test_a_copy_goes_its_own_way(from_next):
     """Merging in one sequence never shows in the other, which shared its pages."""
     one, other, time = draw(60, seed=1), draw(60, seed=2), "fold:4+8@0.2"
     for name in ("k_BTKD", "v_BTKD", "marked_BTK", "s_BTK"):
         getattr(other, name)[:, :30] = getattr(one, name)[:, :30]
+    one.from_next = other.from_next = from_next
     other.heads_KP, other.q_LBTHD[:, :, :30] = one.heads_KP, one.q_LBTHD[:, :, :30]
     cache = new_cache(one, time)
     feed(cache, one, 0, 30)
