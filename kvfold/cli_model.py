@@ -9,7 +9,7 @@ import typer
 
 from kvfold.console import say, waiting
 
-METHODS = "full | window:W+S | h2o:R+Y | tova:N, in tokens or percent; trained: dmc[:W][+S] | dms[:W]"
+METHODS = "full | window:W+S | h2o:R+Y | tova:N, in tokens or percent; trained: dmc[:W][+S] | dms[:W] | fold[:W]"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file or a hub name.")]
 Time = Annotated[str | None, typer.Option(help=f"{METHODS}. Default: the checkpoint's own.")]
 Times = Annotated[list[str] | None, typer.Option("--time", help=f"{METHODS}; given several times: a row each.")]

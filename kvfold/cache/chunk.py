@@ -99,13 +99,17 @@ class _OwnerChunk:
     def _cross(self, gates: Gates | None) -> None:
         """The borders of the method's grid that the call brings: what is attended to instead of the entries."""
         group, call, tokens, pool = self._group, self._call, self._k_BTKD.shape[1], self._group.pool
-        noted, arrays = group.method.noted(gates), {}
+        noted, arrays = group.method.noted(gates, call.real_BT if call.padded else None), {}
         for name, dtype in group.method.slot_arrays.items():
             # In the dtype of the store, so that a chunk knows no more than the store will.
             empty = self._position_BKE.new_zeros((*self._id_BK.shape, tokens), dtype=getattr(torch, dtype))
             arrays[name] = noted[name].transpose(1, 2).to(empty.dtype) if name in noted else empty
         if self._stored:
             old = group.slot_values(self._slot_BKS, self._filled_BKS)
+            self._before = self._noted_before(gates)
+            newest = self._position_BKE[..., : self._stored] == (call.before_B - 1)[:, None, None]
+            for name, one in self._before.items():
+                old[name] = torch.where(newest, one.transpose(1, 2).to(old[name].dtype), old[name])
             arrays = {name: torch.cat((old[name], one), dim=-1) for name, one in arrays.items()}
         k, v = (pool.as_stored(x, name) for name, x in (("k", self._k_BEKD), ("v", self._v_BEKD)))
         self._crossed = group.method.cross(
@@ -118,6 +122,13 @@ class _OwnerChunk:
         lives = self._crossed.lives
         self._k_BEKD, self._v_BEKD, self._bias_BKE = lives.k_BEKD, lives.v_BEKD, lives.bias_BKE
         self._first_BKE, self._last_BKE, self._mask = lives.first_BKE, lives.last_BKE, None
+
+    def _noted_before(self, gates: Gates | None) -> dict[str, Tensor]:
+        """What each sequence's first token of the call says of the newest one stored, [B, 1, K] each."""
+        call = self._call
+        first_B = (call.real_BT & (call.position_BT == call.before_B[:, None])).to(torch.uint8).argmax(dim=1)
+        row = torch.arange(len(first_B), device=first_B.device)
+        return {name: one[row, first_B].unsqueeze(1) for name, one in self._group.method.noted_before(gates).items()}
 
     def _beside_stored(self) -> tuple[Tensor, Tensor]:
         """Stored keys and values first, then the call's."""
@@ -224,6 +235,9 @@ class _OwnerChunk:
         """What is there after the last border."""
         group, call, stored = self._group, self._call, self._stored
         if stored:
+            if self._before:
+                group.copy_on_write(self._id_BK)
+                group.note_before(self._id_BK, group.lengths(self._id_BK).long(), self._before)
             group.merge(self._id_BK, stored, crossed)
         chosen = crossed.stays_BKE[..., stored:] & call.real_BT[:, None]
         state = {name: one[..., stored:] for name, one in crossed.arrays.items()}

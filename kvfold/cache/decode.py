@@ -180,10 +180,13 @@ class GridStep(PlacedStep):
         """See `PlacedStep.new_token`."""
         if k_B1KD is None:
             return None, None
-        noted = self.group.method.noted(gates)
+        noted = self.group.method.noted(gates, None)
         if noted:
             slot = self.slot_OBK[index].reshape(-1)
             self.group.pool.write_state(slot, {name: one[:, 0].reshape(-1) for name, one in noted.items()})
+        before = self.group.method.noted_before(gates)
+        if before:
+            self.group.note_before(self.streams.id_OBK[index], self.streams.length_OBK[index], before)
         if self._rows:
             self._cross(index, gates)
         return rotate(rotation, k_B1KD, None if gates is None else gates.k_keep_KD)[:, 0], v_B1KD[:, 0]

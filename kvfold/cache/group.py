@@ -140,6 +140,15 @@ class CacheGroup:
         arrays = self.pool.arrays
         return {name: arrays[name].view(-1)[slot].masked_fill(~filled, 0) for name in self.method.slot_arrays}
 
+    def note_before(self, id_BK: Tensor, length_BK: Tensor, values: dict[str, Tensor]) -> None:
+        """Of one owner: write slot state [B, 1, K] of the newest of so many entries, where there is one; no one else holds it."""
+        some, place = length_BK > 0, (length_BK - 1).clamp(min=0)
+        page = self.tables.flat[self.starts(id_BK) + place // self.pool.slots].long()
+        slot = (page * self.pool.slots + place % self.pool.slots)[some]
+        for name, one in values.items():
+            array = self.pool.arrays[name].view(-1)
+            array.index_copy_(0, slot, one[:, 0][some].to(array.dtype))
+
     def merge(self, id_BK: Tensor, stored: int, crossed: Crossed) -> None:
         """Write what was merged into the entries of one owner's streams, and evict those that left: the first `stored` entries
         of `crossed`.

@@ -72,7 +72,7 @@ class TrainingView:
         """Under a grid: what lives between its borders. Keys are rotated."""
         position_BT = self._positions(k_BTKD)
         shape = (k_BTKD.shape[0], k_BTKD.shape[2], k_BTKD.shape[1])
-        noted = {name: one.transpose(1, 2) for name, one in method.noted(gates).items()}
+        noted = {name: one.transpose(1, 2) for name, one in method.noted(gates, self._real_BT).items()}
         arrays = {name: noted.get(name, k_BTKD.new_zeros(shape, dtype=torch.float32)) for name in method.slot_arrays}
         held = Held(
             k_BEKD=k_BTKD, v_BEKD=v_BTKD, position_BKE=position_BT[:, None].expand(shape), arrays=arrays,

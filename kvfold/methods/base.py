@@ -212,8 +212,14 @@ class Method(ABC):
         seen = self.sees((entries.seen_B - 1)[:, None], entries.position_BKE)
         return None if seen is None else seen.squeeze(2)
 
-    def noted(self, gates: Gates | None) -> dict[str, Tensor]:
-        """Under a `grid`: what slot arrays hold of tokens, [B, T, K] each; 0 in those that are not named."""
+    def noted(self, gates: Gates | None, real_BT: Tensor | None) -> dict[str, Tensor]:
+        """Under a `grid`: what slot arrays hold of a call's tokens, [B, T, K] each; 0 in those that are not named."""
+        return {}
+
+    def noted_before(self, gates: Gates | None) -> dict[str, Tensor]:
+        """Under a `grid`: what a token says of the one before it, which takes the place of what slot arrays hold of that,
+        [B, T, K] each.
+        """
         return {}
 
     def cross(self, held: Held, gates: Gates | None) -> Crossed:

@@ -47,8 +47,8 @@ class Fold(Method):
     mark_array: ClassVar[str | None] = MARKED
     allows_window: ClassVar[bool] = False
     gate_form: ClassVar[GateForm] = GateForm(
-        adapter=True, outputs=2, head_numbers=(0.0, 0.0, 1.0), gates_of="dms", source="adapter", scale=100.0,
-        distils="reverse",
+        adapter=True, reads=("own", "next"), outputs=2, head_numbers=(0.0, 0.0, 1.0), gates_of="dms", source="adapter",
+        scale=100.0, distils="reverse",
     )  # fmt: skip
     reach: ClassVar[int] = 512
     """A token merges into an entry at most so many positions older, so that a copy of a sequence copies few pages."""
@@ -114,20 +114,30 @@ class Fold(Method):
 
     def governing(self, tokens: int, from_next: bool) -> slice:
         """Decisions over tokens that have left by the text's end."""
-        return slice(0, tokens - self.always_kept(tokens))
+        start = int(from_next)
+        return slice(start, start + tokens - self.always_kept(tokens))
 
     def open_step(self, streams: Streams) -> StepPlan:
         """See `Method.open_step`."""
         return AppendedStep(self, streams)
 
-    def noted(self, gates: Gates | None) -> dict[str, Tensor]:
-        """See `Method.noted`."""
+    def noted(self, gates: Gates | None, real_BT: Tensor | None) -> dict[str, Tensor]:
+        """See `Method.noted`; of the newest token no later one has decided yet."""
+        from kvfold.ops.gating import from_next
+
         if gates is None or gates.alpha_BTK is None:
             return {}
-        found = {MARKED: gates.alpha_BTK > 0.5}
+        alpha = from_next(gates.alpha_BTK, real_BT, 0.0) if gates.from_next else gates.alpha_BTK
+        found = {MARKED: alpha > 0.5}
         if gates.outputs_BTKF is not None:
             found[IMPORTANCE] = gates.outputs_BTKF[..., 0]
         return found
+
+    def noted_before(self, gates: Gates | None) -> dict[str, Tensor]:
+        """See `Method.noted_before`."""
+        if gates is None or gates.alpha_BTK is None or not gates.from_next:
+            return {}
+        return {MARKED: gates.alpha_BTK > 0.5}
 
     def cross(self, held: Held, gates: Gates | None) -> Crossed:
         """See `Method.cross`. Without gates what was marked before is dropped."""

@@ -33,12 +33,14 @@ class Text:
     s_BTK: torch.Tensor
     heads_KP: torch.Tensor
     real_BT: torch.Tensor
+    from_next: bool = False
+    """Whether what is computed at a token marks the one before it."""
 
     def gates(self, part=slice(None)) -> Gates:
         alpha = self.marked_BTK[:, part].float()
         return Gates(
             alpha_BTK=alpha, log_stay_BTK=alpha * STAY_NEVER, outputs_BTKF=self.s_BTK[:, part].unsqueeze(-1),
-            heads_KP=self.heads_KP,
+            heads_KP=self.heads_KP, from_next=self.from_next,
         )  # fmt: skip
 
 
@@ -110,7 +112,10 @@ def reference(text: Text, method: Fold):
     )
     out, traces = torch.zeros_like(text.q_LBTHD), []
     for row, real in enumerate(text.real_BT):
-        own = [one[row, real][None] for one in (text.k_BTKD, text.v_BTKD, text.marked_BTK, text.s_BTK)]
+        k, v, marked, s = (one[row, real][None] for one in (text.k_BTKD, text.v_BTKD, text.marked_BTK, text.s_BTK))
+        if text.from_next:
+            marked = torch.cat((marked[:, 1:], torch.zeros_like(marked[:, :1])), dim=1)
+        own = k, v, marked, s
         for layer, q in enumerate(text.q_LBTHD):
             found, trace = fold_attention_reference(q[row, real][None], *own, rule, scale=SCALE, heads_KP=text.heads_KP)
             out[layer, row, real] = found[0]
@@ -156,14 +161,17 @@ def drawn_case(seed):
         tokens, rows=rows, layers=rng.randint(1, 3), heads=rng.randint(1, 3), group=rng.randint(1, 3), seed=seed,
         share=rng.choice((0.3, 0.6, 0.95)), pads=pads,
     )  # fmt: skip
+    text.from_next = rng.random() < 0.3
     time = f"fold:{rng.randint(1, 20)}+{rng.randint(1, 17)}@{rng.choice((0.2, 0.4, 0.6))}"
     cuts = [rng.choice((1, 1, 3, 8, 30)) for _ in range(rng.randint(1, 12))] + [rng.choice((1, 7, tokens))]
     return text, time, cuts, rng.choice((1, 2, 4, 16))
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_the_store_is_the_reference_however_it_is_cut(seed):
+def test_the_store_is_the_reference_however_it_is_cut(seed, monkeypatch):
     text, time, cuts, slots = drawn_case(seed)
+    if seed % 3 == 0:
+        monkeypatch.setattr(Fold, "reach", 7)
     theirs, traces = reference(text, parse_time(time))
     cache = new_cache(text, time, page_slots=slots)
     ours = feed_cut(cache, text, cuts)
@@ -226,22 +234,26 @@ def test_without_weight_it_is_eviction_on_the_grid_bit_for_bit(bits):
     assert not torch.allclose(merged, theirs, atol=1e-3)
 
 
-@pytest.mark.parametrize("bits", ["fp8", "int8", "int8,int4"])
+@pytest.mark.parametrize("bits", ["half", "fp8", "int8", "int8,int4"])
 def test_what_is_stored_in_few_bits_depends_on_the_tokens_alone(bits):
     text, found = draw(60, seed=8), []
     for cuts in ([60], [1], [17, 1, 1, 1, 9]):
-        cache = FoldCache(layout_of(text, "fold:6+8@0.3").with_bits(bits), rows=1, dtype=torch.float32, page_slots=4)
+        layout, dtype = layout_of(text, "fold:6+8@0.3"), torch.bfloat16 if bits == "half" else torch.float32
+        layout = layout if bits == "half" else layout.with_bits(bits)
+        cache = FoldCache(layout, rows=1, dtype=dtype, page_slots=4, poison=True)
         found.append((feed_cut(cache, text, cuts), held(cache, text)))
     for out, masses in found[1:]:
         torch.testing.assert_close(out, found[0][0], **CLOSE)
         assert masses == found[0][1]
 
 
-def test_a_copy_goes_its_own_way():
+@pytest.mark.parametrize("from_next", [False, True])
+def test_a_copy_goes_its_own_way(from_next):
     """Merging in one sequence never shows in the other, which shared its pages."""
     one, other, time = draw(60, seed=1), draw(60, seed=2), "fold:4+8@0.2"
     for name in ("k_BTKD", "v_BTKD", "marked_BTK", "s_BTK"):
         getattr(other, name)[:, :30] = getattr(one, name)[:, :30]
+    one.from_next = other.from_next = from_next
     other.heads_KP, other.q_LBTHD[:, :, :30] = one.heads_KP, one.q_LBTHD[:, :, :30]
     cache = new_cache(one, time)
     feed(cache, one, 0, 30)
