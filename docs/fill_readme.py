@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from kvfold.data.whole_file import write_whole_file
 from kvfold.report.design import design_sheet, models_of
 from kvfold.report.design_pairs import pairs_sheet
 from kvfold.report.groups import Group, group_results
@@ -21,7 +22,7 @@ from kvfold.report.pictures.decode import point_name
 from kvfold.report.pictures.passkey import found_keys, lengths_of, unfolded_share, worth_showing
 from kvfold.report.pictures.png import save_quality_png
 from kvfold.report.pieces import protocol_text, short_commit
-from kvfold.report.results import number, read_results, words, write_whole
+from kvfold.report.results import number, read_results, words
 from kvfold.report.series import UNFOLDED, family_of, texts_of
 from kvfold.report.sheets import quality_sheet
 from kvfold.report.tables import method_labels
@@ -285,7 +286,7 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> str | None:
             if arguments and new != text:
                 return f"{page.relative_to(root)} is not what results/ says: run `make readme`"
             if not arguments:
-                write_whole(page, new)
+                write_whole_file(page, new)
         if arguments:
             return None
         if (results / "quality.json").is_file():

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from kvfold import console
 from kvfold.cli_bench import add_bench
 from kvfold.cli_calibrate import add_calibrate
 from kvfold.cli_convert import add_convert
 from kvfold.cli_eval import add_eval
-from kvfold.cli_measure import add_bench_train, add_inspect
+from kvfold.cli_measure import add_bench_offline, add_bench_train, add_inspect
 from kvfold.cli_model import (
     METHODS,
     Adapter,
@@ -26,7 +27,7 @@ from kvfold.cli_model import (
     quiet_transformers,
 )
 from kvfold.cli_pretrain import add_train
-from kvfold.cli_serve import add_serve
+from kvfold.cli_serve import add_bench_serve, add_serve
 from kvfold.cli_train import add_retrofit
 from kvfold.console import check_out, clear_errors, command_line, hand_over, progress, say, show, show_json
 from kvfold.errors import UserError
@@ -45,7 +46,19 @@ def kvfold(
     console.debug.set(debug)
 
 
-bench = typer.Typer(help="Measure speed and memory beside transformers, in one run.", no_args_is_help=True)
+class BenchGroup(TyperGroup):
+    """`bench serve --offline` measures a model in process, `bench serve` any endpoint: two commands of one name."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Gives name, command and what is left of the words."""
+        if args[0] == "serve" and "--offline" in args:
+            args = ["serve-offline", *(word for word in args[1:] if word != "--offline")]
+        return super().resolve_command(ctx, args)
+
+
+bench = typer.Typer(
+    cls=BenchGroup, help="Measure speed and memory beside transformers, in one run.", no_args_is_help=True
+)
 app.add_typer(bench, name="bench")
 add_eval(app)
 add_serve(app)
@@ -55,11 +68,13 @@ add_retrofit(app)
 add_calibrate(app)
 add_bench(bench)
 add_bench_train(bench)
+add_bench_serve(bench)
+add_bench_offline(bench)
 add_inspect(app)
 
 
 @app.command(
-    epilog="Example: `kvfold plan llama-3.1-8b --layers cla2 --time h2o:512+512 --memory 16GB --context 32k --batch 4`"
+    epilog="Example: `kvfold plan llama-3.1-8b --layers cla2 --time h2o:512+512 --memory 24GB --context 32k --batch 4`"
 )
 @clear_errors
 def plan(
@@ -78,20 +93,23 @@ def plan(
         str | None, typer.Option(help="model | fp8 | int8 | int4; keys and values apart: int8,int4.")
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="What the cache may take, e.g. 80GB or 16GiB: adds what fits.")
+        str | None,
+        typer.Option(help="The device's, e.g. 80GB or 16GiB: adds what fits beside the weights."),
     ] = None,
+    kv_memory: Annotated[str | None, typer.Option(help="What the cache alone may take: adds what fits.")] = None,
     context: Annotated[str, typer.Option(help="Tokens of a row, e.g. 4096 or 32k.")] = "4k",
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
     as_json: Json = False,
 ) -> None:
     """What the cache of a model costs, and what each axis saves, alone and together. Needs no weights."""
     from kvfold.layout.plan_rows import plan_rows
-    from kvfold.layout.units import parse_count, parse_size
+    from kvfold.layout.units import parse_count
     from kvfold.report.tables import plan_table
 
     tokens = parse_count(context)
+    memory_bytes, fits_in = _memory_of_cache(model, memory, kv_memory)
     rows = plan_rows(
-        model, context_tokens=tokens, rows=batch, memory_bytes=None if memory is None else parse_size(memory),
+        model, context_tokens=tokens, rows=batch, memory_bytes=memory_bytes,
         time=time, bits=bits, layers=layers, heads=heads, compression=compression,
     )  # fmt: skip
     shown = [
@@ -105,10 +123,30 @@ def plan(
     result = {"model": {"name": model}, "context_tokens": tokens, "batch": batch, "rows": shown}
     if compression is not None:
         result["learned_compression"] = compression
-    heading = f"{model}: {batch:,} row{'s' * (batch > 1)} of {tokens:,} tokens" + (f" in {memory}" if memory else "")
+    heading = f"{model}: {batch:,} row{'s' * (batch > 1)} of {tokens:,} tokens{fits_in}"
     if compression is None and any(spec.trained for row in rows for spec in row.layout.time):
         heading += "; where gates decide, the most it may hold: --compression says what they reach"
     hand_over("plan", result, [lambda _: heading, plan_table], out=None, as_json=as_json)
+
+
+def _memory_of_cache(model: str, memory: str | None, kv_memory: str | None) -> tuple[int | None, str]:
+    """Bytes that the cache may take, and how a heading says so. Of a device's memory the weights are subtracted."""
+    from kvfold.layout.units import parse_size
+    from kvfold.layout.weight_size import weight_bytes
+    from kvfold.report.numbers import size
+
+    if memory is not None and kv_memory is not None:
+        raise UserError("--memory and --kv-memory: one is the device's, the other the cache's alone: give one of them")
+    if kv_memory is not None:
+        return parse_size(kv_memory), f" in {kv_memory} of cache"
+    if memory is None:
+        return None, ""
+    whole, weights = parse_size(memory), weight_bytes(model)
+    if weights is None:
+        raise UserError(f"--memory {memory}: {model}'s config does not tell what its weights weigh: give --kv-memory")
+    if weights >= whole:
+        raise UserError(f"--memory {memory}: the weights of {model} take {size(weights)}: name a larger device")
+    return whole - weights, f" in {memory} less {size(weights)} of weights"
 
 
 @app.command(epilog="Example: `kvfold generate my-model 'Once upon a time' --time tova:256`")
@@ -231,15 +269,13 @@ def demo(
     from kvfold.demo import run_demo
     from kvfold.report import tables
 
+    def tables_of(kind: str, result: dict) -> None:
+        found = {"quality": [tables.quality_table], "decode": [tables.decode_table]}.get(kind, [])
+        show(*(table(result) for table in found), *([tables.passkey_table(result)] if "passkey" in result else []))
+
     check_out(out / "index.html")
-    quiet_transformers()
-    shown = {"quality": [tables.quality_table, tables.passkey_table], "decode": [tables.decode_table]}
+    quiet_transformers(bars=False)
     with progress() as report:
-        page = run_demo(
-            out,
-            command_line(),
-            say,
-            report,
-            lambda kind, result: show(*(table(result) for table in shown.get(kind, []))),
-        )
+        page = run_demo(out, command_line(), say, report, tables_of)
+    say("next: `kvfold serve --demo` answers OpenAI's clients, and shows at its own page what every head keeps")
     typer.echo(f"the page: {page}")

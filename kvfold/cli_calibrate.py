@@ -26,7 +26,13 @@ def calibrate(
     model: Model,
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A folder that `kvfold retrofit` wrote.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; a new or an empty one.")],
-    compression: Annotated[float, typer.Option(help="Times smaller, at the end of a sequence, window included.")],
+    compression: Annotated[
+        float | None,
+        typer.Option(
+            help="Times smaller, at the end of a sequence, window included. Default: the gates stay, what they keep "
+            "is measured anew."
+        ),
+    ] = None,
     data: Data = None,
     context: Context = "1024",
     sequences: Sequences = 16,
@@ -34,13 +40,15 @@ def calibrate(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """An adapter at another compression, without training."""
+    """An adapter at another compression, without training, with what its gates keep per head, by which engines admit."""
     from kvfold.models.checkpoint_files import check_folder
     from kvfold.train.data import draw_text
     from kvfold.train.recalibrate import method_of, recalibrate, shifted_settings
 
     tokens = parse_count(context)
-    settings = shifted_settings(method_of(adapter), compression=compression, sequence_tokens=tokens)
+    method, settings = method_of(adapter), None
+    if compression is not None:
+        settings = shifted_settings(method, compression=compression, sequence_tokens=tokens)
     check_folder(out)
     weights, tokenizer = load_model(model, None, None, str(adapter), dtype, device)
     with waiting("drawing text"):
@@ -53,6 +61,9 @@ def calibrate(
     if as_json:
         show_json({"kind": "calibrate", "out": str(out), **facts})
     else:
-        told = f"compression {facts['before']:.2f} -> {facts['after']:.2f} at {tokens:,} tokens"
-        say(f"{told}; gates shifted by {facts['shift']:+.3f}")
+        told = f"kept ratios of {facts['sequences']} sequences up to {tokens:,} tokens"
+        if settings is not None:
+            shift = f"compression {facts['before']:.2f} -> {facts['after']:.2f} at {tokens:,} tokens"
+            told = f"{shift}; gates shifted by {facts['shift']:+.3f}; {told}"
+        say(told)
         typer.echo(out)

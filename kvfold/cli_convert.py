@@ -31,7 +31,12 @@ Calibration = Annotated[
 ]
 Tokens = Annotated[str, typer.Option(help="Tokens of calibration text, e.g. 24k.")]
 Pair = Annotated[bool, typer.Option("--pair-heads", help="Merge the heads most alike, instead of neighbours.")]
-Target = Annotated[str, typer.Option("--for", help="kvfold | transformers, where only heads changed.")]
+Target = Annotated[
+    str,
+    typer.Option(
+        "--for", help="kvfold | vllm, where its plugin can serve it | transformers, where only heads changed."
+    ),
+]
 Time = Annotated[str | None, typer.Option(help="What the new checkpoint keeps along time. Default: the source's.")]
 Dtype = Annotated[str | None, typer.Option(help="float32 | bfloat16 | float16. Default: the source's own.")]
 
@@ -97,16 +102,16 @@ def convert(
 def _check(before: "FoldConfig", wanted: "Conversion", owners: int | None) -> None:
     """Raises `UserError` for what can't be done, before anything takes long."""
     from kvfold.convert.chosen_layers import check_choice
-    from kvfold.convert.conversion import new_config
+    from kvfold.convert.conversion import check_target, new_config
 
     if owners is None:
-        new_config(before, wanted)
+        check_target(new_config(before, wanted), wanted.target)
         return
     if wanted.target == "transformers":
         raise UserError(
             f"layers '{wanted.layers}' for transformers: it has no words for shared layers: leave one of the two out"
         )
-    new_config(before, replace(wanted, layers=None))
+    check_target(new_config(before, replace(wanted, layers=None)), wanted.target)
     check_choice(before, owners)
 
 

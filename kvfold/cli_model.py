@@ -1,6 +1,7 @@
 """What commands that read a model share: its options, how it is loaded, and what it is called in results."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +9,7 @@ import typer
 
 from kvfold.console import say, waiting
 
-METHODS = "full | window:W+S | h2o:R+Y | tova:N, in tokens or percent; trained: dmc[:W] | dms[:W]"
+METHODS = "full | window:W+S | h2o:R+Y | tova:N, in tokens or percent; trained: dmc[:W][+S] | dms[:W]"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file or a hub name.")]
 Time = Annotated[str | None, typer.Option(help=f"{METHODS}. Default: the checkpoint's own.")]
 Times = Annotated[list[str] | None, typer.Option("--time", help=f"{METHODS}; given several times: a row each.")]
@@ -55,11 +56,16 @@ def load_model(
         return model, load_tokenizer(source)
 
 
-def quiet_transformers() -> None:
-    """Its log lines are for programmers."""
+def quiet_transformers(*, bars: bool = True) -> None:
+    """Its log lines are for programmers. `bars`: its progress bars stay, as for downloads."""
+    from transformers import modeling_gguf_pytorch_utils as gguf_reading
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
+        if hasattr(gguf_reading, "tqdm"):  # a bar that asks none of the settings
+            gguf_reading.tqdm = partial(gguf_reading.tqdm, disable=True)
 
 
 def model_name(source: str) -> str:

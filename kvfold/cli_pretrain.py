@@ -120,7 +120,7 @@ def _trainer_of(recipe: str, device: str | None, *, text: Path) -> Any:
     import torch
 
     from kvfold import __version__
-    from kvfold.report.results import cpu_name, git_commit
+    from kvfold.record import cpu_name, git_commit
     from kvfold.train.pretrain import Pretrain
     from kvfold.train.retrofit import device_name
     from kvfold.train.watch import watched_steps
@@ -165,7 +165,7 @@ def _swept(name: str, settings: Any, factor: float, folder: Any, train_one: Any)
 
 
 def _write_result(out: Path, found: dict[str, Any]) -> None:
-    from kvfold.report.results import write_result
+    from kvfold.record import write_result
 
     best = next((row for row in found["rows"] if row.get("note") == "best"), found["rows"][0])
     model = {"name": found["recipe"], "parameters": best["parameters"]}

@@ -10,7 +10,7 @@ from kvfold.console import check_packages, clear_errors, command_line, progress,
 from kvfold.errors import UserError
 
 Recipe = Annotated[str | None, typer.Option(help="Settings by name, or a .yaml file; other options override it.")]
-Time = Annotated[str | None, typer.Option(help="dmc[:W] | dms[:W]. Default: the recipe's; none: plain uptraining.")]
+Time = Annotated[str | None, typer.Option(help="dmc[:W][+S] | dms[:W]. Default: the recipe's; none: plain uptraining.")]
 Compression = Annotated[float | None, typer.Option(help="Times smaller, at the end of a sequence, window included.")]
 ByAdapter = Annotated[bool, typer.Option("--adapter", help="Train gates beside the frozen model (DMS).")]
 ByLora = Annotated[int | None, typer.Option("--lora", help="Train a low-rank addition of this rank.")]
@@ -141,7 +141,7 @@ def _run(
     from kvfold import __version__
     from kvfold.models.load import load, load_tokenizer
     from kvfold.ops.denormals import flush_denormals
-    from kvfold.report.results import cpu_name, git_commit
+    from kvfold.record import cpu_name, git_commit
     from kvfold.train.retrofit import Retrofit, device_name
     from kvfold.train.watch import watched_steps
 

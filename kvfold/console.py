@@ -120,7 +120,7 @@ def hand_over(
     as_json: bool,
 ) -> None:
     """Write a result where it was asked for, and show it as JSON or as tables."""
-    from kvfold.report.results import write_result
+    from kvfold.record import write_result
 
     if out is not None:
         write_result(out, kind, result, command_line())

@@ -20,7 +20,7 @@ import torch
 from transformers import TrainerCallback
 
 import kvfold
-from kvfold.report.results import cpu_name, git_commit
+from kvfold.record import cpu_name, git_commit
 from kvfold.train.checkpoints import newest_whole, step_of
 from kvfold.train.data import TrainingOrder, draw_text
 from kvfold.train.loop import ignored_tokens

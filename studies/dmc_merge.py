@@ -27,7 +27,7 @@ from kvfold.ops.attention import weighed_attention
 from kvfold.ops.gating import from_next
 from kvfold.ops.pooling import pooled
 from kvfold.ops.rotation import Rotation, rotate, rotate_queries
-from kvfold.report.results import cpu_name, git_commit
+from kvfold.record import cpu_name, git_commit
 
 ARMS = ("published", "first-alone", "first-alone,bias", "first-alone,values")
 _WINDOW = 12

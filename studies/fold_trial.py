@@ -35,7 +35,7 @@ from kvfold.models.decoder import FoldForCausalLM
 from kvfold.ops.fold_reference import FoldRule, FoldTrace, fold_attention_reference
 from kvfold.ops.gating import Gates
 from kvfold.ops.rotation import Rotation, rotate, rotate_queries
-from kvfold.report.results import cpu_name, git_commit
+from kvfold.record import cpu_name, git_commit
 from kvfold.train.calibrate import calibrate, shift_gates
 from kvfold.train.settings import RetrofitSettings
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import kvfold
-from kvfold.report.results import cpu_name, git_commit
+from kvfold.record import cpu_name, git_commit
 from kvfold.train.recall import VARIANTS, RecallRun, RecallTask, description, train
 
 _KINDS = {"optimizer": str, "lr": float, "adam_lr": float, "rope_theta": float}

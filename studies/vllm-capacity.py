@@ -21,7 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kvfold.bench.vllm_peer import VllmPeer, VllmRun
-from kvfold.report.results import cpu_name, git_commit, write_whole
+from kvfold.data.whole_file import write_whole_file
+from kvfold.record import cpu_name, git_commit
 
 DTYPE, DTYPE_BYTES = "float32", 4
 BLOCK_TOKENS = 32
@@ -54,7 +55,7 @@ def main() -> None:
         "requests": wanted.requests, "prompt_tokens": wanted.prompt, "new_tokens": wanted.new, "rounds": wanted.rounds,
         "rows": rows,
     }  # fmt: skip
-    write_whole(wanted.out, json.dumps(result, indent=1) + "\n")
+    write_whole_file(wanted.out, json.dumps(result, indent=1) + "\n")
     for row in rows:
         sys.stdout.write(
             f"{row['budget']:8}{row['model']:24}{row['kv_tokens']:>9,} KV tokens  {row['in_flight']['median']:6.1f} in flight  "

@@ -86,7 +86,7 @@ def token_states(positions: Sequence[int], tokens: int, spec: Method) -> str:
     held = set(positions)
     states = [KEPT if token in held else GONE for token in range(tokens)]
     if spec.eviction_delay is not None:
-        first = max(0, tokens - 1 - spec.eviction_delay)
+        first = tokens - spec.always_kept(tokens)
         states[first:] = [WAITING if state == KEPT else state for state in states[first:]]
     elif spec.merges_tokens:
         start = 0

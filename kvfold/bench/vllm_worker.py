@@ -24,9 +24,10 @@ class Engine:
         """`settings`: `model`, and what vLLM's engine takes beside it."""
         import vllm
 
-        self._lines: list[str] = []
+        # vLLM sets up its logging with the first of its names that is used, and takes away the handlers that were there.
+        make, self._lines = vllm.LLM, []
         logging.getLogger("vllm").addHandler(_Keeper(self._lines))
-        self._llm = vllm.LLM(**settings, enable_prefix_caching=False, disable_log_stats=False)
+        self._llm = make(**settings, enable_prefix_caching=False, disable_log_stats=False)
         self._engine, self._version, self._asked = self._llm.llm_engine, vllm.__version__, 0
 
     def about(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvfold.cache.group import CacheGroup
 from kvfold.cache.store import Batch, Store
-from kvfold.methods.plans import Chunk
+from kvfold.methods.plans import Chunk, Crossed, Held
 from kvfold.ops.attention import dense_attention, weighed_attention
 from kvfold.ops.blockwise import FOREVER, lifespan_attention
 from kvfold.ops.gating import Gates
@@ -87,10 +87,37 @@ class _OwnerChunk:
         )  # fmt: skip
         self._k_BTKD = rotate(rotation, self._plan.k_BTKD, None if gates is None else gates.k_keep_KD)
         self._k_BEKD, self._v_BEKD = self._beside_stored()
+        self._first_BKE, self._crossed = position, None
+        self._score_BKE: Tensor | None = None
+        if group.method.grid is not None:
+            self._cross(gates)
+            return
         self._last_BKE = self._last_query()
         self._mask = self._seen() if self._last_BKE is None else None
         self._bias_BKE = self._slot_bias()
-        self._score_BKE: Tensor | None = None
+
+    def _cross(self, gates: Gates | None) -> None:
+        """The borders of the method's grid that the call brings: what is attended to instead of the entries."""
+        group, call, tokens, pool = self._group, self._call, self._k_BTKD.shape[1], self._group.pool
+        noted, arrays = group.method.noted(gates), {}
+        for name, dtype in group.method.slot_arrays.items():
+            # In the dtype of the store, so that a chunk knows no more than the store will.
+            empty = self._position_BKE.new_zeros((*self._id_BK.shape, tokens), dtype=getattr(torch, dtype))
+            arrays[name] = noted[name].transpose(1, 2).to(empty.dtype) if name in noted else empty
+        if self._stored:
+            old = group.slot_values(self._slot_BKS, self._filled_BKS)
+            arrays = {name: torch.cat((old[name], one), dim=-1) for name, one in arrays.items()}
+        k, v = (pool.as_stored(x, name) for name, x in (("k", self._k_BEKD), ("v", self._v_BEKD)))
+        self._crossed = group.method.cross(
+            Held(
+                k_BEKD=k, v_BEKD=v, position_BKE=self._position_BKE, arrays=arrays, before_B=call.before_B,
+                seen_B=call.seen_B, as_stored=lambda x: pool.as_stored(x, "v"),
+            ),
+            gates,
+        )  # fmt: skip
+        lives = self._crossed.lives
+        self._k_BEKD, self._v_BEKD, self._bias_BKE = lives.k_BEKD, lives.v_BEKD, lives.bias_BKE
+        self._first_BKE, self._last_BKE, self._mask = lives.first_BKE, lives.last_BKE, None
 
     def _beside_stored(self) -> tuple[Tensor, Tensor]:
         """Stored keys and values first, then the call's."""
@@ -155,7 +182,7 @@ class _OwnerChunk:
         call, scores = self._call, self._group.method.attention_scores
         if self._last_BKE is not None:
             return lifespan_attention(
-                q_BTHD, self._k_BEKD, self._v_BEKD, query_BT=call.position_BT, position_BKE=self._position_BKE,
+                q_BTHD, self._k_BEKD, self._v_BEKD, query_BT=call.position_BT, position_BKE=self._first_BKE,
                 last_BKE=self._last_BKE, scale=scale, softcap=softcap, bias_BKE=self._bias_BKE,
             )  # fmt: skip
         common = {"scale": scale, "softcap": softcap, "mask": self._mask, "bias_BKE": self._bias_BKE}
@@ -168,6 +195,9 @@ class _OwnerChunk:
 
     def store(self) -> None:
         """All readers have attended: evict what must leave, and store what stays."""
+        if self._crossed is not None:
+            self._store_crossed(self._crossed)
+            return
         group, call, stored, score = self._group, self._call, self._stored, self._score_BKE
         if group.method.attention_scores == "cumulative" and stored:
             group.copy_on_write(self._id_BK)
@@ -189,3 +219,12 @@ class _OwnerChunk:
         group.append(self._id_BK, chosen, self._k_BTKD, self._plan.v_BTKD, call.position_BT, state)
         longest = int(group.lengths(self._id_BK).max())
         self._plan.close(lambda: group.stored_positions(self._id_BK, longest))
+
+    def _store_crossed(self, crossed: Crossed) -> None:
+        """What is there after the last border."""
+        group, call, stored = self._group, self._call, self._stored
+        if stored:
+            group.merge(self._id_BK, stored, crossed)
+        chosen = crossed.stays_BKE[..., stored:] & call.real_BT[:, None]
+        state = {name: one[..., stored:] for name, one in crossed.arrays.items()}
+        group.append(self._id_BK, chosen, self._k_BTKD, crossed.v_BEKD[:, stored:], call.position_BT, state)

@@ -2,8 +2,9 @@
 
 Where a method knows from the tokens alone what leaves, or learned it tokens ago, all owners of a group place their tokens
 at once, before any layer (`PlacedStep`). A method that merges places at its layer (`LayerStep`); pages that it may need are
-allocated ahead, and what was not needed is free again when the step ends. One that scores by attention keeps the token
-beside the store until the last reader is done (`ScoredStep`). No layer asks the host anything.
+allocated ahead, and what was not needed is free again when the step ends. One whose entries leave at the borders of a grid
+appends, and merges and evicts at its layer (`GridStep`). One that scores by attention keeps the token beside the store until
+the last reader is done (`ScoredStep`). No layer asks the host anything, but at a border.
 Letters: O owners of a group, B sequences, K kv heads, D head dim, N slots a page, S stored entries, E = S + 1.
 """
 
@@ -74,8 +75,6 @@ class PlacedStep:
 
     def __init__(self, group: CacheGroup, batch: Batch):
         self.group, self.batch, ids = group, batch, group.ids(batch.index_B)
-        if group.has_shared:
-            group.copy_on_write(ids, open_only=not group.method.lossy)
         # No stream holds more entries before this step.
         self.stored = max(map(group.most_stored, batch.sequences, batch.before))
         self.streams = Streams(
@@ -91,6 +90,7 @@ class PlacedStep:
         place = self.plan.overwritten()
         if place is None:
             place = self._room(self.plan.evicted() if self.stored else None)
+        self.group.copy_for_slot(self.streams.id_OBK, place)
         grows, length = place == self.streams.length_OBK, self.streams.length_OBK
         border = grows & (length % self.group.pool.slots == 0)
         number = int(border.sum())
@@ -160,10 +160,47 @@ class PlacedStep:
         """Nothing was allocated ahead."""
 
 
+class GridStep(PlacedStep):
+    """Tokens are appended; where a sequence comes to a border of the method's grid, entries are merged and leave once the
+    owner's layer is reached, since its gates say how.
+    """
+
+    def _place(self) -> None:
+        super()._place()
+        grid = self.group.method.grid
+        self._rows = [row for row, before in enumerate(self.batch.before) if before and before % grid == 0]
+
+    def new_token(
+        self, index: int, k_B1KD: Tensor | None, v_B1KD: Tensor | None, rotation: Rotation | None, gates: Gates | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """See `PlacedStep.new_token`."""
+        if k_B1KD is None:
+            return None, None
+        noted = self.group.method.noted(gates)
+        if noted:
+            slot = self.slot_OBK[index].reshape(-1)
+            self.group.pool.write_state(slot, {name: one[:, 0].reshape(-1) for name, one in noted.items()})
+        if self._rows:
+            self._cross(index, gates)
+        return rotate(rotation, k_B1KD, None if gates is None else gates.k_keep_KD)[:, 0], v_B1KD[:, 0]
+
+    def _cross(self, index: int, gates: Gates | None) -> None:
+        """The new token is the last of its stream before and after."""
+        row = torch.tensor(self._rows, device=self.slot_OBK.device)
+        group, ids = self.group, self.streams.id_OBK[index, row]
+        group.cross(ids, self.batch.position_B[row], gates)
+        length = group.lengths(ids)
+        self.lengths_OBK[index, row] = length
+        place, slots = length.long() - 1, group.pool.slots
+        page = group.tables.flat[group.starts(ids) + place // slots].long()
+        self.slot_OBK[index, row] = page * slots + place % slots
+
+
 class LayerStep(PlacedStep):
     """The new token's place is known when its owner's layer is reached."""
 
     def _place(self) -> None:
+        self.group.copy_on_write(self.streams.id_OBK)
         length = self.streams.length_OBK
         self.slot_OBK, self.lengths_OBK = torch.zeros_like(length), length.int()
         # A page for each stream that may cross a page border, by how many stand before it; of no meaning elsewhere.
@@ -207,6 +244,7 @@ class ScoredStep(PlacedStep):
     """The new token waits beside the store; what its attention tells decides what stays."""
 
     def _place(self) -> None:
+        self.group.copy_on_write(self.streams.id_OBK)
         page_class, shape = self.group.pool.page_class, self.streams.id_OBK.shape
         self._kv = [
             torch.empty((*shape, page_class.head_dim), dtype=page_class.dtype, device=self.start_OBK.device)
@@ -278,4 +316,6 @@ def step_of(group: CacheGroup) -> type[PlacedStep]:
     """How a group's method finds the places of new tokens."""
     if group.method.attention_scores is not None:
         return ScoredStep
+    if group.method.grid is not None:
+        return GridStep
     return LayerStep if group.method.places_at_layer else PlacedStep

@@ -14,6 +14,8 @@ from kvfold.cache.allocator import pages_for
 from kvfold.cache.pages import PagePool
 from kvfold.cache.tables import BlockTables
 from kvfold.methods.base import Method
+from kvfold.methods.plans import Crossed, Held
+from kvfold.ops.gating import Gates
 from kvfold.ops.paged import stream_slots
 
 
@@ -54,7 +56,7 @@ class CacheGroup:
         """`num_bytes` once there is room for so many sequences, and for so many pages a stream of some of them."""
         streams = len(self.owners) * max(sequences, self.length.shape[1]) * self.num_kv_heads
         state = 0 if self._form is None else self._form.num_bytes
-        return self.tables.bytes_with(pages) + streams * (self.length.itemsize + state)
+        return self.tables.bytes_with(sequences, pages) + streams * (self.length.itemsize + state)
 
     def state_bytes(self, sequences: int) -> int:
         """Bytes of the stream state of so many sequences."""
@@ -111,13 +113,16 @@ class CacheGroup:
 
     def page_ids(self, id_X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Every page that these streams hold: stream id, index within the stream, page id; flat."""
-        flat = id_X.reshape(-1)
-        count = self._pages(self.lengths(flat))
+        line, index, page = self._page_lines(id_X.reshape(-1))
+        return id_X.reshape(-1)[line], index, page
+
+    def _page_lines(self, id_X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`page_ids` with each stream's place among the X."""
+        count = self._pages(self.lengths(id_X))
         most = int(count.max()) if count.numel() else 0
-        index = torch.arange(most, device=flat.device)
-        stream, index = (index < count[:, None]).nonzero(as_tuple=True)
-        stream = flat[stream]
-        return stream, index, self.tables.flat[self.starts(stream) + index]
+        index = torch.arange(most, device=id_X.device)
+        line, index = (index < count[:, None]).nonzero(as_tuple=True)
+        return line, index, self.tables.flat[self.starts(id_X[line]) + index]
 
     def stored_slots(self, id_X: Tensor, stored: int) -> tuple[Tensor, Tensor]:
         """Flat slots [..., S] of these streams' entries, and which are filled; S = `stored`, no less than any length."""
@@ -127,6 +132,45 @@ class CacheGroup:
         """int32 [..., S], -1 where there is no entry."""
         slot, filled = self.stored_slots(id_X, stored)
         return self.pool.arrays["position"].view(-1)[slot].masked_fill(~filled, -1)
+
+    # -- borders of a method's grid --------------------------------------------------------------------------------
+
+    def slot_values(self, slot: Tensor, filled: Tensor) -> dict[str, Tensor]:
+        """The method's slot arrays at flat slots of any shape, 0 where there is no entry."""
+        arrays = self.pool.arrays
+        return {name: arrays[name].view(-1)[slot].masked_fill(~filled, 0) for name in self.method.slot_arrays}
+
+    def merge(self, id_BK: Tensor, stored: int, crossed: Crossed) -> None:
+        """Write what was merged into the entries of one owner's streams, and evict those that left: the first `stored` entries
+        of `crossed`.
+        """
+        changed, stays = crossed.changed_BKE[..., :stored], crossed.stays_BKE[..., :stored]
+        leaves = self.stored_slots(id_BK, stored)[1] & ~stays
+        if not bool(leaves.any()):
+            return
+        self.copy_on_write(id_BK)
+        if bool(changed.any()):
+            slot = self.stored_slots(id_BK, stored)[0][changed]
+            state = {name: one[..., :stored][changed] for name, one in crossed.arrays.items()}
+            self.pool.rewrite(slot, crossed.v_BEKD.transpose(1, 2)[:, :, :stored][changed], state)
+        self.evict(id_BK, stays)
+
+    def cross(self, id_BK: Tensor, position_B: Tensor, gates: Gates | None) -> None:
+        """Of one owner: a border that each of these sequences has come to with its token at `position`, which is stored."""
+        most = int(self.lengths(id_BK).max())
+        slot, filled = self.stored_slots(id_BK, most)
+        position = self.pool.position.view(-1)[slot].masked_fill(~filled, -1)
+        # The new token's key and value are not there yet.
+        there = (filled & (position < position_B[:, None, None])).unsqueeze(-1)
+        k, v = (self.pool.read(name, slot).masked_fill(~there, 0).transpose(1, 2) for name in ("k", "v"))
+        crossed = self.method.cross(
+            Held(
+                k_BEKD=k, v_BEKD=v, position_BKE=position, arrays=self.slot_values(slot, filled), before_B=position_B,
+                seen_B=position_B + 1, as_stored=lambda x: self.pool.as_stored(x, "v"),
+            ),
+            gates,
+        )  # fmt: skip
+        self.merge(id_BK, most, crossed)
 
     # -- the verbs -----------------------------------------------------------------------------------------------
 
@@ -138,7 +182,7 @@ class CacheGroup:
         slots, length = self.pool.slots, self.lengths(id_BK).long()
         added = chosen_BKT.sum(dim=-1)
         first = (length + slots - 1) // slots
-        self.copy_on_write(id_BK[added > 0], open_only=True)
+        self.copy_for_slot(id_BK[added > 0], length[added > 0])
         self._extend(id_BK, first, (length + added + slots - 1) // slots - first)
         # At once, so that pages just allocated are freed with the sequence should the call die below.
         self.length.view(-1)[id_BK] = (length + added).int()
@@ -156,10 +200,13 @@ class CacheGroup:
     def evict(self, id_X: Tensor, stay_XS: Tensor) -> None:
         """Keep only the entries marked to stay, closed up in their order; pages left empty are free at once."""
         ids, stay = id_X.reshape(-1), stay_XS.reshape(-1, stay_XS.shape[-1])
-        self.copy_on_write(ids)
-        slot_XS, filled_XS = self.stored_slots(ids, stay.shape[-1])
+        filled_XS = self.stored_slots(ids, stay.shape[-1])[1]
         stay = stay & filled_XS
         length, kept = self.lengths(ids), stay.sum(dim=-1)
+        # What lies before the first entry that leaves is not moved, and pages left empty are only read.
+        first = (stay.cumsum(dim=-1) == torch.arange(1, stay.shape[-1] + 1, device=stay.device)).sum(dim=-1)
+        self.copy_on_write(ids, first // self.pool.slots, self._pages(kept))
+        slot_XS = self.stored_slots(ids, stay.shape[-1])[0]
         place = stay.cumsum(dim=-1) - 1
         moved = stay & (place != torch.arange(stay.shape[-1], device=stay.device))
         target = slot_XS.gather(-1, place.clamp(min=0))
@@ -173,19 +220,28 @@ class CacheGroup:
         self.length.view(-1)[ids] = kept.int()
         self.pool.free(pages)
 
-    def copy_on_write(self, id_X: Tensor, *, open_only: bool = False) -> None:
-        """Copy the pages of these streams that others hold too, before they are written; `open_only`: only a last page that
-        has room.
+    def copy_on_write(self, id_X: Tensor, first_X: Tensor | None = None, stop_X: Tensor | None = None) -> None:
+        """Copy the pages of these streams that others hold too, before they are written: all of them, or those from index
+        `first` up to `stop`.
         """
         if not self.has_shared or id_X.numel() == 0:
             return
-        stream, index, page = self.page_ids(id_X)
-        written = self._is_open(stream, index) if open_only else torch.ones_like(page, dtype=torch.bool)
+        ids = id_X.reshape(-1)
+        line, index, page = self._page_lines(ids)
+        written = torch.ones_like(page, dtype=torch.bool)
+        if first_X is not None:
+            written = (index >= first_X.reshape(-1)[line]) & (index < stop_X.reshape(-1)[line])
         mine = self._must_copy(page, written)
         copies = self.pool.allocate(int(mine.sum()))
         self.pool.copy_pages(page[mine], copies)
-        self.tables.flat[self.starts(stream[mine]) + index[mine]] = copies
+        self.tables.flat[self.starts(ids[line[mine]]) + index[mine]] = copies
         self.pool.free(page[mine])
+
+    def copy_for_slot(self, id_X: Tensor, place_X: Tensor) -> None:
+        """`copy_on_write` of the page in which one slot of each stream is about to be written."""
+        if self.has_shared:
+            index = place_X // self.pool.slots
+            self.copy_on_write(id_X, index, index + 1)
 
     def copies_ahead(self, id_X: Tensor) -> int:
         """Pages that `copy_on_write` may allocate for a call on these streams, at most."""

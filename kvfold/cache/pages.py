@@ -149,12 +149,15 @@ class PagePool:
 
     def write(self, slot_X: Tensor, k_XD: Tensor, v_XD: Tensor) -> None:
         """Store keys and values at flat slots (page * N + slot)."""
-        for name, storage, new in (("k", self.page_class.k, k_XD), ("v", self.page_class.v, v_XD)):
-            array = self.arrays[name]
-            codes, scales = quantise(new.to(self.page_class.dtype), storage)
-            _movable(array).flatten(0, 1).index_copy_(0, slot_X, _movable(codes))
-            if scales is not None:
-                self.arrays[f"{name}_scale"].flatten(0, 1).index_copy_(0, slot_X, scales)
+        for name, new in (("k", k_XD), ("v", v_XD)):
+            self._write_one(name, slot_X, new)
+
+    def _write_one(self, name: str, slot_X: Tensor, new_XD: Tensor) -> None:
+        array, storage = self.arrays[name], self.page_class.k if name == "k" else self.page_class.v
+        codes, scales = quantise(new_XD.to(self.page_class.dtype), storage)
+        _movable(array).flatten(0, 1).index_copy_(0, slot_X, _movable(codes))
+        if scales is not None:
+            self.arrays[f"{name}_scale"].flatten(0, 1).index_copy_(0, slot_X, scales)
 
     def read(self, name: str, slot: Tensor) -> Tensor:
         """Keys (`k`) or values (`v`) at flat slots of any shape, [..., D] in the model's dtype."""
@@ -166,6 +169,19 @@ class PagePool:
         scales = self.slot_array(f"{name}_scale")
         scales = None if scales is None else scales.flatten(0, 1)[slot]
         return dequantise(codes, scales, storage, self.page_class.head_dim, self.page_class.dtype)
+
+    def as_stored(self, x: Tensor, name: str) -> Tensor:
+        """Keys (`k`) or values (`v`) [..., D] as they would be read back, in their own dtype."""
+        storage = self.page_class.k if name == "k" else self.page_class.v
+        codes, scales = quantise(x.to(self.page_class.dtype), storage)
+        return dequantise(codes, scales, storage, x.shape[-1], self.page_class.dtype).to(x.dtype)
+
+    def rewrite(self, slot_X: Tensor, v_XD: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Other values at flat slots, and other slot state under these names; keys and positions stay."""
+        self._write_one("v", slot_X, v_XD)
+        for name, new in values.items():
+            array = self.arrays[name].view(-1)
+            array.index_copy_(0, slot_X, new.to(array.dtype))
 
     def write_state(self, slot_X: Tensor, values: Mapping[str, Tensor]) -> None:
         """Store slot state at flat slots; arrays that are not named become 0."""

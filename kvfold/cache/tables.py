@@ -35,11 +35,11 @@ class BlockTables:
         """Bytes of the tables and of where they lie."""
         return self.flat.nbytes + self.place_R2.nbytes
 
-    def bytes_with(self, widths: Mapping[int, int]) -> int:
-        """`num_bytes` once these sequences have tables at least so wide."""
+    def bytes_with(self, sequences: int, widths: Mapping[int, int]) -> int:
+        """`num_bytes` once there are places for so many sequences, and some of them have tables at least so wide."""
         live = sum(max(width, widths.get(one, 0)) for one, width in enumerate(self.width))
         new = sum(width for one, width in widths.items() if one >= len(self.width))
-        places = max(len(self.width), max(widths, default=-1) + 1)
+        places = max(sequences, len(self.width))
         return 4 * (self._streams * (live + new) + 1) + 16 * places
 
     @torch.inference_mode(False)

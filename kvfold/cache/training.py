@@ -9,8 +9,9 @@ from torch import Tensor
 
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.base import Method
-from kvfold.methods.plans import TrainingForm, TrainingTokens
+from kvfold.methods.plans import Held, Lives, TrainingForm, TrainingTokens
 from kvfold.ops.attention import dense_attention
+from kvfold.ops.blockwise import lifespan_attention
 from kvfold.ops.gating import Gates
 from kvfold.ops.key_bias import key_bias_attention
 from kvfold.ops.rotation import Rotation, rotate, rotate_queries
@@ -24,7 +25,7 @@ class TrainingView:
     def __init__(self, layout: KVLayout, *, real_BT: Tensor | None, scale: float, softcap: float | None = None):
         """`real_BT`: bool, False at padding; None = no padding. `scale` and `softcap` as the model's attention has."""
         self._layout, self._real_BT, self._scale, self._softcap = layout, real_BT, scale, softcap
-        self._shared: dict[int, TrainingForm] = {}
+        self._shared: dict[int, TrainingForm | Lives] = {}
         self._masks: dict[tuple, Tensor | None] = {}
 
     def attend(
@@ -41,6 +42,11 @@ class TrainingView:
             shared = self._shared[owner]
         q = rotate_queries(rotation, q_BTHD, None if gates is None else gates.q_keep_HD)
         common = {"scale": self._scale, "softcap": self._softcap}
+        if isinstance(shared, Lives):
+            return lifespan_attention(
+                q, shared.k_BEKD, shared.v_BEKD, query_BT=self._positions(q_BTHD), position_BKE=shared.first_BKE,
+                last_BKE=shared.last_BKE, bias_BKE=shared.bias_BKE, **common,
+            )  # fmt: skip
         if shared.bias_BTK is None:
             return dense_attention(q, shared.k_BTKD, shared.v_BTKD, mask=self._mask(owner, q_BTHD), **common)
         window = self._layout.layers[owner].window
@@ -56,13 +62,36 @@ class TrainingView:
             **common,
         )
 
-    def _own(self, owner: int, k: Tensor, v: Tensor, rotation: Rotation | None, gates: Gates | None) -> TrainingForm:
+    def _positions(self, x_BT: Tensor) -> Tensor:
+        """Real tokens before each token, -1 at padding; int64 [B, T]."""
+        if self._real_BT is None:
+            return torch.arange(x_BT.shape[1], device=x_BT.device).expand(x_BT.shape[:2])
+        return (self._real_BT.long().cumsum(dim=1) - 1).masked_fill(~self._real_BT, -1)
+
+    def _lives(self, method: Method, k_BTKD: Tensor, v_BTKD: Tensor, gates: Gates) -> Lives:
+        """Under a grid: what lives between its borders. Keys are rotated."""
+        position_BT = self._positions(k_BTKD)
+        shape = (k_BTKD.shape[0], k_BTKD.shape[2], k_BTKD.shape[1])
+        noted = {name: one.transpose(1, 2) for name, one in method.noted(gates).items()}
+        arrays = {name: noted.get(name, k_BTKD.new_zeros(shape, dtype=torch.float32)) for name in method.slot_arrays}
+        held = Held(
+            k_BEKD=k_BTKD, v_BEKD=v_BTKD, position_BKE=position_BT[:, None].expand(shape), arrays=arrays,
+            before_B=torch.zeros_like(position_BT[:, 0]), seen_B=position_BT.amax(dim=1) + 1,
+        )  # fmt: skip
+        return method.cross(held, gates).lives
+
+    def _own(
+        self, owner: int, k: Tensor, v: Tensor, rotation: Rotation | None, gates: Gates | None
+    ) -> TrainingForm | Lives:
         """What an owner and its readers attend to, keys rotated."""
         keep = None if gates is None else gates.k_keep_KD
         if gates is None or gates.alpha_BTK is None:
             return TrainingForm(k_BTKD=rotate(rotation, k, keep), v_BTKD=v)
         tokens = TrainingTokens(k_BTKD=k, v_BTKD=v, gates=gates, real_BT=self._real_BT)
-        form = self._layout.time_of(owner).training_form(tokens)
+        method = self._layout.time_of(owner)
+        if method.grid is not None:
+            return self._lives(method, rotate(rotation, k, keep), v, gates)
+        form = method.training_form(tokens)
         return TrainingForm(
             k_BTKD=rotate(rotation, form.k_BTKD, keep), v_BTKD=form.v_BTKD, bias_BTK=form.bias_BTK, free=form.free
         )

@@ -57,6 +57,8 @@ def _places(group: CacheGroup) -> tuple[int, int]:
 
 def _leaving(group: CacheGroup) -> int:
     """Places of entries that are marked and still there, those in shared pages once."""
+    if group.method.mark_array is not None:
+        return _marked_places(group, group.pool.arrays[group.method.mark_array])
     found = group.method.marked(group.flat_state)
     if found is None:
         return 0
@@ -64,3 +66,13 @@ def _leaving(group: CacheGroup) -> int:
     slots = group.pool.slots
     page = group.tables.flat[group.starts(stream) + slot // slots].long()
     return (page * slots + slot % slots).unique().numel()
+
+
+def _marked_places(group: CacheGroup, mark_PN: Tensor) -> int:
+    """The same where a slot array says which entries are marked."""
+    streams = torch.arange(group.length.numel(), device=group.length.device)
+    stream, index, page = group.page_ids(streams)
+    slot = index[:, None] * group.pool.slots + torch.arange(group.pool.slots, device=index.device)
+    marked = (mark_PN[page.long()] > 0) & (slot < group.lengths(stream)[:, None])
+    place = page.long()[:, None] * group.pool.slots + torch.arange(group.pool.slots, device=index.device)
+    return place[marked].unique().numel()

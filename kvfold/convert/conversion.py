@@ -18,6 +18,7 @@ from kvfold.convert.fitted import Fit, Report, fit
 from kvfold.convert.heads import like_heads_together, merge_heads, reorder_heads
 from kvfold.convert.layers import average_groups, drop_readers
 from kvfold.errors import UserError
+from kvfold.integrations import vllm
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.names import unknown_name
 from kvfold.models.checkpoint_files import check_folder, write_model
@@ -27,7 +28,7 @@ from kvfold.models.load import load, load_config
 from kvfold.models.source import find_source
 
 INITS = ("mean", "drop", "fitted")
-TARGETS = ("kvfold", "transformers")
+TARGETS = ("kvfold", "transformers", "vllm")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -48,7 +49,7 @@ class Conversion:
     bits: str | None = None
     """A `--bits` text for the new layout."""
     target: str = "kvfold"
-    """Whose checkpoint is written."""
+    """Who will run what is written; for vLLM it is kvfold's own checkpoint, which the plugin there reads."""
 
     def __post_init__(self) -> None:
         for what, value, known in (("init", self.init, INITS), ("target", self.target, TARGETS)):
@@ -77,8 +78,7 @@ def convert(
     out, found = Path(os.path.expanduser(out)), find_source(source)
     check_folder(out)
     config = new_config(config or load_config(source), wanted)
-    if wanted.target == "transformers":
-        family_config(config)
+    check_target(config, wanted.target)
     if wanted.init == "fitted" and calibration_WT is None:
         raise UserError("init 'fitted': it needs text to fit on: give calibration text, or use 'mean' or 'drop'")
     stored = dtype or str(config.dtype or torch.float32).removeprefix("torch.")
@@ -116,6 +116,14 @@ def new_config(config: FoldConfig, wanted: Conversion) -> FoldConfig:
     heads = {layer.num_kv_heads for layer in new.layers}
     found.num_key_value_heads = heads.pop() if len(heads) == 1 else config.num_key_value_heads
     return found
+
+
+def check_target(config: FoldConfig, target: str) -> None:
+    """Raise `UserError`, in one line, for a model that the target can't run."""
+    if target == "transformers":
+        family_config(config)
+    if target == "vllm" and (reason := vllm.explain_model(config)) is not None:
+        raise UserError(f"for vllm: {reason}")
 
 
 def pair_heads(model: FoldForCausalLM, num_kv_heads: int) -> None:

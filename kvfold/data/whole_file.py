@@ -4,15 +4,16 @@ import os
 from pathlib import Path
 
 
-def write_whole_file(path: Path, text: str) -> None:
-    """Write under a temporary name beside `path`, to the disk, then rename."""
+def write_whole_file(path: Path, content: str | bytes) -> Path:
+    """Write under a temporary name beside `path`, to the disk, then rename. Gives the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+    return path

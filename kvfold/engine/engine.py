@@ -29,8 +29,10 @@ from kvfold.engine.scheduler import PREFILL_TOKENS, Scheduler
 from kvfold.engine.structured import Grammars
 from kvfold.engine.text import TextStream
 from kvfold.errors import UserError
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.units import parse_size
 from kvfold.models.decoder import FoldForCausalLM
+from kvfold.ops.native import free_openmp_threads
 
 Asked = str | Sequence[int] | Mapping[str, Any]
 """A request: a text, token ids, or an object with OpenAI's field names (`params.SamplingParams`, `params.Question`)."""
@@ -55,10 +57,9 @@ class Engine:
         layouts = [own] if methods is None else [own.with_time(text) for text in methods]
         self._layouts = {layout.time_text(): layout for layout in layouts}
         self._default = layouts[0].time_text()
-        ratios = getattr(model.config, "kept_ratios", None)
         self._runner = Runner(
             model, self._layouts, memory_bytes, max_sequences=2 * max_running, page_slots=page_slots, poison=poison,
-            ratios={own.time_text(): KeptRatios.from_json(ratios)} if ratios else None,
+            ratios=_kept_ratios(model, self._layouts),
         )  # fmt: skip
         self._budget = Budget(
             self._runner.costs, self._runner.pool_bytes, prefill_tokens=prefill_tokens, scale=estimate_scale
@@ -71,11 +72,13 @@ class Engine:
         self._live: dict[Request, Live] = {}
         self._numbers = itertools.count(1)
         self._counts = {"prompt_tokens": 0, "completion_tokens": 0, "finished": 0, "steps": 0}
+        self._seconds = {"step_s": 0.0, "forward_s": 0.0}
         self._inbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._stopped: str | None = None
         """Why nothing is taken any more."""
         self._thread: threading.Thread | None = None
+        free_openmp_threads()  # of the thread that made the model; from here on the engine's own is the one that computes
 
     def __enter__(self) -> Self:
         return self
@@ -93,7 +96,7 @@ class Engine:
         self._scheduler.drop_prefixes()
 
     def stats(self) -> dict[str, Any]:
-        """Where the engine stands: requests, bytes, prefixes, estimates, tokens."""
+        """Requests, bytes, prefixes, estimates, tokens; seconds of all steps, and of the forwards in them."""
         scheduler, prefixes = self._scheduler, self._scheduler.prefixes
         return {
             "running": len(scheduler.running),
@@ -107,6 +110,7 @@ class Engine:
             "prefix_hits": prefixes.hits,
             "estimate_error": self._budget.mean_error,
             **self._counts,
+            **self._seconds,
         }
 
     # -- asking --------------------------------------------------------------------------------------------------
@@ -157,9 +161,13 @@ class Engine:
         """Start a request; `deliver` gets its pieces on the engine's thread, or one whole piece if it does not stream. Gives
         what `cancel` takes, one for each of the `n` answers. Raises `UserError`, in one line, for a request that can't be run.
         """
-        lives = self._prepare(asked, deliver, streams=streams)
-        self._send(lives)
-        return [live.request for live in lives]
+        return self.submit_all([(asked, deliver)], streams=streams)[0]
+
+    def submit_all(self, asked: Sequence[tuple[Asked, Deliver]], *, streams: bool = True) -> list[list[Request]]:
+        """Start several requests at once: `submit` for each, and none where one of them can't be run."""
+        groups = [self._prepare(one, deliver, streams=streams) for one, deliver in asked]
+        self._send([live for lives in groups for live in lives])
+        return [[live.request for live in lives] for lives in groups]
 
     def cancel(self, job: Sequence[Request]) -> None:
         """End a request; its pages are free before the next step. What has ended already is left alone."""
@@ -267,6 +275,7 @@ class Engine:
             if self._stopped:
                 raise RuntimeError(f"the engine can't take requests: {self._stopped}")
             if self._thread is None:
+                free_openmp_threads()
                 self._thread = threading.Thread(target=self._run, name="kvfold engine", daemon=True)
                 self._thread.start()
             self._inbox.put(lambda: [self._enter(live) for live in lives])
@@ -275,7 +284,9 @@ class Engine:
         reason, said = "abort", "it is closed"
         try:
             while self._drain():
+                start = time.perf_counter()
                 self._step()
+                self._seconds["step_s"] += time.perf_counter() - start
         except BaseException as error:  # a mistake of ours: nobody may wait for an answer that never comes
             reason, said = "error", _one_line(error)
         with self._lock:
@@ -340,6 +351,7 @@ class Engine:
         fed = [request.tokens[request.seen : request.seen + number] for request, number in group]
         reading = [request for request in requests if request.is_reading]
         every = any(request.params.prompt_logprobs is not None for request in reading)
+        start = time.perf_counter()
         try:
             logits_BTV = self._runner.forward(method, [request.handle for request in requests], fed, every=every)
         except CacheFull as error:
@@ -352,6 +364,7 @@ class Engine:
         except Exception as error:
             for request in requests:
                 self._end(request, "error", f"the model failed: {_one_line(error)}")
+        self._seconds["forward_s"] += time.perf_counter() - start
         ready = []
         for row, request in enumerate(requests):
             if request.handle is None:
@@ -394,6 +407,15 @@ def _note_prompt(live: Live, logits_TV: Tensor, before: int) -> None:
     if targets:
         rows = logits_TV[start : start + len(targets)]
         live.prompt_logprobs += token_logprobs(rows, targets, request.params.prompt_logprobs)
+
+
+def _kept_ratios(model: FoldForCausalLM, layouts: Mapping[str, KVLayout]) -> dict[str, KeptRatios]:
+    """As calibration wrote them for one method and one set of gates; nothing where that method is not among those loaded."""
+    ratios = model.config.kept_ratios
+    if ratios is None:
+        return {}
+    name = model.config.layout.base().with_time(ratios["time"]).time_text()
+    return {name: KeptRatios.from_json(ratios)} if name in layouts else {}
 
 
 def _one_line(error: BaseException) -> str:

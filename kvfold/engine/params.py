@@ -30,6 +30,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 _POSITIVE = {"top_p", "repetition_penalty", "timeout"}
 """Numbers that may not be 0."""
 _WHOLE = {"max_tokens", "min_tokens", "top_k", "seed", "n", "logprobs", "prompt_logprobs", "priority"}
+MOST_STOP_CHARACTERS = 4096
+"""Of one stop string: text that may be its beginning is held back from whoever reads along."""
 _STRUCTURED = ("json", "regex", "choice", "grammar", "json_object")
 
 
@@ -90,6 +92,12 @@ class SamplingParams:
             raise UserError(f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}")
         if any(not text for text in self.stop) or any(not word for word in self.bad_words):
             raise UserError("stop and bad_words must hold texts of 1 character or more, got an empty one: leave it out")
+        longest = max(map(len, self.stop), default=0)
+        if longest > MOST_STOP_CHARACTERS:
+            raise UserError(
+                f"stop must hold texts of at most {MOST_STOP_CHARACTERS:,} characters, got one of {longest:,}: "
+                "give the first words that end an answer"
+            )
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise UserError("allowed_token_ids must name 1 token or more, got none: leave it out")
 

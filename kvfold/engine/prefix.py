@@ -1,18 +1,20 @@
 """Which forked sequences stand for which beginnings: a tree of token ids, with snapshots at the borders of a grid.
 
 The compressed state after p tokens is no slice of the state after q > p tokens, so a prefix can be reused only where a
-snapshot of it was kept: where a second request was seen to part from a first (at the grid's border before), at the end of
-a prompt, and at the end of an answer. Snapshots are handles of forked sequences; whoever evicts one frees its handle. Of
+snapshot of it was kept: where a second request was seen to part from a first (on the grid: at the border before), at the end
+of a prompt, and at the end of an answer. Snapshots are handles of forked sequences; whoever evicts one frees its handle. Of
 methods whose state depends on where calls were cut, snapshots stand on the grid only, and the grid is that of their
 prompt chunks. No torch here.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 MAX_BLOCKS = 1 << 16
 """Blocks of tokens that are remembered, with or without a snapshot."""
+LATEST = 16
+"""Beginnings of next blocks that are remembered behind each block, to find where within one prompts part."""
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +33,8 @@ class _Node:
     """The snapshot at this block's end."""
     tails: dict[tuple, int] = field(default_factory=dict)
     """Snapshots a part of a block further on, by the tokens of that part."""
+    onward: "deque[tuple]" = field(default_factory=lambda: deque(maxlen=LATEST))
+    """How the latest prompts went on behind this block: up to a block of tokens each."""
 
 
 class PrefixTree:
@@ -59,9 +63,11 @@ class PrefixTree:
     def visit(self, method: str, tokens: Sequence[int]) -> None:
         """A request with this prompt was submitted. The last token is always read anew, for its logits."""
         self._clock += 1
+        grid = self._grids[method]
         for node in self._path(method, tokens[:-1], grow=True):
             node.visits += 1
             node.last_used = self._clock
+            node.onward.append(tuple(tokens[node.depth : min(node.depth + grid, len(tokens) - 1)]))
         if self._blocks > self._max_blocks:
             self._prune()
 
@@ -92,16 +98,35 @@ class PrefixTree:
         path = self._path(method, tokens[:-1])
         for place, node in enumerate(path):
             onward = path[place + 1].visits if place + 1 < len(path) else 0
-            if node.depth > seen and node.visits > max(1, onward) and node.handle is None:
-                return node.depth
+            if node.visits > max(1, onward):
+                tail = self._shared_tail(method, node, tokens)
+                stands = tail in node.tails if tail else node.handle is not None
+                if node.depth + len(tail) > seen and not stands:
+                    return node.depth + len(tail)
         return None
 
+    def _shared_tail(self, method: str, node: _Node, tokens: Sequence[int]) -> tuple:
+        """The tokens behind a node that other prompts which end or part from this one there have in common with it: as many as
+        save the most tokens, summed over those prompts. None on a grid.
+        """
+        if not self._anywhere[method]:
+            return ()
+        own = tuple(tokens[node.depth : min(node.depth + self._grids[method], len(tokens) - 1)])
+        others = list(node.onward)
+        if own in others:
+            others.remove(own)
+        lengths = sorted((_alike(own, other) for other in others), reverse=True)
+        best = max(((place + 1) * length for place, length in enumerate(lengths)), default=0)
+        return own[: next((one for place, one in enumerate(lengths) if (place + 1) * one == best), 0)]
+
     def shared(self, method: str, tokens: Sequence[int], others: Sequence[int]) -> int:
-        """Length of the beginning, in whole blocks, that two prompts share."""
+        """Length of the beginning that two prompts share; in whole blocks where snapshots stand on a grid."""
         grid, most = self._grids[method], min(len(tokens), len(others)) - 1
         length = 0
         while length + grid <= most and tokens[length : length + grid] == others[length : length + grid]:
             length += grid
+        if self._anywhere[method]:
+            length += _alike(tokens[length:most], others[length:most])
         return length
 
     def insert(self, method: str, tokens: Sequence[int], handle: int) -> bool:
@@ -166,3 +191,9 @@ class PrefixTree:
                 node = node.parent
             if self._blocks <= self._max_blocks * 3 // 4:
                 return
+
+
+def _alike(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """Length of the beginning that both have."""
+    pairs = enumerate(zip(tokens, others, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(tokens), len(others)))

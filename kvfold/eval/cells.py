@@ -1,6 +1,7 @@
 """Measurements that outlive the run: one small JSON file for each, found again by everything that could change it.
 
-A cell that was measured is never measured again; a torn or foreign file counts as none.
+A cell that was measured is not measured again by the same versions on the same machine; a torn or foreign file counts as
+none. Each says what it was made by (record.py), and goes with that into the rows of a result.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from kvfold.data.whole_file import write_whole_file
 from kvfold.layout.kvlayout import KVLayout
+from kvfold.record import made, made_alike
 
 _FORMAT = 1
 _VOLATILE = ("trained_tokens", "transformers_version", "_name_or_path", "layout", "base_layout")
@@ -32,8 +34,9 @@ class Cells:
         self._folder, self._fresh = None if folder is None else Path(folder), fresh
 
     def read(self, name: str, key: Mapping[str, Any], of: str | None = None) -> dict[str, Any] | None:
-        """The measurement under this name and key, or None. `of`: a digest of what was read, where the key does not tell;
-        a cell that was made of something else counts as none.
+        """The measurement under this name and key with its record, `made`, or None. `of`: a digest of what was read, where the
+        key does not tell; a cell that was made of something else counts as none, and so does one that other versions made,
+        another processor or another number of threads.
         """
         if self._folder is None or self._fresh:
             return None
@@ -42,15 +45,21 @@ class Cells:
         except (OSError, ValueError):
             return None
         same = isinstance(data, dict) and data.get("format") == _FORMAT and data.get("key") == _plain(key)
-        same = same and data.get("of", of) == of
-        return data.get("cell") if same else None
+        same = same and data.get("of", of) == of and isinstance(data.get("cell"), dict)
+        if not (same and made_alike(data["cell"].get("made") or {}, made(torch.get_num_threads()))):
+            return None
+        return data["cell"]
 
-    def write(self, name: str, key: Mapping[str, Any], cell: Mapping[str, Any], of: str | None = None) -> None:
-        """Keep a measurement; the file is there whole or not at all."""
+    def write(
+        self, name: str, key: Mapping[str, Any], cell: Mapping[str, Any], of: str | None = None
+    ) -> dict[str, Any]:
+        """Keep a measurement, and give it back with its record; the file is there whole or not at all."""
+        cell = {**cell, "made": made(torch.get_num_threads())}
         if self._folder is not None:
             made_of = {} if of is None else {"of": of}
             text = json.dumps({"format": _FORMAT, "key": key, **made_of, "cell": cell}, indent=1)
             write_whole_file(self._path(name, key), text + "\n")
+        return cell
 
     def _path(self, name: str, key: Mapping[str, Any]) -> Path:
         digest = hashlib.sha256(json.dumps(_plain(key), sort_keys=True).encode()).hexdigest()

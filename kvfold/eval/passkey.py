@@ -83,10 +83,11 @@ def measure_passkey(
             cell = kept.read(about, cell_key, of=ids)
             if cell is None:
                 cell = {"found": _found(model, tokenizer, layout, asked, tries, about, report)}
-                kept.write(about, cell_key, cell, of=ids)
+                cell = kept.write(about, cell_key, cell, of=ids)
             pairs = zip(depths, cell["found"], strict=True)
             rows += [
                 {"method": method, "length_tokens": length, "depth": depth, "found": found, "tries": tries}
+                | {"made": cell["made"]}
                 for depth, found in pairs
             ]
     return rows

@@ -154,7 +154,7 @@ class _Measured:
         if found is None:
             unfolded = self.model is reference.model and layout == reference.layout
             found = reference.read(scores=True) if unfolded else self.read(reference, layout)
-            self.cells.write(name, key, found, of=ids)
+            found = self.cells.write(name, key, found, of=ids)
         return found
 
     def read(

@@ -43,6 +43,7 @@ _AS_MEASURED = (
     "full_bytes",
     "tokens_per_second",
     "seconds",
+    "made",
 )
 
 

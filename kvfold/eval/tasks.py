@@ -92,14 +92,14 @@ def _of_task(
         if cell is None:
             lm.layout, lm.about = layout, about
             cell = _measured(lm, task, loaded(), limit)
-            kept.write(about, cell_key, cell)
+            cell = kept.write(about, cell_key, cell)
         found.append((method_about(layout), cell))
     if other is not None:
         about, cell_key = f"{task.name} {PEER}", asked | {"peer": other.identity}
         cell = kept.read(about, cell_key)
         if cell is None:
             cell = _scored(other.lm, task, loaded(), limit)
-            kept.write(about, cell_key, cell)
+            cell = kept.write(about, cell_key, cell)
         found.append(({"method": PEER, "title": other.identity}, cell))
     return found
 

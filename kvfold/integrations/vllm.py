@@ -5,12 +5,12 @@ vLLM keeps one block table for each group of layers: who reads whom, how many KV
 words. It has none for lengths that differ between heads, for merging, or for sinks beside a window.
 """
 
-import warnings
 from collections.abc import Sequence
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kvfold.errors import UserError
+from kvfold.integrations.versions import installed_version, warn_untested
 
 if TYPE_CHECKING:
     from kvfold.layout.kvlayout import KVLayout
@@ -67,7 +67,7 @@ class ConfigHooks:
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
         """Refuse a model that vLLM can't serve, in one line."""
-        warn_untested(installed_version())
+        warn_untested("vLLM", installed_version(_PACKAGES), TESTED)
         check(model_config.hf_config)
 
     @staticmethod
@@ -181,30 +181,6 @@ def stacked_names(owners: Sequence[int], fused: Sequence[int]) -> dict[str, tupl
         parts = ("q", "k", "v") if layer in fused else ("k", "v")
         names |= {f"{stem}.{part}_proj": (stack, part) for part in parts}
     return names
-
-
-def installed_version() -> str | None:
-    """The version of vLLM that is installed, under either name; None where there is none."""
-    for package in _PACKAGES:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-def warn_untested(version: str | None) -> None:
-    """One warning with the tested range, where `version` lies outside of it."""
-    if version is not None and not _number(TESTED[0]) <= _number(version) < _number(TESTED[1]):
-        warnings.warn(
-            f"vLLM {version}: kvfold's plugin is tested with {TESTED[0]} up to, not including, {TESTED[1]}",
-            stacklevel=2,
-        )
-
-
-def _number(version: str) -> tuple[int, ...]:
-    """`0.32.1` -> (0, 32); a build's or a candidate's suffix says nothing here."""
-    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _sliding(time: Any) -> int | None:

@@ -90,7 +90,7 @@ def config_layout(config: Config) -> KVLayout:
     """The layout that the config describes: a kvfold checkpoint's own, or the model's as it was built."""
     if config.get("model_type") == "kvfold":
         return _saved_layout(config, "layout")
-    config = _text_config(config)
+    config = text_config(config)
     _refuse_foreign(config)
     return read_sharing(config, _plain_layout(config))
 
@@ -104,7 +104,7 @@ def base_layout(config: Config) -> KVLayout:
 
 def value_bytes(config: Config) -> int:
     """Bytes of one number in the model's dtype; 2 where the config doesn't say."""
-    text = _text_config(config)
+    text = text_config(config)
     dtype = text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
     name = "bfloat16" if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
     if name not in DTYPE_BYTES:
@@ -116,7 +116,7 @@ def value_bytes(config: Config) -> int:
 
 def model_tokens(config: Config) -> int | None:
     """Context that the model was made for, None where the config doesn't say."""
-    text = _text_config(config)
+    text = text_config(config)
     return text.get("max_position_embeddings") or text.get("n_positions")
 
 
@@ -177,7 +177,7 @@ def _saved_layout(config: Config, key: str) -> KVLayout:
     return saved if isinstance(saved, KVLayout) else KVLayout.from_json(saved)
 
 
-def _text_config(config: Config) -> dict[str, Any]:
+def text_config(config: Config) -> dict[str, Any]:
     """The language model's part of a config, with the defaults of its model type filled in."""
     nested = config.get("text_config")
     text = nested if isinstance(nested, Mapping) and "num_hidden_layers" not in config else config

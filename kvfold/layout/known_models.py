@@ -31,6 +31,29 @@ _SHAPES: dict[str, tuple] = {
     "tinyllama-1.1b": ("llama", 22, 2048, 32, 4, 64, 2048, {}),
 }
 
+# name: inner size of the MLP, vocabulary, whether the head is the embedding: what weights weigh, beside the shape above
+_WEIGHTS: dict[str, tuple[int, int, bool]] = {
+    "llama-2-7b": (11008, 32000, False),
+    "llama-2-13b": (13824, 32000, False),
+    "llama-2-70b": (28672, 32000, False),
+    "llama-3.1-8b": (14336, 128256, False),
+    "llama-3.1-70b": (28672, 128256, False),
+    "llama-3.2-1b": (8192, 128256, True),
+    "mistral-7b": (14336, 32768, False),
+    "mistral-7b-v0.1": (14336, 32000, False),
+    "qwen2.5-0.5b": (4864, 151936, True),
+    "qwen3-0.6b": (3072, 151936, True),
+    "qwen3-1.7b": (6144, 151936, True),
+    "qwen3-8b": (12288, 151936, False),
+    "qwen3-32b": (25600, 151936, False),
+    "gemma-2-2b": (9216, 256000, True),
+    "gemma-3-1b": (6912, 262144, True),
+    "smollm2-135m": (1536, 49152, True),
+    "smollm2-360m": (2560, 49152, True),
+    "smollm2-1.7b": (8192, 49152, True),
+    "tinyllama-1.1b": (5632, 32000, False),
+}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CLARow:
@@ -112,7 +135,11 @@ def _config(
 
 
 KNOWN_MODELS: dict[str, dict[str, Any]] = {
-    **{name: _config(*shape) for name, shape in _SHAPES.items()},
+    **{
+        name: _config(*shape)
+        | dict(zip(("intermediate_size", "vocab_size", "tie_word_embeddings"), _WEIGHTS[name], strict=True))
+        for name, shape in _SHAPES.items()
+    },
     **{row.name: row.config() for row in CLA_ROWS},
 }
 """Raw configs by bundled name."""

@@ -98,6 +98,12 @@ class KVLayout:
                 raise UserError(
                     f"{len(getattr(self, name))} {name} entries for {len(readers)} owners: give one per owner"
                 )
+        for owner, method in zip(sorted(readers), self.time, strict=True):
+            if not method.allows_window and self.layers[owner].window is not None:
+                raise UserError(
+                    f"time '{method.format()}' in layer {owner}: it has a sliding window of {self.layers[owner].window}, and "
+                    f"{method.name} is for full attention: leave it out of layer {owner}"
+                )
         # A frozen dataclass is written through object: these are asked for once per layer and token.
         object.__setattr__(self, "owners", tuple(sorted(readers)))
         object.__setattr__(self, "_place", {owner: place for place, owner in enumerate(self.owners)})

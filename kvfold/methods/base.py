@@ -20,7 +20,18 @@ from kvfold.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvfold.methods.plans import Chunk, ChunkPlan, Entries, StepPlan, Streams, TrainingForm, TrainingTokens
+    from kvfold.methods.plans import (
+        Chunk,
+        ChunkPlan,
+        Crossed,
+        Entries,
+        Held,
+        StepPlan,
+        Streams,
+        TrainingForm,
+        TrainingTokens,
+    )
+    from kvfold.ops.gating import Gates
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "uint8": 1}
 """Bytes of the dtypes that a method may keep state in."""
@@ -57,6 +68,10 @@ class GateForm:
     """Whether the query's channel also gives each token a weight (its importance in a merge)."""
     outputs: int = 1
     """Numbers that an adapter gives for each KV head; the first is the decision, the others reach the method as they are."""
+    head_numbers: tuple[float, ...] = ()
+    """Numbers that an adapter holds for each KV head, whatever the token, as a new one has them."""
+    gates_of: str | None = None
+    """The method whose trained gates are taken over, frozen; None = the method's own are trained."""
     zero_out: bool = False
     """Whether training first fades the freed channel out of the weights (arXiv 2403.09636, section 3.3)."""
     source: Literal["adapter", "channel"] = "adapter"
@@ -89,6 +104,10 @@ class Method(ABC):
     """What is kept with each stored entry beyond key, value and position: name -> dtype. `score` holds cumulative attention."""
     bias_array: ClassVar[str | None] = None
     """The slot array that is added to the logit of its entry, after scale and softcap."""
+    mark_array: ClassVar[str | None] = None
+    """The slot array that is not 0 where an entry is marked and still there."""
+    allows_window: ClassVar[bool] = True
+    """Whether owners whose architecture has a sliding window may be under it."""
     places_at_layer: ClassVar[bool] = False
     """Whether the place of a new token is known only when its owner's layer is reached (a merge), not before."""
     gate_form: ClassVar[GateForm | None] = None
@@ -157,6 +176,11 @@ class Method(ABC):
         """Newest tokens that a merged entry averages; None = all of them."""
         return None
 
+    @property
+    def grid(self) -> int | None:
+        """Tokens between two borders, at positions that it divides, where alone entries leave (`cross`); None = no borders."""
+        return None
+
     def governing(self, tokens: int, from_next: bool) -> slice:
         """Which decisions of a text of so many tokens change what is held at its end: each fires one entry away."""
         return slice(1, None)
@@ -187,6 +211,14 @@ class Method(ABC):
         """
         seen = self.sees((entries.seen_B - 1)[:, None], entries.position_BKE)
         return None if seen is None else seen.squeeze(2)
+
+    def noted(self, gates: Gates | None) -> dict[str, Tensor]:
+        """Under a `grid`: what slot arrays hold of tokens, [B, T, K] each; 0 in those that are not named."""
+        return {}
+
+    def cross(self, held: Held, gates: Gates | None) -> Crossed:
+        """Under a `grid`: what becomes of entries at the borders that a call brings. `gates`: those of the call's layer."""
+        raise AssertionError(f"{self.name} has no borders")
 
     def open_step(self, streams: Streams) -> StepPlan:
         """One decoding step of the streams of all owners that are under this method."""

@@ -27,7 +27,8 @@ class DMC(Method):
     """Merge tokens by a learned decision; a merged entry is the weighted mean of its newest `window` tokens.
 
     Source: arXiv 2403.09636, section 3.
-    Differs: the window's entries are kept and summed anew in fp32; the official kernel subtracts from an fp16 sum.
+    Differs: the window's entries are kept and summed anew in fp32; the official kernel subtracts from an fp16 sum. With `alone`,
+    ours, the first tokens, which take much attention whatever they say, keep entries of their own.
     """
 
     name: ClassVar[str] = "dmc"
@@ -43,6 +44,8 @@ class DMC(Method):
 
     window: int | None = 12
     """Newest tokens of a segment that its entry averages; None = all of them, by one running sum."""
+    alone: int = 0
+    """First tokens of a text that nothing is merged into; 0 as published."""
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
@@ -52,14 +55,19 @@ class DMC(Method):
 
     @classmethod
     def parse(cls, args: str) -> Self:
-        """ "", `W` or `inf`."""
+        """ "", `W` or `inf`, and `+S` behind it."""
         if not args:
             return cls()
-        return cls(window=None if args == "inf" else parse_count(cls.name, args, "dmc:12' or 'dmc:inf"))
+        window, plus, alone = (part.strip() for part in args.partition("+"))
+        return cls(
+            window=None if window == "inf" else parse_count(cls.name, window, "dmc:12' or 'dmc:inf"),
+            alone=parse_count(cls.name, alone, "dmc:12+1") if plus else 0,
+        )
 
     def format(self) -> str:
-        """`dmc:W`."""
-        return f"{self.name}:{'inf' if self.window is None else self.window}"
+        """`dmc:W`, or `dmc:W+S`."""
+        window = "inf" if self.window is None else self.window
+        return f"{self.name}:{window}" + (f"+{self.alone}" if self.alone else "")
 
     def max_kept(self, seen: int) -> int:
         """An upper bound, reached by a gate that never merges."""
@@ -95,7 +103,7 @@ class DMC(Method):
         from kvfold.ops.pooling import pooled_real
 
         gates, real, (k, v) = tokens.gates, tokens.real_BT, (tokens.k_BTKD, tokens.v_BTKD)
-        opens = first_real(real, k.shape[1], k.device)[..., None]
+        opens = first_real(real, k.shape[1], k.device, self.alone + 1)[..., None]
         alpha = gates.alpha_BTK.masked_fill(opens, 0.0)
         means = pooled_real(torch.cat((k, v), dim=-1), gates.weight_BTK, alpha, self.window, real)
         k, v = means.split((k.shape[-1], v.shape[-1]), dim=-1)
@@ -114,7 +122,7 @@ class MergedStep(StepPlan):
         ids, length = streams.id_OBK[owner], streams.length_OBK[owner]
         merges = torch.zeros_like(ids, dtype=torch.bool)
         if gates is not None and gates.alpha_BTK is not None:
-            merges = (gates.alpha_BTK[:, 0] > 0.5) & (streams.position_B > 0)[:, None]
+            merges = (gates.alpha_BTK[:, 0] > 0.5) & (streams.position_B > self.method.alone)[:, None]
         k, v = self._summed(ids, gates, k_BKD, v_BKD, merges)
         return Entered(k_BKD=k, v_BKD=v, place_BK=torch.where(merges, length - 1, length))
 
@@ -161,7 +169,7 @@ class MergedChunk(ChunkPlan):
         weight = k.new_ones(k.shape[:3], dtype=torch.float32)
         alpha = torch.zeros_like(weight)
         if gates is not None and gates.alpha_BTK is not None:
-            opens = chunk.position_BT == 0
+            opens = chunk.position_BT <= method.alone
             alpha, weight = gates.alpha_BTK.masked_fill(opens[..., None], 0.0), gates.weight_BTK
         self._merges_BKT = ((alpha > 0.5) & real[..., None]).transpose(1, 2)
         tokens = torch.cat((k, chunk.v_BTKD), dim=-1)

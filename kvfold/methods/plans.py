@@ -160,6 +160,57 @@ class ChunkPlan:
         """What stays is stored; `stored_positions` gives int32 [B, K, S], -1 where there is no entry."""
 
 
+# -- borders of a grid, in all forms of a call ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Held:
+    """The entries of some streams of one owner, those of a call behind those stored, in the order of their positions."""
+
+    k_BEKD: Tensor
+    """Rotated, as they are stored."""
+    v_BEKD: Tensor
+    position_BKE: Tensor
+    """-1 where there is no entry."""
+    arrays: dict[str, Tensor]
+    """The method's slot arrays, [B, K, E] each."""
+    before_B: Tensor
+    """Real tokens seen before the call."""
+    seen_B: Tensor
+    """Real tokens seen once it is done."""
+    as_stored: Callable[[Tensor], Tensor] | None = None
+    """Rounds values [..., D] as the store does; None = not at all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lives:
+    """Entries that come and go while a call is read: E of them, and those that took their places."""
+
+    k_BEKD: Tensor
+    v_BEKD: Tensor
+    first_BKE: Tensor
+    """int64: the position of the first query that sees the entry; -1 where there is none."""
+    last_BKE: Tensor
+    """int64: that of the last one."""
+    bias_BKE: Tensor
+    """Added to the logits after scale and softcap."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Crossed:
+    """What became of E entries at the borders of a call. Differentiable."""
+
+    lives: Lives
+    stays_BKE: Tensor
+    """bool."""
+    changed_BKE: Tensor
+    """bool: the entry stays with another value and other slot arrays than before."""
+    v_BEKD: Tensor
+    """Values after the last border."""
+    arrays: dict[str, Tensor]
+    """The method's slot arrays, [B, K, E] each, after the last border."""
+
+
 # -- training -------------------------------------------------------------------------------------------------------------
 
 

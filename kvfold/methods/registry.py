@@ -6,13 +6,14 @@ from kvfold.errors import UserError
 from kvfold.methods.base import Method
 from kvfold.methods.dmc import DMC
 from kvfold.methods.dms import DMS
+from kvfold.methods.fold import Fold
 from kvfold.methods.full import Full
 from kvfold.methods.h2o import H2O
 from kvfold.methods.names import unknown_name
 from kvfold.methods.tova import TOVA
 from kvfold.methods.window import Window
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Full, Window, H2O, TOVA, DMC, DMS)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Full, Window, H2O, TOVA, DMC, DMS, Fold)}
 
 ENTRY_POINT_GROUP = "kvfold.methods"
 

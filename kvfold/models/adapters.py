@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Version of adapter.json."""
 ABOUT, WEIGHTS = "adapter.json", "adapter.safetensors"
+_NUMBERS = re.compile(r"\[[-+.\deE,\s]+\]")
 _PROBED_WEIGHTS, _PROBED_VALUES = 16, 4
 _LIKE = 0.98
 """Cosine from which two models are taken for the same one rounded or trained on; 4-bit weights have about 0.995."""
@@ -74,10 +76,16 @@ class AdapterAbout:
     """`scale` of the low-rank additions; None where there are none."""
     trained_tokens: int | None = None
     """Tokens it was trained on; None = not noted."""
+    kept_ratios: dict[str, Any] | None = None
+    """What the gates keep of text, per KV stream, at three lengths; None = not measured."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {"format": FORMAT, **asdict(self)}
+
+    def to_text(self) -> str:
+        """The file adapter.json: a list of numbers takes one line."""
+        return _NUMBERS.sub(lambda match: " ".join(match[0].split()), json.dumps(self.to_json(), indent=1)) + "\n"
 
 
 def adapter_folder(name: str | Path) -> Path:
@@ -99,6 +107,7 @@ def apply_adapter(model: FoldForCausalLM, folder: str | Path, *, time: str | Non
         if time is not None:
             gate_table(GateConfig.from_json(about.gates), before.with_time(time), freed_owners=())
         model.set_gates(GateConfig.from_json(about.gates), about.time)
+        model.config.kept_ratios = about.kept_ratios
     if about.lora is not None:
         _merge_lora(model, weights, about)
     if about.time is not None and time is not None:

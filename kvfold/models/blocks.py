@@ -92,18 +92,20 @@ class FoldAttention(nn.Module):
         if call is not None and not call.off and call.table.masked[self.layer] is not None:
             q, k = self._masked(q, k, normed_BTC, source, call.table.masked[self.layer])
         q, k, v = self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v, None)
-        gates = None if call is None else decide(call, self.layer, q, k, self._adapted(call, hidden_BTC))
+        gates = None if call is None else decide(call, self.layer, q, k, *self._adapted(call, hidden_BTC))
         rotation = rotation if self.query_layernorm is None else self._with_gain(rotation)
         return self.o_proj(view.attend(self.layer, q, k, v, rotation, gates).flatten(2))
 
-    def _adapted(self, call: GateCall, hidden_BTC: Tensor) -> Tensor | None:
-        """What the layer's adapter gives, of the model's own gates or of those that came with the call."""
+    def _adapted(self, call: GateCall, hidden_BTC: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What the layer's adapter gives, and what it holds for each head; of the model's own gates or of those that came with
+        the call.
+        """
         config = call.table.configs[self.layer]
         if call.off or self.k_proj is None or config is None or config.source != "adapter":
-            return None
+            return None, None
         own = self.fold_norm, self.fold_proj
         norm, projection = own if call.gate_set is None else call.gate_set.adapter(self.layer)
-        return projection(norm(hidden_BTC))
+        return projection(norm(hidden_BTC)), projection.heads
 
     def _with_gain(self, rotation: Rotation | None) -> Rotation | None:
         """For norms behind the rotation, q and k come here without their gains: a rotation keeps a head's size, so that this
@@ -142,9 +144,12 @@ class FoldAttention(nn.Module):
 
 def new_adapter(gates: GateConfig, config: FoldConfig, layer: int) -> tuple[GateNorm, GateProjection]:
     """The modules of one owner's gate; new ones never fire."""
-    outputs = config.layout.layers[layer].num_kv_heads * gates.form.outputs
+    heads, form = config.layout.layers[layer].num_kv_heads, gates.form
     norm = GateNorm(config.hidden_size, config.rms_norm_eps, offset=config.norm_offset)
-    return norm, GateProjection(config.hidden_size, outputs, bias=gates.bias or config.qkv_bias)
+    return norm, GateProjection(
+        config.hidden_size, heads * form.outputs, bias=gates.bias or config.qkv_bias, heads=heads,
+        head_numbers=form.head_numbers,
+    )  # fmt: skip
 
 
 def _head_norm(config: FoldConfig, width: int) -> nn.Module | None:

@@ -74,6 +74,9 @@ class FoldConfig(PreTrainedConfig):
     """Layers without rotary positions."""
     gates: dict[str, Any] | None = None
     """Where the decisions of a learned method come from (a `GateConfig` as plain values); None = the model has no gates."""
+    kept_ratios: dict[str, Any] | None = None
+    """What the gates keep of text, per KV stream, as calibration measured it (`engine.budget.KeptRatios` with the method's
+    `time`); None = not measured."""
     trained_tokens: int | None = None
     """Tokens that the weights were trained or fitted on since they left their own family's checkpoint; None = none noted."""
     channel_freed: bool = False
@@ -128,7 +131,7 @@ class FoldConfig(PreTrainedConfig):
         output = super().to_dict()
         del output["_layout"], output["_base_layout"]
         output["layout"] = self._layout.to_json()
-        for name in ("gates", "trained_tokens", "freed_layers"):
+        for name in ("gates", "kept_ratios", "trained_tokens", "freed_layers"):
             if output[name] is None:
                 del output[name]
         if self._base_layout is not None:

@@ -51,6 +51,8 @@ class FoldPreTrainedModel(PreTrainedModel):
             init.zeros_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
+            if module.heads is not None:
+                init.copy_(module.heads, module.heads.new_tensor(module.first_numbers).expand_as(module.heads))
 
     def new_cache(
         self, rows: int, *, time: str | None = None, bits: str | None = None, gates: str | GateSet | None = None,

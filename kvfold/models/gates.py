@@ -65,10 +65,17 @@ class GateNorm(_InFloat32):
 class GateProjection(_InFloat32):
     """From the normed residual stream to one value (or several) a KV head. Starts at zero: a new adapter changes nothing."""
 
-    def __init__(self, width: int, outputs: int, *, bias: bool):
+    def __init__(
+        self, width: int, outputs: int, *, bias: bool, heads: int = 0, head_numbers: tuple[float, ...] = ()
+    ) -> None:
+        """`head_numbers`: what each of `heads` KV heads holds beside the projection, as a new adapter has them."""
         super().__init__()
+        self.first_numbers = head_numbers
         self.weight = nn.Parameter(torch.zeros((outputs, width), dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(outputs, dtype=torch.float32)) if bias else None
+        self.heads = None
+        if head_numbers:
+            self.heads = nn.Parameter(torch.tensor(head_numbers, dtype=torch.float32).repeat(heads, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, outputs], under autocast too in fp32."""
@@ -201,10 +208,11 @@ class GateCall:
 
 
 def decide(
-    call: GateCall, layer: int, q_BTHD: Tensor, k_BTKD: Tensor | None, adapted_BTX: Tensor | None
-) -> Gates | None:
+    call: GateCall, layer: int, q_BTHD: Tensor, k_BTKD: Tensor | None, adapted_BTX: Tensor | None,
+    heads_KP: Tensor | None = None,
+) -> Gates | None:  # fmt: skip
     """The gates of one layer; None where its method has none. q and k as they stand before rotary positions, k None in a
-    reader; `adapted_BTX` is the adapter's output, F numbers for each KV head.
+    reader; `adapted_BTX` is the adapter's output, F numbers for each KV head; `heads_KP` what it holds for each head.
     """
     config, off = call.table.configs[layer], call.off
     if config is None and call.table.freed:
@@ -223,7 +231,9 @@ def decide(
         _record(config, call, layer, logit, alpha)
     if config.form.weighs:
         more["weight_BTK"] = _importance(config, q_BTHD, k_BTKD.shape[2])
-    return Gates(alpha_BTK=alpha, log_stay_BTK=log_stay, from_next=config.reads == "next", **more)
+    return Gates(
+        alpha_BTK=alpha, log_stay_BTK=log_stay, from_next=config.reads == "next", heads_KP=heads_KP, **more
+    )  # fmt: skip
 
 
 def hard_alpha(logit_BTK: Tensor) -> tuple[Tensor, Tensor]:

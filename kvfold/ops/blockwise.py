@@ -32,10 +32,13 @@ def lifespan_attention(
         first = query.masked_fill(~real, FOREVER).amin(dim=1)[:, None, None]
         newest = query.amax(dim=1)[:, None, None]
         wanted_BKE = (position_BKE >= 0) & (position_BKE <= newest) & (last_BKE >= first)
-        index_BKM, there_BKM = _chosen(wanted_BKE)
+        index_BKM, there_BKM = chosen_entries(wanted_BKE)
         position, last = position_BKE.gather(2, index_BKM), last_BKE.gather(2, index_BKM)
         at = query[:, None, :, None]
         mask = there_BKM.unsqueeze(2) & (position.unsqueeze(2) <= at) & (last.unsqueeze(2) >= at)
+        if not bool(real.all()):
+            # A softmax over nothing has no gradient that is a number, whatever becomes of its output.
+            mask = mask | ~real[:, None, :, None]
         k, v = (_gathered(x, index_BKM) for x in (k_BEKD, v_BEKD))
         bias = None if bias_BKE is None else bias_BKE.gather(2, index_BKM)
         block = q_BTHD[:, start : start + BLOCK]
@@ -68,7 +71,7 @@ def lifespan_reference(
     return out
 
 
-def _chosen(wanted_BKE: Tensor) -> tuple[Tensor, Tensor]:
+def chosen_entries(wanted_BKE: Tensor) -> tuple[Tensor, Tensor]:
     """Indices [B, K, M] of the wanted entries of each head in their order, and which of them are there: heads differ."""
     place = wanted_BKE.cumsum(dim=2) - 1
     count = wanted_BKE.sum(dim=2)

@@ -4,12 +4,15 @@ fast form. One KV stream (one sequence, one KV head) at a time, its blocks in tu
 Letters: B rows, T tokens, H query heads, K kv heads, G = H // K, D head dim, N leavers of one border.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvfold.errors import UserError
+
+LARGEST_LOG_WEIGHT = 10.0
+"""A token that is expected to matter exp(10) times as much as its entry counts as if it mattered that much."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +40,8 @@ class FoldRule:
     """Times (similarity - 1), added to the log of every weight."""
     mass: float = 1.0
     """Factor of the bias that an entry's mass gives its logit."""
+    as_stored: bool = False
+    """Round s, and at each border the bias, to fp16, as a store does."""
 
     def __post_init__(self) -> None:
         for name, least in (("delay", 0), ("grid", 1), ("reach", 1)):
@@ -66,12 +71,12 @@ class FoldTrace:
 
 def fold_attention_reference(
     q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, flag_BTK: Tensor, s_BTK: Tensor, rule: FoldRule, *,
-    scale: float, softcap: float | None = None,
+    scale: float, softcap: float | None = None, heads_KP: Tensor | None = None,
 ) -> tuple[Tensor, FoldTrace]:  # fmt: skip
     """Attention output [B, T, H, D] of a whole text without padding from position 0, and what became of its tokens.
 
     q and k are rotated. `flag_BTK`: bool, the token leaves once it is out of the delay. `s_BTK`: log of the attention that a
-    token is expected to receive after its delay.
+    token is expected to receive after its delay. `heads_KP`: b, c and mass of each KV head, in place of the rule's.
 
     A merge takes u = exp(s - s of the entry + b + c (similarity - 1)) as the token's mass relative to the token that opened
     the entry: value = (z value + sum of u v) / (z + sum of u), z = z + sum of u, and the entry's logit gets mass * log z after
@@ -86,8 +91,11 @@ def fold_attention_reference(
     mass = k_BTKD.new_ones((rows, heads, tokens))
     for row in range(rows):
         for head in range(heads):
+            own = rule
+            if heads_KP is not None:
+                own = replace(rule, **dict(zip(("b", "c", "mass"), heads_KP[head], strict=True)))
             stream = _Stream(
-                k_BTKD[row, :, head], v_BTKD[row, :, head], flag_BTK[row, :, head], s_BTK[row, :, head], rule
+                k_BTKD[row, :, head], v_BTKD[row, :, head], flag_BTK[row, :, head], s_BTK[row, :, head], own
             )
             for start in range(0, tokens, rule.grid):
                 stop = min(start + rule.grid, tokens)
@@ -101,7 +109,8 @@ class _Stream:
     """The entries of one stream, by the position of the token that opened them. Every token opens one; it goes when it leaves."""
 
     def __init__(self, k_TD: Tensor, v_TD: Tensor, flag_T: Tensor, s_T: Tensor, rule: FoldRule):
-        self._k, self._v, self._flag, self._s, self._rule = k_TD.clone(), v_TD.clone(), flag_T, s_T, rule
+        self._k, self._v, self._flag, self._rule = k_TD.clone(), v_TD.clone(), flag_T, rule
+        self._s = s_T.half().to(s_T.dtype) if rule.as_stored else s_T
         tokens = k_TD.shape[0]
         self._position = torch.arange(tokens)
         self.z = k_TD.new_ones(tokens)
@@ -123,6 +132,7 @@ class _Stream:
         if merged.any():
             self._merge(leavers[merged], anchor[merged], similarity[merged])
 
+    @torch.no_grad()
     def _most_similar(self, leaver_N: Tensor) -> tuple[Tensor, Tensor]:
         """The position of each leaver's most similar entry, the oldest of equals, and the similarity, the mean of the cosines of
         keys and of values; -inf where it has no candidate. Entries of flagged tokens and the first token's take nothing.
@@ -140,13 +150,17 @@ class _Stream:
     def _merge(self, leaver_N: Tensor, anchor_N: Tensor, similarity_N: Tensor) -> None:
         rule = self._rule
         log_u = self._s[leaver_N] - self._s[anchor_N] + rule.b + rule.c * (similarity_N - 1)
+        log_u = log_u.clamp(max=LARGEST_LOG_WEIGHT)
         u = log_u.exp().to(self._v.dtype)
         z = self.z.index_add(0, anchor_N, u)
         changed = anchor_N.unique()
-        for x in (self._v, self._k) if rule.merges_keys else (self._v,):
+        for name in ("_v", "_k") if rule.merges_keys else ("_v",):
+            x = getattr(self, name)
             total = (self.z[:, None] * x).index_add(0, anchor_N, u[:, None] * x[leaver_N])
-            x[changed] = (total / z[:, None])[changed]
+            setattr(self, name, x.index_copy(0, changed, (total / z[:, None])[changed]))
         self._u_log_u = self._u_log_u.index_add(0, anchor_N, u * log_u.to(u.dtype))
+        if rule.as_stored:
+            z = ((rule.mass * z.log()).half().to(z.dtype) / rule.mass).exp()
         self.z = z
         self.slot[leaver_N] = anchor_N
 

@@ -33,6 +33,8 @@ class Gates:
     """The same of k's."""
     outputs_BTKF: Tensor | None = None
     """What an adapter gives beside its decision, fp32; None where it gives nothing more."""
+    heads_KP: Tensor | None = None
+    """Numbers that an adapter holds for each head, whatever the token, fp32; None where it holds none."""
 
     def rows(self, index: Tensor) -> "Gates":
         """Those of some rows of the call."""
@@ -68,11 +70,11 @@ def from_next(x_BTK: Tensor, real_BT: Tensor | None, last: float) -> Tensor:
     return F.pad(x_BTK, (0, 0, 0, 1), value=last).gather(1, index[..., None].expand(-1, -1, x_BTK.shape[2]))
 
 
-def first_real(real_BT: Tensor | None, tokens: int, device: torch.device) -> Tensor:
-    """Which columns hold the first real token of their row, bool [B or 1, T]."""
+def first_real(real_BT: Tensor | None, tokens: int, device: torch.device, count: int = 1) -> Tensor:
+    """Which columns hold the first `count` real tokens of their row, bool [B or 1, T]."""
     if real_BT is None:
-        return torch.arange(tokens, device=device)[None] == 0
-    return real_BT & (real_BT.long().cumsum(dim=1) == 1)
+        return torch.arange(tokens, device=device)[None] < count
+    return real_BT & (real_BT.long().cumsum(dim=1) <= count)
 
 
 def real_first(real_BT: Tensor) -> tuple[Tensor, Tensor]:

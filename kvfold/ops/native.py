@@ -5,6 +5,7 @@ No compiler, no compilation: `library()` gives None with one warning, and plain 
 another cache folder. Threads are those of the OpenMP that torch itself has loaded, so that a process has one pool of them.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -36,6 +37,8 @@ KINDS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4")
 _SOURCES = {"driver": ["paged_cpu.c"], "linear": ["linear_cpu.c"]}
 SECONDS_TO_COMPILE = 120
 _MADV_HUGEPAGE = 14
+_PAUSE_HARD = 2
+"""`omp_pause_hard` of OpenMP 5."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,6 +158,19 @@ def _openmp_candidates() -> Iterator[Path]:
         loaded = [path for path in paths if path.name.startswith(names)]
     yield from sorted(loaded, key=lambda path: (not path.is_relative_to(home), path))
     yield from sorted(path for path in (home / "lib").glob("lib*") if path.name.startswith(names))
+
+
+def free_openmp_threads() -> None:
+    """End the threads that GNU's OpenMP keeps for parallel regions of the calling thread; its next region starts them anew.
+
+    Every thread that calls torch has helpers of its own. Where those of all together exceed the processors, libgomp lets them
+    sleep as soon as they have nothing to do, and each of the hundreds of regions of a forward call then pays for waking them:
+    8 to 15 % of a decoding step. To be called before another thread takes over for good. Other OpenMPs need no help.
+    """
+    path = next(_openmp_candidates(), None)
+    if path is not None and path.name.startswith("libgomp"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(str(path)).omp_pause_resource_all(_PAUSE_HARD)
 
 
 def _loaded(isa: str, parts: tuple[str, ...]) -> list[ctypes.CDLL]:

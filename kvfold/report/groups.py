@@ -9,7 +9,8 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from kvfold.report.results import KINDS, Result, number, rows_of, words
+from kvfold.record import KINDS
+from kvfold.report.results import Result, number, rows_of, words
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,12 +8,13 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from kvfold.data.whole_file import write_whole_file
 from kvfold.report.explain import methods_section, words_section
 from kvfold.report.groups import Group, group_results
 from kvfold.report.markup import Markup, join, tag
 from kvfold.report.numbers import amount, count
 from kvfold.report.pieces import short_commit
-from kvfold.report.results import number, read_results, words, write_whole
+from kvfold.report.results import Result, number, read_results, words
 from kvfold.report.sections import SECTIONS
 from kvfold.report.series import colours_of
 
@@ -31,12 +32,16 @@ def write_page(results: Path, out: Path) -> Path:
 
     UserError, one line, if nothing readable is there.
     """
-    found, problems = read_results(Path(results))
+    return write_whole_file(Path(out), page_of(*read_results(Path(results))))
+
+
+def page_of(found: list[Result], problems: Sequence[str] = ()) -> str:
+    """The page of these results; `problems`: a line for each file that was none."""
     groups = group_results(found)
     colours = colours_of(found)
     sections = [SECTIONS[group.kind](group, colours) for group in groups]
     template = Template(files("kvfold.report").joinpath("page.html").read_text(encoding="utf-8"))
-    page = template.substitute(
+    return template.substitute(
         title=join(_title(groups)),
         heading=_heading(groups),
         lead=join([LEAD]),
@@ -44,7 +49,6 @@ def write_page(results: Path, out: Path) -> Path:
         sections=join([*sections, methods_section(colours), words_section()]),
         footer=_footer(groups, problems),
     )
-    return write_whole(Path(out), page)
 
 
 def _title(groups: Sequence[Group]) -> tuple[str, str, str]:

@@ -1,11 +1,12 @@
 """Pieces of the page that every section uses: a figure in two widths, a table behind it, where it comes from."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from kvfold.report.groups import Group
 from kvfold.report.markup import Markup, join, tag
 from kvfold.report.numbers import MISSING, count
-from kvfold.report.results import number, words
+from kvfold.report.results import Result, number, rows_of, words
 from kvfold.report.sheets import Sheet
 
 WIDE, NARROW = 860.0, 350.0
@@ -84,6 +85,7 @@ def source_line(group: Group) -> Markup:
             source.name,
             f"measured {source.created[:16].replace('T', ' ')}" if source.created else "",
             f"commit {short_commit(commit)}" if commit else "",
+            _other_commits(source, commit),
         ]
         command = words(source.data, "command")
         again = [". To measure it again: ", command_text(command)] if command else ["."]
@@ -99,6 +101,14 @@ def source_line(group: Group) -> Markup:
     if len(group.sources) > _SOURCES_SHOWN:
         return tag("details", tag("summary", f"The {count(len(group.sources))} files behind it"), *parts)
     return join(parts)
+
+
+def _other_commits(source: Result, commit: str) -> str:
+    """Rows that an earlier run had measured name the commit of that run."""
+    lists = (rows_of(source.data, key) for key in ("rows", "passkey", "tasks"))
+    commits = [words(row, "made", "git_commit") for rows in lists for row in rows]
+    counted = Counter(one for one in commits if one and one != commit)
+    return ", ".join(f"{count(rows)} rows at commit {short_commit(one)}" for one, rows in counted.items())
 
 
 def short_commit(commit: str) -> str:

@@ -1,4 +1,4 @@
-"""Reading and writing of results/*.json: what every measurement leaves behind, and all that the report reads.
+"""Reading of results/*.json: all that the report knows. What writes them is record.py.
 
 A result is one JSON object with `kind`, when, how and where it was made, and `rows`. Reading is loose: unknown keys are
 ignored, missing ones read as None, so that results of other versions still make a page. How anything is measured is
@@ -6,21 +6,12 @@ none of this room's business.
 """
 
 import json
-import math
-import os
-import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 from kvfold.errors import UserError
-
-KINDS = ("quality", "tasks", "memory", "kept", "document", "curve", "decode", "step", "plan", "pretraining")
-UNDRAWN_KINDS = ("prefill", "capacity", "kernel", "gpu")
-"""Results of `kvfold bench` that the report has no picture of: they lie in folders of their own."""
+from kvfold.record import KINDS
 
 CURVE = Path("training") / "curve.jsonl"
 """Where a retrofit's folder has its steps, a line of JSON each."""
@@ -151,82 +142,3 @@ def _parsed(text: str) -> object:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
-
-
-def write_result(path: Path, kind: str, payload: Mapping, command: str) -> Path:
-    """Write one result with time, commit and environment added; the file is complete or not there at all.
-
-    `payload` holds the rows and what else the kind has; its own `environment` (device, dtype, threads) is kept.
-    Numbers that are not finite become null, since JSON has no word for them.
-    """
-    if kind not in (*KINDS, *UNDRAWN_KINDS):
-        raise UserError(f"kind {kind!r} is unknown: a result is one of {', '.join((*KINDS, *UNDRAWN_KINDS))}")
-    data = {
-        "kind": kind,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "git_commit": git_commit(),
-        **payload,
-        "environment": {**_environment(), **(payload.get("environment") or {})},
-    }
-    return write_whole(Path(path), json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_whole(path: Path, content: str | bytes) -> Path:
-    """Write under a temporary name in the same folder, then rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _environment() -> dict:
-    versions = {name: _version(name) for name in ("torch", "transformers", "kvfold")}
-    return {"python": platform.python_version(), **versions, "cpu": cpu_name(), "cores": os.cpu_count()}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def cpu_name() -> str:
-    """What the machine's processor is called."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name") and ":" in line]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def git_commit() -> str | None:
-    """The commit this very file is tracked in, `-dirty` if the package differs from it; None outside a checkout.
-
-    An installed copy may lie inside somebody else's repository, hence the question whether git knows the file.
-    """
-    here = Path(__file__).resolve()
-
-    def git(*args: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["git", "-C", str(here.parent), *args], capture_output=True, text=True, timeout=10)
-
-    try:
-        if git("ls-files", "--error-unmatch", here.name).returncode != 0:
-            return None
-        head = git("rev-parse", "HEAD")
-        dirty = git("diff", "--quiet", "HEAD", "--", str(here.parents[1])).returncode != 0
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return None if head.returncode != 0 else head.stdout.strip() + ("-dirty" if dirty else "")

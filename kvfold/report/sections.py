@@ -16,6 +16,7 @@ from kvfold.report.pictures.uptraining import roads_of, uptraining_picture
 from kvfold.report.pieces import NOTHING, behind, drawn, figure, protocol_text, section, source_line, table, titled
 from kvfold.report.scratch import pretraining_section
 from kvfold.report.series import Line, quality_lines, texts_of
+from kvfold.report.serve_sheet import serve_sheet
 from kvfold.report.sheets import (
     decode_sheet,
     kept_sheets,
@@ -260,6 +261,12 @@ def step_section(group: Group, colours: Mapping[str, int]) -> Markup:
     )
 
 
+def serve_section(group: Group, colours: Mapping[str, int]) -> Markup:
+    """Many requests in one budget: a table, no picture."""
+    lead = "The same requests under each method, in the same bytes for keys and values."
+    return section(titled("Serving", group), tag("p", lead), table(serve_sheet(group.rows)), source_line(group))
+
+
 def plan_section(group: Group, colours: Mapping[str, int]) -> Markup:
     """Planned bytes: a table, no picture."""
     lead = "Worked out from the shape of the model alone, before anything runs."
@@ -274,6 +281,7 @@ SECTIONS: Mapping[str, Callable[[Group, Mapping[str, int]], Markup]] = {
     "document": document_section,
     "curve": curve_section,
     "decode": decode_section,
+    "serve": serve_section,
     "step": step_section,
     "plan": plan_section,
     "pretraining": pretraining_section,

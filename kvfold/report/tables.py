@@ -8,6 +8,7 @@ from rich.text import Text
 from kvfold.report.learned_sheets import document_sheet, step_sheet
 from kvfold.report.results import rows_of, words
 from kvfold.report.series import label_of
+from kvfold.report.serve_sheet import serve_sheet
 from kvfold.report.sheets import Sheet, decode_sheet, passkey_sheet, plan_sheet, quality_sheet, tasks_sheet
 
 
@@ -29,6 +30,11 @@ def tasks_table(result: Mapping, brief: bool = True) -> Table:
 def decode_table(result: Mapping, brief: bool = True) -> Table:
     """Decode speed of kvfold and its peer."""
     return rich_table(decode_sheet(rows_of(result)), brief=brief)
+
+
+def serve_table(result: Mapping, brief: bool = True) -> Table:
+    """Requests in flight, speed and waiting under each method and budget."""
+    return rich_table(serve_sheet(rows_of(result)), brief=brief)
 
 
 def step_table(result: Mapping, brief: bool = True) -> Table:

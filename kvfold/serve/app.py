@@ -155,7 +155,8 @@ def _add_health(router: APIRouter, serving: Serving) -> None:
         return Response(status_code=200)
 
     router.add_api_route("/health", alive, methods=["GET"], name="health", tags=["server"])
-    router.add_api_route("/ping", alive, methods=["GET", "POST"], name="ping", tags=["server"])
+    router.add_api_route("/ping", alive, methods=["GET"], name="ping", tags=["server"])
+    router.add_api_route("/ping", alive, methods=["POST"], include_in_schema=False)
 
     @router.get("/version", tags=["server"])
     async def version() -> dict[str, str]:
@@ -189,7 +190,7 @@ def _add_refusals(router: APIRouter) -> None:
     async def no_embeddings() -> None:
         """Not what this server's model is for."""
         raise ApiError(
-            501, "this model generates text and gives no embeddings: use a server with an embedding model",
+            400, "this model generates text and gives no embeddings: use a server with an embedding model",
             code="unsupported_endpoint",
         )  # fmt: skip
 
@@ -197,5 +198,5 @@ def _add_refusals(router: APIRouter) -> None:
         name = path.strip("/").replace("/", "_")
         router.add_api_route(
             path, no_embeddings, methods=["POST"], name=name, include_in_schema=path == "/v1/embeddings", tags=["models"],
-            responses={501: {"description": "This model gives none"}}, response_model=None,
+            responses={400: {"description": "This model gives none"}}, response_model=None,
         )  # fmt: skip

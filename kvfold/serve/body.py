@@ -1,6 +1,7 @@
 """From the bytes of a request to checked fields. What is malformed is refused before anything else looks at it."""
 
 import asyncio
+import math
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -11,6 +12,8 @@ from kvfold.serve.errors import ApiError
 
 MAX_DEPTH = 64
 """Levels of lists and objects in a body."""
+LONG_BYTES = 1 << 16
+"""Bodies from this size on are parsed on a thread of their own: other clients' streams go on meanwhile."""
 MAX_INTEGER = 2**64
 """No field needs a larger whole number."""
 
@@ -30,6 +33,8 @@ async def read(request: Request, kind: type[Fields], timeout_s: float) -> Fields
         raise ApiError(
             408, f"the body must arrive within {timeout_s:g} seconds", headers={"Connection": "close"}
         ) from None
+    if len(body) > LONG_BYTES:
+        return await asyncio.to_thread(fields_of, body, kind)
     return fields_of(body, kind)
 
 
@@ -61,13 +66,16 @@ def _check(data: dict[str, Any]) -> None:
     for _ in range(MAX_DEPTH):
         deeper: list[Any] = []
         for one in level:
-            for value in one.values() if isinstance(one, dict) else one:
-                if isinstance(value, dict | list):
-                    deeper.append(value)
-                elif isinstance(value, int) and not -MAX_INTEGER < value < MAX_INTEGER:
+            values = one.values() if isinstance(one, dict) else one
+            kinds = set(map(type, values))  # a list of a million ids is looked at without a loop of Python's
+            if int in kinds:
+                numbers = [value for value in values if type(value) is int]
+                if not -MAX_INTEGER < min(numbers) <= max(numbers) < MAX_INTEGER:
                     raise ApiError(400, "numbers must be smaller than 2^64 in magnitude, got a larger one")
-                elif isinstance(value, float) and value in (float("inf"), float("-inf")):
-                    raise ApiError(400, "numbers must fit into double precision, got a larger one")
+            if float in kinds and any(type(value) is float and math.isinf(value) for value in values):
+                raise ApiError(400, "numbers must fit into double precision, got a larger one")
+            if dict in kinds or list in kinds:
+                deeper += [value for value in values if isinstance(value, dict | list)]
         if not deeper:
             return
         level = deeper

@@ -1,7 +1,9 @@
 """`kvfold serve`: from what was typed to a server that answers until it is told to stop."""
 
+import gc
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -34,9 +36,10 @@ def serve(
 
     `demo`: the file of a small model, served with the gates that come with kvfold, where no `model` is named. `method`: text
     forms that requests may name, the first is the default; none = the model's own. `chat_template`: a file, or the template
-    itself. `generation_config`: `auto` takes sampling defaults from the checkpoint, `vllm` takes none, anything else is a
-    folder or file to take them from. `limits`: other fields of `ServerSettings`. `say` is told where the server listens.
-    Raises `UserError`, in one line, for whatever can't be served.
+    itself. `api_key`: none = the words of the environment's KVFOLD_API_KEY. `generation_config`: `auto` takes sampling
+    defaults from the checkpoint, `vllm` takes none, anything else is a folder or file to take them from. `limits`: other
+    fields of `ServerSettings`. `say` is told where the server listens. Raises `UserError`, in one line, for whatever can't
+    be served.
     """
     if device_map is not None or tensor_parallel_size != 1 or (device and "," in device):
         raise UserError(
@@ -47,8 +50,9 @@ def serve(
     source = str(model or demo)
     if demo is not None:
         adapter, method = adapter or DEMO_ADAPTER, method or DEMO_METHODS
+    keys = tuple(api_key) or tuple(os.environ.get("KVFOLD_API_KEY", "").split())
     settings = ServerSettings(
-        model_names=tuple(served_model_name) or (_name(source),), host=host, port=port, api_keys=tuple(api_key),
+        model_names=tuple(served_model_name) or (_name(source),), host=host, port=port, api_keys=keys,
         max_model_len=max_model_len, chat_template=_template(chat_template), log_requests=log_requests,
         **{name: value for name, value in limits.items() if value is not None},
     )  # fmt: skip
@@ -62,6 +66,8 @@ def serve(
         prefill_tokens=max_num_batched_tokens,
     ) as engine:  # fmt: skip
         server = _AnnouncedServer(create_app(engine, settings), say)
+        gc.collect()
+        gc.freeze()  # what is loaded by now stays: no collection between two steps needs to look at it
         try:
             server.run()
         except KeyboardInterrupt:

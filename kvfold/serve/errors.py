@@ -14,7 +14,7 @@ log = logging.getLogger("kvfold.serve")
 _TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error", 415: "invalid_request_error",
-    429: "rate_limit_error", 501: "invalid_request_error", 503: "service_unavailable_error",
+    429: "rate_limit_error", 503: "service_unavailable_error",
 }  # fmt: skip
 MAX_MESSAGE = 600
 """Characters of a message: some hold what the client sent."""

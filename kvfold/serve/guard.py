@@ -4,6 +4,7 @@ A server on this machine without a key is open to whatever runs here, and a brow
 that comes from another origin is refused, and so is one that calls us by a foreign name (DNS rebinding).
 """
 
+import asyncio
 import hmac
 import logging
 import time
@@ -20,6 +21,8 @@ log = logging.getLogger("kvfold.serve")
 
 OPEN_PATHS = ("/", "/health", "/ping", "/version", "/load", "/metrics", "/docs", "/openapi.json", "/favicon.ico")
 """Pages that need no key: they tell nothing of what anybody asked."""
+LINGER_S = 2.0
+"""Seconds for which the rest of a refused body is still taken, and thrown away."""
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 _ALLOWED_HEADERS = "Authorization, Content-Type, X-Request-Id"
 
@@ -41,7 +44,13 @@ class Guard:
         began, headers = time.monotonic(), Headers(scope=scope)
         origin = headers.get("origin")
         shares = origin is not None and self._shares_with(origin, headers.get("host", ""))
-        status = 0
+        status, unread = 0, "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+
+        async def receive_noted() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = message["type"] == "http.request" and message.get("more_body", False)
+            return message
 
         async def send_noted(message: Message) -> None:
             nonlocal status
@@ -50,17 +59,22 @@ class Guard:
                 self._responded(status)
                 if shares:
                     message = message | {"headers": [*message["headers"], *self._sharing(origin)]}
+            if unread and message["type"] == "http.response.body" and not message.get("more_body") and status != 408:
+                # Closed with bytes of its body still under way, a connection is reset, and the client may never see why.
+                await send(message | {"more_body": True})
+                await _read_rest(receive)
+                message = {"type": "http.response.body"}
             await send(message)
 
         try:
             error = self._refusal(scope, headers, origin, shares)
             if error is not None:
-                await error.response()(scope, receive, send_noted)
+                await error.response()(scope, receive_noted, send_noted)
             elif shares and scope["method"] == "OPTIONS":
                 await send_noted({"type": "http.response.start", "status": 204, "headers": []})
                 await send_noted({"type": "http.response.body", "body": b""})
             else:
-                await self.app(scope, receive, send_noted)
+                await self.app(scope, receive_noted, send_noted)
         except Exception as error:
             # uvicorn would log its text too. A response that has begun is cut off; any other was sent as a 500.
             log_failure(error)
@@ -116,6 +130,15 @@ class Guard:
             (b"access-control-expose-headers", b"X-Request-Id, Retry-After"),
             (b"vary", b"Origin"),
         ]
+
+
+async def _read_rest(receive: Receive) -> None:
+    try:
+        async with asyncio.timeout(LINGER_S):
+            while (await receive()).get("more_body"):
+                pass
+    except TimeoutError:
+        pass
 
 
 def _host(header: str) -> str:

@@ -1,6 +1,7 @@
 """Running the application: uvicorn, with limits on slow clients and an end that lets answers finish."""
 
 import asyncio
+import json
 import logging
 from typing import Any
 
@@ -9,6 +10,8 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from kvfold.serve.errors import ApiError
+from kvfold.serve.guard import LINGER_S
 from kvfold.serve.serving import Serving
 from kvfold.serve.settings import ServerSettings
 
@@ -18,55 +21,87 @@ LAST_WORDS_S = 5
 """Seconds in which cut-off streams are told so, after the shutdown's own time."""
 
 
+class PatientProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1 protocol with two more clocks, for headers that don't come and for answers that aren't taken, and
+    with refusals that arrive.
+    """
+
+    settings: ServerSettings
+    _header_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+    _refused = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See uvicorn."""
+        super().connection_made(transport)
+        self._watch_headers()
+
+    def data_received(self, data: bytes) -> None:
+        """See uvicorn."""
+        if self._refused:
+            return  # thrown away
+        super().data_received(data)
+        self._watch_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See uvicorn."""
+        for timer in (self._header_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+        self._header_timer = self._write_timer = None
+        super().connection_lost(exc)
+
+    def _watch_headers(self) -> None:
+        """While headers are incomplete one clock runs, which no further byte sets back."""
+        incomplete = self.conn.their_state is h11.IDLE and self.timeout_keep_alive_task is None and not self._refused
+        if incomplete and self._header_timer is None and not self.transport.is_closing():
+            self._header_timer = self.loop.call_later(self.settings.header_timeout_s, self.transport.abort)
+        elif not incomplete and self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        """For what is no HTTP. What is still under way is taken for a while, since a reset could overtake the answer."""
+        self._refused = True
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()  # an answer is under way: there is no place for another
+            return
+        refusal = ApiError(400, f"the request must be HTTP/1.1 with at most {MAX_HEADER_BYTES >> 10} KiB of headers")
+        body = json.dumps(refusal.body()).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        headers.append((b"connection", b"close"))
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.write_eof()
+        self.loop.call_later(LINGER_S, self.transport.close)
+
+    def pause_writing(self) -> None:
+        """See uvicorn."""
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(self.settings.send_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """See uvicorn."""
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """See uvicorn."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()  # the last answer was never taken
+        else:
+            super().timeout_keep_alive_handler()
+
+
 def protocol_for(settings: ServerSettings) -> type[H11Protocol]:
-    """uvicorn's HTTP/1.1 protocol with two more clocks: for headers that don't come, and for answers that aren't taken."""
-
-    class PatientProtocol(H11Protocol):
-        _header_timer: asyncio.TimerHandle | None = None
-        _write_timer: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._watch_headers()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._watch_headers()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            for timer in (self._header_timer, self._write_timer):
-                if timer is not None:
-                    timer.cancel()
-            self._header_timer = self._write_timer = None
-            super().connection_lost(exc)
-
-        def _watch_headers(self) -> None:
-            """While headers are incomplete one clock runs, which no further byte sets back."""
-            incomplete = self.conn.their_state is h11.IDLE and self.timeout_keep_alive_task is None
-            if incomplete and self._header_timer is None and not self.transport.is_closing():
-                self._header_timer = self.loop.call_later(settings.header_timeout_s, self.transport.abort)
-            elif not incomplete and self._header_timer is not None:
-                self._header_timer.cancel()
-                self._header_timer = None
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            if self._write_timer is None:
-                self._write_timer = self.loop.call_later(settings.send_timeout_s, self.transport.abort)
-
-        def resume_writing(self) -> None:
-            if self._write_timer is not None:
-                self._write_timer.cancel()
-                self._write_timer = None
-            super().resume_writing()
-
-        def timeout_keep_alive_handler(self) -> None:
-            if self.transport.get_write_buffer_size():
-                self.transport.abort()  # the last answer was never taken
-            else:
-                super().timeout_keep_alive_handler()
-
-    return PatientProtocol
+    """The protocol with its settings: uvicorn makes one for each connection."""
+    return type("PatientProtocol", (PatientProtocol,), {"settings": settings})
 
 
 class Server(uvicorn.Server):

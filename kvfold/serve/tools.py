@@ -12,6 +12,8 @@ from typing import Any
 
 from kvfold.serve.errors import ApiError, unsupported
 
+_NO_BLANKS = {"x-guidance": {"whitespace_flexible": False}}
+"""Nobody reads the JSON of a call: no line breaks, of which a model could write without end."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 
@@ -42,7 +44,7 @@ class ToolChoice:
         """JSON schema of the whole answer where a call is forced."""
         parameters = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in self.tools}
         if self.mode == "named":
-            return json.dumps({"type": "object"} | dict(parameters[self.name]))
+            return json.dumps({"type": "object"} | dict(parameters[self.name]) | _NO_BLANKS)
         if self.mode != "required":
             return None
         definitions: dict[str, Any] = {}
@@ -56,7 +58,7 @@ class ToolChoice:
                 "properties": {"name": {"const": name}, "arguments": arguments},
             })  # fmt: skip
         schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
-        schema |= {key: found for key, found in definitions.items() if found}
+        schema |= {key: found for key, found in definitions.items() if found} | _NO_BLANKS
         return json.dumps(schema if self.parallel else schema | {"maxItems": 1})
 
 

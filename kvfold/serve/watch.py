@@ -146,3 +146,9 @@ def kept_positions(engine: Engine, request: Request) -> list[list[list[int]]]:
     if request.handle is None or request.is_finished:
         return []
     return [rows[0] for rows in SequenceView(engine._runner.stores[request.method], [request.handle]).kept_positions]
+
+
+def demand_bytes(engine: Engine) -> int:
+    """Bytes that running requests hold and those that wait will take; to be called through `on_engine`."""
+    waiting = sum(engine._budget.growth(request, 0) for request in engine._scheduler.waiting)
+    return pool_use(engine)["requests"] + waiting

@@ -94,8 +94,8 @@ def shift_gates(model: FoldForCausalLM, shift: float) -> None:
     gates = model.config.gate_config
     if gates.source == "adapter":
         for name in gate_biases(model.config.layout):
-            weight = model.get_parameter(name)
-            weight += shift / gates.scale
+            # Of several numbers a head the first decides.
+            model.get_parameter(name)[:: gates.form.outputs] += shift / gates.scale
     else:
         model.config.gates = model.config.gates | {"offset": gates.offset - shift}
 

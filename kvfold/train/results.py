@@ -1,6 +1,5 @@
 """Writing what training leaves: an adapter's folder, or a whole model's. Files appear under their names when they are whole."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -95,6 +94,7 @@ def _write_adapter(model: FoldForCausalLM, base: Base, folder: Path, tokens: int
     about = AdapterAbout(
         base=base, time=config.layout.time_text() if learned else None, gates=config.gates,
         lora={"scale": scales.pop()} if scales else None, trained_tokens=tokens,
+        kept_ratios=config.kept_ratios if learned else None,
     )  # fmt: skip
     saved = {
         name: weight.detach().to(device="cpu", dtype=torch.float32).contiguous() for name, weight in weights.items()
@@ -103,4 +103,4 @@ def _write_adapter(model: FoldForCausalLM, base: Base, folder: Path, tokens: int
         # The format needs a tensor: gates of a frozen channel have none.
         raise RuntimeError("nothing was trained that an adapter could hold")
     save_file(saved, folder / WEIGHTS)
-    (folder / ABOUT).write_text(json.dumps(about.to_json(), indent=1) + "\n", encoding="utf-8")
+    (folder / ABOUT).write_text(about.to_text(), encoding="utf-8")

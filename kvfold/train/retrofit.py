@@ -27,6 +27,7 @@ from kvfold.train.checkpoints import step_of
 from kvfold.train.curve import Curve, read_curve
 from kvfold.train.data import TrainingOrder, TrainingText, draw_text
 from kvfold.train.free_channel import least_missed_channel
+from kvfold.train.kept_ratios import measure_kept_ratios
 from kvfold.train.loop import ignored_tokens, load_trained
 from kvfold.train.results import write_trained
 from kvfold.train.run_folder import RunFolder, leads
@@ -131,6 +132,8 @@ class Retrofit:
         self.model.eval()
         if settings.compresses and settings.calibrate:
             facts["calibration"] = calibrate(self.model, text.calibration, settings, report=self.report)
+        if settings.compresses:
+            self.model.config.kept_ratios = measure_kept_ratios(self.model, text.calibration, report=self.report)
         points = [point for point in read_curve(self.folder.curve) if point["step"] <= done_steps]
         facts["tokens"] = points[-1]["tokens"]
         facts["seconds"] = sum(point["seconds"] for point in points)

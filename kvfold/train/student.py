@@ -121,6 +121,9 @@ def check_method(model: FoldForCausalLM, settings: RetrofitSettings) -> None:
     """Raises `UserError` where the method of the settings has nothing to do in this model."""
     if not settings.gated:
         return
+    taken = settings.spec.gate_form.gates_of
+    if taken is not None:
+        raise UserError(f"time '{settings.time}': its gates are those of an adapter for {taken}: train that")
     layout, dim = model.config.layout.with_time(settings.time), model.config.head_dim
     if not any(layout.time_of(owner).trained for owner in layout.owners):
         raise UserError(

@@ -7,6 +7,7 @@ threshold for all heads of all layers.
 Letters: B rows, T tokens, H query heads, K kv heads, D head dim, C model width.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ SEQUENCES = 48
 _SHIFTED_SEQUENCES = 8
 _RIDGE = 1e-3
 """Beside normed inputs, whose mean square is 1."""
-_SMALLEST = 1e-9
+SMALLEST = 1e-9
 """A weight below this counts as this."""
 _LEAST_QUERIES_SHARE = 8
 """A token counts if at least one in so many of the queries that a first token has come after its delay."""
@@ -43,7 +44,7 @@ def warm_start(
     """Fit the model's gates on some blocks, in place, and shift them to the compression asked for. Gives what was found."""
     model.eval()
     used = blocks_NT[:SEQUENCES]
-    fits = {owner: _Moments() for owner in _gated_owners(model)}
+    fits = {owner: Moments() for owner in gated_owners(model)}
     for done, block in enumerate(used):
         report("fitting gates", done, len(used))
         for owner, x, y in attention_to_come(model, block[None].to(model.device)):
@@ -62,38 +63,45 @@ def attention_to_come(model: FoldForCausalLM, ids_BT: Tensor) -> list[tuple[int,
     come [tokens, K]. Tokens that too few queries will see are left out.
     """
     decoder, layout = model.model, model.config.layout
-    view = _WatchedView(layout, **decoder.attention_options)
+    view = WatchedView(layout, **decoder.attention_options)
     (hidden, rotations), inputs = decoder.opened(ids_BT), {}
     for index, (layer, rotation) in enumerate(zip(decoder.layers, rotations, strict=True)):
         if layer.self_attn.fold_norm is not None:
             inputs[index] = layer.self_attn.fold_norm(hidden)
         hidden = layer(hidden, view, rotation, None)
     found = []
-    for owner in _gated_owners(model):
+    for owner in gated_owners(model):
         largest = view.largest[owner]
         if model.config.gate_config.per == "layer":
             largest = largest.amax(dim=1, keepdim=True).expand_as(largest)
-        counted = _counted_tokens(ids_BT.shape[1], layout.time_of(owner).eviction_delay)
-        y = largest[:, :, :counted].clamp(min=_SMALLEST).log().transpose(1, 2)
+        counted = counted_tokens(ids_BT.shape[1], layout.time_of(owner).eviction_delay)
+        y = largest[:, :, :counted].clamp(min=SMALLEST).log().transpose(1, 2)
         found.append((owner, inputs[owner][:, :counted].flatten(0, 1), y.flatten(0, 1)))
     return found
 
 
-def _counted_tokens(tokens: int, delay: int) -> int:
+def counted_tokens(tokens: int, delay: int) -> int:
+    """First tokens of a sequence that enough queries see after their delay."""
     queries = max(0, tokens - 1 - delay)
     return queries - queries // _LEAST_QUERIES_SHARE
 
 
-def _gated_owners(model: FoldForCausalLM) -> list[int]:
+def gated_owners(model: FoldForCausalLM) -> list[int]:
+    """Owners whose marked tokens leave after a delay."""
     layout = model.config.layout
     return [owner for owner in layout.owners if layout.time_of(owner).eviction_delay is not None]
 
 
-class _WatchedView:
+class WatchedView:
     """Plain attention, and of each key the largest weight that queries beyond the delay give it."""
 
-    def __init__(self, layout: KVLayout, *, scale: float, softcap: float | None):
+    def __init__(
+        self, layout: KVLayout, *, scale: float, softcap: float | None, measure: Callable[..., Tensor] | None = None,
+        join: Callable[[Tensor, Tensor], Tensor] = torch.maximum,
+    ):  # fmt: skip
+        """`measure` in place of `largest_attention`, and how the measures of two layers that read one owner become one."""
         self._layout, self._scale, self._softcap = layout, scale, softcap
+        self._measure, self._join = measure or largest_attention, join
         self._plain = TrainingView(layout.base(), real_BT=None, scale=scale, softcap=softcap)
         self._keys: dict[int, Tensor] = {}
         self.largest: dict[int, Tensor] = {}
@@ -109,14 +117,14 @@ class _WatchedView:
         if spec.eviction_delay is not None:
             if k_BTKD is not None:
                 self._keys[owner] = rotate(rotation, k_BTKD)
-            found = largest_attention(
+            found = self._measure(
                 rotate_queries(rotation, q_BTHD),
                 self._keys[owner],
                 delay=spec.eviction_delay,
                 scale=self._scale,
                 softcap=self._softcap,
             )
-            self.largest[owner] = torch.maximum(self.largest[owner], found) if owner in self.largest else found
+            self.largest[owner] = self._join(self.largest[owner], found) if owner in self.largest else found
             if self._layout.last_reader(owner) == layer:
                 del self._keys[owner]
         return self._plain.attend(layer, q_BTHD, k_BTKD, v_BTKD, rotation, gates)
@@ -128,12 +136,22 @@ def largest_attention(
     """The largest weight of each key over the queries t with t - k > delay and over its head's query heads, fp32 [B, K, T];
     0 where there is no such query. q and k are rotated.
     """
-    batch, tokens, _, _ = q_BTHD.shape
-    heads = k_BTKD.shape[2]
+    found = q_BTHD.new_zeros((q_BTHD.shape[0], k_BTKD.shape[2], q_BTHD.shape[1]), dtype=torch.float32)
+    for stop, weights in attention_beyond(q_BTHD, k_BTKD, delay=delay, scale=scale, softcap=softcap):
+        found[..., :stop] = torch.maximum(found[..., :stop], weights.amax(dim=(2, 3)))
+    return found
+
+
+def attention_beyond(
+    q_BTHD: Tensor, k_BTKD: Tensor, *, delay: int, scale: float, softcap: float | None
+) -> Iterator[tuple[int, Tensor]]:
+    """Some queries at a time: the number of keys that they may see, and the weights [B, K, G, queries, keys] of those more than
+    `delay` tokens older, 0 for the others. Softmax is over all.
+    """
+    tokens, heads = q_BTHD.shape[1], k_BTKD.shape[2]
     q = q_BTHD.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)
     k = k_BTKD.permute(0, 2, 3, 1).unsqueeze(2)
     index = torch.arange(tokens, device=q.device)
-    largest = q.new_zeros((batch, heads, tokens), dtype=torch.float32)
     for start in range(0, tokens, _QUERIES_AT_ONCE):
         stop = min(start + _QUERIES_AT_ONCE, tokens)
         logits = (q[..., start:stop, :] @ k[..., :stop]).float() * scale
@@ -141,13 +159,11 @@ def largest_attention(
             logits = torch.tanh(logits / softcap) * softcap
         distance = index[start:stop, None] - index[:stop]
         weights = logits.masked_fill_(distance < 0, -torch.inf).softmax(dim=-1)
-        received = weights.masked_fill_(distance <= delay, 0.0).amax(dim=(2, 3))
-        largest[..., :stop] = torch.maximum(largest[..., :stop], received)
-    return largest
+        yield stop, weights.masked_fill_(distance <= delay, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Fit:
+class Fit:
     """y = weight x + bias, per head."""
 
     weight_KC: Tensor
@@ -158,7 +174,7 @@ class _Fit:
     """Share of y's variance that they explain, fp64 [K]."""
 
 
-class _Moments:
+class Moments:
     """Sums that a ridge regression needs, so that no token is kept."""
 
     def __init__(self) -> None:
@@ -171,7 +187,7 @@ class _Moments:
         self._xx, self._xy = self._xx + x.T @ x, self._xy + x.T @ y
         self._yy, self._number = self._yy + (y * y).sum(dim=0), self._number + x.shape[0]
 
-    def solve(self) -> _Fit:
+    def solve(self) -> Fit:
         """The fit to all that was added; the bias is not held back."""
         xx, xy, yy = self._xx / self._number, self._xy / self._number, self._yy / self._number
         held = torch.full((xx.shape[0],), _RIDGE, dtype=xx.dtype, device=xx.device)
@@ -181,10 +197,10 @@ class _Moments:
         variance = torch.einsum("ck,cd,dk->k", solved, xx, solved) - mean**2
         error = yy - 2 * (solved * xy).sum(dim=0) + variance + mean**2
         explained = 1 - error / (yy - xy[-1] ** 2).clamp(min=1e-12)
-        return _Fit(weight_KC=solved[:-1].T, bias_K=solved[-1], variance=variance, explained=explained)
+        return Fit(weight_KC=solved[:-1].T, bias_K=solved[-1], variance=variance, explained=explained)
 
 
-def _write_gates(model: FoldForCausalLM, fits: dict[int, _Fit], *, gain: float) -> None:
+def _write_gates(model: FoldForCausalLM, fits: dict[int, Fit], *, gain: float) -> None:
     """Gates whose logit is minus the prediction times `gain`; the threshold comes later, as a shift."""
     gates = model.config.gate_config
     for owner, fit in fits.items():

@@ -104,6 +104,17 @@ def test_rows_that_come_and_go(life, page_slots):
     assert store.allocated_bytes == 0 and store.free_pages == sum(pool.book.capacity for pool in store.pools)
 
 
+def test_books_of_empty_rows_count_too():
+    """Rows that hold nothing yet have places in the tables."""
+    layout = KVLayout.plain(2, 2, 8)
+    memory = layout_bytes(layout, [1] * 3, 4, 4) + 400
+    store = new_cache(layout, 1, memory_bytes=memory, kind=Face).store
+    before = store.new_sequences(8)
+    with pytest.raises(CacheFull):
+        store.fork(before)
+    assert tensor_bytes(store) <= memory
+
+
 @given(lives(), st.integers(1, 40))
 @settings(deadline=None, max_examples=20)
 def test_a_budget_is_never_exceeded(life, tokens):

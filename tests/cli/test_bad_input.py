@@ -108,7 +108,7 @@ def test_plans(refused, line, said):
     [
         *((time, "budget 0: a budget keeps at least 1 token") for time in ("h2o:0+4", "tova:0", "window:0+4")),
         ("toba:4", "unknown time method 'toba' (did you mean 'tova'?): use one of "),
-        ("lru:4", "unknown time method 'lru': use one of dmc, dms, full, h2o, tova, window"),
+        ("lru:4", "unknown time method 'lru': use one of dmc, dms, fold, full, h2o, tova, window"),
         ("h2o:4", "h2o takes two budgets"),
         ("h2o:4+4; 7=full", "7"),
         ("", "write e.g. "),

@@ -25,6 +25,22 @@ def test_the_cache_holds_what_was_asked_for(kvfold, folder, train):
     card = (folder / "second" / "README.md").read_text()
     assert card.startswith("# second\n") and "# first" in card and "3 was asked for" in card
     assert not list(folder.glob(".second*"))
+    ratios = [json.loads((folder / name / "adapter.json").read_text())["kept_ratios"] for name in ("first", "second")]
+    for one, compression in zip(ratios, (facts["before"], facts["after"]), strict=True):
+        assert one["lengths"] == [16, 32, 64] and len(one["median"][0]) == len(one["p95"][0]) == 4
+        assert sum(one["median"][-1]) / 4 == pytest.approx(1 / compression, rel=0.15)
+    assert len((folder / "second" / "adapter.json").read_text().splitlines()) < 60, "a list of numbers takes one line"
+
+
+def test_gates_that_stay_are_measured_anew(kvfold, folder):
+    assert kvfold(f"retrofit tiny first {DMS}").code == 0
+    done = kvfold("calibrate tiny first again --data text.txt --context 48 --sequences 6 --json")
+    assert done.code == 0 and json.loads(done.out)["shift"] == 0.0, done.err
+    first, again = (json.loads((folder / name / "adapter.json").read_text()) for name in ("first", "again"))
+    assert again.pop("kept_ratios")["lengths"] == [12, 24, 48] and first.pop("kept_ratios")["time"] == "dms:8"
+    assert first == again
+    weights = [(folder / name / "adapter.safetensors").read_bytes() for name in ("first", "again")]
+    assert weights[0] == weights[1] and (folder / "again" / "README.md").read_text().startswith("# first")
 
 
 def test_an_adapter_for_some_layers_alone(kvfold, folder):

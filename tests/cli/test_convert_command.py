@@ -24,6 +24,12 @@ def test_json_is_all_there_is_on_stdout(kvfold):
     assert shown["changed"] == {"KV heads": [2, 1], "KV bytes a token": [256, 128]}
 
 
+def test_what_vllm_can_serve_is_kvfolds_own_checkpoint(kvfold):
+    done = kvfold("convert tiny out --layers cla2 --time window:8+0 --for vllm")
+    assert (done.code, done.out) == (0, "out\n")
+    assert load("out").config.layout.layers_text() == "cla2"
+
+
 def test_fitted_reads_the_text_it_is_given(kvfold):
     done = kvfold("convert tiny out --layers cla2 --init fitted --calibration text.txt --tokens 512")
     assert (done.code, done.out) == (0, "out\n")
@@ -52,6 +58,8 @@ def test_layers_that_are_chosen_by_measuring(kvfold, folder):
         ("convert tiny out --layers cla2 --calibration text.txt", "only 'fitted' and 'best:N' read any"),
         ("convert tiny out --layers best:2", "1 to 1 can be chosen"),
         ("convert tiny out --layers best:1 --for transformers", "no words for shared layers"),
+        ("convert tiny out --layers cla2 --time h2o:4+4 --for vllm", "use `kvfold serve`"),
+        ("convert tiny out --layers best:1 --bits int8 --for vllm", "use `kvfold serve`"),
         ("plan tiny --layers best:1", "which layers these are has to be measured"),
         ("convert tiny out --layers cla2 --init fitted --tokens 100", "ask for more"),
         ("convert tiny out --layers cla2 --init fitted --tokens many", "many"),

@@ -10,7 +10,7 @@ from kvfold.cli import app
 
 MODEL_OPTIONS = "--bits --adapter --gates --dtype --device --json"
 COMMANDS = {
-    "plan": "MODEL --layers --heads --time --compression --bits --memory --context --batch --json",
+    "plan": "MODEL --layers --heads --time --compression --bits --memory --kv-memory --context --batch --json",
     "convert": "SOURCE OUT --layers --heads --init --calibration --tokens --pair-heads --for --time --bits --dtype "
     "--device --json",
     "train": "RECIPE --out --data --valid --tokens --learning-rate --seed --sweep-lr --set --list --device --json",
@@ -31,6 +31,10 @@ COMMANDS = {
     "inspect": f"MODEL --text --time --tokens --head --out {MODEL_OPTIONS}",
     "serve": "MODEL --demo --method --kv-memory --host --port --api-key --served-model-name --max-model-len --max-num-seqs "
     "--max-num-batched-tokens --chat-template --generation-config --adapter --dtype --device",
+    "bench serve": "URL... --clients --rate --requests --trace --text --prompt-words --max-tokens --time --model --api-key "
+    "--seed --out --picture --json",
+    "bench serve-offline": "MODEL --time --budget --requests --prompt --new --trace --text --temperature --peers "
+    f"--repeats --seed --out {MODEL_OPTIONS}",
     "report": "RESULTS --out",
     "demo": "--out",
 }
@@ -63,6 +67,8 @@ DEFAULTS = {
     "bench kernel": {"batch": 8, "kv_heads": 3, "group": 3, "head_dim": 64, "repeats": 30},
     "bench gpu": {},
     "bench train": {"sequence": 1024, "batch": 1, "repeats": 3, "train": "full"},
+    "bench serve": {"requests": 100, "prompt_words": "20-200", "max_tokens": "16-128", "seed": 0},
+    "bench serve-offline": {"requests": 16, "prompt": "128", "new": "128", "temperature": 0.0, "repeats": 1, "seed": 0},
     "inspect": {"tokens": 1024},
     "serve": {
         "demo": False,
@@ -161,3 +167,7 @@ def test_what_cannot_be_parsed_is_bad_usage(kvfold, line):
     assert done.code == 2
     assert "Traceback" not in done.out + done.err
     assert not line or line == "bench" or done.err.startswith("Usage: ")
+
+
+def test_serving_is_measured_in_process_or_over_http(kvfold):
+    assert "MODEL" in kvfold("bench serve --offline --help").out and "URL" in kvfold("bench serve --help").out

@@ -7,6 +7,7 @@ import pytest
 from kvfold.report.results import read_results
 
 INSPECT = "inspect tiny --text text.txt --tokens 80"
+SERVE = "bench serve tiny --requests 4 --prompt 20 --new 10 --text text.txt"
 TRAIN = "bench train tiny --sequence 24 --repeats 1"
 
 
@@ -35,6 +36,19 @@ def test_three_heads_are_chosen_by_what_their_gates_keep(kvfold):
     assert "DMS 16" in told and f" {kept[0]} " in told and f" {kept[-1]} " in told
 
 
+def test_requests_in_a_budget(kvfold, folder):
+    line = f"{SERVE} --offline --time full --time window:6+2 --budget 2 --budget 1MB --peers generate"
+    done = kvfold(f"{line} --out serve.json --json")
+    assert done.code == 0, done.err
+    ((result,), _) = read_results(folder / "serve.json")
+    assert result.kind == "serve" and json.loads(done.out)["rows"] == result.rows
+    assert [row["side"] for row in result.rows] == ["full", "window:6+2", "generate", "full", "window:6+2"]
+    assert result.rows[0]["most_running"] < result.rows[1]["most_running"] == 4
+    done = kvfold(f"{SERVE} --offline --time full --budget 2")
+    assert done.code == 0 and "Serving" in done.out and "most at once" in done.out
+    assert kvfold("report serve.json").code == 0 and "Serving" in (folder / "report.html").read_text()
+
+
 def test_what_a_step_costs(kvfold, folder):
     done = kvfold(f"{TRAIN} --time dms:4 --time dmc --out step.json --json")
     assert (done.code, done.err) == (0, "")
@@ -57,6 +71,11 @@ def test_what_a_step_costs(kvfold, folder):
         ("inspect tiny --text text.txt --tokens 257", "the model reads 256 at most"),
         ("inspect tiny --text text.txt --tokens 1", "a text to look at has 2 or more"),
         (f"{INSPECT} --out .", "no file can be written there"),
+        (f"{SERVE} --offline --prompt 9-4", "length '9-4'"),
+        (f"{SERVE} --offline --budget 0", "--budget '0'"),
+        (f"{SERVE} --offline --peers sglang", "peers 'sglang'"),
+        (f"{SERVE} --offline --new 512", "the model reads 256 at most"),
+        (f"{SERVE} --offline --trace none.jsonl", "none.jsonl: there is no such file"),
         (f"{TRAIN} --train some", "train 'some'"),
         (f"{TRAIN} --time tova:4", "it learns nothing"),
         (f"{TRAIN}", "dms:128 drops nothing in so few tokens"),

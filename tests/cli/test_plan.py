@@ -5,8 +5,9 @@ import json
 import pytest
 
 from kvfold.layout.planner import plan
+from kvfold.layout.weight_size import weight_bytes
 
-EVERYTHING = "--layers cla2 --heads 4 --time h2o:512+512 --bits int8 --memory 16GB --context 32k --batch 4"
+EVERYTHING = "--layers cla2 --heads 4 --time h2o:512+512 --bits int8 --kv-memory 16GB --context 32k --batch 4"
 
 
 def test_every_axis_has_a_row(kvfold):
@@ -31,9 +32,30 @@ def test_the_table(kvfold):
     done = kvfold(f"plan llama-3.1-8b {EVERYTHING}")
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
-    assert lines[0] == "llama-3.1-8b: 4 rows of 32,768 tokens in 16GB"
+    assert lines[0] == "llama-3.1-8b: 4 rows of 32,768 tokens in 16GB of cache"
     assert sum("│" in line for line in lines) == 6
     assert "131,072" in done.out and "17.4 GB" in done.out and "longest context" in done.out
+
+
+def test_of_a_devices_memory_the_weights_are_subtracted(kvfold):
+    done = kvfold("plan llama-3.1-8b --memory 24GB --context 32k")
+    assert done.out.splitlines()[0] == "llama-3.1-8b: 1 row of 32,768 tokens in 24GB less 16.1 GB of weights"
+    row = json.loads(kvfold("plan llama-3.1-8b --memory 24GB --context 32k --json").out)["rows"][0]
+    left = 24 * 10**9 - weight_bytes("llama-3.1-8b")
+    assert row["max_rows"] == plan("llama-3.1-8b").max_rows(left, 32_768) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("plan llama-3.1-8b --memory 8GB", "the weights of llama-3.1-8b take 16.1 GB: name a larger device"),
+        ("plan cla-1b-h128-mqa-cla2 --memory 8GB", "config does not tell what its weights weigh: give --kv-memory"),
+        ("plan llama-3.1-8b --memory 8GB --kv-memory 8GB", "one is the device's, the other the cache's alone"),
+    ],
+)
+def test_memory_that_does_not_do(kvfold, words, error):
+    done = kvfold(words)
+    assert done.code == 2 and error in done.err and done.err.count("\n") == 1
 
 
 def test_without_options_the_model_as_it_is(kvfold):

@@ -19,11 +19,14 @@ CASES = {
     "short pattern": ({"layers": "0_0_2"}, "does not fit a model of 4 layers"),
     "heads": ({"heads": 3}, "use 1, 2"),
     "init": ({"init": "meen"}, "meen"),
-    "target": ({"target": "vllm"}, "vllm"),
+    "target": ({"target": "sglang"}, "sglang"),
     "no text": ({"layers": "cla2", "init": "fitted"}, "give calibration text"),
     "time of a reader": ({"layers": "cla2", "time": "window:8+2; 1=full"}, "layer 1 stores nothing, it reads layer 0"),
     "shared for transformers": ({"layers": "cla2", "target": "transformers"}, "shares layers (cla2)"),
     "time for transformers": ({"time": "window:8+2", "target": "transformers"}, "folds along time"),
+    "sinks for vllm": ({"time": "window:8+2", "target": "vllm"}, "for vllm: time 'window:8+2' in layer 0"),
+    "heavy hitters for vllm": ({"time": "h2o:4+4", "target": "vllm"}, "use `kvfold serve`"),
+    "bits for vllm": ({"bits": "int8", "target": "vllm"}, "for vllm: bits 'int8' in layer 0"),
 }
 
 

@@ -48,6 +48,7 @@ def draw_requests(number, *, seed=0, methods=METHODS, longest=60):
         (METHODS, "dms", {"kv_memory": "150kB", "prefill_tokens": 32}),
         (["dmc:4", "tova:20", "window:16+4"], "dmc", {"kv_memory": "150kB", "prefill_tokens": 32}),
         (["full", "dms:8"], "dms", {"kv_memory": "60kB", "prefill_tokens": 64, "estimate_scale": 0.25}),
+        (["full", "fold:8+8@0.3"], "fold", {"kv_memory": "60kB", "prefill_tokens": 32, "estimate_scale": 0.25}),
     ],
 )
 def test_every_answer_is_that_of_its_request_alone(methods, gates, options):
@@ -102,11 +103,14 @@ def test_errors_are_one_requests_own():
         "unknown method": {"prompt": "a", "time": "window:9+1"},
         "bad method": {"prompt": "a", "time": "windw"},
         "bad number": {"prompt": "a", "temperature": -1},
+        "no tokens": {"prompt": "a", "max_tokens": 0},
+        "no entries": {"prompt": "a", "time": "h2o:0+0"},
         "foreign id": {"prompt": [9999]},
         "schema": {"prompt": "a", "structured_outputs": {"json": {"type": "string", "minLength": 3, "maxLength": 1}}},
         "nothing left": {"prompt": "a", "allowed_token_ids": [5], "logit_bias": {}, "bad_words": [[5]]},
         "not an object": 7,
-        "long stop": GREEDY | {"prompt": "hello", "stop": "x" * 10_000},
+        "stop of 10 kB": GREEDY | {"prompt": "hello", "stop": "x" * 10_000},
+        "long stop": GREEDY | {"prompt": "hello", "stop": "x" * 4096},
     }
     with new_engine() as engine:
         answers = dict(zip(asked, engine.generate(asked.values()), strict=True))
@@ -114,6 +118,7 @@ def test_errors_are_one_requests_own():
         assert errors.keys() == asked.keys() - {"fine", "long stop"}
         for name, error in errors.items():
             assert "\n" not in error and len(error) < 500 and answers[name].finish_reason == "error", name
+        assert "at most 4,096 characters, got one of 10,000" in errors["stop of 10 kB"]
         assert "did you mean 'max_tokens'" in errors["unknown field"]
         assert "minLength" in errors["schema"] and "no token is left" in errors["nothing left"]
         assert answers["fine"].token_ids == answers["long stop"].token_ids and len(answers["fine"].token_ids) == 8
@@ -206,7 +211,7 @@ def test_questions_about_one_text_read_it_once():
     with new_engine(prefill_tokens=128) as engine, new_engine(prefill_tokens=128) as cold:
         answers = engine.generate(requests)
         assert engine.stats()["prompt_tokens"] < 1.2 * (256 + 16 * 3)
-        assert [one.usage.cached_tokens for one in answers] == [0] + [256] * 15
+        assert [one.usage.cached_tokens for one in answers] == [0] + [257] * 15  # the text, and the token after it
         for request, answer in zip(requests[:4], answers, strict=False):
             # One after the other, so that nothing is there to be reused.
             cold._scheduler.drop_prefixes()

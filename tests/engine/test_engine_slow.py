@@ -86,11 +86,11 @@ def test_sixty_requests_on_a_real_model():
     own = model.config.layout.time_text()
     requests = []
     for place in range(60):
-        length = int(torch.randint(8, 400, (1,), generator=generator))
+        length = int(torch.randint(8, 200, (1,), generator=generator))
         ids = torch.randint(100, 40000, (length,), generator=generator).tolist()
-        time = ["full", own, "h2o:64+64"][place % 3]
+        time = ["full", own, "h2o:32+32"][place % 3]
         requests.append({"prompt": ids, "max_tokens": 12, "temperature": 0, "ignore_eos": True, "time": time})
-    with Engine(model, tokenizer, "120MB", methods=["full", own, "h2o:64+64"]) as engine:
+    with Engine(model, tokenizer, "120MB", methods=["full", own, "h2o:32+32"]) as engine:
         answers = engine.generate(requests)
         print(engine.stats())
         assert_all_free(engine)

@@ -61,7 +61,23 @@ def test_a_repeated_prompt_is_shared_up_to_its_last_token():
     tree = new_tree()
     for _ in range(2):
         tree.visit("a", [5] * 12)
-    assert tree.border("a", [5] * 12, 0) == 8 and tree.shared("a", [5] * 12, [5] * 12) == 8
+    assert tree.border("a", [5] * 12, 0) == tree.shared("a", [5] * 12, [5] * 12) == 11
+    tree = new_tree(anywhere=False)
+    for _ in range(2):
+        tree.visit("a", [5] * 12)
+    assert tree.border("a", [5] * 12, 0) == tree.shared("a", [5] * 12, [5] * 12) == 8
+
+
+@pytest.mark.parametrize(("anywhere", "border"), [(True, 10), (False, 8)])
+def test_a_border_lies_where_most_others_part(anywhere, border):
+    """Three questions about one text of 10 tokens; two of them begin alike, which saves less."""
+    tree = new_tree(anywhere=anywhere)
+    prompts = [[7] * 10 + question for question in ([1, 2], [1, 3], [4, 5])]
+    for prompt in prompts:
+        tree.visit("a", prompt)
+    assert [tree.border("a", prompt, 0) for prompt in prompts] == [border] * 3
+    assert tree.insert("a", [7] * border, 1) and tree.border("a", prompts[0], border) is None
+    assert [tree.match("a", prompt) for prompt in prompts] == [(border, 1)] * 3
 
 
 def test_remembered_blocks_are_bounded_and_snapshots_survive():

@@ -9,6 +9,7 @@ from kvfold.cache.hf import FoldCache
 from kvfold.engine.params import parse_question
 from kvfold.engine.sampler import SamplingState, adjusted, sample, uniform
 from kvfold.methods.gates import GateConfig
+from kvfold.methods.registry import method_class
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
 from simulated import make_request
@@ -28,7 +29,8 @@ def tiny_model(gates: str = "dms") -> FoldForCausalLM:
             head_dim=8, num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5, eos_token_id=EOS,
         )
     )  # fmt: skip
-    model.set_gates(GateConfig(method=gates, scale=40.0, offset=1.0), gates)
+    source = "adapter" if method_class(gates).gate_form.channel_of is None else "channel"
+    model.set_gates(GateConfig(method=gates, source=source, scale=40.0, offset=1.0), gates)
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight) * 0.3)

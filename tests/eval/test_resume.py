@@ -9,6 +9,7 @@ from kvfold.eval import perplexity
 from kvfold.eval.cells import Cells, model_key
 from kvfold.eval.perplexity import measure_quality
 from kvfold.eval.protocol import Protocol
+from kvfold.record import made
 from tiny_model import tiny_model
 
 PROTOCOL = Protocol(windows=3, context_tokens=20)
@@ -125,5 +126,23 @@ def test_without_a_folder_nothing_is_kept(tmp_path):
 def test_names_make_plain_file_names(tmp_path):
     cells = Cells(tmp_path)
     cells.write("../news h2o:25%+25%", {"b": (1,)}, {"c": 2})
-    assert cells.read("../news h2o:25%+25%", {"b": [1]}) == {"c": 2}
+    assert cells.read("../news h2o:25%+25%", {"b": [1]})["c"] == 2
     assert [path.name.rpartition("-")[0] for path in tmp_path.iterdir()] == ["news-h2o-25-25"]
+
+
+@pytest.mark.parametrize("name", ["kvfold", "torch", "cpu", "threads"])
+def test_a_cell_of_another_version_or_machine_counts_as_none(tmp_path, monkeypatch, name):
+    cells = Cells(tmp_path)
+    assert cells.write("a", {}, {"c": 2}) == cells.read("a", {})
+    here = made(torch.get_num_threads())
+    monkeypatch.setattr("kvfold.eval.cells.made", lambda threads: here | {name: "another"})
+    assert cells.read("a", {}) is None
+
+
+def test_a_row_keeps_the_record_of_the_run_that_measured_it(model, tokenizer, text, tmp_path, monkeypatch):
+    here = made(torch.get_num_threads())
+    monkeypatch.setattr("kvfold.eval.cells.made", lambda threads: here | {"git_commit": "first"})
+    measure(model, tokenizer, text, tmp_path, [])
+    monkeypatch.setattr("kvfold.eval.cells.made", lambda threads: here | {"git_commit": "second"})
+    rows = measure(model, tokenizer, text, tmp_path, ["tova:8"])
+    assert [row["made"]["git_commit"] for row in rows] == ["first", "second"]

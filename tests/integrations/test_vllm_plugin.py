@@ -13,6 +13,7 @@ import pytest
 from transformers import AutoConfig
 
 from kvfold.integrations import vllm as plugin
+from kvfold.integrations.versions import installed_version, warn_untested
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.config import FoldConfig
 
@@ -140,7 +141,7 @@ def test_owners_with_a_norm_for_k_and_v_stack_only_those():
 def test_a_tested_version_passes_in_silence(version):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plugin.warn_untested(version)
+        warn_untested("vLLM", version, plugin.TESTED)
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0"])
@@ -148,7 +149,12 @@ def test_an_untested_version_is_warned_of_with_the_range(version):
     with pytest.warns(
         UserWarning, match=rf"vLLM {version}: kvfold's plugin is tested with 0\.32 up to, not including, 0\.33"
     ):
-        plugin.warn_untested(version)
+        warn_untested("vLLM", version, plugin.TESTED)
+
+
+def test_the_version_of_the_first_package_that_is_there():
+    assert installed_version(["no-such-package", "pytest"]) == pytest.__version__
+    assert installed_version(["no-such-package"]) is None
 
 
 def test_the_docs_say_which_versions_are_tested():
@@ -159,7 +165,7 @@ def test_the_docs_say_which_versions_are_tested():
 
 
 def test_hooks_refuse_before_anything_is_built(monkeypatch):
-    monkeypatch.setattr(plugin, "installed_version", lambda: None)
+    monkeypatch.setattr(plugin, "installed_version", lambda packages: None)
     odd = config()
     odd.layout = odd.layout.with_time("dms:8")
     with pytest.raises(ValueError, match="use `kvfold serve`"):

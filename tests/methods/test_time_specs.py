@@ -26,7 +26,7 @@ time_specs = st.one_of(
     st.builds(Window, recent=budgets, sinks=st.integers(0, 64)),
     st.builds(H2O, recent=budgets, heavy=budgets),
     st.builds(TOVA, tokens=budgets),
-    st.builds(DMC, window=st.none() | st.integers(1, 64)),
+    st.builds(DMC, window=st.none() | st.integers(1, 64), alone=st.integers(0, 4)),
     st.builds(DMS, delay=st.integers(1, 1024)),
 )
 
@@ -50,7 +50,7 @@ def test_every_method_declares_itself(name):
     assert spec_class.name == name
     assert spec_class.title and "arXiv" in spec_class.source
     assert spec_class.chunk_invariant == (name not in ("h2o", "tova"))
-    assert (spec_class.gate_form is not None) == (name in ("dmc", "dms"))
+    assert (spec_class.gate_form is not None) == (name in ("dmc", "dms", "fold"))
     assert spec_class.lossy == (name != "full")
     assert "Source: arXiv" in spec_class.__doc__ and "Differs:" in spec_class.__doc__
 
@@ -64,6 +64,7 @@ def test_every_method_declares_itself(name):
         ("tova:128", TOVA(tokens=Budget(fixed=128))),
         ("dmc", DMC(window=12)),
         ("dmc:inf", DMC(window=None)),
+        ("dmc:12+1", DMC(window=12, alone=1)),
         ("dms", DMS(delay=256)),
         ("dms:1", DMS(delay=1)),
     ],
@@ -91,6 +92,7 @@ def test_text_forms(text, spec):
         ("tova:²", "whole tokens"),
         ("dmc:0", "dmc window 0"),
         ("dmc:x", "'dmc:12' or 'dmc:inf'"),
+        ("dmc:12+", "'dmc:12+1'"),
         ("dms:1.5", "whole number of tokens"),
     ],
 )

@@ -33,11 +33,11 @@ def freed(x: torch.Tensor, position: int, channel: int | None) -> torch.Tensor:
     return x
 
 
-def dmc_sets(k, v, logit, weight, window, channel) -> list[list[tuple]]:
+def dmc_sets(k, v, logit, weight, window, channel, alone) -> list[list[tuple]]:
     """Of one head: the (k, v, position) that each query sees. k [T, D] before rotary positions."""
     seen, entries, segment = [], [], []
     for t in range(k.shape[0]):
-        if t > 0 and logit[t] > 0:
+        if t > alone and logit[t] > 0:
             entries.pop()
         else:
             segment = []
@@ -91,7 +91,7 @@ def owner_sets(layer, model, normed, hidden, q) -> tuple[list, list[list[list[tu
             continue
         mean = sum(q[:, h * group + g, gates["channel"]] for g in range(group)) / group
         weight = torch.sigmoid(mean * gates["scale"] + 5.0) + 2.0**-7
-        sets.append(dmc_sets(k[:, h], v[:, h], logit[:, h], weight, spec.window, gates["channel"]))
+        sets.append(dmc_sets(k[:, h], v[:, h], logit[:, h], weight, spec.window, gates["channel"], spec.alone))
     return [logit[:, h] for h in range(heads)], sets
 
 

@@ -31,7 +31,7 @@ GATES = {
     "dms adapter next": GateConfig(method="dms", source="adapter", scale=40.0, offset=1.0, reads="next"),
     "dms adapter layer": GateConfig(method="dms", source="adapter", scale=40.0, offset=1.0, per="layer", bias=True),
 }
-WINDOWS = {"dmc": ("dmc:12", "dmc:3", "dmc:1", "dmc:inf"), "dms": ("dms:1", "dms:4", "dms:9")}
+WINDOWS = {"dmc": ("dmc:12", "dmc:3", "dmc:1", "dmc:inf", "dmc:3+1", "dmc:inf+2"), "dms": ("dms:1", "dms:4", "dms:9")}
 
 
 @remembered

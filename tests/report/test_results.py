@@ -4,9 +4,12 @@ import os
 
 import pytest
 
-from kvfold.report import results
+from kvfold import record
+from kvfold.data.whole_file import write_whole_file
+from kvfold.record import write_result
 from kvfold.report.groups import group_results
-from kvfold.report.results import Result, number, read_results, words, write_result, write_whole
+from kvfold.report.pieces import source_line
+from kvfold.report.results import Result, number, read_results, words
 from report_samples import quality, write_samples
 
 
@@ -39,21 +42,31 @@ def test_what_is_not_finite_becomes_null(tmp_path):
 
 
 def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
-    path = write_whole(tmp_path / "page.html", "old")
+    path = write_whole_file(tmp_path / "page.html", "old")
 
     def fail(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_whole(path, "new")
+        write_whole_file(path, "new")
     assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["page.html"]
 
 
 def test_outside_a_checkout_there_is_no_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "__file__", str(tmp_path / "kvfold" / "report" / "results.py"))
-    (tmp_path / "kvfold" / "report").mkdir(parents=True)
-    assert results.git_commit() is None
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "kvfold" / "record.py"))
+    (tmp_path / "kvfold").mkdir()
+    assert record.git_commit.__wrapped__() is None
+
+
+def test_rows_of_an_earlier_run_name_their_own_commit(tmp_path):
+    data = quality()
+    data["rows"][1]["made"] = {"git_commit": "feedfacecafebeefdeadfeedfacecafebeefdead"}
+    data["rows"][2]["made"] = {"git_commit": data["git_commit"]}
+    path = tmp_path / "q.json"
+    path.write_text(json.dumps(data))
+    (group,) = group_results(read_results(path)[0])
+    assert ", 1 rows at commit feedfaceca" in str(source_line(group))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +94,7 @@ def test_what_cannot_be_read_is_named_beside_what_can(tmp_path):
     assert len(found) == 10
     assert problems == [
         "bad.json: not readable as JSON",
-        'other.json: no "kind" among quality, tasks, memory, kept, document, curve, decode, step, plan, pretraining',
+        'other.json: no "kind" among quality, tasks, memory, kept, document, curve, decode, step, plan, pretraining, serve',
     ]
 
 

@@ -35,7 +35,7 @@ class Browser:
         """What a script returns."""
         return self._call("/execute/sync", {"script": script, "args": list(args)})
 
-    def wait(self, script: str, *, timeout: float = 30.0):
+    def wait(self, script: str, *, timeout: float = 120.0):
         """The script's value once it is true."""
         deadline = time.monotonic() + timeout
         while True:

@@ -10,9 +10,8 @@ import pytest
 
 from serving_kit import new_engine, raw, running_server
 
-# By the clock: a busy machine's stutter would fail them. `pytest -m slow tests/serve` runs them.
-pytestmark = pytest.mark.slow
-SOON_S = 1.0
+SOON_S = 20.0
+"""Here only a hang is late, since a busy machine stutters; the last test, which runs with the slow ones, goes by the clock."""
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +61,10 @@ def post(server, path, body, *, key="right", headers=None, method="POST"):
 
 
 def timed(ask):
-    """(seconds, status, body). A second try where the first was slow: other programs run on this machine too."""
-    for _ in range(2):
-        began = time.monotonic()
-        status, body = ask()
-        seconds = time.monotonic() - began
-        if seconds < SOON_S:
-            break
-    return seconds, status, body
+    """(seconds, status, body)."""
+    began = time.monotonic()
+    status, body = ask()
+    return time.monotonic() - began, status, body
 
 
 def refused(server, path, body, *, status=400, word=None, **options):
@@ -161,14 +156,14 @@ def test_schema_bombs(guarded, name):
 
 
 def test_large_bodies(guarded):
-    refused(guarded, "/v1/completions", b"x" * (1 << 20) + b"x", status=413)
+    refused(guarded, "/v1/completions", b"x" * (1 << 20) + b"x", status=413, word="bytes")
+    refused(guarded, "/v1/completions", b"x" * (100 << 20), status=413, word="bytes")
+    refused(guarded, "/v1/completions", b"x" * (1 << 20), key="wrong", status=401)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer right\r\n"
     head += b"Content-Type: application/json\r\n"
-    began = time.monotonic()
     assert b" 413 " in raw(guarded, head + b"Content-Length: 104857600\r\n\r\n{", close=False)
     chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
     assert b" 413 " in raw(guarded, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 20, close=False)
-    assert time.monotonic() - began < 2 * SOON_S
 
 
 def test_keys(guarded):
@@ -193,16 +188,20 @@ def test_other_peoples_pages_and_names(guarded):
 
 
 def test_floods_of_headers_and_slow_clients(guarded):
-    began = time.monotonic()
+    def is_refused(data, word=b"KiB of headers"):
+        answer = raw(guarded, data)
+        assert b" 400 " in answer and word in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"].encode()
+
     many = b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"X-%d: y\r\n" % one for one in range(10_000))
-    assert b" 400 " in raw(guarded, many)
-    assert b" 400 " in raw(guarded, b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 100_000)
-    assert b" 400 " in raw(guarded, b"\x00\x01\x02 nonsense\r\n\r\n")
+    is_refused(many)
+    is_refused(many * 20)
+    is_refused(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 100_000)
+    is_refused(b"\x00\x01\x02 nonsense\r\n\r\n")
+    is_refused(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n" + b"x" * 1000)
     assert raw(guarded, b"GET /health HTTP/1.1\r\nHost: loc") == b""  # never more: cut off
     body = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer right\r\n"
     body += b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
     assert b" 408 " in raw(guarded, body, close=False)
-    assert time.monotonic() - began < 5 * SOON_S
 
 
 def test_no_such_page(guarded):
@@ -268,3 +267,45 @@ def test_a_closed_port_is_a_closed_port(guarded):
     with socket.create_connection(("127.0.0.1", guarded.bound_port), 5):
         pass  # connects and leaves
     assert post(guarded, "/health", b"", method="GET")[0] == 200
+
+
+@pytest.mark.slow
+def test_each_is_refused_within_a_second_and_nobody_notices():
+    """Under the limits that a server has by itself. The best of three tries: other programs run on this machine too."""
+    asked = {f"body {name}": body for name, (body, _) in BODIES.items()}
+    asked |= {f"schema {name}": ask(**schema(bomb)) for name, bomb in BOMBS.items()}
+    asked |= {"stops": ask(stop=["a"] * 10**6), "ids": ask(prompt=[5] * 10**6), "text": ask(prompt="a " * 10**6)}
+    asked |= {"body": b"x" * (100 << 20), "choices": ask(structured_outputs={"choice": ["a" * 100] * 5000})}
+    asked |= {
+        "biases": ask(logit_bias={str(one): 1 for one in range(10**5)}),
+        "bytes": b'{"prompt": "' + b"a" * (7 << 20) + b'"}',
+    }
+    late, waits, stop = {}, {"alone": [], "meanwhile": []}, threading.Event()
+    with running_server() as server:
+
+        def honest(kind):
+            body = {"prompt": "hi", "max_tokens": 8, "seed": 1, "ignore_eos": True}
+            while not stop.is_set():
+                seconds, status, answer = timed(lambda: post(server, "/v1/completions", body))
+                assert status == 200 and json.loads(answer)["usage"]["completion_tokens"] == 8
+                waits[kind].append(seconds)
+
+        for kind in waits:
+            stop.clear()
+            thread = threading.Thread(target=honest, args=(kind,))
+            thread.start()
+            if kind == "alone":
+                time.sleep(4)
+            else:
+                for name, body in asked.items():
+                    found = [timed(lambda body=body: post(server, "/v1/completions", body)) for _ in range(3)]
+                    assert {status for _, status, _ in found} <= {200, 400, 413}, (name, found[0][1:])
+                    if min(found)[0] > 1.0:
+                        late[name] = min(found)[0]
+            stop.set()
+            thread.join(20)
+    typical = {kind: sorted(times)[len(times) // 2] for kind, times in waits.items()}
+    print({kind: (len(times), typical[kind], max(times)) for kind, times in waits.items()})
+    assert late == {}
+    # The client that sends all this runs in this very process, and takes its share of the time.
+    assert typical["meanwhile"] < 3 * typical["alone"] + 0.05 and max(waits["meanwhile"]) < 1.5

@@ -249,9 +249,8 @@ def test_models_and_errors(client):
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(model="tiny", prompt="a " * 600)
     assert refused.value.code == "context_length_exceeded"
-    with pytest.raises(openai.APIStatusError) as refused:
+    with pytest.raises(openai.BadRequestError, match="no embeddings"):
         client.embeddings.create(model="tiny", input="a")
-    assert refused.value.status_code == 501
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_the_fit_is_ridge_regression_on_all_tokens(ids):
         parts = [attention_to_come(model.eval(), block[None])[0] for block in ids]
     x = torch.cat([part[1] for part in parts]).double()
     y = torch.cat([part[2] for part in parts]).double()
-    fit = module._Moments()
+    fit = module.Moments()
     for _, some_x, some_y in parts:
         fit.add(some_x, some_y)
     solved = fit.solve()

@@ -6,12 +6,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from kvfold.data.whole_file import write_whole_file
 from kvfold.errors import UserError
 from kvfold.report.groups import Group, group_results
 from kvfold.report.numbers import tick
 from kvfold.report.pictures.drawing import apart
 from kvfold.report.pictures.quality import BEND, X_TITLE, Y_TITLE, Axes, axes_of
-from kvfold.report.results import read_results, write_whole
+from kvfold.report.results import read_results
 from kvfold.report.series import Line, colours_of, quality_lines, texts_of
 
 COLOURS = ("#5b6068", "#0072b2", "#c24e00", "#007a58", "#9a3f86", "#7d5a00", "#b3123f", "#5148b0")
@@ -37,7 +38,7 @@ def save_quality_png(results: Path, out: Path) -> Path:
     picture = BytesIO()
     # The same colours as on the page that is made from the same files.
     _figure(panels, colours_of(found)).savefig(picture, format="png", dpi=200)
-    return write_whole(Path(out), picture.getvalue())
+    return write_whole_file(Path(out), picture.getvalue())
 
 
 def _panels(group: Group) -> list[tuple[str, list[Line]]]:

@@ -1,0 +1,109 @@
+"""What a measurement leaves behind: a result file, and with each row by what it was made, where and when.
+
+A row that carries no record of its own was made by the run that its file names.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from kvfold.data.whole_file import write_whole_file
+from kvfold.errors import UserError
+
+KINDS = ("quality", "tasks", "memory", "kept", "document", "curve", "decode", "step", "plan", "pretraining", "serve")
+"""Kinds of results that the report draws."""
+UNDRAWN_KINDS = ("prefill", "capacity", "kernel", "gpu")
+"""Results of `kvfold bench` that the report has no picture of: they lie in folders of their own."""
+
+
+def made(threads: int) -> dict[str, Any]:
+    """Who makes a row, and when: commit, versions, processor, threads."""
+    versions = {name: version for name in ("kvfold", "torch") if (version := _version(name))}
+    return {"git_commit": git_commit(), **versions, "cpu": cpu_name(), "threads": threads, "when": now()}
+
+
+def made_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether figures of two records may stand in one table without a word: all but commit and time agree."""
+    return all(one.get(name) == other.get(name) for name in ("kvfold", "torch", "cpu", "threads"))
+
+
+def now() -> str:
+    """ISO 8601 in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write_result(path: Path, kind: str, payload: Mapping, command: str) -> Path:
+    """Write one result with time, commit and environment added; the file is complete or not there at all.
+
+    `payload` holds the rows and what else the kind has; its own `environment` (device, dtype, threads) is kept.
+    Numbers that are not finite become null, since JSON has no word for them.
+    """
+    if kind not in (*KINDS, *UNDRAWN_KINDS):
+        raise UserError(f"kind {kind!r} is unknown: a result is one of {', '.join((*KINDS, *UNDRAWN_KINDS))}")
+    data = {
+        "kind": kind,
+        "created": now(),
+        "command": command,
+        "git_commit": git_commit(),
+        **payload,
+        "environment": {**_environment(), **(payload.get("environment") or {})},
+    }
+    return write_whole_file(Path(path), json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _environment() -> dict:
+    versions = {name: _version(name) for name in ("torch", "transformers", "kvfold")}
+    return {"python": platform.python_version(), **versions, "cpu": cpu_name(), "cores": os.cpu_count()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@lru_cache
+def cpu_name() -> str:
+    """What the machine's processor is called."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name") and ":" in line]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@lru_cache
+def git_commit() -> str | None:
+    """The commit this very file is tracked in, `-dirty` if the package differs from it; None outside a checkout.
+
+    An installed copy may lie inside somebody else's repository, hence the question whether git knows the file.
+    """
+    here = Path(__file__).resolve()
+
+    def git(*args: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", str(here.parent), *args], capture_output=True, text=True, timeout=10)
+
+    try:
+        if git("ls-files", "--error-unmatch", here.name).returncode != 0:
+            return None
+        head = git("rev-parse", "HEAD")
+        dirty = git("diff", "--quiet", "HEAD", "--", str(here.parent)).returncode != 0
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if head.returncode != 0 else head.stdout.strip() + ("-dirty" if dirty else "")

@@ -1,0 +1,98 @@
+"""What test_ray_cluster.py runs in a process of its own, in a Ray of its own: python ray_script.py FOLDER."""
+
+import importlib.util
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import ray
+from ray import serve
+
+from kvfold.integrations.ray_data import answered_dataset
+from kvfold.integrations.ray_serve import build
+
+_SPEC = importlib.util.spec_from_file_location("study", Path(__file__).parents[2] / "studies" / "ray_serve.py")
+study = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(study)
+
+
+def main(folder: Path) -> None:
+    """Says a word for each part that went well."""
+    study.write_model(folder / "tiny")
+    model, port = str(folder / "tiny"), study._free_port()
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build({"model": model, "kv_memory": "8MB", "cpus": 0.5}), name="kvfold", route_prefix="/")
+        leaves(f"http://127.0.0.1:{port}")
+        print("left")
+        refused(f"http://127.0.0.1:{port}")
+        print("refused")
+        serve.delete("kvfold")
+        scaled(model, f"http://127.0.0.1:{port}")
+        print("scaled")
+        serve.delete("kvfold")
+        batches(model)
+        print("answered")
+    finally:
+        ray.shutdown()
+
+
+def leaves(url: str) -> None:
+    """A client that closes its stream early: the engine has no request left soon after."""
+    body = {"prompt": "a" * 100, "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+        assert response.status_code == 200 and next(response.iter_lines()).startswith("data: ")
+        assert httpx.get(f"{url}/health", timeout=60).status_code == 200
+        handle = serve.get_deployment_handle("Replica", "kvfold")
+        assert handle.about.remote().result(timeout_s=60)["running"] == 1
+    deadline = time.monotonic() + 30
+    while handle.about.remote().result(timeout_s=60)["running"]:
+        assert time.monotonic() < deadline, "the engine still works for a client that is gone"
+        time.sleep(0.05)
+
+
+def refused(url: str) -> None:
+    """What the front and the application refuse, in OpenAI's form."""
+    assert httpx.get(f"{url}/metrics", timeout=60).status_code == 404
+    assert httpx.get(f"{url}/v1/models", headers={"host": "elsewhere.example"}, timeout=60).status_code == 403
+    answer = httpx.post(f"{url}/v1/completions", json={"prompt": "a" * 4000, "max_tokens": 4}, timeout=60)
+    assert answer.status_code == 400 and "context" in answer.json()["error"]["message"]
+    answer = httpx.post(f"{url}/v1/completions", content=b"x" * (9 << 20), timeout=60)
+    assert answer.status_code == 413, answer.status_code
+
+
+def scaled(model: str, url: str) -> None:
+    """Requests that want more KV memory than one replica has bring a second one."""
+    args = {"model": model, "kv_memory": "2MB", "cpus": 0.5, "max_replicas": 2}
+    serve.run(build(args), name="kvfold", route_prefix="/")
+    body = {"prompt": "a" * 100, "max_tokens": 1500, "ignore_eos": True}
+    deadline = time.monotonic() + 90
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=120) for _ in range(6)]
+        while _running() < 2:
+            assert time.monotonic() < deadline, f"still {_running()} replica"
+            time.sleep(0.2)
+        assert all(one.result().status_code == 200 for one in asked)
+
+
+def _running() -> int:
+    return serve.status().applications["kvfold"].deployments["Replica"].replica_states.get("RUNNING", 0)
+
+
+def batches(model: str) -> None:
+    """Rows with and without a mistake, through two batches."""
+    rows = [{"prompt": f"row {number}", "max_tokens": 4 + number % 2} for number in range(6)]
+    rows.append({"prompt": "x" * 5000, "max_tokens": 4})
+    found = answered_dataset(ray.data.from_items(rows), model, batch_rows=4, kv_memory="8MB", cpus=0.5).take_all()
+    by_prompt = {row["prompt"]: row for row in found}
+    assert len(found) == 7 and all(by_prompt[row["prompt"]]["max_tokens"] == row["max_tokens"] for row in rows)
+    assert "context" in by_prompt["x" * 5000]["error"] and by_prompt["x" * 5000]["text"] == ""
+    good = [row for row in found if row["error"] is None]
+    assert len(good) == 6 and all(1 <= row["completion_tokens"] <= row["max_tokens"] for row in good)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
