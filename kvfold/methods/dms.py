@@ -111,6 +111,7 @@ class MarkedStep(StepPlan):
     def __init__(self, method: DMS, streams: Streams):
         self.method, self.streams, self._width = method, streams, streams.state_X.shape[-1]
         self._column_B1 = (streams.position_B % self._width)[:, None]
+        self._before: tuple[Tensor, Tensor] | None = None
 
     def overwritten(self) -> Tensor:
         """See `StepPlan.overwritten`."""
@@ -132,12 +133,15 @@ class MarkedStep(StepPlan):
         if gates is None or gates.alpha_BTK is None:
             return None
         ring, streams, column = self.streams.state_X, self.streams, self._column_B1
-        fires, ids = gates.alpha_BTK[:, 0] > 0.5, streams.id_OBK[owner]
+        fires = gates.alpha_BTK[:, 0] > 0.5
         if gates.from_next:
-            fires = fires & (streams.position_B > 0)[:, None]
-            column = ((streams.position_B - 1) % self._width)[:, None]
-        slot = ring[ids, column]
-        ring[ids, column] = torch.where(fires & (slot >= 0), ~slot, slot)
+            if self._before is None:  # the same for all owners
+                self._before = (streams.position_B > 0)[:, None], ((streams.position_B - 1) % self._width)[:, None]
+            begun, column = self._before
+            fires = fires & begun
+        place = streams.id_OBK[owner] * self._width + column
+        slot = ring.take(place)
+        ring.put_(place, torch.where(fires & (slot >= 0), ~slot, slot))
         return None
 
 

@@ -17,6 +17,7 @@ from kvfold.methods.gates import GateConfig
 from kvfold.models.config import FoldConfig
 from kvfold.models.gates import GateCall, GateNorm, GateProjection, decide
 from kvfold.ops.linear import PackableLinear, project
+from kvfold.ops.norm import rms_norm
 from kvfold.ops.rotation import Rotation
 
 
@@ -35,7 +36,7 @@ class FoldRMSNorm(nn.Module):
         """Same shape and dtype as `x`."""
         if self.offset:
             return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).type_as(x)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class UnitRMSNorm(nn.Module):

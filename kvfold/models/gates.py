@@ -20,6 +20,7 @@ from kvfold.methods.base import Method
 from kvfold.methods.gates import GateConfig
 from kvfold.models.options import CallOptions
 from kvfold.ops.gating import STAY_NEVER, Gates
+from kvfold.ops.norm import rms_norm
 
 IMPORTANCE_FLOOR = 2.0**-7
 """Added to every importance: the epsilon of bf16, whatever the dtype, as the official inference has it."""
@@ -58,8 +59,7 @@ class GateNorm(_InFloat32):
 
     def forward(self, x: Tensor) -> Tensor:
         """fp32, same shape."""
-        gain = 1.0 + self.weight if self.offset else self.weight
-        return F.rms_norm(x.float(), self.weight.shape, gain, self.eps)
+        return rms_norm(x.float(), 1.0 + self.weight if self.offset else self.weight, self.eps)
 
 
 class GateProjection(_InFloat32):

@@ -80,18 +80,17 @@ class PackedWeights:
             return self._panels_NCW.nbytes
         return torch.ops.mkldnn._nbytes(self._onednn)
 
-    def serves(self, layers: Sequence[nn.Module], x: Tensor) -> bool:
+    def serves(self, layers: tuple[nn.Module, ...], x: Tensor) -> bool:
         """Whether `x` can go through the copy in place of these layers; a copy that is out of date is made anew."""
         if torch.is_grad_enabled() or x.dtype != self._dtype or torch.compiler.is_compiling():
             return False
-        if len(layers) != len(self._layers) or any(a is not b for a, b in zip(layers, self._layers, strict=True)):
+        if layers != self._layers or x.shape[-1] != self._inputs or torch.is_autocast_enabled("cpu"):
             return False
         if self._dtype == torch.float32 and x.numel() // self._inputs not in self._rows:
             return False
-        if x.shape[-1] != self._inputs or torch.is_autocast_enabled("cpu"):
-            return False
-        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
-            return False
+        for layer in layers:
+            if layer._forward_hooks or layer._forward_pre_hooks:
+                return False
         return self._fresh() or self._remade()
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:

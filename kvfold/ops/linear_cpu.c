@@ -1,10 +1,11 @@
-/* y = x W^T for few rows: weights in panels of PANEL output channels, read once from memory, in order.
+/* y = x W^T for few rows, and the RMS norm that stands before it. Weights lie in panels of PANEL output channels, read once from memory, in order.
  *
  * A tile of up to ROWS rows shares each vector of weights; its sums stay in registers. More rows go over a panel again while
  * it lies in the second cache, and the panel that the thread will have next is asked for meanwhile. ROWS and COLUMNS
  * are constants where a function is inlined.
  * Letters: R rows, C input channels, N output channels.
  */
+#include <math.h>
 #include <stdlib.h>
 
 #include "paged_simd.h"
@@ -89,6 +90,20 @@ static void panel(const product *p, int64_t number) {
 static void work(void *argument) {
   product *p = argument;
   for (int64_t number; (number = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->panels;) panel(p, number);
+}
+
+/* y = x / sqrt(mean(x^2) + eps) * gain, row by row; x and y [R, C] contiguous. */
+void kvfold_rms_norm(const float *x, const float *gain, float *y, int64_t rows, int64_t width, float eps) {
+  const int64_t whole = width / LANES * LANES;
+  for (; rows > 0; rows--, x += width, y += width) {
+    vec sums = splat(0.0f);
+    for (int64_t k = 0; k < whole; k += LANES) sums += load(x + k) * load(x + k);
+    float sum = sum_of(sums);
+    for (int64_t k = whole; k < width; k++) sum += x[k] * x[k];
+    const float factor = 1.0f / sqrtf(sum / width + eps);
+    for (int64_t k = 0; k < whole; k += LANES) store(y + k, load(x + k) * splat(factor) * load(gain + k));
+    for (int64_t k = whole; k < width; k++) y[k] = x[k] * factor * gain[k];
+  }
 }
 
 /* Columns of a panel. */

@@ -66,6 +66,8 @@ class LinearLibrary:
     """Output channels that lie side by side."""
     linear: ctypes._CFuncPtr
     """`kvfold_linear` of linear_cpu.c."""
+    rms_norm: ctypes._CFuncPtr
+    """`kvfold_rms_norm` of linear_cpu.c."""
     parallel: int
     """As in `Library`."""
 
@@ -105,7 +107,11 @@ def linear_library() -> LinearLibrary | None:
         return None
     loaded.kvfold_panel.restype = ctypes.c_int64
     loaded.kvfold_linear.argtypes = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 4, ctypes.c_void_p)
-    return LinearLibrary(panel=loaded.kvfold_panel(), linear=loaded.kvfold_linear, parallel=_openmp())
+    loaded.kvfold_rms_norm.argtypes = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, ctypes.c_float)
+    loaded.kvfold_rms_norm.restype = None
+    return LinearLibrary(
+        panel=loaded.kvfold_panel(), linear=loaded.kvfold_linear, rms_norm=loaded.kvfold_rms_norm, parallel=_openmp()
+    )
 
 
 def instruction_sets() -> tuple[str, ...]:
