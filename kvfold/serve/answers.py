@@ -1,12 +1,13 @@
 """One request from its checked fields to its response: a place in the queue, the engine, a stream or a whole answer."""
 
-from collections.abc import AsyncIterator
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
 
 from fastapi import Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 
+from kvfold.serve.body import read
 from kvfold.serve.errors import ApiError, log_failure
 from kvfold.serve.jobs import Job
 from kvfold.serve.serving import Serving
@@ -31,8 +32,15 @@ class Asked(Protocol):
         """The answer as events."""
 
 
-async def respond(serving: Serving, request: Request, asked: Asked, name: str, *, stream: bool) -> Response:
-    """The response. `name`: the request's id. Raises `ApiError` for what is refused before an answer begins."""
+async def respond(
+    serving: Serving, request: Request, kind: type[BaseModel], asked_of: Callable[[Serving, Any, str, str], Asked]
+) -> Response:
+    """The response to a body of one kind, whole or as a stream. `asked_of`: from the body, the model's name and the request's id
+    what is asked. Raises `ApiError` for what is refused before an answer begins.
+    """
+    body = await read(request, kind, serving.settings.body_timeout_s)
+    model, name, stream = serving.check(body), serving.request_id(request, body), bool(body.stream)
+    asked = asked_of(serving, body, model, name)
     job = serving.jobs.open(name, asked.answers, streams=stream)
     headers = {"X-Request-Id": name}
     handed_over = False

@@ -22,7 +22,6 @@ from openai.types.chat.chat_completion_message_function_tool_call import ChatCom
 from kvfold.engine.engine import Answer, Piece
 from kvfold.engine.request import Usage
 from kvfold.serve.answers import respond
-from kvfold.serve.body import read
 from kvfold.serve.calls import AnswerReader, Part
 from kvfold.serve.errors import ApiError
 from kvfold.serve.fields import ChatRequest
@@ -264,7 +263,4 @@ def add_routes(router: APIRouter, serving: Serving, extra: dict[str, Any]) -> No
     @router.post("/v1/chat/completions", openapi_extra=extra, response_model=None, tags=["answers"])
     async def chat_completions(request: Request) -> Response:
         """Answer a chat."""
-        body = await read(request, ChatRequest, serving.settings.body_timeout_s)
-        model = serving.check(body)
-        name = serving.request_id(request, body)
-        return await respond(serving, request, _Chat(serving, body, model, name), name, stream=bool(body.stream))
+        return await respond(serving, request, ChatRequest, _Chat)

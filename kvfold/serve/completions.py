@@ -13,7 +13,6 @@ from openai.types.completion_choice import Logprobs
 from kvfold.engine.engine import Answer, Piece
 from kvfold.engine.request import Usage
 from kvfold.serve.answers import respond
-from kvfold.serve.body import read
 from kvfold.serve.errors import ApiError
 from kvfold.serve.fields import CompletionRequest
 from kvfold.serve.jobs import LONG_CHARACTERS, Job
@@ -172,8 +171,4 @@ def add_routes(router: APIRouter, serving: Serving, extra: dict[str, Any]) -> No
     @router.post("/v1/completions", openapi_extra=extra, response_model=None, tags=["answers"])
     async def completions(request: Request) -> Response:
         """Continue one text or several."""
-        body = await read(request, CompletionRequest, serving.settings.body_timeout_s)
-        model = serving.check(body)
-        name = serving.request_id(request, body)
-        asked = _Completion(serving, body, model, name)
-        return await respond(serving, request, asked, name, stream=bool(body.stream))
+        return await respond(serving, request, CompletionRequest, _Completion)

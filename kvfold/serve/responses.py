@@ -14,7 +14,6 @@ from fastapi.responses import Response as HttpResponse
 from openai.types.responses import Response
 
 from kvfold.serve.answers import respond
-from kvfold.serve.body import read
 from kvfold.serve.calls import AnswerReader, Part
 from kvfold.serve.chat import ChatCall
 from kvfold.serve.errors import ApiError, unsupported
@@ -252,7 +251,4 @@ def add_routes(router: APIRouter, serving: Serving, extra: dict[str, Any]) -> No
     @router.post("/v1/responses", openapi_extra=extra, response_model=None, tags=["answers"])
     async def responses(request: Request) -> HttpResponse:
         """Answer a conversation, item by item."""
-        body = await read(request, ResponsesRequest, serving.settings.body_timeout_s)
-        model = serving.check(body)
-        name = serving.request_id(request, body)
-        return await respond(serving, request, _Response(serving, body, model, name), name, stream=bool(body.stream))
+        return await respond(serving, request, ResponsesRequest, _Response)
