@@ -22,6 +22,9 @@ from pathlib import Path
 from statistics import quantiles
 
 import httpx
+import torch
+
+from kvfold.record import made
 
 REQUESTS, OPEN = 300, 32
 POOL = "120MB"
@@ -222,7 +225,8 @@ def afterwards(out: Path) -> None:
 
 
 def write(out: Path, result: dict) -> None:
-    """As JSON, a list of ids a line."""
+    """As JSON with the record of each step, a list of ids a line."""
+    result.setdefault("made", {})[sys.argv[1]] = made(torch.get_num_threads())
     out.parent.mkdir(parents=True, exist_ok=True)
     text = re.sub(r"\[[\d,\s]*\]", lambda found: re.sub(r"\s+", " ", found[0]), json.dumps(result, indent=1))
     out.write_text(text + "\n")
