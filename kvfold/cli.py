@@ -277,5 +277,5 @@ def demo(
     quiet_transformers(bars=False)
     with progress() as report:
         page = run_demo(out, command_line(), say, report, tables_of)
-    say("next: `kvfold serve --demo` answers OpenAI's clients, and shows at its own page what every head keeps")
+    say("next: `make serve` (or `kvfold serve --demo`): chat with this model, and watch what each head keeps")
     typer.echo(f"the page: {page}")

@@ -57,15 +57,17 @@ def load_model(
 
 
 def quiet_transformers(*, bars: bool = True) -> None:
-    """Its log lines are for programmers. `bars`: its progress bars stay, as for downloads."""
+    """Its log lines are for programmers. `bars`: its progress bars stay, as for downloads; that of a .gguf file, which is read
+    from the disk and asks none of the settings, never does.
+    """
     from transformers import modeling_gguf_pytorch_utils as gguf_reading
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    if hasattr(gguf_reading, "tqdm"):
+        gguf_reading.tqdm = partial(gguf_reading.tqdm, disable=True)
     if not bars:
         logging.disable_progress_bar()
-        if hasattr(gguf_reading, "tqdm"):  # a bar that asks none of the settings
-            gguf_reading.tqdm = partial(gguf_reading.tqdm, disable=True)
 
 
 def model_name(source: str) -> str:

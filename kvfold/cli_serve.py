@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kvfold.cli_model import SAMPLE, Adapter, Device, Dtype, Json
+from kvfold.cli_model import SAMPLE, Adapter, Device, Dtype, Json, quiet_transformers
 from kvfold.console import check_out, check_packages, clear_errors, command_line, progress, say, show, show_json
 
 
@@ -46,6 +46,7 @@ def serve(
     from kvfold.demo import bundled_model
     from kvfold.serve.command import serve as run
 
+    quiet_transformers()
     run(
         model, demo=bundled_model() if demo else None, host=host, port=port, api_key=api_key or (),
         served_model_name=served_model_name or (), max_model_len=max_model_len, max_num_seqs=max_num_seqs,

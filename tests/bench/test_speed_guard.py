@@ -1,7 +1,8 @@
-"""Catches a loss of half the speed: each fast path against plain torch in the same process, one thread, in turns.
+"""Catches lost speed: each fast path against plain torch in the same process, one thread, in turns.
 
-The clock is the thread's CPU time and the quickest of many turns counts, so that other programs hardly show. A bar is about
-1.4 times what was measured when it was set, the worse of AVX-512 and AVX2; whoever makes a path faster lowers it.
+The clock is the thread's CPU time and the quickest of many turns counts, so that other programs hardly show. Even so ratios
+differ by half between runs and instruction sets (linear layers 0.40 to 0.67), so what takes twice the time is caught surely,
+what takes half as long again in most runs. A bar stands clear of the worst ratio seen; whoever makes a path faster lowers it.
 """
 
 import time
@@ -57,7 +58,7 @@ def test_linear_layers_of_eight_rows():
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("storage", "bar"), [("fp32", 0.98), ("int8", 0.88)])
+@pytest.mark.parametrize(("storage", "bar"), [("fp32", 0.92), ("int8", 0.82)])
 def test_decode_attention(storage, bar):
     shape = KernelShape()
     lengths = stream_lengths(shape.streams(), 512, 1)
@@ -80,7 +81,7 @@ def test_a_step_beside_transformers(tmp_path):
     )  # fmt: skip
     theirs = LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path)
-    ours, rows, tokens, bar = load(tmp_path), 8, 256, 1.25
+    ours, rows, tokens, bar = load(tmp_path), 8, 256, 1.15
     cache, other = ours.new_cache(rows=rows), DynamicCache(config=config)
     fill_cache(cache, torch.full((4, 2), tokens), tokens=tokens)
     for layer in range(4):
