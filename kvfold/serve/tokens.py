@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kvfold.engine.sampler import TokenLogprob
 from kvfold.serve.errors import ApiError
+from kvfold.serve.streaming import filled
 
 
 class Tokens:
@@ -85,7 +86,8 @@ class Tokens:
             offsets.append(offset)
             offset += len(self.text_of(token))
         nothing = [] if first is None else [None]
-        return Logprobs.model_construct(
+        return filled(
+            Logprobs,
             text_offset=offsets,
             token_logprobs=nothing + [_finite(one.logprob) for one in found],
             tokens=[self._name(token, as_ids) for token in tokens],
