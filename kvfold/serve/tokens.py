@@ -40,9 +40,9 @@ class Tokens:
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def too_long(self, length: object) -> ApiError:
-        """The error for a prompt of so many tokens."""
+        """The error for a prompt of so many tokens, in the words by which clients know that they must shorten it."""
         return ApiError(
-            400, f"prompt must be shorter than the model's context of {self.max_model_len} tokens, got {length}",
+            400, f"This model's maximum context length is {self.max_model_len} tokens, and the prompt has {length}: shorten it",
             param="prompt", code="context_length_exceeded",
         )  # fmt: skip
 
