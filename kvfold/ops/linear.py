@@ -56,6 +56,7 @@ class PackedWeights:
     def __init__(self, layers: Sequence[PackableLinear]):
         self._layers = tuple(layers)
         self._outputs = [layer.out_features for layer in layers]
+        self._num_outputs = sum(self._outputs)
         self._make()
 
     @staticmethod
@@ -88,10 +89,12 @@ class PackedWeights:
             return False
         if self._dtype == torch.float32 and x.numel() // self._inputs not in self._rows:
             return False
-        for layer in layers:
+        fresh = True
+        for mark, layer in zip(self._marks, layers):  # noqa: B905  as many: this runs for every layer of every step
             if layer._forward_hooks or layer._forward_pre_hooks:
                 return False
-        return self._fresh() or self._remade()
+            fresh = fresh and mark.holds(layer._parameters.get("weight"))
+        return fresh or self._remade()
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """[..., C] -> [..., outputs] of each layer, in turn."""
@@ -100,15 +103,16 @@ class PackedWeights:
         else:
             out = self._multiplied(x.reshape(-1, self._inputs)).view(*x.shape[:-1], -1)
         parts = out.split(self._outputs, dim=-1) if len(self._outputs) > 1 else (out,)
-        for part, layer in zip(parts, self._layers, strict=True):
-            if layer.bias is not None:
-                part += layer.bias
+        for part, layer in zip(parts, self._layers):  # noqa: B905  as many
+            bias = layer._parameters["bias"]
+            if bias is not None:
+                part += bias
         return parts
 
     def _multiplied(self, x_RC: Tensor) -> Tensor:
         """[R, all outputs]."""
         x_RC, library = x_RC.contiguous(), self._library
-        rows, outputs = x_RC.shape[0], sum(self._outputs)
+        rows, outputs = x_RC.shape[0], self._num_outputs
         out = x_RC.new_empty(rows, outputs)
         failed = library.linear(
             x_RC.data_ptr(), self._panels_NCW.data_ptr(), out.data_ptr(), rows, self._inputs, outputs,
@@ -130,9 +134,6 @@ class PackedWeights:
         else:
             self._onednn = torch.ops.mkldnn._reorder_linear_weight(joint.contiguous(), _ONEDNN_ROWS_HINT)
         self._marks = [_Mark(layer.weight) for layer in self._layers]
-
-    def _fresh(self) -> bool:
-        return all(mark.holds(layer.weight) for mark, layer in zip(self._marks, self._layers, strict=True))
 
     def _remade(self) -> bool:
         """The weights have changed: copy them again, or do without where this is no longer the place for it."""
@@ -158,7 +159,7 @@ class _Mark:
         self._probe = probe.view(torch.uint8).numpy()
         self._values = self._probe.tobytes()
 
-    def holds(self, weight: Tensor) -> bool:
+    def holds(self, weight: Tensor | None) -> bool:
         """Neither another tensor, nor written, nor given other memory, nor edited behind torch's back."""
         return (
             weight is self._weight

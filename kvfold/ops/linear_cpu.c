@@ -1,4 +1,5 @@
-/* y = x W^T for few rows, and the RMS norm that stands before it. Weights lie in panels of PANEL output channels, read once from memory, in order.
+/* What a decoding step does besides attention, for few rows: y = x W^T, the RMS norm before it, the rotation behind it. Weights
+ * lie in panels of PANEL output channels, read once from memory, in order.
  *
  * A tile of up to ROWS rows shares each vector of weights; its sums stay in registers. More rows go over a panel again while
  * it lies in the second cache, and the panel that the thread will have next is asked for meanwhile. ROWS and COLUMNS
@@ -104,6 +105,27 @@ void kvfold_rms_norm(const float *x, const float *gain, float *y, int64_t rows, 
     for (int64_t k = 0; k < whole; k += LANES) store(y + k, load(x + k) * splat(factor) * load(gain + k));
     for (int64_t k = whole; k < width; k++) y[k] = x[k] * factor * gain[k];
   }
+}
+
+/* Rotary positions: the first `width` of `dims` channels of each head turn, the first half with the second; cosines and sines of
+ * both halves. Strides are those of rows; heads lie side by side, y is contiguous. */
+void kvfold_rotate(const float *x, const float *cosines, const float *sines, float *restrict y, int64_t rows, int64_t heads,
+                   int64_t dims, int64_t width, int64_t stride, int64_t angle_stride) {
+  const int64_t half = width / 2, whole = half / LANES * LANES;
+  for (; rows > 0; rows--, x += stride, cosines += angle_stride, sines += angle_stride)
+    for (int64_t h = 0; h < heads; h++, y += dims) {
+      const float *left = x + h * dims, *right = left + half;
+      for (int64_t i = 0; i < whole; i += LANES) {
+        const vec l = load(left + i), r = load(right + i);
+        store(y + i, l * load(cosines + i) - r * load(sines + i));
+        store(y + half + i, r * load(cosines + half + i) + l * load(sines + half + i));
+      }
+      for (int64_t i = whole; i < half; i++) {
+        y[i] = left[i] * cosines[i] - right[i] * sines[i];
+        y[half + i] = right[i] * cosines[half + i] + left[i] * sines[half + i];
+      }
+      for (int64_t i = width; i < dims; i++) y[i] = left[i];
+    }
 }
 
 /* Columns of a panel. */

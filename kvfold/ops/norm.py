@@ -5,6 +5,7 @@ five operations of it. Letters: R rows, C channels.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from kvfold.ops import native
 
@@ -14,10 +15,12 @@ MOST_ROWS = 192
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, in x's shape and dtype."""
-    if not _few(x, weight):
+    library = native.linear_library()
+    if library is None or not _few(x, weight):
         return F.rms_norm(x, weight.shape, weight, eps)
-    x, out, width = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format), weight.shape[0]
-    native.linear_library().rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps)
+    x, width = x.contiguous(), weight.shape[0]
+    out = torch.empty_like(x)
+    library.rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps)
     return out
 
 
@@ -27,8 +30,7 @@ def _few(x: Tensor, weight: Tensor) -> bool:
         x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and x.numel() <= MOST_ROWS * weight.shape[0]
-        and type(weight.data) is Tensor
+        and type(weight) in (Parameter, Tensor)
         and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
         and weight.is_contiguous()
-        and native.linear_library() is not None
     )

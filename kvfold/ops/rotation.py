@@ -1,4 +1,5 @@
-"""Rotary positions: turning q and k by the angle of their position. Which angles a model uses is the model's business.
+"""Rotary positions: turning q and k by the angle of their position. Which angles a model uses is the model's business. The few
+rows of a decoding step on a CPU are turned by a C function, since torch makes five operations of it.
 
 Letters: B rows, T tokens of this call, H heads, D head dim, R rotated dims (R <= D; the rest passes unchanged).
 """
@@ -7,6 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from kvfold.ops import native
+
+MOST_ROWS = 192
+"""Above, torch's threads are worth more than the fewer operations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,9 +56,35 @@ class Rotation:
     def apply(self, x_BTHD: Tensor) -> Tensor:
         """Rotate the first R dims of every head; the first half pairs with the second, as Llama checkpoints expect."""
         width = self._cos_BT1R.shape[-1]
+        library = native.linear_library()
+        if library is not None and self._few(x_BTHD):
+            return self._turned_by(library, x_BTHD)
         if width == x_BTHD.shape[-1]:
             return self._turn(x_BTHD)
         return torch.cat((self._turn(x_BTHD[..., :width]), x_BTHD[..., width:]), dim=-1)
+
+    def _few(self, x_BTHD: Tensor) -> bool:
+        """Whether the C function serves this call: one token of each of few rows, its heads side by side."""
+        rows, tokens, _, dims = x_BTHD.shape
+        return (
+            tokens == 1
+            and rows <= MOST_ROWS
+            and x_BTHD.dtype == self.cos_BTR.dtype == torch.float32
+            and x_BTHD.device.type == "cpu"
+            and x_BTHD.stride()[2:] == (dims, 1)
+            and self.cos_BTR.stride(2) == self.sin_BTR.stride(2) == 1
+            and self.cos_BTR.stride(0) == self.sin_BTR.stride(0)
+            and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        )
+
+    def _turned_by(self, library: native.LinearLibrary, x_B1HD: Tensor) -> Tensor:
+        rows, _, heads, dims = x_B1HD.shape
+        cos, sin, out = self.cos_BTR, self.sin_BTR, x_B1HD.new_empty(x_B1HD.shape)
+        library.rotate(
+            x_B1HD.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), rows, heads, dims, cos.shape[2],
+            x_B1HD.stride(0), cos.stride(0) if cos.shape[0] > 1 else 0,
+        )  # fmt: skip
+        return out
 
     def _turn(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, dim=-1)

@@ -22,8 +22,7 @@ def by_loops(vector, storage):
         scale = torch.clamp(peak.abs() / largest if storage == "int8" else peak / least, -65504.0, 65504.0).half()
         scales.append(scale)
         whole = [
-            0 if scale == 0 else max(least, min(largest, round(float(torch.tensor(x) / scale.float()))))
-            for x in group
+            0 if scale == 0 else max(least, min(largest, round(float(torch.tensor(x) / scale.float())))) for x in group
         ]
         if storage == "int8":
             codes += whole
