@@ -56,7 +56,7 @@ class PackedWeights:
     def __init__(self, layers: Sequence[PackableLinear]):
         self._layers = tuple(layers)
         self._outputs = [layer.out_features for layer in layers]
-        self._num_outputs = sum(self._outputs)
+        self.outputs = sum(self._outputs)
         self._make()
 
     @staticmethod
@@ -77,20 +77,26 @@ class PackedWeights:
     @property
     def num_bytes(self) -> int:
         """What the copy takes in memory, on top of the weights."""
-        if self._panels_NCW is not None:
-            return self._panels_NCW.nbytes
+        if self.panels_NCW is not None:
+            return self.panels_NCW.nbytes
         return torch.ops.mkldnn._nbytes(self._onednn)
 
     def serves(self, layers: tuple[nn.Module, ...], x: Tensor) -> bool:
         """Whether `x` can go through the copy in place of these layers; a copy that is out of date is made anew."""
-        if torch.is_grad_enabled() or x.dtype != self._dtype or torch.compiler.is_compiling():
+        return x.shape[-1] == self.inputs and layers == self._layers and self.allows(x) and self.holds()
+
+    def allows(self, x: Tensor) -> bool:
+        """Whether a copy may be used at all in a call of this kind, dtype and number of rows."""
+        if x.dtype != self._dtype or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        if layers != self._layers or x.shape[-1] != self._inputs or torch.is_autocast_enabled("cpu"):
+        if self._dtype == torch.float32 and x.numel() // x.shape[-1] not in self._rows:
             return False
-        if self._dtype == torch.float32 and x.numel() // self._inputs not in self._rows:
-            return False
+        return not torch.is_autocast_enabled("cpu")
+
+    def holds(self) -> bool:
+        """Whether the copy, made anew if need be, stands for its layers: nobody listens to them, and no weight has changed."""
         fresh = True
-        for mark, layer in zip(self._marks, layers):  # noqa: B905  as many: this runs for every layer of every step
+        for mark, layer in zip(self._marks, self._layers):  # noqa: B905  as many: this runs for every layer of every step
             if layer._forward_hooks or layer._forward_pre_hooks:
                 return False
             fresh = fresh and mark.holds(layer._parameters.get("weight"))
@@ -98,10 +104,10 @@ class PackedWeights:
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """[..., C] -> [..., outputs] of each layer, in turn."""
-        if self._panels_NCW is None:
+        if self.panels_NCW is None:
             out = torch.ops.mkldnn._linear_pointwise(x, self._onednn, None, "none", [], "")
         else:
-            out = self._multiplied(x.reshape(-1, self._inputs)).view(*x.shape[:-1], -1)
+            out = self._multiplied(x.reshape(-1, self.inputs)).view(*x.shape[:-1], -1)
         parts = out.split(self._outputs, dim=-1) if len(self._outputs) > 1 else (out,)
         for part, layer in zip(parts, self._layers):  # noqa: B905  as many
             bias = layer._parameters["bias"]
@@ -111,11 +117,11 @@ class PackedWeights:
 
     def _multiplied(self, x_RC: Tensor) -> Tensor:
         """[R, all outputs]."""
-        x_RC, library = x_RC.contiguous(), self._library
-        rows, outputs = x_RC.shape[0], self._num_outputs
+        x_RC, library = x_RC.contiguous(), self.library
+        rows, outputs = x_RC.shape[0], self.outputs
         out = x_RC.new_empty(rows, outputs)
         failed = library.linear(
-            x_RC.data_ptr(), self._panels_NCW.data_ptr(), out.data_ptr(), rows, self._inputs, outputs,
+            x_RC.data_ptr(), self.panels_NCW.data_ptr(), out.data_ptr(), rows, self.inputs, outputs,
             torch.get_num_threads(), library.parallel,
         )  # fmt: skip
         if failed:
@@ -126,11 +132,11 @@ class PackedWeights:
     def _make(self) -> None:
         weights = [layer.weight.detach() for layer in self._layers]
         joint = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self._dtype, self._inputs, self._rows = joint.dtype, joint.shape[1], fp32_rows()
-        self._panels_NCW = self._onednn = None
-        self._library = native.linear_library() if self._dtype == torch.float32 else None
-        if self._library is not None:
-            self._panels_NCW = _panels(joint, self._library.panel)
+        self._dtype, self.inputs, self._rows = joint.dtype, joint.shape[1], fp32_rows()
+        self.panels_NCW = self._onednn = None
+        self.library = native.linear_library() if self._dtype == torch.float32 else None
+        if self.library is not None:
+            self.panels_NCW = _panels(joint, self.library.panel)
         else:
             self._onednn = torch.ops.mkldnn._reorder_linear_weight(joint.contiguous(), _ONEDNN_ROWS_HINT)
         self._marks = [_Mark(layer.weight) for layer in self._layers]

@@ -148,3 +148,45 @@ int kvfold_linear(const float *x, const float *w, float *y, int64_t rows, int64_
   free(turned);
   return 0;
 }
+
+/* y = a + factor b */
+static void add(float *y, const float *a, const float *b, float factor, int64_t n) {
+  const int64_t whole = n / LANES * LANES;
+  for (int64_t i = 0; i < whole; i += LANES) store(y + i, load(a + i) + load(b + i) * splat(factor));
+  for (int64_t i = whole; i < n; i++) y[i] = a[i] + b[i] * factor;
+}
+
+INLINE vec silu(vec x) {
+  const vec e = exp_negative((vec)((ivec)x | INT32_MIN)), one = splat(1.0f);
+  const ivec below = x < splat(0.0f);
+  return x * (vec)((below & (ivec)e) | (~below & (ivec)one)) / (one + e);
+}
+
+/* Rows of [gate, up], each `inner` wide, become silu(gate) * up, closed up. No row is written over one that is still to come. */
+static void gate_rows(float *x, int64_t rows, int64_t inner) {
+  const int64_t whole = inner / LANES * LANES;
+  for (int64_t r = 0; r < rows; r++) {
+    const float *gate = x + r * 2 * inner, *up = gate + inner;
+    float *to = x + r * inner;
+    for (int64_t i = 0; i < whole; i += LANES) store(to + i, silu(load(gate + i)) * load(up + i));
+    for (int64_t i = whole; i < inner; i++) to[i] = silu(splat(gate[i]))[0] * up[i];
+  }
+}
+
+/* What follows attention in a layer: out = h + f a Wo^T, then out += f down(silu(gate) * up) of out's RMS norm; f is `factor`.
+ * a [R, A], h and out [R, C]; panels of Wo, of gate and up together, and of down. 0, or 1 where there was no memory. */
+int kvfold_tail(const float *a, const float *h, const float *wo, const float *gain, const float *gate_up, const float *down,
+                float *out, int64_t rows, int64_t attended, int64_t width, int64_t inner, float eps, float factor,
+                int64_t threads, parallel_fn parallel) {
+  float *normed = malloc(rows * (width + 2 * inner) * sizeof(float)), *wide = normed + rows * width;
+  if (!normed) return 1;
+  int failed = kvfold_linear(a, wo, out, rows, attended, width, threads, parallel);
+  add(out, h, out, factor, rows * width);
+  kvfold_rms_norm(out, gain, normed, rows, width, eps);
+  failed |= kvfold_linear(normed, gate_up, wide, rows, width, 2 * inner, threads, parallel);
+  gate_rows(wide, rows, inner);
+  failed |= kvfold_linear(wide, down, normed, rows, inner, width, threads, parallel);
+  add(out, out, normed, factor, rows * width);
+  free(normed);
+  return failed;
+}
