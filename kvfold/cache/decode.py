@@ -94,7 +94,8 @@ class PlacedStep:
         place = self.plan.overwritten()
         if place is None:
             place = self._room(self.plan.evicted() if self.stored else None)
-        self.group.copy_for_slot(self.streams.id_OBK, place)
+        if self.group.has_shared:
+            self.group.copy_for_slot(self.streams.id_OBK, place)
         grows, length = place == self.streams.length_OBK, self.streams.length_OBK
         border = grows & (length % self.group.pool.slots == 0)
         number = int(border.sum())
@@ -114,7 +115,7 @@ class PlacedStep:
         pool, slots = self.group.pool, self.group.pool.slots
         slot = self.group.tables.flat[self.start_OBK[owners] + place // slots].long() * slots + place % slots
         pool.arrays["position"].view(-1)[slot] = self.batch.position_B.int()[:, None].expand_as(slot)
-        if pool.page_class.slot_arrays:
+        if pool.slot_arrays:
             pool.write_state(slot.reshape(-1), {})
         self.group.length.view(-1)[self.streams.id_OBK[owners]] = length
         return slot
@@ -252,10 +253,9 @@ class ScoredStep(PlacedStep):
 
     def _place(self) -> None:
         self.group.copy_on_write(self.streams.id_OBK)
-        page_class, shape = self.group.pool.page_class, self.streams.id_OBK.shape
+        pool, shape = self.group.pool, self.streams.id_OBK.shape
         self._kv = [
-            torch.empty((*shape, page_class.head_dim), dtype=page_class.dtype, device=self.start_OBK.device)
-            for _ in range(2)
+            torch.empty((*shape, pool.page_class.head_dim), dtype=pool.dtype, device=pool.device) for _ in range(2)
         ]
         self._wants_old = self.group.method.attention_scores == "last"
         columns = self.stored + 1 if self._wants_old else 1

@@ -16,8 +16,7 @@ from kvfold.cache.views import KVView
 from kvfold.methods.gates import GateConfig
 from kvfold.models.config import FoldConfig
 from kvfold.models.gates import GateCall, GateNorm, GateProjection, decide
-from kvfold.ops.linear import PackableLinear, project
-from kvfold.ops.norm import rms_norm
+from kvfold.ops.linear import PackableLinear, project, rms_norm
 from kvfold.ops.rotation import Rotation
 
 
