@@ -65,7 +65,7 @@ class GateForm:
     """Heads in which a freed channel carries nothing but decisions and is zeroed for attention."""
     reads: tuple[str, ...] = ("own",)
     """Which token's decision may govern a token: `own`, or that of the `next` one."""
-    weighs: bool = False
+    with_weights: bool = False
     """Whether the query's channel also gives each token a weight (its importance in a merge)."""
     outputs: int = 1
     """Numbers that an adapter gives for each KV head; the first is the decision, the others reach the method as they are."""

@@ -205,7 +205,7 @@ def decide(
     alpha, log_stay = _soft(config, call, layer, logit) if call.training else hard_alpha(logit)
     if call.record is not None:
         _record(config, call, layer, logit, alpha)
-    if config.form.weighs:
+    if config.form.with_weights:
         more["weight_BTK"] = _importance(config, q_BTHD, k_BTKD.shape[2])
     return Gates(
         alpha_BTK=alpha, log_stay_BTK=log_stay, from_next=config.reads == "next", heads_KP=heads_KP, **more
