@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
-from kvfold.models.options import CallOptions
+from kvfold.models.options import PLAIN, CallOptions
 from kvfold.ops.gating import STAY_NEVER, Gates
 from kvfold.ops.linear import rms_norm
 
@@ -151,13 +151,13 @@ class GateCall:
     table: GateTable
     training: bool
     """Soft decisions with noise; else hard ones."""
-    options: CallOptions
+    options: CallOptions = PLAIN
     """What the call asks for."""
-    noise_key: Tensor | None
+    noise_key: Tensor | None = None
     """int64 [B]; the noise is a function of a row's key and the layer. None = no noise."""
-    record: GateRecord | None
+    record: GateRecord | None = None
     """Takes down what the gates of the call decide; None = nobody asked."""
-    gate_set: GateSet | None
+    gate_set: GateSet | None = None
     """Where decisions come from if not from the model's own gates."""
     off: bool = field(init=False)
     """Decide nothing."""
