@@ -16,8 +16,7 @@ from kvfold.cache.views import KVView
 from kvfold.methods.gates import GateConfig
 from kvfold.models.config import FoldConfig
 from kvfold.models.gates import GateCall, GateNorm, GateProjection, decide
-from kvfold.ops.linear import PackableLinear, project
-from kvfold.ops.norm import rms_norm
+from kvfold.ops.linear import PackableLinear, project, rms_norm
 from kvfold.ops.rotation import Rotation
 from kvfold.ops.tail import PackedTail
 
@@ -67,7 +66,7 @@ class FoldAttention(nn.Module):
         self.o_proj = PackableLinear(q_width, config.hidden_size, bias=config.o_bias)
         self.q_norm, self.k_norm = _head_norm(config, q_width), _head_norm(config, kv_width) if owner else None
         self.query_layernorm = self.key_layernorm = None
-        if config.qk_norm == "turned":
+        if config.qk_norm == "rotated":
             self.query_layernorm = FoldRMSNorm(config.head_dim, config)
             self.key_layernorm = FoldRMSNorm(config.head_dim, config)
         self.kv_norm = FoldRMSNorm(config.hidden_size, config) if config.kv_norm and owner else None
@@ -164,7 +163,7 @@ def _head_norm(config: FoldConfig, width: int) -> nn.Module | None:
     """What norms the heads of q or k, `width` channels in all, before they are rotated."""
     if config.qk_norm == "none":
         return None
-    if config.qk_norm == "turned":
+    if config.qk_norm == "rotated":
         return UnitRMSNorm(config.rms_norm_eps)
     return FoldRMSNorm(width if config.qk_norm == "full" else config.head_dim, config)
 

@@ -1,9 +1,10 @@
-"""Linear layers that are quick for the few rows that decoding brings.
+"""Linear layers, and the RMS norm before them, that are quick for the few rows that decoding brings.
 
 MKL rearranges the weights of an ordinary product at every call from three rows on. `PackedWeights` is a copy of the weights of
 one or several layers in a form that need not be rearranged: in fp32 panels of output channels for linear_cpu.c, which reads
 them once and in order; otherwise, and where no C file can be built, oneDNN's own format. Which layers are packed, and
-when, is decided in models/packing.py; `studies/packed_products.py` measures the products.
+when, is decided in models/packing.py; `studies/packed_products.py` measures the products. Of a norm torch makes five
+operations, linear_cpu.c one.
 Letters: R rows, C input channels, N panels of W output channels.
 """
 
@@ -19,6 +20,8 @@ FP32_ROWS = range(1, 193)
 """Rows for which panels win in fp32: above, the rearranging no longer matters."""
 ONEDNN_ROWS = range(3, 193)
 """Rows for which oneDNN's format wins in fp32: below, memory is the limit whatever the form."""
+NORM_ROWS = 192
+"""Rows above which torch's threads are worth more to a norm than fewer operations."""
 _LEAST_OUTPUTS = 64
 _PROBES = 4
 _ONEDNN_ROWS_HINT = 16
@@ -173,6 +176,29 @@ class _Mark:
             and weight.data_ptr() == self._pointer
             and self._probe.tobytes() == self._values
         )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, in x's shape and dtype."""
+    library = native.linear_library()
+    if library is None or not _serves_norm(x, weight):
+        return F.rms_norm(x, weight.shape, weight, eps)
+    x, width = x.contiguous(), weight.shape[0]
+    out = torch.empty_like(x)
+    library.rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps)
+    return out
+
+
+def _serves_norm(x: Tensor, weight: Tensor) -> bool:
+    """Whether linear_cpu.c can norm this."""
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() <= NORM_ROWS * weight.shape[0]
+        and type(weight) in (nn.Parameter, Tensor)
+        and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+        and weight.is_contiguous()
+    )
 
 
 def fp32_rows() -> range:

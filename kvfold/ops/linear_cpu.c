@@ -134,18 +134,18 @@ int64_t kvfold_panel(void) { return PANEL; }
 /* x [R, C] contiguous, w [panels, C, PANEL], y [R, N]; 0, or 1 where there was no memory. */
 int kvfold_linear(const float *x, const float *w, float *y, int64_t rows, int64_t inputs, int64_t outputs,
                   int64_t threads, parallel_fn parallel) {
-  float *turned = rows > 1 ? malloc(rows * inputs * sizeof(float)) : NULL;
-  if (rows > 1 && !turned) return 1;
-  for (int64_t b = 0; turned && b < rows; b += ROWS) {
+  float *transposed = rows > 1 ? malloc(rows * inputs * sizeof(float)) : NULL;
+  if (rows > 1 && !transposed) return 1;
+  for (int64_t b = 0; transposed && b < rows; b += ROWS) {
     const int64_t height = rows - b < ROWS ? rows - b : ROWS;
-    float *to = turned + b * inputs;
+    float *to = transposed + b * inputs;
     for (int64_t k = 0; k < inputs; k++)
       for (int64_t r = 0; r < height; r++) to[k * height + r] = x[(b + r) * inputs + k];
   }
-  product p = {turned ? turned : x, w, y, rows, inputs, outputs, (outputs + PANEL - 1) / PANEL, threads, 0};
+  product p = {transposed ? transposed : x, w, y, rows, inputs, outputs, (outputs + PANEL - 1) / PANEL, threads, 0};
   if (parallel && threads > 1) parallel(work, &p, (unsigned)threads, 0);
   else p.threads = 1, work(&p);
-  free(turned);
+  free(transposed);
   return 0;
 }
 

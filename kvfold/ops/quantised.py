@@ -38,6 +38,14 @@ def page_width(storage: str, head_dim: int) -> int:
     return -(-head_dim // 2) if storage == "int4" else head_dim
 
 
+def page_arrays(name: str, storage: str, head_dim: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What a slot holds of a vector under fp8, int8 or int4, by array: its shape and dtype."""
+    codes = {name: ((page_width(storage, head_dim),), _DTYPES[storage])}
+    if storage == "fp8":
+        return codes
+    return codes | {f"{name}_scale": ((scale_groups(head_dim),), torch.float16)}
+
+
 def quantise(x: Tensor, storage: str) -> tuple[Tensor, Tensor | None]:
     """Codes [..., page_width] and, for int8 and int4, scales fp16 [..., S] of vectors x [..., D].
 

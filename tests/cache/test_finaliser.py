@@ -30,7 +30,7 @@ READERS = {
 
 def books(cache) -> tuple:
     """As they stand, without asking the store: what its arrays say."""
-    pool = cache.store._pools[0]
+    pool = next(iter(cache.store._pools.values()))
     return int((pool.references > 0).sum()), int(pool.references.sum())
 
 

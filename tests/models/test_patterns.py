@@ -20,7 +20,7 @@ GATES = {
     "dms:3": GateConfig(method="dms", source="adapter", scale=40.0, offset=1.0, reads="next"),
 }
 TIMES = ["full", "window:3+1", "h2o:8+8", "tova:16", *GATES]
-NORMS = [{}, {"kv_norm": True}, {"qk_norm": "turned"}]
+NORMS = [{}, {"kv_norm": True}, {"qk_norm": "rotated"}]
 LAYERS, HEADS = 7, 4
 
 
