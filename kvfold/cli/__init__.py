@@ -65,9 +65,10 @@ class BenchGroup(TyperGroup):
 def _add(group: typer.Typer, commands: dict[str, Callable]) -> None:
     """The last lines of a command's docstring are its example."""
     for name, command in commands.items():
-        help_text, _, example = cleandoc(command.__doc__ or "").partition("\n\nExample: ")
-        epilog = f"Example: {example}" if example else None
-        group.command(name, help=help_text, epilog=epilog)(console.clear_errors(with_groups(command)))
+        words, _, example = cleandoc(command.__doc__ or "").partition("\n\nExample: ")
+        words = " ".join(words.split())
+        said = {"help": words, "short_help": words, "epilog": f"Example: {example}" if example else None}
+        group.command(name, **said)(console.clear_errors(with_groups(command)))
 
 
 _add(app, COMMANDS)

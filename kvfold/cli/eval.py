@@ -122,7 +122,7 @@ def evaluate(
     output: Output,
 ) -> None:
     """Perplexity of text read through the cache, passkeys and tasks, under any methods, beside the unfolded model.
-    Goes on where it stopped.
+    Run again, it resumes where it stopped.
 
     Example: `kvfold eval my-model --text notes.txt --time h2o:128+128 --time tova:256 --out results/notes.json`
     """

@@ -23,7 +23,7 @@ def generate(
     kv_memory: KvMemory = "2GB",
     max_new_tokens: Annotated[int, Option(min=1, help="Tokens to write, at most.")] = 128,
     temperature: Annotated[float, Option(min=0.0, help="0 takes the likeliest token, more is more daring.")] = 0.0,
-    seed: Annotated[int, Option(min=0, help="Of the draws, where there is a temperature.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Random seed, where there is a temperature.")] = 0,
     time: Time = None,
     *,
     loading: Loading,

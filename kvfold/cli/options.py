@@ -84,8 +84,8 @@ class Training:
     tokens: Annotated[
         str | None, Option(help="Tokens to train on, e.g. 250k; the recipe's stages are scaled to it.")
     ] = None
-    learning_rate: Annotated[float | None, Option(help="The learning rate at its highest.")] = None
-    seed: Annotated[int | None, Option(help="Of new weights, noise and the order of text.")] = None
+    learning_rate: Annotated[float | None, Option(help="Peak learning rate.")] = None
+    seed: Annotated[int | None, Option(help="Random seed of new weights, noise and the order of text.")] = None
     set_: Annotated[list[str] | None, Option("--set", help="Any key of a recipe, as key=value; several times.")] = None
 
     def over(self, recipe: Mapping[str, Any], settings: type, *, where: str, **more: Any) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Settings(Training):
 
 def retrofit(
     source: Source,
-    out: Annotated[Path, Argument(metavar="OUT", help="The folder to write; one that was begun is gone on with.")],
+    out: Annotated[Path, Argument(metavar="OUT", help="The folder to write; an unfinished run there is resumed.")],
     recipe: Annotated[str | None, Option(help="Settings by name, or a .yaml file; other options override it.")] = None,
     snapshot: Annotated[
         Path | None, Option(help="Write what the begun run's newest checkpoint is to this folder, and train nothing.")
@@ -78,7 +78,7 @@ def retrofit(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Train a model to compress its own cache, or train on after a conversion. Started again, it goes on where it stopped.
+    """Train a model to compress its own cache, or train on after a conversion. Run again, it resumes where it stopped.
 
     Example: `kvfold retrofit my-model my-adapter --recipe smollm2-dms-cpu --data notes.txt`
     """

@@ -24,7 +24,7 @@ def train(
         str | None, Argument(metavar="RECIPE", help="A name that --list shows, or a .yaml file.", show_default=False)
     ] = None,
     out: Annotated[
-        Path | None, Option(help="The folder to write; one that was begun is gone on with. Default: the name.")
+        Path | None, Option(help="The folder to write; an unfinished run there is resumed. Default: the recipe's name.")
     ] = None,
     sweep_lr: Annotated[
         float | None,
@@ -36,7 +36,7 @@ def train(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Train a model from scratch, layers and heads as the recipe says. Started again, it goes on where it stopped.
+    """Train a model from scratch, layers and heads as the recipe says. Run again, it resumes where it stopped.
 
     Example: `kvfold train mini-h128-mqa-cla2 --data notes.txt --out my-model`
     """
