@@ -70,8 +70,9 @@ lint: .venv/made-kvfold ## style, formatting, and that imports go down only
 	$(BIN)/ruff format --check --quiet .
 	@$(BIN)/lint-imports --no-cache --no-logo
 
-readme: .venv/made-kvfold ## fill the figures of README.md from results/
+readme: .venv/made-kvfold ## fill the figures of README.md from results/, and write docs/cli.md from the command line
 	$(BIN)/python docs/fill_readme.py
+	$(BIN)/python -m typer kvfold.cli utils docs --name kvfold --title "Every command and option" --output docs/cli.md
 
 clean: ## remove all that make made, the environments too
 	rm -rf .venv .venv-latest .venv-newest .venv-vllm .venv-ray demo-out build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

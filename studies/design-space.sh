@@ -87,8 +87,8 @@ done
 # Each model beside MQA on the same windows, and whether it finds passkeys, which models so small are not expected to.
 texts=() rows=()
 for file in "${valid[@]}"; do texts+=(--text "$file"); done
-for recipe in mini-h128-mqa-cla2 mini-h64-mqa; do rows+=(--beside "$out/$recipe-lr$(rate_of best "$recipe")-seed0"); done
-while read -r recipe rate seed; do rows+=(--beside "$out/$recipe-lr$rate-seed$seed"); done < <(others_lines)
+for recipe in mini-h128-mqa-cla2 mini-h64-mqa; do rows+=(--compare "$out/$recipe-lr$(rate_of best "$recipe")-seed0"); done
+while read -r recipe rate seed; do rows+=(--compare "$out/$recipe-lr$rate-seed$seed"); done < <(others_lines)
 mqa=$out/mini-h128-mqa-lr$(rate_of best mini-h128-mqa)-seed0
 kvfold eval "$mqa" "${texts[@]}" --context 512 --time full "${rows[@]}" --passkey --passkey-length 256 \
   --device "$device" --out "$out/results/beside-mqa.json"
@@ -97,5 +97,5 @@ for layers in cla2 cla4; do
   [ -d "$out/dropped-$layers" ] || kvfold convert "$mqa" "$out/dropped-$layers" --layers $layers --init drop --device "$device"
 done
 kvfold eval "$mqa" "${texts[@]}" --context 512 --time full --time window:60+4 --time window:12+4 --time window:3+1 \
-  --beside "$out/dropped-cla2" --beside "$out/dropped-cla4" --device "$device" --out "$out/mini-reach.json"
+  --compare "$out/dropped-cla2" --compare "$out/dropped-cla4" --device "$device" --out "$out/mini-reach.json"
 kvfold report "$out/results" --out "$out/design-space.html"

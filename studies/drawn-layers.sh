@@ -23,16 +23,16 @@ retrofit() { # source, name, further options
 }
 convert() { # source, name, layers
   [ -d "$out/$2" ] || kvfold convert "$1" "$out/$2" --layers "$3" --init drop --device "$device"
-  rows+=(--beside "$out/$2")
+  rows+=(--compare "$out/$2")
 }
 retrofit "$model" plain
 retrofit "$model" drawn --set drawn_layers=cla4
-rows+=(--beside "$out/drawn")
+rows+=(--compare "$out/drawn")
 for layers in cla2 cla4; do
   convert "$out/drawn" "drawn-$layers" $layers
   convert "$out/plain" "plain-$layers" $layers
   convert "$model" "start-$layers" $layers
   retrofit "$out/start-$layers" "trained-$layers"
-  rows+=(--beside "$out/trained-$layers")
+  rows+=(--compare "$out/trained-$layers")
 done
 kvfold eval "$out/plain" "${texts[@]}" --context 512 --time full "${rows[@]}" --device "$device" --out "$out/results/drawn-layers.json"

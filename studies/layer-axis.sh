@@ -32,17 +32,17 @@ convert cla2-drop cla2 drop
 convert cla2-mean cla2 mean
 convert cla2-fitted cla2 fitted "${fit[@]}"
 convert chosen-fitted "best:$half" fitted "${fit[@]}"
-kvfold eval "$model" "${texts[@]}" --time full --beside "$out/cla2-drop" --beside "$out/cla2-mean" \
-  --beside "$out/cla2-fitted" --beside "$out/chosen-fitted" --passkey --device "$device" --out "$out/results/cla2-start.json"
+kvfold eval "$model" "${texts[@]}" --time full --compare "$out/cla2-drop" --compare "$out/cla2-mean" \
+  --compare "$out/cla2-fitted" --compare "$out/chosen-fitted" --passkey --device "$device" --out "$out/results/cla2-start.json"
 
 common=("${data[@]}" --device "$device" --full --learning-rate 5e-5 --set learning_rate_schedule=cosine --set warmup_steps=5
   --set batch_sequences=1 --set save_steps=50 --set "mixed_precision=$precision")
 # What MODEL says of each sequence is worked out once.
 distilled=(--kl forward --teacher "$model" --set teacher_states="$out/teacher")
-rows=(--beside "$out/cla2-drop" --beside "$out/cla2-mean" --beside "$out/cla2-fitted" --beside "$out/chosen-fitted")
+rows=(--compare "$out/cla2-drop" --compare "$out/cla2-mean" --compare "$out/cla2-fitted" --compare "$out/chosen-fitted")
 uptrain() { # name, source, tokens, further options
   kvfold retrofit "$2" "$out/$1" --tokens "$3" "${common[@]}" "${@:4}"
-  rows+=(--beside "$out/$1")
+  rows+=(--compare "$out/$1")
 }
 uptrain chosen-fitted-distilled "$out/chosen-fitted" $((tokens - fitting)) "${distilled[@]}"
 for init in fitted mean drop; do
@@ -59,7 +59,7 @@ dms=(--recipe smollm2-dms-cpu --compression 2 "${data[@]}" --tokens $((tokens / 
 kvfold retrofit "$out/cla2-fitted-distilled-best" "$out/cla2-dms-2x" "${dms[@]}"
 alone=dms-2x-$((tokens / 2000))k
 kvfold retrofit "$model" "$out/$alone" "${dms[@]}"
-rows+=(--beside "$out/$alone" --beside "$out/cla2-fitted-distilled-best,$out/cla2-dms-2x")
+rows+=(--compare "$out/$alone" --compare "$out/cla2-fitted-distilled-best,$out/cla2-dms-2x")
 
 kvfold eval "$model" "${texts[@]}" --time window:508+4 --time window:252+4 --time h2o:128+128 "${rows[@]}" --passkey \
   ${tasks:+--tasks "$tasks" --limit 100} --device "$device" --out "$out/results/layer-axis.json"

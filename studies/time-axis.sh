@@ -49,10 +49,10 @@ for method in dms dmc; do
 done
 
 rows=()
-for name in dms-2x dms-3x dms-4x dms-4x-cold dmc-2x dmc-3x dmc-4x; do rows+=(--beside "$out/$name"); done
+for name in dms-2x dms-3x dms-4x dms-4x-cold dmc-2x dmc-3x dmc-4x; do rows+=(--compare "$out/$name"); done
 # Of the two rates the one that did better, by its card.
-rows+=(--beside "$out/gqa,$out/gqa-3x-lr2e-3")
-for name in gqa-fitted-3x gqa-fitted-dms-4x; do rows+=(--beside "$out/gqa-fitted,$out/$name"); done
+rows+=(--compare "$out/gqa,$out/gqa-3x-lr2e-3")
+for name in gqa-fitted-3x gqa-fitted-dms-4x; do rows+=(--compare "$out/gqa-fitted,$out/$name"); done
 times=()
 for kept in 512 341 256; do
   times+=(--time "window:$((kept - 4))+4" --time "h2o:$((kept / 2))+$((kept - kept / 2))" --time "tova:$kept")

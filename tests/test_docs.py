@@ -5,11 +5,12 @@ import shlex
 from pathlib import Path
 
 import pytest
-import typer
+import typer.cli
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from kvfold.methods.registry import METHODS, parse_time
 
@@ -96,9 +97,16 @@ def test_commands_in_the_docs_exist(place, line):
     words = shlex.split(line, comments=True)[1:]
     words = words[: words.index("|")] if "|" in words else words
     name = max((one for one in known if words[: len(one.split())] == one.split()), key=len)
-    assert name or words[0].startswith("-"), f"{place}: '{line}' names no command"
+    assert name or words[0].startswith(("-", "[")), f"{place}: '{line}' names no command"
     options = {word.partition("=")[0] for word in words if word.startswith("--")}
     assert options <= known[name] | {"--help"}, f"{place}: '{line}'"
+
+
+def test_the_reference_is_what_the_command_line_says():
+    """As `make readme` writes it."""
+    line = re.search(r"-m typer (.+) --output docs/cli.md", (ROOT / "Makefile").read_text())[1]
+    written = CliRunner().invoke(typer.cli.app, shlex.split(line), catch_exceptions=False).stdout
+    assert (ROOT / "docs" / "cli.md").read_text().strip() == written.strip()
 
 
 def test_the_readme_names_every_command_and_method():

@@ -17,7 +17,7 @@ def test_the_cache_holds_what_was_asked_for(kvfold, folder, train):
     facts = json.loads(done.out)
     assert facts["after"] == pytest.approx(3, rel=0.03) and facts["before"] < 2.7
     read = kvfold(
-        "eval tiny --time full --beside first --beside second --text text.txt --context 64 --windows 6 --json"
+        "eval tiny --time full --compare first --compare second --text text.txt --context 64 --windows 6 --json"
     )
     first, second = (row["compression"] for row in json.loads(read.out)["rows"][1:])
     assert {row["trained_tokens"] for row in json.loads(read.out)["rows"][1:]} == {256}
@@ -51,7 +51,7 @@ def test_an_adapter_for_some_layers_alone(kvfold, folder):
     done = kvfold("calibrate tiny first second --compression 1.3 --data text.txt --context 64 --sequences 6 --json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["after"] == pytest.approx(1.3, rel=0.03)
-    read = kvfold("eval tiny --time full --beside second --text text.txt --context 64 --windows 6 --json")
+    read = kvfold("eval tiny --time full --compare second --text text.txt --context 64 --windows 6 --json")
     row = json.loads(read.out)["rows"][1]
     assert row["method"] == "full; 1=dms:8 of second" and row["compression"] == pytest.approx(1.3, rel=0.1)
     assert (

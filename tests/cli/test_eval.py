@@ -122,7 +122,9 @@ def test_trained_and_converted_models_beside_the_first(kvfold, folder):
     }
     assert rows["full of tuned"]["allocated_bytes"] == rows["full of mqa"]["allocated_bytes"]
     assert 0 < rows["full of mqa"]["kl"] != rows["full of tuned"]["kl"]
-    body = [line for line in kvfold(f"eval tiny {SHORT} --beside dms --beside mqa").out.splitlines() if line[0] == "│"]
+    body = [
+        line for line in kvfold(f"eval tiny {SHORT} --compare dms --compare mqa").out.splitlines() if line[0] == "│"
+    ]
     assert [line.split("│")[1].strip() for line in body] == ["Full attention", "DMS 8 of dms", "mqa"]
 
 
@@ -130,11 +132,11 @@ def test_trained_and_converted_models_beside_the_first(kvfold, folder):
     ("beside", "says"),
     [
         ("nowhere", "nowhere: no folder here"),
-        ("tiny --beside tiny", "two models beside are called 'tiny'"),
+        ("tiny --compare tiny", "two models beside are called 'tiny'"),
     ],
 )
 def test_what_can_not_stand_beside(kvfold, beside, says, readings):
-    assert says in kvfold(f"eval tiny {SHORT} --beside {beside}").error
+    assert says in kvfold(f"eval tiny {SHORT} --compare {beside}").error
     assert readings == []
 
 
@@ -177,7 +179,7 @@ def test_tasks_of_a_file(kvfold, folder, anne):
 
 def test_tasks_of_other_models(kvfold, anne):
     assert kvfold("convert ending mqa --heads 1").code == 0
-    done = kvfold(f"eval ending --tasks {anne} --time h2o:2+2 --beside mqa --json")
+    done = kvfold(f"eval ending --tasks {anne} --time h2o:2+2 --compare mqa --json")
     rows = json.loads(done.out)["rows"]
     assert [row["method"] for row in rows] == ["full", "h2o:2+2", "full of mqa"]
     own = json.loads(kvfold(f"eval mqa --tasks {anne} --json").out)["rows"]

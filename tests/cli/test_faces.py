@@ -8,33 +8,33 @@ import typer
 
 from kvfold.cli import app
 
-MODEL_OPTIONS = "--bits --adapter --gates --dtype --device --json"
+MODEL_OPTIONS = "--bits --adapter --gates --dtype --device"
 COMMANDS = {
     "plan": "MODEL --layers --heads --time --compression --bits --memory --kv-memory --context --batch --json",
     "convert": "SOURCE OUT --layers --heads --init --calibration --tokens --pair-heads --for --time --bits --dtype "
     "--device --json",
-    "train": "RECIPE --out --data --valid --tokens --learning-rate --seed --sweep-lr --set --list --device --json",
-    "retrofit": "SOURCE OUT --recipe --time --compression --adapter --lora --full --data --tokens --context --batch "
-    "--learning-rate --kl --teacher --warm-start/--no-warm-start --calibrate/--no-calibrate --control --snapshot --seed --set "
-    "--dtype --device --json",
+    "train": "RECIPE --out --sweep-lr --list --data --tokens --learning-rate --seed --set --valid --device --json",
+    "retrofit": "SOURCE OUT --recipe --snapshot --adapter --lora --full --data --tokens --learning-rate --seed --set --time "
+    "--compression --context --batch --kl --teacher --warm-start/--no-warm-start --calibrate/--no-calibrate --control --dtype "
+    "--device --json",
     "calibrate": "MODEL ADAPTER OUT --compression --data --context --sequences --dtype --device --json",
-    "eval": "MODEL --text --time --windows --context --batch --chunk --passkey --passkey-tries --passkey-length --tasks "
-    f"--task-folder --task-length --limit --beside --peers --fresh --out {MODEL_OPTIONS}",
-    "generate": f"MODEL PROMPT --input --output --kv-memory --max-new-tokens --temperature --seed --time {MODEL_OPTIONS}",
+    "eval": "MODEL --text --time --windows --context --batch --chunk --compare/--beside --fresh --passkey --passkey-tries "
+    f"--passkey-length --tasks --task-folder --task-length --limit --peers {MODEL_OPTIONS} --out --json",
+    "generate": f"MODEL PROMPT --input --output --kv-memory --max-new-tokens --temperature --seed --time {MODEL_OPTIONS} --json",
     "bench decode": "MODEL --time --batch --prompt --new --text --padding --filled --compression --compare-bits --peers "
-    f"--repeats --out {MODEL_OPTIONS}",
-    "bench prefill": f"MODEL --time --batch --prompt --call --text --repeats --out {MODEL_OPTIONS}",
-    "bench capacity": f"MODEL --time --kv-memory --prompt --most --text --out {MODEL_OPTIONS}",
+    f"--repeats {MODEL_OPTIONS} --out --json",
+    "bench prefill": f"MODEL --time --batch --prompt --call --text --repeats {MODEL_OPTIONS} --out --json",
+    "bench capacity": f"MODEL --time --kv-memory --prompt --most --text {MODEL_OPTIONS} --out --json",
     "bench kernel": "--storage --tokens --spread --batch --kv-heads --group --head-dim --repeats --out --json",
     "bench gpu": "--out --json",
-    "bench train": "MODEL --time --sequence --batch --repeats --train --out --dtype --device --json",
-    "inspect": f"MODEL --text --time --tokens --head --out {MODEL_OPTIONS}",
+    "bench train": "MODEL --time --sequence --batch --repeats --train --dtype --device --out --json",
+    "inspect": f"MODEL --text --time --tokens --head {MODEL_OPTIONS} --out --json",
     "serve": "MODEL --demo --method --kv-memory --host --port --api-key --served-model-name --max-model-len --max-num-seqs "
     "--max-num-batched-tokens --chat-template --generation-config --adapter --dtype --device",
     "bench serve": "URL... --clients --rate --requests --trace --text --prompt-words --max-tokens --time --model --api-key "
     "--seed --out --picture --json",
     "bench serve-offline": "MODEL --time --budget --requests --prompt --new --trace --text --temperature --peers "
-    f"--repeats --seed --out {MODEL_OPTIONS}",
+    f"--repeats --seed {MODEL_OPTIONS} --out --json",
     "report": "RESULTS --out",
     "demo": "--out",
 }
@@ -42,7 +42,7 @@ DEFAULTS = {
     "plan": {"context": "4k", "batch": 1},
     "convert": {"init": "mean", "tokens": "24k", "pair_heads": False, "target": "kvfold"},
     "train": {"list_": False},
-    "retrofit": {"adapter": False, "full": False, "control": False},
+    "retrofit": {"adapter": False, "full": False},
     "calibrate": {"context": "1024", "sequences": 16},
     "eval": {
         "windows": 32,

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kvfold.bench.serve_http import Load, bench_serve, draw_requests, lengths, read_trace
-from kvfold.cli_serve import bench_serving
+from kvfold.cli.bench_serve import serve as bench_serving
 from kvfold.errors import UserError
 
 TEXT = " ".join(f"word{number}" for number in range(300))

@@ -1,21 +1,18 @@
-"""What every command shares: where words, tables and JSON go, and how a command ends when something is wrong.
+"""Where words, tables and JSON go, and how a command ends when something is wrong.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 a failure while running, 2 bad usage or bad input, which
 is a `UserError` or typer's own.
 """
 
 import functools
-import importlib.util
 import json
-import logging
 import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -103,47 +100,6 @@ def show(*parts: RenderableType) -> None:
 def show_json(data: Any) -> None:
     """One JSON value on stdout; numbers that are not finite, for which JSON has no word, become null."""
     typer.echo(json.dumps(json.loads(json.dumps(data), parse_constant=lambda _: None)))
-
-
-def check_out(out: Path | None) -> None:
-    """Refuse a place where no file can be, before anything is measured."""
-    if out is not None and (out.is_dir() or any(parent.is_file() for parent in out.parents)):
-        raise UserError(f"{out}: no file can be written there: name a file in a folder, one that is there or not yet")
-
-
-def hand_over(
-    kind: str,
-    result: Mapping[str, Any],
-    tables: Sequence[Callable[[Mapping[str, Any]], RenderableType]],
-    *,
-    out: Path | None,
-    as_json: bool,
-) -> None:
-    """Write a result where it was asked for, and show it as JSON or as tables."""
-    from kvfold.record import write_result
-
-    if out is not None:
-        write_result(out, kind, result, command_line())
-    if as_json:
-        show_json({"kind": kind, **result})
-    else:
-        show(*(table(result) for table in tables))
-
-
-def check_packages(*names: str, extra: str = "train", what: str = "training") -> None:
-    """Refuse to begin where a package is not installed that `what` needs and `extra` brings."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"{name} is not installed: {what} needs it: run pip install 'kvfold[{extra}]'")
-
-
-def quieten() -> None:
-    """Other packages' log lines are for programmers."""
-    from transformers.utils import logging as theirs
-
-    theirs.set_verbosity_error()
-    theirs.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 def command_line() -> str:

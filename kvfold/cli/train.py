@@ -1,97 +1,77 @@
-"""`kvfold train`: parse, call, print. What it does lives in the room `train`."""
+"""`kvfold train`: a model from scratch. It is trained in train/."""
 
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
-from kvfold.cli_model import Data, Device, Json, Rate, Set, note_idle_gpu
-from kvfold.console import check_packages, clear_errors, command_line, progress, quieten, say, show, show_json
+from kvfold.cli.console import command_line, progress, say, show, show_json
+from kvfold.cli.options import Device, Json, Training, begin_training, check_packages
 from kvfold.errors import UserError
 
-Recipe = Annotated[
-    str | None, typer.Argument(metavar="RECIPE", help="A name that --list shows, or a .yaml file.", show_default=False)
-]
-Out = Annotated[
-    Path | None, typer.Option(help="The folder to write; one that was begun is gone on with. Default: the name.")
-]
-Valid = Annotated[list[str] | None, typer.Option(help="Held-out text. Default: the first part of the data.")]
-Tokens = Annotated[str | None, typer.Option(help="Tokens to train on, e.g. 1M.")]
-Seed = Annotated[int | None, typer.Option(help="Of new weights and the order of sequences.")]
-Sweep = Annotated[
-    float | None,
-    typer.Option(help="Raise the learning rate by this factor until held-out perplexity stops improving, e.g. 1.5."),
-]
-List = Annotated[bool, typer.Option("--list", help="Show the recipes with their weights and KV bytes a token.")]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings(Training):
+    """What a recipe says where no option does."""
+
+    valid: Annotated[list[str] | None, Option(help="Held-out text. Default: the first part of the data.")] = None
 
 
-def add_train(app: typer.Typer) -> None:
-    """Put the command among the others."""
-    app.command("train", epilog="Example: `kvfold train mini-h128-mqa-cla2 --data notes.txt --out my-model`")(train)
-
-
-@clear_errors
 def train(
-    recipe: Recipe = None,
-    out: Out = None,
-    data: Data = None,
-    valid: Valid = None,
-    tokens: Tokens = None,
-    learning_rate: Rate = None,
-    seed: Seed = None,
-    sweep_lr: Sweep = None,
-    set_: Set = None,
-    list_: List = False,
+    recipe: Annotated[
+        str | None, Argument(metavar="RECIPE", help="A name that --list shows, or a .yaml file.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, Option(help="The folder to write; an unfinished run there is resumed. Default: the recipe's name.")
+    ] = None,
+    sweep_lr: Annotated[
+        float | None,
+        Option(help="Raise the learning rate by this factor until held-out perplexity stops improving, e.g. 1.5."),
+    ] = None,
+    list_: Annotated[bool, Option("--list", help="Show the recipes with their weights and KV bytes a token.")] = False,
+    *,
+    training: Settings,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Train a model from scratch, layers and heads as the recipe says. Started again, it goes on where it stopped."""
+    """Train a model from scratch, layers and heads as the recipe says. Run again, it resumes where it stopped.
+
+    Example: `kvfold train mini-h128-mqa-cla2 --data notes.txt --out my-model`
+    """
     if list_:
         _list(as_json)
         return
     if recipe is None:
         raise UserError("no recipe: give a name that `kvfold train --list` shows, or a .yaml file")
-    from kvfold.layout.units import parse_count
-
-    given = {
-        "data": data, "valid": valid, "tokens": None if tokens is None else parse_count(tokens),
-        "learning_rate": learning_rate, "seed": seed,
-    }  # fmt: skip
-    settings = _settings(recipe, {key: value for key, value in given.items() if value is not None}, set_ or [])
-    facts = _run(recipe, out or Path(Path(recipe).stem), settings, sweep_lr, device)
+    facts = _run(recipe, out or Path(Path(recipe).stem), _settings(recipe, training), sweep_lr, device)
     if as_json:
         show_json({"kind": "pretraining", **facts})
     else:
         typer.echo(facts["out"])
 
 
-def _settings(recipe: str, given: dict[str, Any], assigned: list[str]) -> Any:
-    """The recipe's, then what was given, then what was set."""
-    from dataclasses import MISSING, asdict, fields
-
+def _settings(recipe: str, training: Settings) -> Any:
     from kvfold.train.design_space import recipe_of
     from kvfold.train.pretrain_settings import PretrainSettings
-    from kvfold.train.recipes import checked_values, is_file_name, parse_assignments, read_recipe
+    from kvfold.train.recipes import is_file_name, read_recipe
 
     named = not is_file_name(recipe)
     values = asdict(recipe_of(recipe).settings) if named else read_recipe(recipe, PretrainSettings)
-    values |= checked_values(given, PretrainSettings, where="train") | parse_assignments(assigned, PretrainSettings)
+    values = training.over(values, PretrainSettings, where="train")
     missing = [one.name for one in fields(PretrainSettings) if one.default is MISSING and one.name not in values]
     if missing:
         raise UserError(f"recipe {recipe}: nothing says {', '.join(missing)}: add what a model's shape takes")
-    if not values.get("data"):
-        raise UserError("no data to train on: give --data FILES")
     return PretrainSettings(**values)
 
 
 def _run(recipe: str, out: Path, settings: Any, factor: float | None, device: str | None) -> dict[str, Any]:
     check_packages("accelerate")
-    from kvfold.ops.denormals import flush_denormals
     from kvfold.train.run_folder import RunFolder, leads
 
     if leads():
         _say_plan(recipe, settings)
-
     folder, name = RunFolder(out=out), recipe if factor is None else f"{recipe} --sweep-lr {factor:g}"
     if factor is not None:
         from kvfold.train.sweep import rates
@@ -103,8 +83,6 @@ def _run(recipe: str, out: Path, settings: Any, factor: float | None, device: st
     if done is not None and (out / "config.json").is_file():
         say(f"{out}: done already")
         return done
-    quieten()
-    flush_denormals()
     train_one = _trainer_of(recipe, device, text=folder.training)
     rows = [train_one(settings, folder)] if factor is None else _swept(name, settings, factor, folder, train_one)
     if not rows[0]:  # another process writes
@@ -119,18 +97,11 @@ def _trainer_of(recipe: str, device: str | None, *, text: Path) -> Any:
     """What trains one model in its folder; `text` is the folder of the packed text."""
     import torch
 
-    from kvfold import __version__
-    from kvfold.record import cpu_name, git_commit
     from kvfold.train.pretrain import Pretrain
-    from kvfold.train.retrofit import device_name
     from kvfold.train.watch import watched_steps
 
     where = torch.device(device or "cpu")
-    note_idle_gpu(where)
-    about = {
-        "command": command_line(), "version": __version__, "git_commit": git_commit(),
-        "hardware": device_name(where, cpu_name()),
-    }  # fmt: skip
+    about = begin_training(where)
 
     def train_one(settings: Any, folder: Any) -> dict[str, Any]:
         if (done := folder.finished()) is not None:
@@ -182,8 +153,6 @@ def _say_plan(recipe: str, settings: Any) -> None:
 
 
 def _list(as_json: bool) -> None:
-    from dataclasses import asdict
-
     from rich.table import Table
 
     from kvfold.train.design_space import recipes

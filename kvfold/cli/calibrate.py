@@ -1,46 +1,38 @@
-"""`kvfold calibrate`: parse, call, print. What it does lives in train/recalibrate.py."""
+"""`kvfold calibrate`: an adapter's gates at another compression. It is done in train/recalibrate.py."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
-from kvfold.cli_model import SAMPLE, Device, Dtype, Json, Model, load_model
-from kvfold.console import clear_errors, progress, say, show_json, waiting
+from kvfold.cli.console import progress, say, show_json, waiting
+from kvfold.cli.options import SAMPLE, Data, Device, Dtype, Json, Loading, Model, NewFolder
 from kvfold.layout.units import parse_count
 
-Data = Annotated[list[str] | None, typer.Option(help="Text to go by; several times: all. Default: a novel.")]
-Context = Annotated[str, typer.Option(help="Tokens of a sequence, at whose end the compression holds.")]
-Sequences = Annotated[int, typer.Option(min=1, help="Sequences to set the gates by.")]
 
-
-def add_calibrate(app: typer.Typer) -> None:
-    """Put the command among the others."""
-    app.command("calibrate", epilog="Example: `kvfold calibrate my-model adapter-4x adapter-2x --compression 2`")(
-        calibrate
-    )
-
-
-@clear_errors
 def calibrate(
     model: Model,
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A folder that `kvfold retrofit` wrote.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; a new or an empty one.")],
+    adapter: Annotated[Path, Argument(metavar="ADAPTER", help="A folder that `kvfold retrofit` wrote.")],
+    out: NewFolder,
     compression: Annotated[
         float | None,
-        typer.Option(
+        Option(
             help="Times smaller, at the end of a sequence, window included. Default: the gates stay, what they keep "
             "is measured anew."
         ),
     ] = None,
     data: Data = None,
-    context: Context = "1024",
-    sequences: Sequences = 16,
+    context: Annotated[str, Option(help="Tokens of a sequence, at whose end the compression holds.")] = "1024",
+    sequences: Annotated[int, Option(min=1, help="Sequences to set the gates by.")] = 16,
     dtype: Dtype = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """An adapter at another compression, without training, with what its gates keep per head, by which engines admit."""
+    """An adapter at another compression, without training, with what its gates keep per head, by which engines admit.
+
+    Example: `kvfold calibrate my-model adapter-4x adapter-2x --compression 2`
+    """
     from kvfold.models.checkpoint_files import check_folder
     from kvfold.train.data import draw_text
     from kvfold.train.recalibrate import method_of, recalibrate, shifted_settings
@@ -50,7 +42,7 @@ def calibrate(
     if compression is not None:
         settings = shifted_settings(method, compression=compression, sequence_tokens=tokens)
     check_folder(out)
-    weights, tokenizer = load_model(model, None, None, str(adapter), dtype, device)
+    weights, tokenizer = Loading(adapter=str(adapter), dtype=dtype, device=device).load(model)
     with waiting("drawing text"):
         text = draw_text(
             data or [str(SAMPLE)], tokenizer, tokens=sequences * tokens,

@@ -1,4 +1,4 @@
-"""`kvfold convert`: parse, call, print. What it does lives in models/convert.py."""
+"""`kvfold convert`: a checkpoint with fewer KV heads or shared layers. It is made in convert/."""
 
 import os
 import shutil
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
-from kvfold.cli_model import SAMPLE, Bits, Device, Json
-from kvfold.console import clear_errors, progress, say, show_json, waiting
+from kvfold.cli.console import progress, say, show_json, waiting
+from kvfold.cli.options import LAYERS, SAMPLE, Bits, Device, Heads, Json, NewFolder, Source, quiet_transformers
 from kvfold.errors import UserError
 from kvfold.layout.units import parse_count
 
@@ -20,61 +21,41 @@ if TYPE_CHECKING:
 _WINDOW_TOKENS = 1024
 """Tokens of a calibration window, where the model reads as many."""
 
-Layers = Annotated[
-    str | None,
-    typer.Option(help="Which layers share: cla2 | cla2-keep-ends | trailing:N | yoco | 0_0_2_2... | best:N, measured."),
-]
-Heads = Annotated[int | None, typer.Option(help="KV heads of a layer; divides the source's.")]
-Init = Annotated[str, typer.Option(help="mean | drop | fitted: what shared layers start from.")]
-Calibration = Annotated[
-    list[Path] | None, typer.Option(help="Text to fit on; given several times: a share of each. Default: a novel.")
-]
-Tokens = Annotated[str, typer.Option(help="Tokens of calibration text, e.g. 24k.")]
-Pair = Annotated[bool, typer.Option("--pair-heads", help="Merge the heads most alike, instead of neighbours.")]
-Target = Annotated[
-    str,
-    typer.Option(
-        "--for", help="kvfold | vllm, where its plugin can serve it | transformers, where only heads changed."
-    ),
-]
-Time = Annotated[str | None, typer.Option(help="What the new checkpoint keeps along time. Default: the source's.")]
-Dtype = Annotated[str | None, typer.Option(help="float32 | bfloat16 | float16. Default: the source's own.")]
 
-
-def add_convert(app: typer.Typer) -> None:
-    """Put the command among the others."""
-    app.command("convert", epilog="Example: `kvfold convert my-model my-model-cla2 --layers cla2 --init fitted`")(
-        convert
-    )
-
-
-@clear_errors
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, a .gguf file or a hub name.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; a new or an empty one.")],
-    layers: Layers = None,
+    source: Source,
+    out: NewFolder,
+    layers: Annotated[str | None, Option(help=f"{LAYERS} | best:N, measured.")] = None,
     heads: Heads = None,
-    init: Init = "mean",
-    calibration: Calibration = None,
-    tokens: Tokens = "24k",
-    pair_heads: Pair = False,
-    target: Target = "kvfold",
-    time: Time = None,
+    init: Annotated[str, Option(help="mean | drop | fitted: what shared layers start from.")] = "mean",
+    calibration: Annotated[
+        list[Path] | None, Option(help="Text to fit on; given several times: a share of each. Default: a novel.")
+    ] = None,
+    tokens: Annotated[str, Option(help="Tokens of calibration text, e.g. 24k.")] = "24k",
+    pair_heads: Annotated[
+        bool, Option("--pair-heads", help="Merge the heads most alike, instead of neighbours.")
+    ] = False,
+    target: Annotated[
+        str,
+        Option("--for", help="kvfold | vllm, where its plugin can serve it | transformers, where only heads changed."),
+    ] = "kvfold",
+    time: Annotated[str | None, Option(help="What the new checkpoint keeps along time. Default: the source's.")] = None,
     bits: Bits = None,
-    dtype: Dtype = None,
+    dtype: Annotated[str | None, Option(help="float32 | bfloat16 | float16. Default: the source's own.")] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """A model with fewer KV heads or with shared layers, as a checkpoint of its own."""
-    from transformers.utils import logging
+    """A model with fewer KV heads or with shared layers, as a checkpoint of its own.
 
+    Example: `kvfold convert my-model my-model-cla2 --layers cla2 --init fitted`
+    """
     from kvfold.convert.conversion import Conversion, new_config
     from kvfold.convert.conversion import convert as run
     from kvfold.layout.patterns import best_of
     from kvfold.models.checkpoint_files import check_folder
     from kvfold.models.load import load_config
 
-    logging.set_verbosity_error()
+    quiet_transformers()
     wanted = Conversion(
         layers=layers, heads=heads, init=init, pair_heads=pair_heads, time=time, bits=bits, target=target
     )
@@ -91,9 +72,7 @@ def convert(
     with progress() as report:
         if owners is not None:
             wanted = _with_choice(source, out, wanted, owners, ids, device, report)
-        run(
-            source, out, wanted, config=before, calibration_WT=ids, dtype=dtype, device=device, report=report,
-        )  # fmt: skip
+        run(source, out, wanted, config=before, calibration_WT=ids, dtype=dtype, device=device, report=report)
     if owners is not None:
         _keep_costs(out)
     _tell(_summary(before, new_config(before, wanted), out, init), as_json)

@@ -1,0 +1,79 @@
+"""The command line: a module a command, each of which parses, calls and prints. What the commands do lives in the rooms below;
+their options stand in options.py, where their words go in console.py.
+"""
+
+from collections.abc import Callable
+from inspect import cleandoc
+from typing import Annotated, Any
+
+import typer
+from typer import Option
+from typer.core import TyperGroup
+
+from kvfold.cli import (
+    bench,
+    bench_decode,
+    bench_serve,
+    calibrate,
+    console,
+    convert,
+    demo,
+    generate,
+    inspect,
+    plan,
+    report,
+    retrofit,
+    serve,
+    train,
+)  # fmt: skip
+from kvfold.cli.eval import evaluate
+from kvfold.cli.options import with_groups
+
+COMMANDS = {
+    "plan": plan.plan, "convert": convert.convert, "train": train.train, "retrofit": retrofit.retrofit,
+    "calibrate": calibrate.calibrate, "eval": evaluate, "inspect": inspect.inspect, "generate": generate.generate,
+    "serve": serve.serve, "report": report.report, "demo": demo.demo,
+}  # fmt: skip
+BENCH_COMMANDS = {
+    "decode": bench_decode.decode, "prefill": bench.prefill, "capacity": bench.capacity, "kernel": bench.kernel,
+    "gpu": bench.gpu, "train": bench.train, "serve": bench_serve.serve, "serve-offline": bench_serve.serve_offline,
+}  # fmt: skip
+app = typer.Typer(
+    epilog="Begin with `kvfold plan llama-3.1-8b --time h2o:512+512`, which needs no weights, or with `kvfold demo`.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+)  # fmt: skip
+
+
+@app.callback()
+def kvfold(
+    debug: Annotated[bool, Option("--debug", help="Show where an error came from, before its line.")] = False,
+) -> None:
+    """Make the KV cache of a language model small: plan it, train for it, measure it, generate with it."""
+    console.debug.set(debug)
+
+
+class BenchGroup(TyperGroup):
+    """`bench serve --offline` measures a model in process, `bench serve` any endpoint: two commands of one name."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Gives name, command and what is left of the words."""
+        if args[0] == "serve" and "--offline" in args:
+            args = ["serve-offline", *(word for word in args[1:] if word != "--offline")]
+        return super().resolve_command(ctx, args)
+
+
+def _add(group: typer.Typer, commands: dict[str, Callable]) -> None:
+    """The last lines of a command's docstring are its example."""
+    for name, command in commands.items():
+        words, _, example = cleandoc(command.__doc__ or "").partition("\n\nExample: ")
+        words = " ".join(words.split())
+        said = {"help": words, "short_help": words, "epilog": f"Example: {example}" if example else None}
+        group.command(name, **said)(console.clear_errors(with_groups(command)))
+
+
+_add(app, COMMANDS)
+benches = typer.Typer(
+    cls=BenchGroup, help="Measure speed and memory beside transformers, in one run.", no_args_is_help=True
+)
+_add(benches, BENCH_COMMANDS)
+app.add_typer(benches, name="bench")

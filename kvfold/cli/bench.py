@@ -1,0 +1,240 @@
+"""`kvfold bench prefill`, `capacity`, `kernel`, `gpu`, `train`: all are measured in bench/. `decode` and `serve` stand apart."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Option
+
+from kvfold.cli.console import progress
+from kvfold.cli.options import (
+    SAMPLE,
+    Device,
+    KvMemory,
+    Loading,
+    Model,
+    Output,
+    Repeats,
+    Text,
+    Times,
+    WeightsDtype,
+    check_packages,
+    model_name,
+)
+from kvfold.errors import UserError
+
+
+def prefill(
+    model: Model,
+    time: Times = None,
+    batch: Annotated[int, Option(help="Rows.")] = 8,
+    prompt: Annotated[int, Option(help="Tokens of each prompt.")] = 1024,
+    call: Annotated[list[int] | None, Option(help="Tokens of one call, 0 = all; several times: rows for each.")] = None,
+    text: Text = None,
+    repeats: Repeats = 2,
+    *,
+    loading: Loading,
+    output: Output,
+) -> None:
+    """Tokens/s of reading prompts under each method, beside what their floating-point operations allow.
+
+    Example: `kvfold bench prefill my-model --batch 8 --prompt 4096 --time full --time window:508+4`
+    """
+    from kvfold.bench.prefill import bench_prefill
+
+    ours, tokenizer = loading.load(model, times=time)
+    ids = _prompts(text, tokenizer, batch, prompt)
+    with progress() as report:
+        result = bench_prefill(
+            ours, ids, name=model_name(model), methods=time or ["full"], call_tokens=call or (0,), repeats=repeats,
+            report=report,
+        )  # fmt: skip
+    output.hand_over("prefill", result, table_of("Reading prompts", _PREFILL_COLUMNS))
+
+
+_PREFILL_COLUMNS = {
+    "prompts": "{batch} x {prompt_tokens:,}",
+    "call": "{call_tokens:,}",
+    "method": "{title}",
+    "compression": "{compression:.2f}",
+    "tokens/s": "{tokens_per_second[median]:.0f}",
+    "FLOP allow": "{allowed_tokens_per_second:.0f}",
+    "over the first": "{over_first[median]:.2f}",
+}
+
+
+def capacity(
+    model: Model,
+    time: Times = None,
+    kv_memory: KvMemory = "256MB",
+    prompt: Annotated[int, Option(help="Tokens of each row.")] = 1024,
+    most: Annotated[int, Option(help="Rows at which the search ends.")] = 256,
+    text: Text = None,
+    *,
+    loading: Loading,
+    output: Output,
+) -> None:
+    """How many rows fit in a budget, found by reading them in until the cache is full.
+
+    Example: `kvfold bench capacity my-model --kv-memory 256MB --prompt 1024 --time full --time h2o:128+128`
+    """
+    from kvfold.bench.capacity import bench_capacity
+    from kvfold.layout.units import parse_size
+
+    budget = parse_size(kv_memory)
+    ours, tokenizer = loading.load(model, times=time)
+    ids = _prompts(text, tokenizer, 8, prompt)
+    with progress() as report:
+        result = bench_capacity(
+            ours, ids, name=model_name(model), kv_bytes=budget, methods=time or ["full"], most_rows=most, report=report
+        )
+    title = f"Rows of {result['context_tokens']:,} tokens in {budget / 1e6:,.0f} MB"
+    output.hand_over("capacity", result, table_of(title, _CAPACITY_COLUMNS))
+
+
+_CAPACITY_COLUMNS = {
+    "method": "{title}",
+    "bits": "{bits}",
+    "compression": "{compression:.2f}",
+    "rows": lambda row: f"{row['rows']}{' or more' if row['stopped'] else ''}",
+    "planned": "{planned_rows}",
+    "over the first": "{over_first:.2f}",
+}
+
+
+def kernel(
+    storage: Annotated[
+        list[str] | None,
+        Option(help="fp32 | bf16 | fp16 | fp8 | int8 | int4; several times: rows for each. Default: all."),
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, Option(help="Mean entries of a head; several times. Default: 1024, 4096.")
+    ] = None,
+    spread: Annotated[
+        list[int] | None, Option(help="Longest head over shortest; several times. Default: 1, 100.")
+    ] = None,
+    batch: Annotated[int, Option(help="Sequences.")] = 8,
+    kv_heads: Annotated[int, Option(help="KV heads of a layer.")] = 3,
+    group: Annotated[int, Option(help="Query heads of a KV head.")] = 3,
+    head_dim: Annotated[int, Option(help="Channels of a head.")] = 64,
+    repeats: Repeats = 30,
+    *,
+    output: Output,
+) -> None:
+    """Decode attention on the CPU against its bytes over the memory's bandwidth; `KVFOLD_ISA` chooses a narrower kernel.
+
+    Example: `kvfold bench kernel --storage fp32 --storage int8 --tokens 4096`
+    """
+    import torch
+
+    from kvfold.bench.kernel import KernelShape, measure_kernel
+    from kvfold.ops.native import KINDS
+
+    unknown = sorted(set(storage or ()) - set(KINDS))
+    if unknown:
+        raise UserError(f"storage '{unknown[0]}': pages hold one of {', '.join(KINDS)}: name one of them")
+    if min([*(tokens or (1,)), *(spread or (1,)), batch, kv_heads, group, head_dim, repeats]) < 1:
+        raise UserError("a size below 1: every size of a kernel's call is 1 or more: write a larger one")
+    shape = KernelShape(batch=batch, kv_heads=kv_heads, group=group, head_dim=head_dim)
+    rows = measure_kernel(
+        shape=shape, storages=storage or KINDS, tokens=tokens or (1024, 4096), spreads=spread or (1, 100), repeats=repeats
+    )  # fmt: skip
+    result = {"environment": {"device": "cpu", "threads": torch.get_num_threads()}, "rows": list(rows)}
+    output.hand_over("kernel", result, table_of("Decode attention", _KERNEL_COLUMNS))
+
+
+_KERNEL_COLUMNS = {
+    "storage": "{storage}",
+    "instructions": "{isa}",
+    "tokens": "{tokens:,}",
+    "spread": "1:{spread}",
+    "ms": "{ms:.2f}",
+    "GB/s": "{gb_per_s:.1f}",
+    "memory GB/s": "{read_gb_per_s:.1f}",
+    "share": "{share:.2f}",
+}
+
+
+def gpu(*, output: Output) -> None:
+    """Every check and timing that needs a GPU, in under ten minutes; rows say `not measured` where there is none.
+
+    Example: `kvfold bench gpu --out results/gpu/kernels.json`
+    """
+    from kvfold.bench.gpu import bench_gpu
+
+    output.hand_over("gpu", bench_gpu(), _gpu_table)
+
+
+def _gpu_table(result: Mapping[str, Any]) -> Any:
+    counted = Counter(row["state"] for row in result["rows"])
+    rows = [{"state": state, "rows": number} for state, number in sorted(counted.items())]
+    title = f"GPU rows, {result['environment']['device']}"
+    return table_of(title, {"state": "{state}", "rows": "{rows}"})({"rows": rows})
+
+
+def train(
+    model: Model,
+    time: Annotated[
+        list[str] | None, Option("--time", help="dmc[:W][+S] | dms[:W]; several times: a row each. Default: both.")
+    ] = None,
+    sequence: Annotated[int, Option(help="Tokens of a sequence.")] = 1024,
+    batch: Annotated[int, Option(help="Sequences of a step.")] = 1,
+    repeats: Repeats = 3,
+    train: Annotated[str, Option(help="What learns: full | lora | adapter (DMS).")] = "full",
+    dtype: WeightsDtype = None,
+    device: Device = None,
+    *,
+    output: Output,
+) -> None:
+    """What one step of a retrofit costs, against the same loss with gates off; both sides in one run, of random tokens.
+
+    Example: `kvfold bench train my-model --time dms:128 --time dmc --sequence 1024`
+    """
+    check_packages("accelerate", "peft")
+    from kvfold.bench.train import METHODS, StepPoint, bench_train
+    from kvfold.ops.denormals import flush_denormals
+    from kvfold.report.tables import step_table
+
+    point = StepPoint(sequence_tokens=sequence, batch_sequences=batch, trains=train)
+    flush_denormals()
+    methods = time or (METHODS if train != "adapter" else METHODS[:1])
+    weights, _ = Loading(dtype=dtype or "float32", device=device).load(model)
+    with progress() as report:
+        result = bench_train(
+            weights, name=model_name(model), methods=methods, point=point, repeats=repeats, report=report
+        )
+    output.hand_over("step", result, step_table)
+
+
+def _prompts(text: Path | None, tokenizer: Any, batch: int, tokens: int) -> Any:
+    """Ids [B, T]: stretches of a text one after the other, from its beginning again where it ends."""
+    from kvfold.data.texts import read_text_file
+    from kvfold.data.windows import text_beginning
+
+    if batch < 1 or tokens < 2:
+        raise UserError(f"{batch} rows of {tokens} tokens: prompts are 1 or more of 2 tokens or more: ask for more")
+    ids, _ = text_beginning(read_text_file(text or SAMPLE), tokenizer, tokens=batch * tokens)
+    return ids.repeat(-(-batch * tokens // len(ids)))[: batch * tokens].view(batch, tokens)
+
+
+def table_of(title: str, columns: Mapping[str, str | Callable[[Mapping], str]]) -> Callable[[Mapping], Any]:
+    """What makes a table of a result, a line for each row. A cell is a text with the row's fields in braces, empty where the row
+    lacks one; or a function of the row.
+    """
+    from kvfold.report.sheets import Column, Sheet
+    from kvfold.report.tables import rich_table
+
+    def cell(shown: str | Callable[[Mapping], str], row: Mapping) -> str:
+        try:
+            return shown.format_map(row) if isinstance(shown, str) else shown(row)
+        except (KeyError, TypeError):  # nothing was measured there
+            return ""
+
+    heads = tuple(Column(head=head, is_text=not number) for number, head in enumerate(columns))
+
+    def table(result: Mapping) -> Any:
+        rows = tuple(tuple(cell(shown, row) for shown in columns.values()) for row in result["rows"])
+        return rich_table(Sheet(title=title, columns=heads, rows=rows))
+
+    return table

@@ -1,0 +1,208 @@
+"""`kvfold eval`: perplexity, passkeys and tasks, measured in eval/."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from typer import Option
+
+from kvfold.cli.console import progress, say
+from kvfold.cli.options import SAMPLE, Loading, Model, Output, Times, model_name
+from kvfold.errors import UserError
+
+if TYPE_CHECKING:
+    from kvfold.eval.beside import Beside
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passkeys:
+    """Keys to hide in filler text, and to ask for."""
+
+    passkey: Annotated[bool, Option("--passkey", help="Also hide keys in filler text, and ask for them.")] = False
+    passkey_tries: Annotated[int, Option(min=1, help="Keys at each depth.")] = 4
+    passkey_length: Annotated[
+        list[int] | None, Option(help="Tokens of that filler text; given several times: all. Default: --context.")
+    ] = None
+
+    def __post_init__(self):
+        if self.passkey_length and not self.passkey:
+            raise UserError("--passkey-length without --passkey: no key would be hidden: add --passkey")
+
+    def rows(
+        self, model: Any, tokenizer: Any, methods: Sequence[str], others: Sequence["Beside"], *, context: int, **settings: Any
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """What each method finds, and each other model."""
+        from kvfold.eval.passkey import measure_passkey, measure_passkey_beside
+
+        settings |= {"lengths": self.passkey_length or (context,), "tries": self.passkey_tries}
+        rows = measure_passkey(model, tokenizer, methods, **settings)
+        del settings["name"]
+        return rows + measure_passkey_beside(others, model, tokenizer, **settings)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tasks:
+    """Tasks to score. Raises `UserError` for options that nothing would heed, and for tasks that can't be found."""
+
+    tasks: Annotated[
+        list[str] | None,
+        Option(
+            help="Tasks of lm-evaluation-harness, or .jsonl files of questions, with commas or given several times."
+        ),
+    ] = None
+    task_folder: Annotated[Path | None, Option(help="A folder with more tasks, as lm-eval's YAML files.")] = None
+    task_length: Annotated[
+        list[int] | None, Option(help="Tokens of the prompts of synthetic tasks (RULER); given several times: all.")
+    ] = None
+    limit: Annotated[int | None, Option(min=1, help="Questions of a task, its first. Default: all.")] = None
+    peers: Annotated[
+        Literal["transformers", "none"],
+        Option(help="transformers: its own model, scored by lm-eval's hf, beside ours in tasks."),
+    ] = "none"
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks one by one."""
+        return [name.strip() for some in self.tasks or [] for name in some.split(",") if name.strip()]
+
+    def __post_init__(self):
+        given = {"task-folder": self.task_folder, "task-length": self.task_length, "limit": self.limit}
+        if self.names:
+            from kvfold.eval.tasks import check_tasks
+
+            check_tasks(self.names, self.task_folder)
+        elif self.tasks:
+            raise UserError(f"--tasks '{','.join(self.tasks)}': it names no task: write some, with commas between them")
+        for option, value in (given | {"peers": self.peers != "none"}).items():
+            if value and not self.names:
+                raise UserError(f"--{option} without --tasks: no task would be scored: name some")
+
+    def rows(
+        self, model: Any, tokenizer: Any, methods: Sequence[str], others: Sequence["Beside"], *, source: str, **settings: Any
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Their scores under each method, of transformers' own model of `source` if asked, and of each other model."""
+        from kvfold.bench.peers import load_theirs
+        from kvfold.eval.tasks import measure_tasks, measure_tasks_beside
+
+        theirs = partial(load_theirs, source, dtype=model.dtype, device=model.device)
+        settings |= {"folder": self.task_folder, "lengths": self.task_length or (), "limit": self.limit}
+        peer = theirs if self.peers == "transformers" else None
+        rows = measure_tasks(model, tokenizer, self.names, methods, peer=peer, **settings)
+        del settings["name"]
+        return rows + measure_tasks_beside(others, model, tokenizer, self.names, **settings)
+
+
+def evaluate(
+    model: Model,
+    text: Annotated[
+        list[str] | None,
+        Option(help="A text, .jsonl or .gz file; given several times: all. Default: a novel, unless there are tasks."),
+    ] = None,
+    time: Times = None,
+    windows: Annotated[int, Option(help="Windows of each text, evenly spaced.")] = 32,
+    context: Annotated[int, Option(help="Tokens of a window.")] = 1024,
+    batch: Annotated[int, Option(help="Windows, or requests of tasks, read side by side.")] = 32,
+    chunk: Annotated[int | None, Option(help="Tokens a call, where the method doesn't depend on it.")] = None,
+    compare: Annotated[
+        list[str] | None,
+        Option(
+            "--compare",
+            "--beside",
+            help="A row for another model: an adapter of this one, a MODEL of its vocabulary, or MODEL,ADAPTER.",
+        ),
+    ] = None,
+    fresh: Annotated[bool, Option("--fresh", help="Measure again what was measured before.")] = False,
+    *,
+    passkeys: Passkeys,
+    tasks: Tasks,
+    loading: Loading,
+    output: Output,
+) -> None:
+    """Perplexity of text read through the cache, passkeys and tasks, under any methods, beside the unfolded model.
+    Run again, it resumes where it stopped.
+
+    Example: `kvfold eval my-model --text notes.txt --time h2o:128+128 --time tova:256 --out results/notes.json`
+    """
+    from kvfold.eval.cells import Cells, model_about, model_key
+    from kvfold.eval.passkey import check_lengths
+    from kvfold.eval.perplexity import measure_quality
+    from kvfold.eval.protocol import Protocol
+    from kvfold.report.tables import passkey_table, quality_table, tasks_table
+
+    _check_adapter(loading.adapter, tasks.peers)
+    protocol = Protocol(windows=windows, context_tokens=context, batch=batch, call_tokens=chunk)
+    others = _compared(compare or [], model, loading)
+    weights, tokenizer = loading.load(model, times=time)
+    methods = list(dict.fromkeys(time or ())) or [weights.config.layout.time_text()]
+    texts = text or ([] if tasks.names else [SAMPLE])
+    if passkeys.passkey:
+        check_lengths(weights, tokenizer, passkeys.passkey_length or (context,))
+    sides = weights, tokenizer, methods, others
+    with progress() as report:
+        settings = {"name": model_name(model), "cells": Cells(_cells(), fresh=fresh), "report": report}
+        if texts:
+            result = measure_quality(weights, tokenizer, texts, methods, beside=others, protocol=protocol, **settings)
+        else:
+            about = model_about(weights, model_key(weights, settings["name"]))
+            result = {"protocol": {"limit": tasks.limit, "batch": batch}, **about, "rows": []}
+        if passkeys.passkey:
+            result["passkey"] = passkeys.rows(*sides, context=context, **settings)
+        if tasks.names:
+            result["tasks" if texts else "rows"] = tasks.rows(*sides, source=model, rows=batch, **settings)
+    asked = {quality_table: texts, passkey_table: passkeys.passkey, tasks_table: tasks.names}
+    output.hand_over("quality" if texts else "tasks", result, *(table for table in asked if asked[table]))
+
+
+def _check_adapter(adapter: str | None, peers: str) -> None:
+    """Refuse a peer that would lack it; tell what rows of an adapter are compared with."""
+    if adapter is None:
+        return
+    if peers != "none":
+        raise UserError(
+            f"--peers with --adapter {adapter}: transformers would score the base alone: give it with --compare"
+        )
+    from kvfold.models.adapters import read_adapter
+
+    if read_adapter(adapter)[0].lora is not None:
+        say(
+            f"note: {adapter} changes the model's weights, and rows are compared with the changed ones unfolded: --compare "
+            f"{adapter} compares with the base"
+        )
+
+
+def _compared(texts: Sequence[str], source: str, loading: Loading) -> list["Beside"]:
+    """Models to be opened later; what is no folder of either kind is refused now."""
+    from kvfold.eval.beside import Beside, check_labels
+    from kvfold.models.adapters import is_adapter, read_adapter
+    from kvfold.models.load import load, load_config
+
+    where = {"dtype": loading.dtype, "device": loading.device}
+
+    def one(text: str) -> Beside:
+        base, comma, last = text.rpartition(",")
+        if not is_adapter(last):
+            tokens = load_config(text).trained_tokens
+            return Beside(label=model_name(text), open=lambda: load(text, **where), trained_tokens=tokens)
+        tokens = read_adapter(last)[0].trained_tokens
+        if comma and tokens is not None:
+            tokens += load_config(base).trained_tokens or 0
+        elif comma:
+            load_config(base)  # whether it is there at all
+        name = model_name(last)
+        return Beside(label=name, open=lambda: load(base or source, adapter=last, **where), trained_tokens=tokens)
+
+    others = [one(text) for text in texts]
+    check_labels(others)
+    return others
+
+
+def _cells() -> Path:
+    """Where finished measurements wait to be used again."""
+    from kvfold.ops.native import cache_folder
+
+    # A folder that was named is made when something is written there, not by a command that is refused.
+    named = os.environ.get("KVFOLD_CACHE")
+    return (Path(named) if named else cache_folder()) / "cells"
