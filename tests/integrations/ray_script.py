@@ -28,9 +28,8 @@ def main(folder: Path) -> None:
     """Says a word for each part that went well."""
     study.write_model(folder / "tiny")
     model, port = str(folder / "tiny"), study._free_port()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        study.start_serve(port)
         serve.run(build({"model": model, "kv_memory": "8MB", "cpus": 0.5}), name="kvfold", route_prefix="/")
         leaves(f"http://127.0.0.1:{port}")
         print("left")
