@@ -253,8 +253,10 @@ class KVLayout:
         """The layout that `to_json` wrote. Raises `UserError` for another format or a missing or foreign key."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            newer = isinstance(found, int) and found > FORMAT
             raise UserError(
-                f"layout format {found!r}: this kvfold reads format {FORMAT}: update kvfold or write the layout again"
+                f"layout format {found!r}: this kvfold reads format {FORMAT}: "
+                f"{'update kvfold' if newer else 'write the layout again'}"
             )
         try:
             return cls(
