@@ -102,7 +102,7 @@ class PackedWeights:
         for mark, layer in zip(self._marks, self._layers):  # noqa: B905  as many: this runs for every layer of every step
             if layer._forward_hooks or layer._forward_pre_hooks:
                 return False
-            fresh = fresh and mark.holds(layer._parameters.get("weight"))
+            fresh = fresh and mark.holds(layer._parameters.get("weight"), layer._parameters.get("bias"))
         return fresh or self._remade()
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
@@ -112,10 +112,10 @@ class PackedWeights:
         else:
             out = self._multiplied(x.reshape(-1, self.inputs)).view(*x.shape[:-1], -1)
         parts = out.split(self._outputs, dim=-1) if len(self._outputs) > 1 else (out,)
-        for part, layer in zip(parts, self._layers):  # noqa: B905  as many
-            bias = layer._parameters["bias"]
-            if bias is not None:
-                part += bias
+        if self.has_bias:
+            for part, layer in zip(parts, self._layers, strict=True):
+                if layer.bias is not None:
+                    part += layer.bias
         return parts
 
     def _multiplied(self, x_RC: Tensor) -> Tensor:
@@ -142,7 +142,8 @@ class PackedWeights:
             self.panels_NCW = _panels(joint, self.library.panel)
         else:
             self._onednn = torch.ops.mkldnn._reorder_linear_weight(joint.contiguous(), _ONEDNN_ROWS_HINT)
-        self._marks = [_Mark(layer.weight) for layer in self._layers]
+        self._marks = [_Mark(layer.weight, layer.bias) for layer in self._layers]
+        self.has_bias = any(layer.bias is not None for layer in self._layers)
 
     def _remade(self) -> bool:
         """The weights have changed: copy them again, or do without where this is no longer the place for it."""
@@ -161,17 +162,21 @@ class PackedWeights:
 class _Mark:
     """What tells that a weight is still the one that was copied."""
 
-    def __init__(self, weight: Tensor):
+    __slots__ = ("_bias", "_pointer", "_probe", "_values", "_version", "_weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
         self._weight, self._version, self._pointer = weight, weight._version, weight.data_ptr()
+        self._bias = bias
         probe = weight.detach()[len(weight) // 2, :_PROBES]  # side by side: a single access to memory
         # Seen through numpy, which is quicker than any operation of torch: this is asked for every layer of every step.
         self._probe = probe.view(torch.uint8).numpy()
         self._values = self._probe.tobytes()
 
-    def holds(self, weight: Tensor | None) -> bool:
-        """Neither another tensor, nor written, nor given other memory, nor edited behind torch's back."""
+    def holds(self, weight: Tensor | None, bias: Tensor | None) -> bool:
+        """Neither another tensor, nor written, nor given other memory, nor edited behind torch's back; a bias is where it was."""
         return (
             weight is self._weight
+            and bias is self._bias
             and weight._version == self._version
             and weight.data_ptr() == self._pointer
             and self._probe.tobytes() == self._values

@@ -28,12 +28,17 @@ class Rotation:
     """What each channel of a rotated query is multiplied by: a norm's gain that stands behind the rotation."""
     _cos_BT1R: Tensor = field(init=False, repr=False, compare=False)
     _sin_BT1R: Tensor = field(init=False, repr=False, compare=False)
+    _in_place: bool = field(init=False, repr=False, compare=False)
+    """Whether C can read the angles where they are."""
 
     def __post_init__(self) -> None:
         # Once a call, not once a layer: room for the heads, and the sign that the first half of the rotated vector has.
         left, right = self.sin_BTR.chunk(2, dim=-1)
         object.__setattr__(self, "_cos_BT1R", self.cos_BTR.unsqueeze(2))
         object.__setattr__(self, "_sin_BT1R", torch.cat((-left, right), dim=-1).unsqueeze(2))
+        cos, sin = self.cos_BTR, self.sin_BTR
+        plain = cos.dtype == sin.dtype == torch.float32 and cos.device.type == "cpu" and cos.stride() == sin.stride()
+        object.__setattr__(self, "_in_place", plain and cos.stride(2) == 1)
 
     def part(self, start: int, end: int) -> "Rotation":
         """That of some of the tokens."""
@@ -69,19 +74,17 @@ class Rotation:
         return (
             tokens == 1
             and rows <= MOST_ROWS
-            and x_BTHD.dtype == self.cos_BTR.dtype == torch.float32
-            and x_BTHD.device.type == "cpu"
+            and x_BTHD.dtype == torch.float32
+            and self._in_place
             and x_BTHD.stride()[2:] == (dims, 1)
-            and self.cos_BTR.stride(2) == self.sin_BTR.stride(2) == 1
-            and self.cos_BTR.stride(0) == self.sin_BTR.stride(0)
             and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         )
 
     def _turned_by(self, library: native.LinearLibrary, x_B1HD: Tensor) -> Tensor:
         rows, _, heads, dims = x_B1HD.shape
-        cos, sin, out = self.cos_BTR, self.sin_BTR, x_B1HD.new_empty(x_B1HD.shape)
+        cos, out = self.cos_BTR, x_B1HD.new_empty(x_B1HD.shape)
         library.rotate(
-            x_B1HD.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), rows, heads, dims, cos.shape[2],
+            x_B1HD.data_ptr(), cos.data_ptr(), self.sin_BTR.data_ptr(), out.data_ptr(), rows, heads, dims, cos.shape[2],
             x_B1HD.stride(0), cos.stride(0) if cos.shape[0] > 1 else 0,
         )  # fmt: skip
         return out

@@ -23,21 +23,20 @@ class PackedTail:
 
     @staticmethod
     def reads(packed: Iterable[PackedWeights | None]) -> bool:
-        """Whether these copies have the form that the function reads."""
-        return all(one is not None and one.panels_NCW is not None for one in packed)
+        """Whether these copies have the form that the function reads, without biases."""
+        return all(one is not None and one.panels_NCW is not None and not one.has_bias for one in packed)
 
     def serves(self, modules: tuple[nn.Module, ...], hidden_BTC: Tensor) -> bool:
         """Whether the function can stand for these modules in a call with this residual stream."""
         if modules != self._modules or not self._o.allows(hidden_BTC):
             return False
-        for module in modules:
-            if module._forward_hooks or module._forward_pre_hooks or module._parameters.get("bias") is not None:
+        for module in modules[4:]:
+            if module._forward_hooks or module._forward_pre_hooks:
                 return False
         gain, packed = self._norm._parameters.get("weight"), (self._o, self._gate_up, self._down)
-        if gain is None or gain.dtype != torch.float32 or not gain.is_contiguous():
-            return False
         return (
-            packed == (modules[0].packed, modules[1].packed, modules[3].packed)
+            gain is not None and gain.dtype == torch.float32 and gain.is_contiguous()
+            and packed == (modules[0].packed, modules[1].packed, modules[3].packed)
             and self._o.holds() and self._gate_up.holds() and self._down.holds()
             and self.reads(packed)
         )  # fmt: skip
