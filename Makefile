@@ -30,7 +30,7 @@ export PIP_NO_INPUT := 1
 
 BIN := .venv/bin
 PIP = -m pip install -qq $(PIP_ARGS)
-PYTEST = -m pytest -n $(WORKERS)
+PYTEST = -m pytest -n $(WORKERS) --dist worksteal
 INTEGRATIONS = -m pytest -m "slow or not slow" --show-capture no --disable-warnings tests/integrations
 # Two processes on two cores: more threads in each would only get in each other's way.
 test test-latest test-newest: export OMP_NUM_THREADS = 1
