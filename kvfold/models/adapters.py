@@ -184,10 +184,14 @@ def read_adapter(folder: str | Path) -> tuple[AdapterAbout, dict[str, Tensor]]:
         raise UserError(f"adapter {folder}: no {ABOUT} there: give the folder that `kvfold retrofit` wrote")
     try:
         data = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        if data.pop("format") != FORMAT:
-            raise UserError("it was written by another version of kvfold")
+        found = data.pop("format")
+        if found != FORMAT:
+            remedy = "update kvfold" if isinstance(found, int) and found > FORMAT else "fetch it again"
+            raise UserError(f"adapter {folder}: format {found!r}: this kvfold reads format {FORMAT}: {remedy}")
         base = Base(**data.pop("base"))
         return AdapterAbout(base=base, **data), load_file(folder / WEIGHTS)
+    except UserError:
+        raise
     except (OSError, ValueError, TypeError, AttributeError, LookupError, SafetensorError) as error:
         raise UserError(f"adapter {folder}: it can't be read ({one_line(error)}): fetch it again") from error
 
