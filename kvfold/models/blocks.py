@@ -81,15 +81,12 @@ class FoldAttention(nn.Module):
         self.fold_norm, self.fold_proj = new_adapter(gates, config, self.layer)
 
     def forward(
-        self, normed_BTC: Tensor, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None, call: GateCall | None
-    ) -> Tensor:
-        """`normed_BTC` is the layer's input as the block takes it, `hidden_BTC` the residual stream itself."""
-        return self.o_proj(self.attended(normed_BTC, hidden_BTC, view, rotation, call))
-
-    def attended(
-        self, normed_BTC: Tensor, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None, call: GateCall | None
-    ) -> Tensor:
-        """What all query heads found, [B, T, H * D]."""
+        self, normed_BTC: Tensor, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None, call: GateCall | None,
+        project_out: bool = True,
+    ) -> Tensor:  # fmt: skip
+        """`normed_BTC` is the layer's input as the block takes it, `hidden_BTC` the residual stream itself. Without `project_out`
+        what all query heads found, [B, T, H * D].
+        """
         source = normed_BTC if self.kv_norm is None else self.kv_norm(hidden_BTC)
         if self.kv_norm is None and self.k_proj is not None:
             q, k, v = project(normed_BTC, self.q_proj, self.k_proj, self.v_proj)
@@ -101,7 +98,8 @@ class FoldAttention(nn.Module):
         q, k, v = self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v, None)
         gates = None if call is None else decide(call, self.layer, q, k, *self._adapted(call, hidden_BTC))
         rotation = rotation if self.query_layernorm is None else self._with_gain(rotation)
-        return view.attend(self.layer, q, k, v, rotation, gates).flatten(2)
+        attended = view.attend(self.layer, q, k, v, rotation, gates).flatten(2)
+        return self.o_proj(attended) if project_out else attended
 
     def _adapted(self, call: GateCall, hidden_BTC: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What the layer's adapter gives, and what it holds for each head; of the model's own gates or of those that came with
@@ -216,7 +214,7 @@ class FoldLayer(GradientCheckpointingLayer):
         """The residual stream after this layer."""
         h = hidden_BTC
         if self.tail is not None and self.tail.serves(self._tail_modules(), h):
-            return self.tail(self.self_attn.attended(self.input_layernorm(h), h, view, rotation, call), h)
+            return self.tail(self.self_attn(self.input_layernorm(h), h, view, rotation, call, project_out=False), h)
         if self.placement == "pre":
             h = self._add(h, self.self_attn(self.input_layernorm(h), h, view, rotation, call))
             return self._add(h, self.mlp(self.post_attention_layernorm(h)))

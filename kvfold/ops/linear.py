@@ -20,11 +20,12 @@ FP32_ROWS = range(1, 193)
 """Rows for which panels win in fp32: above, the rearranging no longer matters."""
 ONEDNN_ROWS = range(3, 193)
 """Rows for which oneDNN's format wins in fp32: below, memory is the limit whatever the form."""
-NORM_ROWS = 192
-"""Rows above which torch's threads are worth more to a norm than fewer operations."""
+FEW_ROWS = 192
+"""Above, torch's threads are worth more to a norm or a rotation than fewer operations."""
 _LEAST_OUTPUTS = 64
 _PROBES = 4
 _ONEDNN_ROWS_HINT = 16
+_PLAIN = (nn.Parameter, Tensor)
 
 
 class PackableLinear(nn.Linear):
@@ -185,25 +186,19 @@ class _Mark:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, in x's shape and dtype."""
-    library = native.linear_library()
-    if library is None or not _serves_norm(x, weight):
+    library = few_rows(x, x.numel() // weight.shape[0])
+    if library is None or not (weight.dtype == torch.float32 and type(weight) in _PLAIN and weight.is_contiguous()):
         return F.rms_norm(x, weight.shape, weight, eps)
-    x, width = x.contiguous(), weight.shape[0]
-    out = torch.empty_like(x)
+    x, out, width = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format), weight.shape[0]
     library.rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps)
     return out
 
 
-def _serves_norm(x: Tensor, weight: Tensor) -> bool:
-    """Whether linear_cpu.c can norm this."""
-    return (
-        x.dtype == weight.dtype == torch.float32
-        and x.device.type == "cpu"
-        and x.numel() <= NORM_ROWS * weight.shape[0]
-        and type(weight) in (nn.Parameter, Tensor)
-        and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
-        and weight.is_contiguous()
-    )
+def few_rows(x: Tensor, rows: int) -> native.LinearLibrary | None:
+    """The functions of linear_cpu.c, where they serve a tensor of so many rows."""
+    others = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    few = rows <= FEW_ROWS and x.dtype == torch.float32 and x.device.type == "cpu"
+    return native.linear_library() if few and not others else None
 
 
 def fp32_rows() -> range:

@@ -7,6 +7,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kvfold.ops import native
+from kvfold.ops import rotation as rotation_module
 from kvfold.ops.rotation import Rotation, rotate
 
 
@@ -62,6 +63,8 @@ def test_products_depend_on_the_distance_alone():
 def test_a_decoding_step_in_c_equals_torch(isa, heads, dims, width, rows, monkeypatch):
     monkeypatch.setenv("KVFOLD_ISA", isa)
     native.linear_library.cache_clear()
+    calls, plain = [], rotation_module.few_rows
+    monkeypatch.setattr(rotation_module, "few_rows", lambda *asked: calls.append(plain(*asked)) or calls[-1])
     try:
         wide = torch.randn(rows, 1, (heads + 2) * dims)[..., dims : (heads + 1) * dims].view(rows, 1, heads, dims)
         for angles_of in (rows, 1):
@@ -70,8 +73,12 @@ def test_a_decoding_step_in_c_equals_torch(isa, heads, dims, width, rows, monkey
                 wide.double().float().requires_grad_()
             ).detach()  # torch's, since gradients are wanted
             with torch.no_grad():
-                assert turn._few(wide)
                 torch.testing.assert_close(turn.apply(wide), expected, atol=1e-6, rtol=1e-6)
-                assert not turn._few(wide.double()) and not turn._few(wide.transpose(2, 3))
+                calls.clear()
+                turn.apply(wide)
+                turn.apply(wide.double())
+                apart = wide.transpose(2, 3).contiguous().transpose(2, 3)
+                torch.testing.assert_close(turn.apply(apart), expected, atol=1e-6, rtol=1e-6)
+            assert calls[0] is not None and calls[1] is None, "doubles are torch's"
     finally:
         native.linear_library.cache_clear()
