@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from kvfold.errors import UserError
@@ -111,16 +112,20 @@ class MarkedStep(StepPlan):
     def __init__(self, method: DMS, streams: Streams):
         self.method, self.streams, self._width = method, streams, streams.state_X.shape[-1]
         self._column_B1 = (streams.position_B % self._width)[:, None]
-        self._before: tuple[Tensor, Tensor] | None = None
+
+    @cached_property
+    def _before(self) -> tuple[Tensor, Tensor]:
+        """Whether there is a token before the new one, and its column: the same for all owners, [B, 1] each."""
+        position_B = self.streams.position_B
+        return (position_B > 0)[:, None], ((position_B - 1) % self._width)[:, None]
 
     def overwritten(self) -> Tensor:
         """See `StepPlan.overwritten`."""
         import torch
 
-        streams = self.streams
-        oldest = streams.state_X[streams.id_OBK, self._column_B1]
-        leaves = (oldest < 0) & (streams.position_B >= self._width)[:, None]
-        return torch.where(leaves, ~oldest.long(), streams.length_OBK)
+        oldest = self.streams.state_X[self.streams.id_OBK, self._column_B1]
+        leaves = (oldest < 0) & (self.streams.position_B >= self._width)[:, None]
+        return torch.where(leaves, ~oldest.long(), self.streams.length_OBK)
 
     def placed(self, place_OBK: Tensor) -> None:
         """The new token is in its slot, and not marked yet."""
@@ -135,8 +140,6 @@ class MarkedStep(StepPlan):
         ring, streams, column = self.streams.state_X, self.streams, self._column_B1
         fires = gates.alpha_BTK[:, 0] > 0.5
         if gates.from_next:
-            if self._before is None:  # the same for all owners
-                self._before = (streams.position_B > 0)[:, None], ((streams.position_B - 1) % self._width)[:, None]
             begun, column = self._before
             fires = fires & begun
         place = streams.id_OBK[owner] * self._width + column

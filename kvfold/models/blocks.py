@@ -218,12 +218,11 @@ class FoldLayer(GradientCheckpointingLayer):
         if self.placement == "pre":
             h = self._add(h, self.self_attn(self.input_layernorm(h), h, view, rotation, call))
             return self._add(h, self.mlp(self.post_attention_layernorm(h)))
-        if self.placement == "post":
-            h = self._add(h, self.post_attention_layernorm(self.self_attn(h, h, view, rotation, call)))
-            return self._add(h, self.post_feedforward_layernorm(self.mlp(h)))
-        attended = self.self_attn(self.input_layernorm(h), h, view, rotation, call)
+        sandwich = self.placement == "sandwich"
+        attended = self.self_attn(self.input_layernorm(h) if sandwich else h, h, view, rotation, call)
         h = self._add(h, self.post_attention_layernorm(attended))
-        return self._add(h, self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h))))
+        x = self.pre_feedforward_layernorm(h) if sandwich else h
+        return self._add(h, self.post_feedforward_layernorm(self.mlp(x)))
 
     def new_tail(self) -> PackedTail | None:
         """All behind attention as one function; None where the layer has another form, or is not packed."""

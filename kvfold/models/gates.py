@@ -207,9 +207,7 @@ def decide(
         _record(config, call, layer, logit, alpha)
     if config.form.with_weights:
         more["weight_BTK"] = _importance(config, q_BTHD, k_BTKD.shape[2])
-    return Gates(
-        alpha_BTK=alpha, log_stay_BTK=log_stay, from_next=config.reads == "next", heads_KP=heads_KP, **more
-    )  # fmt: skip
+    return Gates(alpha_BTK=alpha, log_stay_BTK=log_stay, from_next=config.reads == "next", heads_KP=heads_KP, **more)
 
 
 def _first_and_rest(adapted_BTX: Tensor, heads: int) -> tuple[Tensor, Tensor]:

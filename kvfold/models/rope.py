@@ -87,10 +87,7 @@ class Rope:
         rotations = {None: None}
         for name, group in self._groups.items():
             frequencies, factor = group.fixed.get(position_BT.device) or group.frequencies(position_BT, continued)
-            angles = position_BT.unsqueeze(-1).float() * frequencies
-            angles = torch.cat((angles, angles), dim=-1)
-            cos, sin = angles.cos(), angles.sin()
-            if factor != 1.0:
-                cos, sin = cos * factor, sin * factor
+            angles = (position_BT.unsqueeze(-1).float() * frequencies).repeat(1, 1, 2)
+            cos, sin = angles.cos() * factor, angles.sin() * factor
             rotations[name] = Rotation(cos_BTR=cos.to(dtype), sin_BTR=sin.to(dtype))
         return [rotations[name] for name in self.group_of]
