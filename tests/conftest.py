@@ -8,15 +8,18 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["KVFOLD_CHECKS"] = "1"
-# What is imported while tests are collected stays to the end: no collection needs to look at it, then or later.
-gc.disable()
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_finish():
-    gc.collect()
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported here stays to the end: no garbage collection needs to look at it, now or in a test that asks for one."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,8 @@ def run(*words: str, stdin: str = "") -> subprocess.CompletedProcess:
     )
 
 
+# Its everyday forms are test_a_prompt_from_stdin, which sees this process's own streams too, and the process below.
+@pytest.mark.slow
 def test_generate_says_nothing_but_its_text_and_its_figures():
     done = run("generate", "tiny", "-", "--max-new-tokens", "8", "--time", "tova:4", stdin="Sir Walter Elliot")
     assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr

@@ -85,7 +85,7 @@ def test_the_reference_equals_a_loop(softcap, hard, padded, free):
     torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(**shapes)
 def test_fp32(tokens, kv_heads, group, free, hard, seed):
     inputs = draw(2, tokens, kv_heads, group, hard, seed)
@@ -93,7 +93,7 @@ def test_fp32(tokens, kv_heads, group, free, hard, seed):
     compare_with_gradients(inputs, ours, theirs, 1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(**shapes)
 def test_fp64(tokens, kv_heads, group, free, hard, seed):
     inputs = draw(1, tokens, kv_heads, group, hard, seed, torch.float64)
