@@ -30,10 +30,12 @@ export PIP_NO_INPUT := 1
 
 BIN := .venv/bin
 PIP = -m pip install -qq $(PIP_ARGS)
-PYTEST = -m pytest -n $(WORKERS)
+PYTEST = -m pytest -n $(WORKERS) --dist worksteal
 INTEGRATIONS = -m pytest -m "slow or not slow" --show-capture no --disable-warnings tests/integrations
 # Two processes on two cores: more threads in each would only get in each other's way.
 test test-latest test-newest: export OMP_NUM_THREADS = 1
+# Rewritten assertions and compiled modules are kept for the next process and the next run, whatever the machine says.
+test test-latest test-newest: export PYTHONDONTWRITEBYTECODE =
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14

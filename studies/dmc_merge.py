@@ -23,7 +23,7 @@ from kvfold.data.windows import text_windows
 from kvfold.eval.scoring import score
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.gates import hard_alpha
-from kvfold.ops.attention import weighed_attention
+from kvfold.ops.attention import attention_with_weights
 from kvfold.ops.gating import from_next
 from kvfold.ops.pooling import pooled
 from kvfold.ops.rotation import Rotation, rotate, rotate_queries
@@ -66,7 +66,7 @@ class RandomMergeView:
             scale = self._options["scale"]
             q = torch.cat((q, q.new_ones(*q.shape[:-1], 1)), dim=-1)
             k = torch.cat((k, (count.clamp(max=_WINDOW).log() / scale)[..., None]), dim=-1)
-        return weighed_attention(q, k, v, mask=seen, **self._options)[0]
+        return attention_with_weights(q, k, v, mask=seen, **self._options)[0]
 
 
 def main() -> None:

@@ -89,14 +89,15 @@ def server(*options: str) -> Iterator[str]:
         "-c",
         "from kvfold.cli import app; app()",
         "serve",
-        "--demo",
         "--served-model-name",
         NAME,
     ]
     command += ["--method", "full", "--method", "h2o:87+88", "--kv-memory", "500MB", "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        found = next(filter(None, (re.search(r"at (http://[\d.:]+)/v1", line) for line in process.stderr)))
+        found = next(filter(None, (re.search(r"at (http://[\d.:]+)/v1", line) for line in process.stderr)), None)
+        if found is None:
+            raise SystemExit("the server did not start")
         threading.Thread(target=lambda: [None for _ in process.stderr], daemon=True).start()
         yield found[1]
     finally:

@@ -116,15 +116,20 @@ def to_the_store(source: str) -> dict[str, int]:
     return traced.figures()
 
 
+def measured(folder: Path) -> dict[str, dict[str, int]]:
+    """What runs, by what is done; a model is saved in `folder`."""
+    source = tiny_model(folder)
+    return {
+        "a decoding step under `window`": decoding_step(source, "window:6+2"),
+        "a decoding step under `dms`": decoding_step(source, "dms:4"),
+        "from `--time dms:128` to the store": to_the_store(source),
+    }
+
+
 def main() -> None:
     """Prints a table, or JSON."""
     with tempfile.TemporaryDirectory() as folder:
-        source = tiny_model(Path(folder))
-        rows = {
-            "a decoding step under `window`": decoding_step(source, "window:6+2"),
-            "a decoding step under `dms`": decoding_step(source, "dms:4"),
-            "from `--time dms:128` to the store": to_the_store(source),
-        }
+        rows = measured(Path(folder))
     if "--json" in sys.argv:
         print(json.dumps(rows, indent=1))
     elif "--before" in sys.argv:

@@ -1,16 +1,20 @@
 #!/usr/bin/env python3
-"""Whether folded models under vLLM say what they say under kvfold, and how many tokens vLLM's own log finds room for.
+"""Whether folded models under vLLM say what they say under kvfold, how many tokens vLLM's own log finds room for, and whether
+several devices (tensor parallel) say what one says, or why vLLM refuses as many.
 
-  studies/vllm-tokens.py OUT.json PLAIN FOLDED ...
+  studies/vllm-tokens.py OUT.json PLAIN FOLDED ... [--devices 2 --devices 3]
 
 PLAIN and FOLDED are folders, as `kvfold convert MODEL PLAIN --for transformers` and `kvfold convert MODEL FOLDED --layers cla2`
-write them. KVFOLD_VLLM_PYTHON names the Python in which vLLM is installed. Greedy, fp32, the same prompts for all.
+write them. Devices are tried on the first and the last of the folders, and on a random model with two KV heads, which this
+script makes, since SmolLM2 has three. KVFOLD_VLLM_PYTHON names the Python in which vLLM is installed. Greedy, fp32, the same
+prompts for all.
 """
 
 import argparse
 import json
 import shlex
 import sys
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,6 +23,7 @@ import torch
 import kvfold
 from kvfold.bench.vllm_peer import VllmPeer
 from kvfold.data.whole_file import write_whole_file
+from kvfold.errors import UserError
 from kvfold.record import made
 
 PROMPTS = [
@@ -34,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("folders", type=Path, nargs="+", help="the first is what the others' memory is compared with")
+    parser.add_argument("--devices", type=int, action="append", default=[], help="of tensor parallel; several")
     given = parser.parse_args()
     tokenizer = kvfold.load_tokenizer(given.folders[0])
     ids, rows = [tokenizer(text).input_ids for text in PROMPTS], []
@@ -42,19 +48,33 @@ def main() -> None:
         row["times_first"] = row["kv_tokens"] / rows[0]["kv_tokens"]
         row["promised"] = rows[0]["owners"] / row["owners"]
         sys.stdout.write(f"{json.dumps(row)}\n")
+    parallel = []
+    with tempfile.TemporaryDirectory() as folder:
+        models = [
+            given.folders[0],
+            given.folders[-1],
+            random_model(Path(folder) / "random-two-kv-heads", given.folders[-1]),
+        ]
+        for model in models if given.devices else ():
+            alone = told(model, ids)
+            for devices in given.devices:
+                parallel.append(row := beside(alone, model, ids, devices))
+                sys.stdout.write(f"{json.dumps(row)}\n")
     result = {
         "kind": "vllm-tokens", "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["studies/vllm-tokens.py", given.out.name, *(folder.name for folder in given.folders)]),
+        "command": shlex.join(
+            ["studies/vllm-tokens.py", given.out.name, *(folder.name for folder in given.folders)]
+            + [word for devices in given.devices for word in ("--devices", str(devices))]
+        ),
         "made": made(torch.get_num_threads()), "prompts": len(ids), "new_tokens": NEW_TOKENS, "kv_bytes": KV_BYTES, "rows": rows,
+        "tensor_parallel": parallel,
     }  # fmt: skip
     write_whole_file(given.out, json.dumps(result, indent=1) + "\n")
 
 
 def measured(folder: Path, ids: list[list[int]]) -> dict:
     """Both sides of one model."""
-    with VllmPeer(
-        folder, max_rows=len(ids), max_tokens=128, kv_bytes=KV_BYTES, options={"enforce_eager": True}
-    ) as peer:
+    with vllm(folder, len(ids)) as peer:
         theirs, about = peer.run(ids, NEW_TOKENS).new_ids, peer.about
     model = kvfold.load(folder)
     equal = sum(tuple(said) == own(model, text) for text, said in zip(ids, theirs, strict=True))
@@ -62,6 +82,42 @@ def measured(folder: Path, ids: list[list[int]]) -> dict:
         "model": folder.name, "owners": len(model.config.layout.owners), "equal_answers": equal, "kv_tokens": about["kv_tokens"],
         "log": about["log"], "log_says_so": f"{about['kv_tokens']:,} tokens" in about["log"], "vllm": about["version"],
     }  # fmt: skip
+
+
+def vllm(folder: Path, rows: int, devices: int = 1) -> VllmPeer:
+    """vLLM on one model."""
+    options = {"enforce_eager": True, "tensor_parallel_size": devices}
+    return VllmPeer(folder, max_rows=rows, max_tokens=128, kv_bytes=KV_BYTES, options=options)
+
+
+def told(folder: Path, ids: list[list[int]], devices: int = 1) -> tuple[tuple[int, ...], ...]:
+    """vLLM's greedy tokens."""
+    with vllm(folder, len(ids), devices) as peer:
+        return peer.run(ids, NEW_TOKENS).new_ids
+
+
+def beside(alone: tuple[tuple[int, ...], ...], folder: Path, ids: list[list[int]], devices: int) -> dict:
+    """Several devices beside one, or in which words as many are refused."""
+    row = {"model": folder.name, "devices": devices}
+    try:
+        several = told(folder, ids, devices)
+    except UserError as error:
+        return row | {"refused": str(error)}
+    return row | {"equal_answers": sum(one == other for one, other in zip(alone, several, strict=True))}
+
+
+def random_model(folder: Path, like: Path) -> Path:
+    """A small model of four query heads and two KV heads, CLA2, with the tokenizer of another."""
+    tokenizer = kvfold.load_tokenizer(like)
+    torch.manual_seed(0)
+    config = kvfold.FoldConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=256, initializer_range=0.3,
+    )  # fmt: skip
+    config.layout = kvfold.KVLayout.parse("cla2", config.layout)
+    kvfold.FoldForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def own(model: kvfold.FoldForCausalLM, text: list[int]) -> tuple[int, ...]:

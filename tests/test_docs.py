@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,7 @@ def command_lines() -> list[tuple[str, str]]:
     return [(place, line) for place, line in found if line.startswith("kvfold ")]
 
 
+@cache
 def commands() -> dict[str, set[str]]:
     """Every command of the command line (`bench decode` too), and its options."""
     from kvfold.cli import app

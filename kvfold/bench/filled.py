@@ -112,7 +112,7 @@ def fill_cache(cache: FoldCache, entries_OK: Tensor, *, tokens: int, seed: int =
     rows = torch.tensor(cache.rows, dtype=torch.int64, device=store.device)
     for owner, entries_K in zip(cache.layout.owners, entries_OK, strict=True):
         group, index = store.place_of[owner]
-        page_class, heads = group.pool.page_class, group.num_kv_heads
+        pool, heads = group.pool, group.num_kv_heads
         ids_BK = group.ids(rows)[index]
         order_KT = torch.arange(tokens, device=store.device).expand(heads, tokens)
         # Entry i of n stands at position i * tokens // n: those where the share of entries so far grows.
@@ -123,13 +123,13 @@ def fill_cache(cache: FoldCache, entries_OK: Tensor, *, tokens: int, seed: int =
             length = part.stop - part.start
             k, v = (
                 torch.randn(
-                    (len(rows), length, heads, page_class.head_dim), generator=draw, dtype=page_class.dtype,
+                    (len(rows), length, heads, pool.page_class.head_dim), generator=draw, dtype=pool.dtype,
                     device=store.device,
                 ) for _ in range(2)
             )  # fmt: skip
             position_BT = order_KT[:1, part].expand(len(rows), -1)
             chosen_BKT = chosen_KT[None, :, part].expand(len(rows), -1, -1)
-            state = {name: torch.zeros(chosen_BKT.shape) for name, _ in page_class.slot_arrays}
+            state = {name: torch.zeros(chosen_BKT.shape) for name in pool.slot_arrays}
             group.append(ids_BK, chosen_BKT, k, v, position_BT, state)
     store.commit(cache.rows, [tokens] * len(cache.rows))
     cache.columns = tokens

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfold.cache.chunk import ChunkSegment
-from kvfold.cache.decode import DecodeSegment
+from kvfold.cache.decode import DecodeSegment, decoding
 from kvfold.cache.store import Batch, Store
 from kvfold.ops.gating import Gates
 from kvfold.ops.rotation import Rotation
@@ -18,7 +18,7 @@ from kvfold.ops.rotation import Rotation
 def view_of(store: Store, batch: Batch) -> "DecodeSegment | ChunkSegment | SegmentedView":
     """The view that a call's layers attend through."""
     if max(batch.added) == 1 == min(batch.added):
-        return DecodeSegment(store, batch)
+        return decoding(store, batch)
     return ChunkSegment(store, batch) if min(batch.added) > 1 else SegmentedView(store, batch)
 
 
@@ -26,10 +26,10 @@ class SegmentedView:
     """A call whose sequences are at different work; see `KVView`."""
 
     def __init__(self, store: Store, batch: Batch):
-        decoding = [row for row, added in enumerate(batch.added) if added == 1]
+        steps = [row for row, added in enumerate(batch.added) if added == 1]
         chunks = [row for row, added in enumerate(batch.added) if added > 1]
         self._segments: list[tuple[Tensor, DecodeSegment | ChunkSegment]] = []
-        for rows, kind in ((decoding, DecodeSegment), (chunks, ChunkSegment)):
+        for rows, kind in ((steps, decoding), (chunks, ChunkSegment)):
             if rows:
                 index = torch.tensor(rows, device=store.device)
                 self._segments.append((index, kind(store, batch.segment(store, rows))))

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvfold.cache.group import CacheGroup
 from kvfold.cache.store import Batch, Store
 from kvfold.methods.plans import Chunk, Crossed, Held
-from kvfold.ops.attention import dense_attention, weighed_attention
+from kvfold.ops.attention import attention_with_weights, dense_attention
 from kvfold.ops.blockwise import FOREVER, lifespan_attention
 from kvfold.ops.gating import Gates
 from kvfold.ops.rotation import Rotation, rotate, rotate_queries
@@ -200,7 +200,7 @@ class _OwnerChunk:
         if scores is None:
             return dense_attention(q_BTHD, self._k_BEKD, self._v_BEKD, **common)
         weigh = call.real_BT if scores == "cumulative" else call.newest_BT
-        out, received = weighed_attention(q_BTHD, self._k_BEKD, self._v_BEKD, weigh_BT=weigh, **common)
+        out, received = attention_with_weights(q_BTHD, self._k_BEKD, self._v_BEKD, weigh_BT=weigh, **common)
         self._score_BKE = received if self._score_BKE is None else self._score_BKE + received
         return out
 

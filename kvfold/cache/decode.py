@@ -1,10 +1,10 @@
 """The decoding segment of a call: one real token for each of its sequences, attended over pages where they lie.
 
 Where a method knows from the tokens alone what leaves, or learned it tokens ago, all owners of a group place their tokens
-at once, before any layer (`PlacedStep`). A method that merges places at its layer (`LayerStep`); pages that it may need are
+at once, before any layer (`EvictBeforeStep`). A method that merges places at its layer (`MergeStep`); pages that it may need are
 allocated ahead, and what was not needed is free again when the step ends. One whose entries leave at the borders of a grid
 appends, and merges and evicts at its layer (`GridStep`). One that scores by attention keeps the token beside the store until
-the last reader is done (`ScoredStep`). No layer asks the host anything, but at a border.
+the last reader is done (`EvictAfterStep`). No layer asks the host anything, but at a border.
 Letters: O owners of a group, B sequences, K kv heads, D head dim, N slots a page, S stored entries, E = S + 1.
 """
 
@@ -28,8 +28,6 @@ class DecodeSegment:
 
     def __init__(self, store: Store, batch: Batch):
         self._batch, self._layers = batch, store.place_of_layer
-        # Where each sequence's real token stands among the columns.
-        self._column_B = None if batch.columns == 1 else batch.real_BT.to(torch.uint8).argmax(dim=1)
         self._steps = {id(group): step_of(group.method)(group, batch) for group in store.groups}
 
     def attend(
@@ -37,8 +35,6 @@ class DecodeSegment:
         gates: Gates | None = None,
     ) -> Tensor:  # fmt: skip
         """See `KVView`."""
-        if self._column_B is not None:
-            return self._attend_columns(layer, q_BTHD, k_BTKD, v_BTKD, rotation, gates)
         group, index = self._layers[layer]
         step = self._steps[id(group)]
         k_BKD, v_BKD = step.new_token(index, k_BTKD, v_BTKD, rotation, gates)
@@ -46,22 +42,6 @@ class DecodeSegment:
         batch = step.described(index)
         out = decode_attention(batch, q_BHD, k_BKD, v_BKD, scale=self._batch.scale, softcap=self._batch.softcap)
         return out.unsqueeze(1)
-
-    def _attend_columns(
-        self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, rotation: Rotation | None, gates: Gates | None
-    ) -> Tensor:
-        """The real tokens stand in different columns: they are picked out, and their outputs put back."""
-        row, column = torch.arange(q.shape[0], device=q.device), self._column_B
-        one = [None if x is None else x[row, column].unsqueeze(1) for x in (q, k, v)]
-        own_rotation = None if rotation is None else rotation.column(column)
-        own_gates = None if gates is None else gates.column(column)
-        self._column_B = None
-        try:
-            out = self.attend(layer, *one, own_rotation, own_gates)
-        finally:
-            self._column_B = column
-        spread = out.new_zeros((*q.shape[:2], *out.shape[2:]))
-        return spread.index_put_((row, column), out[:, 0])
 
     def close(self) -> None:
         """All layers have attended."""
@@ -74,7 +54,33 @@ class DecodeSegment:
             step.return_unused()
 
 
-class PlacedStep:
+class ColumnsSegment(DecodeSegment):
+    """The same where the real tokens stand in different columns of the call: they are picked out, and their outputs put back."""
+
+    def __init__(self, store: Store, batch: Batch):
+        super().__init__(store, batch)
+        self._column_B = batch.real_BT.to(torch.uint8).argmax(dim=1)
+
+    def attend(
+        self, layer: int, q_BTHD: Tensor, k_BTKD: Tensor | None, v_BTKD: Tensor | None, rotation: Rotation | None,
+        gates: Gates | None = None,
+    ) -> Tensor:  # fmt: skip
+        """See `KVView`; zeros at padding."""
+        row, column = torch.arange(q_BTHD.shape[0], device=q_BTHD.device), self._column_B
+        q, k, v = (None if x is None else x[row, column].unsqueeze(1) for x in (q_BTHD, k_BTKD, v_BTKD))
+        own_rotation = None if rotation is None else rotation.column(column)
+        own_gates = None if gates is None else gates.column(column)
+        out = super().attend(layer, q, k, v, own_rotation, own_gates)
+        spread = out.new_zeros((*q_BTHD.shape[:2], *out.shape[2:]))
+        return spread.index_put_((row, column), out[:, 0])
+
+
+def decoding(store: Store, batch: Batch) -> DecodeSegment:
+    """The segment of a call, or of some rows of one, that brings one real token a sequence."""
+    return DecodeSegment(store, batch) if batch.columns == 1 else ColumnsSegment(store, batch)
+
+
+class EvictBeforeStep:
     """One decoding step of a cache group whose tokens find their places before any layer has run."""
 
     def __init__(self, group: CacheGroup, batch: Batch):
@@ -94,7 +100,8 @@ class PlacedStep:
         place = self.plan.overwritten()
         if place is None:
             place = self._room(self.plan.evicted() if self.stored else None)
-        self.group.copy_for_slot(self.streams.id_OBK, place)
+        if self.group.has_shared:
+            self.group.copy_for_slot(self.streams.id_OBK, place)
         grows, length = place == self.streams.length_OBK, self.streams.length_OBK
         border = grows & (length % self.group.pool.slots == 0)
         number = int(border.sum())
@@ -102,19 +109,19 @@ class PlacedStep:
             self._extend(border, length, number)
         self.plan.placed(place)
         self.lengths_OBK = (length + grows).int()
-        self.slot_OBK = self._take_down(slice(None), place, self.lengths_OBK)
+        self.slot_OBK = self._note(slice(None), place, self.lengths_OBK)
 
     def _extend(self, border: Tensor, length: Tensor, number: int) -> None:
         """A page for each stream that crosses a page border."""
         table = self.start_OBK[border] + length[border] // self.group.pool.slots
         self.group.tables.flat[table] = self.group.pool.allocate(number)
 
-    def _take_down(self, owners: slice | int, place: Tensor, length: Tensor) -> Tensor:
+    def _note(self, owners: slice | int, place: Tensor, length: Tensor) -> Tensor:
         """Note positions and lengths of the new tokens; gives their flat slots, int64."""
         pool, slots = self.group.pool, self.group.pool.slots
         slot = self.group.tables.flat[self.start_OBK[owners] + place // slots].long() * slots + place % slots
         pool.arrays["position"].view(-1)[slot] = self.batch.position_B.int()[:, None].expand_as(slot)
-        if pool.page_class.slot_arrays:
+        if pool.slot_arrays:
             pool.write_state(slot.reshape(-1), {})
         self.group.length.view(-1)[self.streams.id_OBK[owners]] = length
         return slot
@@ -164,7 +171,7 @@ class PlacedStep:
         """Nothing was allocated ahead."""
 
 
-class GridStep(PlacedStep):
+class GridStep(EvictBeforeStep):
     """Tokens are appended; where a sequence comes to a border of the method's grid, entries are merged and leave once the
     owner's layer is reached, since its gates say how.
     """
@@ -177,7 +184,7 @@ class GridStep(PlacedStep):
     def new_token(
         self, index: int, k_B1KD: Tensor | None, v_B1KD: Tensor | None, rotation: Rotation | None, gates: Gates | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """See `PlacedStep.new_token`."""
+        """See `EvictBeforeStep.new_token`."""
         if k_B1KD is None:
             return None, None
         noted = self.group.method.noted(gates, None)
@@ -203,7 +210,7 @@ class GridStep(PlacedStep):
         self.slot_OBK[index, row] = page * slots + place % slots
 
 
-class LayerStep(PlacedStep):
+class MergeStep(EvictBeforeStep):
     """The new token's place is known when its owner's layer is reached."""
 
     def _place(self) -> None:
@@ -219,7 +226,7 @@ class LayerStep(PlacedStep):
     def new_token(
         self, index: int, k_B1KD: Tensor | None, v_B1KD: Tensor | None, rotation: Rotation | None, gates: Gates | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """See `PlacedStep.new_token`."""
+        """See `EvictBeforeStep.new_token`."""
         if k_B1KD is None:
             return None, None
         entered = self.plan.enter(index, gates, k_B1KD[:, 0], v_B1KD[:, 0])
@@ -232,7 +239,7 @@ class LayerStep(PlacedStep):
             table[where] = self._ahead[order]
             self._used.index_add_(0, order.view(-1), used.view(-1).int())
         self.lengths_OBK[index] = (length + grows).int()
-        self.slot_OBK[index] = self._take_down(index, entered.place_BK, self.lengths_OBK[index])
+        self.slot_OBK[index] = self._note(index, entered.place_BK, self.lengths_OBK[index])
         keep = None if gates is None else gates.k_keep_KD
         return rotate(rotation, entered.k_BKD.unsqueeze(1), keep)[:, 0], entered.v_BKD
 
@@ -247,15 +254,14 @@ class LayerStep(PlacedStep):
         self._used = self._used[:0]
 
 
-class ScoredStep(PlacedStep):
+class EvictAfterStep(EvictBeforeStep):
     """The new token waits beside the store; what its attention tells decides what stays."""
 
     def _place(self) -> None:
         self.group.copy_on_write(self.streams.id_OBK)
-        page_class, shape = self.group.pool.page_class, self.streams.id_OBK.shape
+        pool, shape = self.group.pool, self.streams.id_OBK.shape
         self._kv = [
-            torch.empty((*shape, page_class.head_dim), dtype=page_class.dtype, device=self.start_OBK.device)
-            for _ in range(2)
+            torch.empty((*shape, pool.page_class.head_dim), dtype=pool.dtype, device=pool.device) for _ in range(2)
         ]
         self._wants_old = self.group.method.attention_scores == "last"
         columns = self.stored + 1 if self._wants_old else 1
@@ -265,7 +271,7 @@ class ScoredStep(PlacedStep):
     def new_token(
         self, index: int, k_B1KD: Tensor | None, v_B1KD: Tensor | None, rotation: Rotation | None, gates: Gates | None
     ) -> tuple[Tensor, Tensor]:
-        """See `PlacedStep.new_token`; readers see the waiting token too."""
+        """See `EvictBeforeStep.new_token`; readers see the waiting token too."""
         k, v = (one[index] for one in self._kv)
         if k_B1KD is not None:
             keep = None if gates is None else gates.k_keep_KD
@@ -273,7 +279,7 @@ class ScoredStep(PlacedStep):
         return k, v
 
     def described(self, index: int) -> DecodeBatch:
-        """See `PlacedStep.described`; the waiting token has no slot, and what entries receive is asked for."""
+        """See `EvictBeforeStep.described`; the waiting token has no slot, and what entries receive is asked for."""
         score = None if self._wants_old else self.group.pool.arrays["score"]
         return replace(
             super().described(index), max_length=self.stored, score_PN=score, received_BKE=self._received[index],
@@ -316,10 +322,10 @@ class ScoredStep(PlacedStep):
 
 
 @lru_cache
-def step_of(method: Method) -> type[PlacedStep]:
+def step_of(method: Method) -> type[EvictBeforeStep]:
     """How a method finds the places of new tokens."""
     if method.attention_scores is not None:
-        return ScoredStep
+        return EvictAfterStep
     if method.grid is not None:
         return GridStep
-    return LayerStep if method.places_at_layer else PlacedStep
+    return MergeStep if method.places_at_layer else EvictBeforeStep

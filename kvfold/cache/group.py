@@ -25,13 +25,15 @@ class CacheGroup:
     @torch.inference_mode(False)
     def __init__(
         self, *, owners: tuple[int, ...], method: Method, window: int | None, num_kv_heads: int, pool: PagePool,
-        is_bounded: bool,
+        sequences: int, is_bounded: bool,
     ):  # fmt: skip
-        """`window`: the architecture's sliding window where the method does not imply it; queries see no further back."""
+        """`window`: the architecture's sliding window where the method does not imply it; queries see no further back.
+        `sequences`: places for them.
+        """
         self.owners, self.method, self.window, self.pool = owners, method, window, pool
-        self.num_kv_heads = num_kv_heads
-        self.length = torch.zeros((len(owners), 0, num_kv_heads), dtype=torch.int32, device=pool.device)
-        self.tables = BlockTables(len(owners) * num_kv_heads, pool.device, is_bounded=is_bounded)
+        self.num_kv_heads, shape = num_kv_heads, (len(owners), sequences, num_kv_heads)
+        self.length = torch.zeros(shape, dtype=torch.int32, device=pool.device)
+        self.tables = BlockTables(len(owners) * num_kv_heads, sequences, pool.device, is_bounded=is_bounded)
         self.has_shared = False
         self.is_gated = method.trained
         """Whether only gates know what a call will need."""
@@ -39,10 +41,10 @@ class CacheGroup:
         self.state: Tensor | None = None
         """What the method keeps for each stream, [O, R, K, ...]."""
         if self._form is not None:
-            shape, dtype = self._form.shape, getattr(torch, self._form.dtype)
-            self.state = torch.zeros((len(owners), 0, num_kv_heads, *shape), dtype=dtype, device=pool.device)
+            dtype = getattr(torch, self._form.dtype)
+            self.state = torch.zeros((*shape, *self._form.shape), dtype=dtype, device=pool.device)
         # Entries of each sequence's longest stream, at most, where gates decide: the host's own count.
-        self._bound: list[int] = []
+        self._bound = [0] * sequences
         self._unasked_steps = 0
 
     # -- bytes and places ----------------------------------------------------------------------------------------
@@ -191,7 +193,8 @@ class CacheGroup:
         slots, length = self.pool.slots, self.lengths(id_BK).long()
         added = chosen_BKT.sum(dim=-1)
         first = (length + slots - 1) // slots
-        self.copy_for_slot(id_BK[added > 0], length[added > 0])
+        if self.has_shared:
+            self.copy_for_slot(id_BK[added > 0], length[added > 0])
         self._extend(id_BK, first, (length + added + slots - 1) // slots - first)
         # At once, so that pages just allocated are freed with the sequence should the call die below.
         self.length.view(-1)[id_BK] = (length + added).int()
@@ -247,9 +250,7 @@ class CacheGroup:
         self.pool.free(page[mine])
 
     def copy_for_slot(self, id_X: Tensor, place_X: Tensor) -> None:
-        """`copy_on_write` of the page in which one slot of each stream is about to be written."""
-        if not self.has_shared or id_X.numel() == 0:
-            return
+        """`copy_on_write` of the page in which one slot of each stream is about to be written; where anything is shared."""
         ids, index = id_X.reshape(-1), place_X.reshape(-1) // self.pool.slots
         held = index < self._pages(self.lengths(ids))
         page = self.tables.flat[(self.starts(ids) + index).masked_fill(~held, 0)].long()

@@ -69,7 +69,7 @@ class FoldCache(Cache):
         super().__init__(layers=[])
         if rows < 0:
             raise UserError(f"rows {rows}: there are none or more: say how many, or 0 where the first call brings them")
-        self.layout, self._base_layout, self.gates = layout, base_layout or layout.base(), gates
+        self.layout, self._base_layout, self.gates = layout, base_layout, gates
         self.gate_table: Any = None
         """What the model worked out from them for this layout."""
         self.store = Store(
@@ -99,12 +99,12 @@ class FoldCache(Cache):
     @property
     def seen_tokens(self) -> Tensor:
         """Real tokens seen, int64 [B]."""
-        return self.store.seen[self._rows_index()]
+        return self.store.seen[self.store.index(self.rows)]
 
     @property
     def kept_tokens(self) -> Tensor:
         """Entries held, int64 [owners ascending, B, most KV heads]; -1 where an owner has fewer heads."""
-        owners, index = self.layout.owners, self._rows_index()
+        owners, index = self.layout.owners, self.store.index(self.rows)
         most = max(self.layout.layers[owner].num_kv_heads for owner in owners)
         kept = torch.full((len(owners), len(self.rows), most), -1, dtype=torch.int64, device=self.store.device)
         for number, owner in enumerate(owners):
@@ -118,7 +118,7 @@ class FoldCache(Cache):
         held = []
         for owner in self.layout.owners:
             group, place = self.store.place_of[owner]
-            ids = group.ids(self._rows_index())[place]
+            ids = group.ids(self.store.index(self.rows))[place]
             slot, filled = group.stored_slots(ids, int(group.length.max()) if group.length.numel() else 0)
             position = group.pool.position.view(-1)[slot]
             held.append([[sorted(p[f].tolist()) for p, f in zip(*pair, strict=True)]
@@ -148,7 +148,7 @@ class FoldCache(Cache):
     @property
     def base_bytes(self) -> int:
         """Bytes that the same tokens take in the model as it was before conversion."""
-        return self.store.bytes_under(self._base_layout, self.rows)
+        return self.store.bytes_under(self._base_layout or self.layout.base(), self.rows)
 
     @property
     def free_pages(self) -> int:
@@ -210,9 +210,6 @@ class FoldCache(Cache):
         surplus, self.rows = self.rows[num_rows:], self.rows[:num_rows]
         self.store.free(surplus)
         self.rows = self.rows + self.store.new_sequences(num_rows - len(self.rows))
-
-    def _rows_index(self) -> Tensor:
-        return torch.tensor(self.rows, dtype=torch.int64, device=self.store.device)
 
     # -- what transformers asks ----------------------------------------------------------------------------------
 

@@ -1,43 +1,35 @@
 """The tensors of one page class: keys, values, positions and slot state of P pages, and the list of free ones.
 
-Every array is declared once, in `PageClass.arrays`: a page id indexes all of them alike, so what belongs to a slot is
+Every array is declared once, in `array_forms`: a page id indexes all of them alike, so what belongs to a slot is
 copied, counted, poisoned and freed together. Which stream holds which page is the business of group.py.
 Letters: P pages, N slots a page, D head dim, X any number of slots.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvfold.cache.allocator import PageBook
-from kvfold.methods.bits import Storage
+from kvfold.layout.planner import PageClass
 from kvfold.ops.native import huge_pages
-from kvfold.ops.quantised import dequantise, page_width, quantise, scale_groups, storage_dtype
+from kvfold.ops.quantised import dequantise, page_arrays, quantise
+
+HUGE_PAGE_BYTES = 2**21
+"""A large memory page of the machine; a smaller array can't lie in one."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PageClass:
-    """What pages of one kind hold; owners with equal classes draw from one pool."""
-
-    head_dim: int
-    k: Storage
-    v: Storage
-    dtype: torch.dtype
-    """Of the model: what `model` storage means, and what is read back."""
-    slot_arrays: tuple[tuple[str, str], ...] = ()
-    """What methods keep with each slot: name, dtype."""
-
-    @property
-    def arrays(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Every array of a slot: its shape within the slot, and its dtype."""
-        found = {"position": ((), torch.int32)}
-        for name, storage in (("k", self.k), ("v", self.v)):
-            found[name] = (page_width(storage, self.head_dim),), storage_dtype(storage, self.dtype)
-            if storage in ("int8", "int4"):
-                found[f"{name}_scale"] = (scale_groups(self.head_dim),), torch.float16
-        return found | {name: ((), getattr(torch, dtype)) for name, dtype in self.slot_arrays}
+def array_forms(
+    one: PageClass, dtype: torch.dtype, slot_arrays: Mapping[str, str]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Every array of a page class: its shape within a slot, and its dtype. `dtype`: the model's; `slot_arrays`: what methods
+    keep with each slot, name -> dtype.
+    """
+    forms = {"position": ((), torch.int32)}
+    for name, storage in (("k", one.k), ("v", one.v)):
+        stored = {name: ((one.head_dim,), dtype)} if storage == "model" else page_arrays(name, storage, one.head_dim)
+        forms |= stored
+    return forms | {name: ((), getattr(torch, number)) for name, number in slot_arrays.items()}
 
 
 class PagePool:
@@ -45,21 +37,21 @@ class PagePool:
 
     @torch.inference_mode(False)
     def __init__(
-        self, page_class: PageClass, *, slots: int, device: torch.device, pages: int, limit: int | None,
-        poison: bool = False,
+        self, page_class: PageClass, *, dtype: torch.dtype, slot_arrays: Mapping[str, str], slots: int, device: torch.device,
+        pages: int, limit: int | None, poison: bool = False,
     ):  # fmt: skip
-        """`poison`: fill fresh and freed pages with NaN, so that a read of what was evicted shows (tests)."""
-        self.page_class, self.slots, self.device, self._poison = page_class, slots, device, poison
-        self.book = PageBook(capacity=0, free=0, limit=limit, count_free=lambda: int(self._top))
-        self.arrays: dict[str, Tensor] = {
-            name: torch.empty((0, slots, *shape), dtype=dtype, device=device)
-            for name, (shape, dtype) in page_class.arrays.items()
-        }
-        self.references = torch.zeros(0, dtype=torch.int32, device=device)
+        """`dtype`: the model's, what `model` storage means and what is read back. `slot_arrays`: see `array_forms`. `poison`:
+        fill fresh and freed pages with NaN, so that a read of what was evicted shows (tests).
+        """
+        self.page_class, self.dtype, self.slot_arrays = page_class, dtype, slot_arrays
+        self.slots, self.device, self._poison = slots, device, poison
+        self.book = PageBook(capacity=pages, free=pages, limit=limit, count_free=lambda: int(self._top))
+        forms = array_forms(page_class, dtype, slot_arrays)
+        self.arrays = {name: self._new_array(pages, *form) for name, form in forms.items()}
+        self.references = torch.zeros(pages, dtype=torch.int32, device=device)
         # A stack; one place more than there are pages takes what a masked write must not touch.
-        self.free_list = torch.zeros(1, dtype=torch.int32, device=device)
-        self._top = torch.zeros((), dtype=torch.int64, device=device)
-        self._resize(pages)
+        self.free_list = torch.arange(pages + 1, dtype=torch.int32, device=device)
+        self._top = torch.full((), pages, dtype=torch.int64, device=device)
 
     @property
     def k(self) -> Tensor:
@@ -154,7 +146,7 @@ class PagePool:
 
     def _write_one(self, name: str, slot_X: Tensor, new_XD: Tensor) -> None:
         array, storage = self.arrays[name], self.page_class.k if name == "k" else self.page_class.v
-        codes, scales = quantise(new_XD.to(self.page_class.dtype), storage)
+        codes, scales = quantise(new_XD.to(self.dtype), storage)
         _movable(array).flatten(0, 1).index_copy_(0, slot_X, _movable(codes))
         if scales is not None:
             self.arrays[f"{name}_scale"].flatten(0, 1).index_copy_(0, slot_X, scales)
@@ -168,13 +160,13 @@ class PagePool:
             return codes
         scales = self.slot_array(f"{name}_scale")
         scales = None if scales is None else scales.flatten(0, 1)[slot]
-        return dequantise(codes, scales, storage, self.page_class.head_dim, self.page_class.dtype)
+        return dequantise(codes, scales, storage, self.page_class.head_dim, self.dtype)
 
     def as_stored(self, x: Tensor, name: str) -> Tensor:
         """Keys (`k`) or values (`v`) [..., D] as they would be read back, in their own dtype."""
         storage = self.page_class.k if name == "k" else self.page_class.v
-        codes, scales = quantise(x.to(self.page_class.dtype), storage)
-        return dequantise(codes, scales, storage, x.shape[-1], self.page_class.dtype).to(x.dtype)
+        codes, scales = quantise(x.to(self.dtype), storage)
+        return dequantise(codes, scales, storage, x.shape[-1], self.dtype).to(x.dtype)
 
     def rewrite(self, slot_X: Tensor, v_XD: Tensor, values: Mapping[str, Tensor]) -> None:
         """Other values at flat slots, and other slot state under these names; keys and positions stay."""
@@ -185,7 +177,7 @@ class PagePool:
 
     def write_state(self, slot_X: Tensor, values: Mapping[str, Tensor]) -> None:
         """Store slot state at flat slots; arrays that are not named become 0."""
-        for name, _ in self.page_class.slot_arrays:
+        for name in self.slot_arrays:
             array = self.arrays[name].view(-1)
             new = values.get(name)
             new = torch.zeros_like(slot_X, dtype=array.dtype) if new is None else new.to(array.dtype)
@@ -202,20 +194,21 @@ class PagePool:
         assert not self.held_pages
         self.arrays, self.references, self.free_list = {}, None, None
 
+    def _new_array(self, pages: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        array = torch.empty((pages, self.slots, *shape), dtype=dtype, device=self.device)
+        array = huge_pages(array) if array.nbytes >= HUGE_PAGE_BYTES else array
+        if not dtype.is_floating_point:
+            return array.zero_()
+        return array.fill_(torch.nan) if self._poison else array
+
     # Here and wherever arrays are made: inference tensors could not be written outside inference mode later on.
     @torch.inference_mode(False)
     def _resize(self, capacity: int) -> None:
         book = self.book
         old, free = book.capacity, book.exact_free()
         for name, array in self.arrays.items():
-            if array.is_floating_point():
-                grown = huge_pages(array.new_empty((capacity, *array.shape[1:])))
-                if self._poison:
-                    grown.fill_(torch.nan)
-            else:
-                grown = huge_pages(array.new_empty((capacity, *array.shape[1:]))).zero_()
-            grown[:old] = array
-            self.arrays[name] = grown
+            self.arrays[name] = self._new_array(capacity, array.shape[2:], array.dtype)
+            self.arrays[name][:old] = array
         references = self.references.new_zeros(capacity)
         references[:old] = self.references
         fresh = torch.arange(old, capacity, dtype=torch.int32, device=self.device)

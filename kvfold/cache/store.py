@@ -8,13 +8,14 @@ frees what is queued first.
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from kvfold.cache.allocator import CacheFull, pages_for
 from kvfold.cache.group import CacheGroup
-from kvfold.cache.pages import PageClass, PagePool
+from kvfold.cache.pages import PagePool
 from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import (
@@ -22,13 +23,13 @@ from kvfold.layout.planner import (
     PAGE_OVERHEAD_BYTES,
     PAGE_SLOTS,
     SEQUENCE_BYTES,
+    PageClass,
     layout_bytes,
     page_bytes,
     page_class,
     page_classes,
     slot_arrays,
 )
-from kvfold.layout.planner import PageClass as PlannedClass
 
 TABLE_BYTES = PAGE_OVERHEAD_BYTES - 8
 """Of the overhead of a page, what is for tables: all but its reference count and its entry in the free list."""
@@ -51,7 +52,7 @@ class Batch:
         self.sequences, self.added, self.real_BT, self.columns = sequences, added, real_BT, columns
         self.scale, self.softcap = scale, softcap
         self.before = [store.seen_tokens(one) for one in sequences]
-        self.index_B = torch.tensor(sequences, dtype=torch.int64, device=store.device)
+        self.index_B = store.index(sequences)
         self.position_B = store.seen[self.index_B]
 
     def segment(self, store: "Store", rows: list[int]) -> "Batch":
@@ -67,63 +68,63 @@ class Store:
 
     def __init__(
         self, layout: KVLayout, *, dtype: torch.dtype, device: torch.device | str = "cpu", memory_bytes: int | None = None,
-        sequences: int = 1, page_slots: int = PAGE_SLOTS, pools: Mapping[PlannedClass, PagePool] | None = None,
+        sequences: int = 1, page_slots: int = PAGE_SLOTS, pools: Mapping[PageClass, PagePool] | None = None,
         poison: bool = False,
     ):  # fmt: skip
         """`memory_bytes`: reserved at once and never exceeded; None = grow as needed. `sequences`: expected, a hint. `pools`:
         of each page class, where several stores draw from the same ones.
         """
         self.layout, self.dtype, self.device, self.page_slots = layout, dtype, torch.device(device), page_slots
-        self.memory_bytes = memory_bytes
-        self._page_bytes = {
-            one: page_bytes(one, page_slots, model_bytes=dtype.itemsize, slot_state_bytes=state)
-            for one, state in page_classes(layout).items()
-        }
-        self._poison = poison
+        self.memory_bytes, self._poison = memory_bytes, poison
         if pools is None:
-            self._pools = self._make_pools(self._limits(max(1, sequences)))
-        else:
-            self._pools = [pools[one] for one in self._page_bytes]
-        self.groups, self.place_of = self._make_groups()
+            pools = self._make_pools({} if memory_bytes is None else self._limits(sequences))
+        self._pools = {one: pools[one] for one in slot_arrays(layout)}
+        self.groups, self.place_of = self._make_groups(sequences)
+        self.place_of_layer = [self.place_of[layer.owner] for layer in layout.layers]
         with torch.inference_mode(False):
-            self.seen = torch.zeros(0, dtype=torch.int64, device=self.device)
-        self._seen: list[int] = []
-        self._free: list[int] = []
+            self.seen = torch.zeros(sequences, dtype=torch.int64, device=self.device)
+        self._seen, self._free = [0] * sequences, list(range(sequences))
         self._queued = deque[int]()
         self._in_call: set[int] = set()
-        self._grow(sequences)
+        if memory_bytes is not None:
+            self._check_books(sequences, [{}] * len(self.groups))
 
     # -- making --------------------------------------------------------------------------------------------------
 
-    def _limits(self, sequences: int) -> list[int | None]:
-        """Pages of each class: a budget is split by what `sequences` sequences take in each."""
-        if self.memory_bytes is None:
-            return [None] * len(self._page_bytes)
+    @cached_property
+    def _page_bytes(self) -> dict[PageClass, int]:
+        """Of each page class, in the order of the pools."""
+        return {
+            one: page_bytes(one, self.page_slots, model_bytes=self.dtype.itemsize, slot_state_bytes=state)
+            for one, state in page_classes(self.layout).items()
+        }
+
+    def _limits(self, sequences: int) -> dict[PageClass, int]:
+        """Pages of each class: the budget is split by what `sequences` sequences take in each."""
+        sequences = max(1, sequences)
         left = max(0, self.memory_bytes - sequences * self._sequence_bytes())
         needs = self._needs(left, sequences)
-        limits = [left * need // sum(needs.values()) // self._page_bytes[one] for one, need in needs.items()]
-        if min(limits) < 1:
+        limits = {one: left * need // sum(needs.values()) // self._page_bytes[one] for one, need in needs.items()}
+        if min(limits.values()) < 1:
             raise UserError(
                 f"memory_bytes={self.memory_bytes}: not one page fits beside the books of {sequences} rows: give more memory"
             )
         return limits
 
-    def _make_pools(self, limits: list[int | None]) -> list[PagePool]:
-        return [
-            PagePool(
-                PageClass(
-                    head_dim=one.head_dim, k=one.k, v=one.v, dtype=self.dtype, slot_arrays=tuple(arrays.items())
-                ),
-                slots=self.page_slots, device=self.device, pages=FIRST_PAGES if limit is None else limit, limit=limit,
-                poison=self._poison,
+    def _make_pools(self, limits: Mapping[PageClass, int]) -> dict[PageClass, PagePool]:
+        """`limits`: pages of each class; none where there is no budget."""
+        return {
+            one: PagePool(
+                one, dtype=self.dtype, slot_arrays=arrays, slots=self.page_slots, device=self.device,
+                pages=limits.get(one, FIRST_PAGES), limit=limits.get(one), poison=self._poison,
             )
-            for (one, arrays), limit in zip(slot_arrays(self.layout).items(), limits, strict=True)
-        ]  # fmt: skip
+            for one, arrays in slot_arrays(self.layout).items()
+        }  # fmt: skip
 
-    def _needs(self, memory_bytes: int, sequences: int) -> dict[PlannedClass, int]:
+    def _needs(self, memory_bytes: int, sequences: int) -> dict[PageClass, int]:
         """Bytes of pages in each class for so many sequences as long as the memory allows: the shares of the classes in it."""
 
-        def needs(seen: int) -> dict[PlannedClass, int]:
+        def needs(seen: int) -> dict[PageClass, int]:
             found = dict.fromkeys(self._page_bytes, 0)
             for owner in self.layout.owners:
                 one, heads = page_class(self.layout, owner), self.layout.layers[owner].num_kv_heads
@@ -140,24 +141,22 @@ class Store:
                 seen += step
         return needs(seen)
 
-    def _make_groups(self) -> tuple[list[CacheGroup], dict[int, tuple[CacheGroup, int]]]:
+    def _make_groups(self, sequences: int) -> tuple[list[CacheGroup], dict[int, tuple[CacheGroup, int]]]:
         """Groups of like owners, and for each owner its group and its place there."""
         alike: dict[tuple, list[int]] = {}
-        pools = dict(zip(self._page_bytes, self._pools, strict=True))
-        for owner in self.layout.owners:
+        for owner, asked in zip(self.layout.owners, self.layout.time, strict=True):
             layer, method = self.layout.layers[owner], self.layout.time_of(owner)
-            implied = layer.window is None or method != self.layout.time[self.layout.index_of(owner)]
-            key = (page_class(self.layout, owner), method, layer.num_kv_heads, None if implied else layer.window)
+            window = layer.window if method == asked else None  # else it is the method in force
+            key = page_class(self.layout, owner), method, layer.num_kv_heads, window
             alike.setdefault(key, []).append(owner)
         groups, place_of = [], {}
         for (one, method, heads, window), owners in alike.items():
             group = CacheGroup(
-                owners=tuple(owners), method=method, window=window, num_kv_heads=heads, pool=pools[one],
-                is_bounded=self.memory_bytes is not None,
+                owners=tuple(owners), method=method, window=window, num_kv_heads=heads, pool=self._pools[one],
+                sequences=sequences, is_bounded=self.memory_bytes is not None,
             )  # fmt: skip
             groups.append(group)
-            place_of.update({owner: (group, index) for index, owner in enumerate(owners)})
-        self.place_of_layer = [place_of[self.layout.owner_of(layer)] for layer in range(self.layout.num_layers)]
+            place_of |= {owner: (group, index) for index, owner in enumerate(owners)}
         return groups, place_of
 
     def _sequence_bytes(self) -> int:
@@ -170,15 +169,15 @@ class Store:
     def split_anew(self, sequences: int) -> None:
         """Divide the budget between the page classes for so many sequences; only while nothing is held."""
         self.drain()
-        if self.memory_bytes is None or len(self._pools) == 1 or any(pool.held_pages for pool in self._pools):
+        pools = self._pools.values()
+        if self.memory_bytes is None or len(pools) == 1 or any(pool.held_pages for pool in pools):
             return
-        limits = self._limits(max(1, sequences))
-        for pool in self._pools:
+        limits = self._limits(sequences)
+        for pool in pools:
             pool.release()
         self._pools = self._make_pools(limits)
-        pools = dict(zip(self._page_bytes, self._pools, strict=True))
         for group in self.groups:
-            group.pool = pools[page_class(self.layout, group.owners[0])]
+            group.pool = self._pools[page_class(self.layout, group.owners[0])]
 
     # -- bytes ---------------------------------------------------------------------------------------------------
 
@@ -186,7 +185,7 @@ class Store:
     def pools(self) -> list[PagePool]:
         """One for each page class."""
         self.drain()
-        return self._pools
+        return list(self._pools.values())
 
     @property
     def pool_bytes(self) -> int:
@@ -195,7 +194,7 @@ class Store:
         held = sum(group.tables.num_bytes for group in self.groups)
         tables = max(held, TABLE_BYTES * pages)
         lengths = sum(group.num_bytes for group in self.groups) - held
-        reserved = sum(pool.num_bytes for pool in self._pools) + tables + lengths + self.seen.nbytes
+        reserved = sum(pool.num_bytes for pool in self._pools.values()) + tables + lengths + self.seen.nbytes
         return reserved if self.memory_bytes is None else min(reserved, self.memory_bytes)
 
     @property
@@ -259,7 +258,7 @@ class Store:
         self._in_call.difference_update(sequences)
         for group in self.groups:
             group.free(sequences, compact=not self._in_call)
-        self.seen[self._index(sequences)] = 0
+        self.seen[self.index(sequences)] = 0
         for one in sequences:
             self._seen[one] = 0
         self._free.extend(sequences)
@@ -279,7 +278,7 @@ class Store:
             raise
         for group in self.groups:
             group.fork(list(sequences), copies)
-        self.seen[self._index(copies)] = self.seen[self._index(sequences)]
+        self.seen[self.index(copies)] = self.seen[self.index(sequences)]
         for copy, one in zip(copies, sequences, strict=True):
             self._seen[copy] = self._seen[one]
         return copies
@@ -305,10 +304,11 @@ class Store:
         total = len(sequences) * self._sequence_bytes()
         for group in self.groups:
             size = self._page_bytes[page_class(self.layout, group.owners[0])]
-            total += size * group.held_pages(group.ids(self._index(sequences)))
+            total += size * group.held_pages(group.ids(self.index(sequences)))
         return total
 
-    def _index(self, sequences: Sequence[int]) -> Tensor:
+    def index(self, sequences: Sequence[int]) -> Tensor:
+        """int64 [B], to index what lies by sequence."""
         return torch.tensor(list(sequences), dtype=torch.int64, device=self.device)
 
     @torch.inference_mode(False)
@@ -326,7 +326,7 @@ class Store:
         if self.memory_bytes is None:
             return
         books = sum(group.bytes_with(places, most) for group, most in zip(self.groups, pages, strict=True))
-        total = sum(pool.num_bytes for pool in self._pools) + books + places * self.seen.itemsize
+        total = sum(pool.num_bytes for pool in self._pools.values()) + books + places * self.seen.itemsize
         if total > self.memory_bytes:
             raise CacheFull(
                 f"the tables of {places} rows exceed memory_bytes={self.memory_bytes}: fewer rows, or more memory"
@@ -345,7 +345,7 @@ class Store:
         self.drain()
         try:
             needed, _ = self._needed(sequences, added)
-            for pool, pages in zip(self._pools, needed, strict=True):
+            for pool, pages in zip(self._pools.values(), needed, strict=True):
                 pool.book.grown_capacity(pages)
         except CacheFull:
             return False
@@ -363,7 +363,7 @@ class Store:
 
     def _surely_fits(self, sequences: Sequence[int], added: Sequence[int]) -> bool:
         """Whether a call of one token a sequence finds room in pages and tables at hand, without asking how full they are."""
-        free = {id(pool): pool.book.free for pool in self._pools}
+        free = {id(pool): pool.book.free for pool in self._pools.values()}
         for group in self.groups:
             # Each stream takes a page at the most.
             free[id(group.pool)] -= len(group.owners) * group.num_kv_heads * len(sequences)
@@ -378,9 +378,9 @@ class Store:
     def _make_room(self, sequences: Sequence[int], added: Sequence[int]) -> None:
         """Reserve what a call may need, or raise `CacheFull` before anything is written."""
         needed, most = self._needed(sequences, added)
-        for pool, pages in zip(self._pools, needed, strict=True):
+        for pool, pages in zip(self._pools.values(), needed, strict=True):
             pool.book.grown_capacity(pages)
-        for pool, pages in zip(self._pools, needed, strict=True):
+        for pool, pages in zip(self._pools.values(), needed, strict=True):
             pool.reserve(pages)
         for group, pages in zip(self.groups, most, strict=True):
             group.tables.widen(pages)
@@ -389,21 +389,21 @@ class Store:
         """Pages that a call may take from each pool, and of each group the pages of each sequence's longest stream after it."""
         sequences, added = list(sequences), list(added)
         after = [self._seen[one] + more for one, more in zip(sequences, added, strict=True)]
-        needed = [0] * len(self._pools)
+        pools, needed = list(self._pools.values()), [0] * len(self._pools)
         after_all = [group.pages_after(sequences, after, added) for group in self.groups]
         most = [longest for _, longest in after_all]
         self._check_books(len(self._seen), most)
-        index = self._index(sequences)
+        index = self.index(sequences)
         for group, (pages, _) in zip(self.groups, after_all, strict=True):
             ids = group.ids(index)
-            needed[self._pools.index(group.pool)] += max(0, pages - group.held_pages(ids)) + group.copies_ahead(ids)
+            needed[pools.index(group.pool)] += max(0, pages - group.held_pages(ids)) + group.copies_ahead(ids)
         return needed, most
 
     def commit(self, sequences: Sequence[int], added: Sequence[int]) -> None:
         """The call is done: its tokens count as seen."""
         for one, more in zip(sequences, added, strict=True):
             self._seen[one] += more
-        self.seen[self._index(sequences)] = self._index([self._seen[one] for one in sequences])
+        self.seen[self.index(sequences)] = self.index([self._seen[one] for one in sequences])
         for group in self.groups:
             if group.is_gated:
                 group.grown(sequences, added)

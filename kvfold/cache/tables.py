@@ -18,16 +18,15 @@ class BlockTables:
     """The tables of a group's sequences. A width is what the host knows; what is filled the lengths say."""
 
     @torch.inference_mode(False)
-    def __init__(self, streams: int, device: torch.device, *, is_bounded: bool):
-        """`streams`: of one sequence. `is_bounded`: no room is kept for later growth."""
+    def __init__(self, streams: int, sequences: int, device: torch.device, *, is_bounded: bool):
+        """`streams`: of one sequence. `sequences`: places for them. `is_bounded`: no room is kept for later growth."""
         self._streams, self._device, self._is_bounded = streams, device, is_bounded
         # The last entry takes what a masked write must not touch.
         self.flat = torch.zeros(1, dtype=torch.int32, device=device)
-        self._base: list[int] = []
-        self.width: list[int] = []
+        self._base, self.width = [0] * sequences, [0] * sequences
         """Entries of each stream, by sequence."""
         self._end = 0
-        self.place_R2 = torch.zeros((0, 2), dtype=torch.int64, device=device)
+        self.place_R2 = torch.zeros((sequences, 2), dtype=torch.int64, device=device)
         """Base and width of each sequence's block: its table number z starts at base + z * width."""
 
     @property

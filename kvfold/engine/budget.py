@@ -189,19 +189,22 @@ class Budget:
         """Mean of |estimated / held - 1| over prompts, of learned methods."""
 
     def growth(self, request: Request, held: int, *, whole: bool = False) -> int:
-        """Bytes that a request may take beyond the `held` ones it has, over the next `horizon` tokens or, `whole`, to its end."""
+        """Bytes that a request may take beyond the `held` ones it has, over the next `horizon` tokens or, `whole`, to its end.
+        Tokens that will surely come all count where the method says exactly what they take.
+        """
         cost, factor = self.costs[request.method], self.scale
         end = request.final_tokens
         if not whole:
             start = max(request.seen, request.read_until, request.prompt_tokens)
-            end, factor = min(end, start + self.horizon), factor * self.safety
+            ahead = start + self.horizon if cost.learned else max(start + self.horizon, request.certain_tokens)
+            end, factor = min(end, ahead), factor * self.safety
         if cost.learned and request.handle is not None and request.seen >= LENGTHS[0]:
             # Its own text has shown how much it keeps.
             now = cost.bytes(request.seen)
             more = (cost.bytes(end) - now) * min(4.0, max(0.5, held / now))
         else:
             more = cost.bytes(end, high=True) - held
-        return max(0, int(more * factor))
+        return max(0, min(int(more * factor), cost.most(request.final_tokens) - held))
 
     def transient(self, methods: Iterable[str]) -> int:
         """Bytes that one prefill group may take for a while beyond what it keeps: what gates decide is known only behind them."""

@@ -47,7 +47,7 @@ def answer_file(
         total = sum(1 for line in file if line.strip())
     there = _lines_done(source, target)
     counts = {"answered": 0, "errors": 0, "skipped": there}
-    run, began, tokens, told = _Run(engine, defaults or {}), time.monotonic(), 0, 0.0
+    run, began, tokens, reported = _Run(engine, defaults or {}), time.monotonic(), 0, 0.0
     with target.open("ab") as out:
         for record in run.records(source, there):
             out.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
@@ -56,8 +56,8 @@ def answer_file(
             counts["errors"] += any("error" in choice for choice in record["choices"])
             tokens += record["usage"]["completion_tokens"]
             now = time.monotonic()
-            if now - told > REPORT_SECONDS or there + counts["answered"] == total:
-                told, speed = now, tokens / max(1e-9, now - began)
+            if now - reported > REPORT_SECONDS or there + counts["answered"] == total:
+                reported, speed = now, tokens / max(1e-9, now - began)
                 report({
                     "done": there + counts["answered"], "total": total, "tokens_per_s": speed,
                     "running": engine.stats()["running"],

@@ -70,6 +70,13 @@ class Request:
         return self.prompt_tokens + self.max_tokens - 1
 
     @property
+    def certain_tokens(self) -> int:
+        """Tokens that the store will have seen at the end, at least."""
+        params = self.params
+        may_end = not params.ignore_eos or params.stop or params.stop_token_ids or params.structured
+        return self.prompt_tokens + (params.min_tokens if may_end else self.max_tokens) - 1
+
+    @property
     def is_reading(self) -> bool:
         """Whether a part of the prompt is still to be read."""
         return self.seen < self.read_until

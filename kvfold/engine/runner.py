@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvfold.cache.group import CacheGroup
 from kvfold.cache.hf import FoldCache
-from kvfold.cache.pages import PageClass, PagePool
+from kvfold.cache.pages import PagePool
 from kvfold.cache.store import Store
 from kvfold.engine.budget import KeptRatios, SequenceCost
 from kvfold.engine.scheduler import Call
@@ -35,7 +35,7 @@ class SequenceView(FoldCache):
     """Some sequences of a store, as a call of the model takes them. They stay the store's."""
 
     def __init__(self, store: Store, handles: Sequence[int]):
-        self.layout, self._base_layout, self.store = store.layout, store.layout.base(), store
+        self.layout, self._base_layout, self.store = store.layout, None, store
         self.gates = self.gate_table = None
         self.rows, self.columns, self.padding_B = list(handles), 1, None
 
@@ -93,16 +93,10 @@ class Runner:
                     f"kv_memory must hold a page beside {self.max_sequences} sequences, got {memory_bytes} bytes for pages: "
                     "give more (for example '2GB')"
                 )
-            kind = PageClass(
-                head_dim=one.head_dim,
-                k=one.k,
-                v=one.v,
-                dtype=self.model.dtype,
-                slot_arrays=tuple(self._arrays[one].items()),
-            )
             pool = PagePool(
-                kind, slots=self._slots, device=self.model.device, pages=pages, limit=pages, poison=self._poison
-            )
+                one, dtype=self.model.dtype, slot_arrays=self._arrays[one], slots=self._slots, device=self.model.device,
+                pages=pages, limit=pages, poison=self._poison,
+            )  # fmt: skip
             pools[one] = pool, size
         return pools
 

@@ -9,7 +9,8 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from ray import serve
 from ray.exceptions import RayError
@@ -26,6 +27,7 @@ from kvfold.integrations.prefix_routing import prompt_bytes
 from kvfold.integrations.ray_router import SLACK, FreePages, PrefixRouter
 from kvfold.integrations.versions import installed_version, warn_untested
 from kvfold.layout.units import parse_size
+from kvfold.models.adapters import read_adapter
 from kvfold.models.load import load, load_config, load_tokenizer
 from kvfold.serve import watch
 from kvfold.serve.app import create_app
@@ -99,23 +101,53 @@ class RaySettings:
     @classmethod
     def parse(cls, args: Mapping[str, Any]) -> "RaySettings":
         """From the `args` of a file. Raises `UserError`, in one line, for what can't be meant."""
-        known = {one.name for one in fields(cls)}
-        if unknown := sorted(set(args) - known):
-            raise UserError(
-                f"args of kvfold under Ray Serve: unknown {', '.join(unknown)}: use {', '.join(sorted(known))}"
-            )
         if "model" not in args:
             raise UserError("args of kvfold under Ray Serve need a model: give a folder, a .gguf file or a hub name")
-        return cls(**(dict(args) | {"methods": tuple(args.get("methods", ()))}))
+        return cls(**_understood(cls, args, "args"))
 
     def server_settings(self) -> ServerSettings:
         """Those of a replica's application."""
-        known = {one.name for one in fields(ServerSettings)}
-        if unknown := sorted(set(self.server) - known):
-            raise UserError(f"server of kvfold under Ray Serve: unknown {', '.join(unknown)}")
-        lists = ("model_names", "api_keys", "allowed_origins")
-        given = {name: tuple(value) if name in lists else value for name, value in self.server.items()}
-        return ServerSettings(**({"model_names": (os.path.basename(self.model.rstrip("/")),)} | given))
+        named = {"model_names": (os.path.basename(self.model.rstrip("/")),)}
+        return ServerSettings(**(named | _understood(ServerSettings, self.server, "server")))
+
+
+def _understood(kind: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What a file gives for the fields of a dataclass, lists as tuples. Raises `UserError` for an unknown name, or a value of
+    another kind than the field's.
+    """
+    known = {one.name: one.type for one in fields(kind)}
+    if unknown := sorted(set(given) - set(known)):
+        raise UserError(
+            f"{where} of kvfold under Ray Serve: unknown {', '.join(unknown)}: use {', '.join(sorted(known))}"
+        )
+    found = dict(given)
+    for name, value in given.items():
+        origin = get_origin(known[name])
+        if origin is tuple:
+            found[name] = (
+                (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else value
+            )
+            fits = isinstance(found[name], tuple) and all(isinstance(one, str) for one in found[name])
+        else:
+            wanted = origin if origin is Mapping else int | float if known[name] is float else known[name]
+            # For Python a bool is an int.
+            fits = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
+        if not fits:
+            raise UserError(
+                f"{where} of kvfold under Ray Serve: {name} can't be {value!r}: it is {_words(known[name])}"
+            )
+    return found
+
+
+def _words(kind: Any) -> str:
+    """The kind of a field, for a line that a user reads."""
+    if get_origin(kind) is tuple:
+        return "a list of texts"
+    if get_origin(kind) is UnionType:
+        return " or ".join(_words(one) for one in get_args(kind))
+    return {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "left out"}.get(
+        kind, "a mapping"
+    )
 
 
 class Replica:
@@ -244,12 +276,14 @@ def lost(error: Exception) -> ApiError:
 def build(args: Mapping[str, Any]) -> serve.Application:
     """The application, as `import_path: kvfold.integrations.ray_serve:build` names it in a file for `serve run`.
 
-    `args`: fields of `RaySettings`. Raises `UserError`, in one line, for settings that can't be meant and for a model that
-    can't be read.
+    `args`: fields of `RaySettings`. Raises `UserError`, in one line, for settings that can't be meant and for a model
+    or an adapter that can't be read.
     """
     warn_untested("Ray", installed_version(("ray",)), TESTED)
     wanted = RaySettings.parse(args)
     layout = load_config(wanted.model).layout
+    if wanted.adapter is not None:
+        read_adapter(wanted.adapter)
     for text in wanted.methods:
         layout.with_time(text)
     given, most = asdict(wanted), wanted.max_replicas or wanted.replicas

@@ -39,7 +39,7 @@ _SWITCHES = {
 }
 """Switches of a config that vLLM's Llama classes know one value of."""
 
-_NORMS = ("none", "head", "turned")
+_NORMS = ("none", "head", "rotated")
 """Norms of q and k that work on each head alone, whichever device holds it."""
 
 _ROPES = ("default", "linear", "llama3", "yarn")

@@ -86,7 +86,7 @@ class FoldAttention(nn.Module):
             gained = config.qk_norm == "head"
             self.q_norm = RMSNorm(self.head_dim, eps=eps, has_weight=gained)
             self.k_norm = RMSNorm(self.head_dim, eps=eps, has_weight=gained) if self.owner else None
-        if config.qk_norm == "turned":
+        if config.qk_norm == "rotated":
             self.query_layernorm, self.key_layernorm = RMSNorm(self.head_dim, eps=eps), RMSNorm(self.head_dim, eps=eps)
         if config.kv_norm and self.owner:
             self.kv_norm = RMSNorm(config.hidden_size, eps=eps)

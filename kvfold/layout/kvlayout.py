@@ -5,6 +5,7 @@ itself into a checkpoint's config.json. Owner maps by name live in patterns.py, 
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar
 
@@ -78,7 +79,6 @@ class KVLayout:
     """Layers that store keys and values, ascending. Derived from `layers`."""
     _place: dict[int, int] = field(init=False, repr=False, compare=False)
     _readers: dict[int, tuple[int, ...]] = field(init=False, repr=False, compare=False)
-    _in_force: dict[int, Method] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -108,8 +108,6 @@ class KVLayout:
         object.__setattr__(self, "owners", tuple(sorted(readers)))
         object.__setattr__(self, "_place", {owner: place for place, owner in enumerate(self.owners)})
         object.__setattr__(self, "_readers", {owner: tuple(group) for owner, group in readers.items()})
-        pairs = zip(self.owners, self.time, strict=True)
-        object.__setattr__(self, "_in_force", {o: _in_force(method, self.layers[o].window) for o, method in pairs})
 
     @classmethod
     def plain(
@@ -153,7 +151,8 @@ class KVLayout:
 
     def time_of(self, owner: int) -> Method:
         """The method in force: of a sliding owner under `full`, its own window without sinks."""
-        return self._in_force[owner]
+        method, window = self.time[self._place[owner]], self.layers[owner].window
+        return method if window is None or method != FULL else Window(recent=Budget(fixed=window), sinks=0)
 
     def bits_of(self, owner: int) -> BitsSpec:
         """How the owner's entries are stored."""
@@ -161,7 +160,7 @@ class KVLayout:
 
     def base(self) -> Self:
         """The same owners and heads with nothing evicted and nothing quantised."""
-        return replace(self, time=(FULL,) * len(self.owners), bits=(MODEL_BITS,) * len(self.owners))
+        return self._with(time=(FULL,) * len(self.owners), bits=(MODEL_BITS,) * len(self.owners))
 
     @classmethod
     def parse(cls, text: str, base: Self) -> Self:
@@ -207,16 +206,17 @@ class KVLayout:
 
     def with_time(self, text: str) -> Self:
         """A `--time` text applied: what holds for all goes to full-attention owners, sliding ones must be named."""
-        slides = [self.layers[owner].window is not None for owner in self.owners]
+        if ";" not in text and "=" not in text:
+            return self._with(time=self._for_full_attention(parse_time(text)))
         rest, named = self._per_owner(text, parse_time)
-        time = self.time if rest is None else [FULL if sliding else rest for sliding in slides]
+        time = self.time if rest is None else self._for_full_attention(rest)
         return replace(self, time=tuple(named.get(owner, old) for owner, old in zip(self.owners, time, strict=True)))
 
     def with_bits(self, text: str) -> Self:
         """A `--bits` text applied; what holds for all holds for sliding owners too."""
         rest, named = self._per_owner(text, BitsSpec.parse)
         bits = self.bits if rest is None else [rest] * len(self.owners)
-        return replace(self, bits=tuple(named.get(owner, old) for owner, old in zip(self.owners, bits, strict=True)))
+        return self._with(bits=tuple(named.get(owner, old) for owner, old in zip(self.owners, bits, strict=True)))
 
     def layers_text(self) -> str:
         """The owner map as a `--layers` text: a pattern's name where one fits."""
@@ -253,8 +253,10 @@ class KVLayout:
         """The layout that `to_json` wrote. Raises `UserError` for another format or a missing or foreign key."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            newer = isinstance(found, int) and found > FORMAT
             raise UserError(
-                f"layout format {found!r}: this kvfold reads format {FORMAT}: update kvfold or write the layout again"
+                f"layout format {found!r}: this kvfold reads format {FORMAT}: "
+                f"{'update kvfold' if newer else 'write the layout again'}"
             )
         try:
             return cls(
@@ -266,6 +268,17 @@ class KVLayout:
             raise UserError(
                 f"layout with a missing or unknown part ({error}): it has layers, time, bits: write it again"
             ) from error
+
+    def _with(self, **parts: tuple[Spec, ...]) -> Self:
+        """The same owners, which were checked when this layout was made, with other methods or storage that fit them."""
+        twin = copy(self)
+        for name, value in parts.items():
+            object.__setattr__(twin, name, value)
+        return twin
+
+    def _for_full_attention(self, method: Method) -> tuple[Method, ...]:
+        """What a method that is given to all means for each owner."""
+        return tuple(method if self.layers[owner].window is None else FULL for owner in self.owners)
 
     def _per_owner(self, text: str, parse: Callable[[str], Spec]) -> tuple[Spec | None, dict[int, Spec]]:
         """What a text gives to all (None: nothing) and to single owners; where two parts name one, the last wins."""
@@ -284,9 +297,3 @@ class KVLayout:
                 )
             named |= dict.fromkeys(owners, parse(value))
         return None if rest is None else parse(rest), named
-
-
-def _in_force(method: Method, window: int | None) -> Method:
-    if window is not None and method == FULL:
-        return Window(recent=Budget(fixed=window), sinks=0)
-    return method

@@ -20,6 +20,7 @@ from kvfold.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvfold.methods.gates import GateConfig
     from kvfold.methods.plans import (
         Chunk,
         ChunkPlan,
@@ -64,7 +65,7 @@ class GateForm:
     """Heads in which a freed channel carries nothing but decisions and is zeroed for attention."""
     reads: tuple[str, ...] = ("own",)
     """Which token's decision may govern a token: `own`, or that of the `next` one."""
-    weighs: bool = False
+    with_weights: bool = False
     """Whether the query's channel also gives each token a weight (its importance in a merge)."""
     outputs: int = 1
     """Numbers that an adapter gives for each KV head; the first is the decision, the others reach the method as they are."""
@@ -132,6 +133,21 @@ class Method(ABC):
     def trained(self) -> bool:
         """Whether a model must have been trained for it."""
         return self.gate_form is not None
+
+    def gates_among(self, given: GateConfig | None) -> GateConfig | None:
+        """Of the gates that a model or a cache has, those that decide for this method; None where it learns nothing.
+
+        Raises `UserError` for a learned method that they do not decide for.
+        """
+        if not self.trained:
+            return None
+        if given is None or given.method != self.name:
+            has = "no gates" if given is None else f"gates of {given.method}"
+            raise UserError(
+                f"time '{self.format()}': the model has {has}, and {self.name} is learned: give it an adapter that was trained "
+                "for it, or gates='channel' for the published freed channel as it stands"
+            )
+        return given
 
     def always_kept(self, seen: int) -> int:
         """Entries that no gate can evict or merge once `seen` tokens have been seen."""

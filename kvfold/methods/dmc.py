@@ -38,7 +38,7 @@ class DMC(Method):
     lossy: ClassVar[bool] = True
     places_at_layer: ClassVar[bool] = True
     gate_form: ClassVar[GateForm] = GateForm(
-        adapter=False, channel_of="key", frees="keys and queries", weighs=True, zero_out=True, source="channel", scale=1.0,
+        adapter=False, channel_of="key", frees="keys and queries", with_weights=True, zero_out=True, source="channel", scale=1.0,
         distils="none",
     )  # fmt: skip
 
@@ -89,7 +89,7 @@ class DMC(Method):
 
     def open_step(self, streams: Streams) -> StepPlan:
         """See `Method.open_step`."""
-        return MergedStep(self, streams)
+        return MergePlan(self, streams)
 
     def open_chunk(self, chunk: Chunk) -> ChunkPlan:
         """See `Method.open_chunk`."""
@@ -111,7 +111,7 @@ class DMC(Method):
         return TrainingForm(k_BTKD=k, v_BTKD=v, bias_BTK=bias)
 
 
-class MergedStep(StepPlan):
+class MergePlan(StepPlan):
     """The token is merged into its stream's last entry, or goes behind it, as its gate decides."""
 
     def enter(self, owner: int, gates: Gates | None, k_BKD: Tensor, v_BKD: Tensor) -> Entered:

@@ -53,9 +53,9 @@ class H2O(Method):
 
     def retain(self, entries: Entries) -> Tensor:
         """See `Method.retain`. The newest tokens can't have been evicted yet, so their age tells which they are."""
-        from kvfold.methods.select import budget_tokens, drop_lowest
+        from kvfold.methods.select import budget_tokens, evict_lowest
 
         seen, position = entries.seen_B, entries.position_BKE
         edge = seen - budget_tokens(self.recent, seen)
         candidates = (position >= 0) & (position < edge[:, None, None])
-        return ~drop_lowest(entries.score_BKE, position, candidates, budget_tokens(self.heavy, seen))
+        return ~evict_lowest(entries.score_BKE, position, candidates, budget_tokens(self.heavy, seen))

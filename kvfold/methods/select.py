@@ -16,7 +16,7 @@ def budget_tokens(budget: Budget, seen_B: Tensor) -> Tensor:
     return ((budget.percent * seen_B + 99) // 100).clamp(min=1)
 
 
-def drop_lowest(score_BKE: Tensor, position_BKE: Tensor, candidate_BKE: Tensor, room_B: Tensor) -> Tensor:
+def evict_lowest(score_BKE: Tensor, position_BKE: Tensor, candidate_BKE: Tensor, room_B: Tensor) -> Tensor:
     """bool [B, K, E]: the candidates that must go so that `room_B` of them are left: those of the lowest score, and of
     equal scores the newer ones.
     """

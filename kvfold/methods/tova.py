@@ -50,9 +50,9 @@ class TOVA(Method):
 
     def retain(self, entries: Entries) -> Tensor:
         """See `Method.retain`. The heads of a layer always hold the same tokens, in the same order."""
-        from kvfold.methods.select import budget_tokens, drop_lowest
+        from kvfold.methods.select import budget_tokens, evict_lowest
 
         position = entries.position_BKE[:, :1]
         score = entries.score_BKE.sum(dim=1, keepdim=True)
         room = budget_tokens(self.tokens, entries.seen_B)
-        return (~drop_lowest(score, position, position >= 0, room)).expand_as(entries.position_BKE)
+        return (~evict_lowest(score, position, position >= 0, room)).expand_as(entries.position_BKE)

@@ -121,9 +121,9 @@ CHANNEL = "channel"
 """Asks for the published freed channel as it stands."""
 
 
-def gates_for_cache(model: FoldPreTrainedModel, gates: str | Path | GateSet | None, layout: KVLayout) -> GateSet | None:
-    """What decides for a cache of this layout: None = the model's own gates; an adapter's folder or name, or a gate set;
-    `channel` = the published freed channel. Raises `UserError` where a learned method would have no gates.
+def gates_for_cache(model: FoldPreTrainedModel, gates: str | Path | GateSet, layout: KVLayout) -> GateSet:
+    """What decides for a cache of this layout in place of the model's own gates: an adapter's folder or name, or a gate set;
+    `channel` = the published freed channel.
     """
     if gates == CHANNEL:
         learned = {layout.time_of(owner).name for owner in layout.owners if layout.time_of(owner).trained}
@@ -133,13 +133,11 @@ def gates_for_cache(model: FoldPreTrainedModel, gates: str | Path | GateSet | No
             )
         found = GateSet(CHANNEL, GateConfig.published_channel(learned.pop()), {})
     else:
-        found = gates if gates is None or isinstance(gates, GateSet) else load_gates(model, gates)
-    freed = model.config.freed_owners
-    if found is not None and freed:
+        found = gates if isinstance(gates, GateSet) else load_gates(model, gates)
+    if model.config.freed_owners:
         raise UserError(
             f"gates {found.name}: this model's own gates are written into its weights, so no others can decide: leave gates out"
         )
-    gate_table(model.config.gate_config if found is None else found.config, layout, freed_owners=freed)
     return found
 
 
@@ -185,10 +183,14 @@ def read_adapter(folder: str | Path) -> tuple[AdapterAbout, dict[str, Tensor]]:
         raise UserError(f"adapter {folder}: no {ABOUT} there: give the folder that `kvfold retrofit` wrote")
     try:
         data = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        if data.pop("format") != FORMAT:
-            raise UserError("it was written by another version of kvfold")
+        found = data.pop("format")
+        if found != FORMAT:
+            remedy = "update kvfold" if isinstance(found, int) and found > FORMAT else "fetch it again"
+            raise UserError(f"adapter {folder}: format {found!r}: this kvfold reads format {FORMAT}: {remedy}")
         base = Base(**data.pop("base"))
         return AdapterAbout(base=base, **data), load_file(folder / WEIGHTS)
+    except UserError:
+        raise
     except (OSError, ValueError, TypeError, AttributeError, LookupError, SafetensorError) as error:
         raise UserError(f"adapter {folder}: it can't be read ({one_line(error)}): fetch it again") from error
 

@@ -9,16 +9,16 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, SiLUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvfold.cache.views import KVView
 from kvfold.methods.gates import GateConfig
 from kvfold.models.config import FoldConfig
 from kvfold.models.gates import GateCall, GateNorm, GateProjection, decide
-from kvfold.ops.linear import PackableLinear, project
-from kvfold.ops.norm import rms_norm
+from kvfold.ops.linear import PackableLinear, project, rms_norm
 from kvfold.ops.rotation import Rotation
+from kvfold.ops.tail import PackedTail
 
 
 class FoldRMSNorm(nn.Module):
@@ -66,7 +66,7 @@ class FoldAttention(nn.Module):
         self.o_proj = PackableLinear(q_width, config.hidden_size, bias=config.o_bias)
         self.q_norm, self.k_norm = _head_norm(config, q_width), _head_norm(config, kv_width) if owner else None
         self.query_layernorm = self.key_layernorm = None
-        if config.qk_norm == "turned":
+        if config.qk_norm == "rotated":
             self.query_layernorm = FoldRMSNorm(config.head_dim, config)
             self.key_layernorm = FoldRMSNorm(config.head_dim, config)
         self.kv_norm = FoldRMSNorm(config.hidden_size, config) if config.kv_norm and owner else None
@@ -81,9 +81,12 @@ class FoldAttention(nn.Module):
         self.fold_norm, self.fold_proj = new_adapter(gates, config, self.layer)
 
     def forward(
-        self, normed_BTC: Tensor, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None, call: GateCall | None
-    ) -> Tensor:
-        """`normed_BTC` is the layer's input as the block takes it, `hidden_BTC` the residual stream itself."""
+        self, normed_BTC: Tensor, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None, call: GateCall | None,
+        project_out: bool = True,
+    ) -> Tensor:  # fmt: skip
+        """`normed_BTC` is the layer's input as the block takes it, `hidden_BTC` the residual stream itself. Without `project_out`
+        what all query heads found, [B, T, H * D].
+        """
         source = normed_BTC if self.kv_norm is None else self.kv_norm(hidden_BTC)
         if self.kv_norm is None and self.k_proj is not None:
             q, k, v = project(normed_BTC, self.q_proj, self.k_proj, self.v_proj)
@@ -95,7 +98,8 @@ class FoldAttention(nn.Module):
         q, k, v = self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v, None)
         gates = None if call is None else decide(call, self.layer, q, k, *self._adapted(call, hidden_BTC))
         rotation = rotation if self.query_layernorm is None else self._with_gain(rotation)
-        return self.o_proj(view.attend(self.layer, q, k, v, rotation, gates).flatten(2))
+        attended = view.attend(self.layer, q, k, v, rotation, gates).flatten(2)
+        return self.o_proj(attended) if project_out else attended
 
     def _adapted(self, call: GateCall, hidden_BTC: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What the layer's adapter gives, and what it holds for each head; of the model's own gates or of those that came with
@@ -157,7 +161,7 @@ def _head_norm(config: FoldConfig, width: int) -> nn.Module | None:
     """What norms the heads of q or k, `width` channels in all, before they are rotated."""
     if config.qk_norm == "none":
         return None
-    if config.qk_norm == "turned":
+    if config.qk_norm == "rotated":
         return UnitRMSNorm(config.rms_norm_eps)
     return FoldRMSNorm(width if config.qk_norm == "full" else config.head_dim, config)
 
@@ -195,6 +199,8 @@ class FoldMLP(nn.Module):
 class FoldLayer(GradientCheckpointingLayer):
     """Attention and feed-forward, each added to the residual stream; the norms stand where the family has them."""
 
+    tail: PackedTail | None = None
+
     def __init__(self, config: FoldConfig, layer: int):
         super().__init__()
         self.placement, self.residual_multiplier = config.norm_placement, config.residual_multiplier
@@ -207,6 +213,8 @@ class FoldLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """The residual stream after this layer."""
         h = hidden_BTC
+        if self.tail is not None and self.tail.serves(self._tail_modules(), h):
+            return self.tail(self.self_attn(self.input_layernorm(h), h, view, rotation, call, project_out=False), h)
         if self.placement == "pre":
             h = self._add(h, self.self_attn(self.input_layernorm(h), h, view, rotation, call))
             return self._add(h, self.mlp(self.post_attention_layernorm(h)))
@@ -216,6 +224,26 @@ class FoldLayer(GradientCheckpointingLayer):
         attended = self.self_attn(self.input_layernorm(h), h, view, rotation, call)
         h = self._add(h, self.post_attention_layernorm(attended))
         return self._add(h, self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h))))
+
+    def new_tail(self) -> PackedTail | None:
+        """All behind attention as one function; None where the layer has another form, or is not packed."""
+        mlp, norm = self.mlp, getattr(self, "post_attention_layernorm", None)
+        packed = {getattr(one, "packed", None) for one in self._tail_modules()[:4]}
+        if self.placement != "pre" or norm.offset or len(packed) != 3 or not PackedTail.reads(packed):
+            return None
+        if not isinstance(mlp.act, nn.SiLU | SiLUActivation):
+            return None
+        return PackedTail(self._tail_modules(), norm, norm.eps, self.residual_multiplier)
+
+    def _tail_modules(self) -> tuple[nn.Module, ...]:
+        """Not by attributes, which are slow to find in a module."""
+        own = self._modules
+        attention, norm, mlp = own["self_attn"], own.get("post_attention_layernorm"), own["mlp"]
+        inner = mlp._modules
+        return (
+            attention._modules["o_proj"], inner["gate_proj"], inner["up_proj"], inner["down_proj"], inner["act"],
+            attention, norm, mlp,
+        )  # fmt: skip
 
     def _add(self, hidden: Tensor, block: Tensor) -> Tensor:
         return hidden + block if self.residual_multiplier == 1.0 else hidden + block * self.residual_multiplier

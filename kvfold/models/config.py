@@ -52,7 +52,7 @@ class FoldConfig(PreTrainedConfig):
     mlp_bias: bool = False
     qk_norm: str = "none"
     """RMS norm of q and k: `none`; before rotary positions `head` (each head alone) or `full` (all heads together); behind them
-    `turned` (each head alone; every layer, readers too, has a gain of its own for the keys it reads).
+    `rotated` (each head alone; every layer, readers too, has a gain of its own for the keys it reads).
     """
     norm_placement: str = "pre"
     """Where a block is normed: `pre` its input, `post` its output, `sandwich` both."""

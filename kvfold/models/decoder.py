@@ -22,7 +22,7 @@ from kvfold.models.adapters import gates_for_cache
 from kvfold.models.blocks import FoldLayer, FoldRMSNorm
 from kvfold.models.config import FoldConfig
 from kvfold.models.gated import FoldCausalLMOutput, FoldOutput, GatedModel, joined, recorded
-from kvfold.models.gates import GateCall, GateNorm, GateProjection, GateSet, GateTable, gate_table
+from kvfold.models.gates import GateCall, GateNorm, GateProjection, GateRecord, GateSet, GateTable, gate_table
 from kvfold.models.generation import FoldGeneration
 from kvfold.models.options import PLAIN, CallOptions
 from kvfold.models.rope import Rope
@@ -68,7 +68,9 @@ class FoldPreTrainedModel(PreTrainedModel):
         layout = self.config.layout
         layout = layout if time is None else layout.with_time(time)
         layout = layout if bits is None else layout.with_bits(bits)
-        found = gates_for_cache(self, gates, layout)
+        gate_set = None if gates is None else gates_for_cache(self, gates, layout)
+        for method in layout.time:
+            method.gates_among(self.config.gate_config if gate_set is None else gate_set.config)
         return FoldCache(
             layout,
             dtype=self.dtype,
@@ -77,7 +79,7 @@ class FoldPreTrainedModel(PreTrainedModel):
             memory_bytes=memory_bytes,
             page_slots=page_slots,
             base_layout=self.config.base_layout,
-            gates=found,
+            gates=gate_set,
         )
 
 
@@ -136,12 +138,13 @@ class FoldModel(FoldPreTrainedModel):
         if cache is None:
             return self._run_freely(hidden, real, rotations, options, noise_key, records, keep)
         table = cache.gate_table or self._gate_table(cache)
-        gates = None if table.is_empty else GateCall.of(table, self.training, options, noise_key, records, cache.gates)
+        record = GateRecord() if records else None
+        gates = None if table.is_empty else GateCall(table, self.training, options, noise_key, record, cache.gates)
         # Pages are written in place, so no gradient could pass through them.
         call = cache.call(real, num_rows=hidden.shape[0], num_tokens=hidden.shape[1], **self.attention_options)
         with torch.no_grad(), call as view:
             hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
-        decided = recorded(gates, cache.layout.owners) if records else {}
+        decided = {} if record is None else recorded(record, cache.layout.owners)
         return FoldOutput(last_hidden_state=hidden, past_key_values=cache, hidden_states=states, **decided)
 
     def _gate_table(self, cache: FoldCache) -> GateTable:
@@ -159,10 +162,11 @@ class FoldModel(FoldPreTrainedModel):
         if options.sharing is not None:
             layout = layout.with_owners([one.owner for one in options.sharing.layers])
         table = gate_table(config.gate_config, layout, freed_owners=config.freed_owners)
-        gates = None if table.is_empty else GateCall.of(table, self.training, options, noise_key, records, None)
+        record = GateRecord() if records else None
+        gates = None if table.is_empty else GateCall(table, self.training, options, noise_key, record, None)
         view = TrainingView(layout, real_BT=real, **self.attention_options)
         hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
-        decided = recorded(gates, layout.owners) if records else {}
+        decided = {} if record is None else recorded(record, layout.owners)
         return FoldOutput(last_hidden_state=hidden, past_key_values=None, hidden_states=states, **decided)
 
     def opened(self, ids_BT: Tensor) -> tuple[Tensor, list[Rotation | None]]:

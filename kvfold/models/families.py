@@ -84,7 +84,7 @@ FAMILIES: dict[str, Family] = {
             "logit_scale": ("logits_scaling", -1),
         }
     ),
-    "hunyuan_v1_dense": Family(fixed={"qk_norm": "turned"}, taken=_BIASED, alpha_rope=True),
+    "hunyuan_v1_dense": Family(fixed={"qk_norm": "rotated"}, taken=_BIASED, alpha_rope=True),
     "llama": Family(taken=_BIASED),
     "mistral": Family(windowed="always"),
     "olmo2": Family(fixed={"norm_placement": "post", "qk_norm": "full"}, taken=_BIASED),
@@ -180,7 +180,7 @@ def _refuse(family: Family, theirs: PreTrainedConfig) -> None:
             raise UserError(
                 f"{name} with rope_type '{kind}': transformers knows {', '.join(ROPE_INIT_FUNCTIONS)}: choose another"
             )
-        if kind in ("yarn", "longrope") and family.fixed.get("qk_norm") == "turned":
+        if kind in ("yarn", "longrope") and family.fixed.get("qk_norm") == "rotated":
             raise UserError(
                 f"{name} with rope_type '{kind}': it scales heads before a norm that stands behind it: choose another checkpoint"
             )

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from kvfold.methods.gates import GateConfig
 from kvfold.models.blocks import FoldAttention
-from kvfold.models.gates import GateCall, gate_table
+from kvfold.models.gates import GateRecord, gate_table
 
 
 @dataclass
@@ -34,11 +34,9 @@ class FoldCausalLMOutput(CausalLMOutputWithPast):
     gate_probs: tuple[Tensor | None, ...] | None = None
 
 
-def recorded(call: GateCall | None, owners: tuple[int, ...]) -> dict[str, tuple[Tensor | None, ...]]:
+def recorded(record: GateRecord, owners: tuple[int, ...]) -> dict[str, tuple[Tensor | None, ...]]:
     """The fields of `FoldOutput` that say what gates decided."""
-    found = {"decisions": {}, "gate_probs": {}}
-    if call is not None:
-        found = {"decisions": call.record.decisions, "gate_probs": call.record.probabilities}
+    found = {"decisions": record.decisions, "gate_probs": record.probabilities}
     return {
         name: tuple(of[owner].transpose(1, 2) if owner in of else None for owner in owners)
         for name, of in found.items()

@@ -14,13 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
-from kvfold.methods.base import Method
 from kvfold.methods.gates import GateConfig
-from kvfold.models.options import CallOptions
+from kvfold.models.options import PLAIN, CallOptions
 from kvfold.ops.gating import STAY_NEVER, Gates
-from kvfold.ops.norm import rms_norm
+from kvfold.ops.linear import rms_norm
 
 IMPORTANCE_FLOOR = 2.0**-7
 """Added to every importance: the epsilon of bf16, whatever the dtype, as the official inference has it."""
@@ -139,60 +137,39 @@ def gate_table(given: GateConfig | None, layout: KVLayout, *, freed_owners: tupl
     Raises `UserError` for a learned method that `given` does not decide for.
     """
     owners = [layout.owner_of(layer) for layer in range(layout.num_layers)]
-    configs = tuple(_gates_of(given, layout.time_of(owner)) for owner in owners)
+    configs = tuple(layout.time_of(owner).gates_among(given) for owner in owners)
     freed: tuple[GateConfig | None, ...] = ()
     if freed_owners and given is not None and given.form.zero_out:
         freed = tuple(given if owner in freed_owners else None for owner in owners)
     return GateTable(configs=configs, freed=freed)
 
 
-def _gates_of(given: GateConfig | None, method: Method) -> GateConfig | None:
-    if not method.trained:
-        return None
-    if given is None or given.method != method.name:
-        has = "no gates" if given is None else f"gates of {given.method}"
-        raise UserError(
-            f"time '{method.format()}': the model has {has}, and {method.name} is learned: give it an adapter that was trained "
-            "for it, or gates='channel' for the published freed channel as it stands"
-        )
-    return given
-
-
-@dataclass(kw_only=True, slots=True)
+@dataclass(slots=True)
 class GateCall:
     """How gates behave during one forward call, and what they decided. Made anew for each call: modules hold nothing."""
 
     table: GateTable
     training: bool
     """Soft decisions with noise; else hard ones."""
-    off: bool = False
-    """Decide nothing."""
-    factor: float | None = None
-    """Of the freed channel in a zero-out stage; None = 0 where gates decide."""
-    records: bool = True
-    """Record what gates decide."""
+    options: CallOptions = PLAIN
+    """What the call asks for."""
     noise_key: Tensor | None = None
     """int64 [B]; the noise is a function of a row's key and the layer. None = no noise."""
+    record: GateRecord | None = None
+    """Takes down what the gates of the call decide; None = nobody asked."""
     gate_set: GateSet | None = None
     """Where decisions come from if not from the model's own gates."""
-    record: GateRecord = field(default_factory=GateRecord)
-    """What the gates of the call have decided so far."""
+    off: bool = field(init=False)
+    """Decide nothing."""
 
-    @classmethod
-    def of(
-        cls, table: GateTable, training: bool, options: CallOptions, noise_key: Tensor | None, records: bool,
-        gate_set: GateSet | None,
-    ) -> "GateCall":  # fmt: skip
-        """As one call asks for."""
-        off, factor = options.gates == "off" or options.channel_factor is not None, options.channel_factor
-        return cls(table=table, training=training, off=off, factor=factor, records=records, noise_key=noise_key,
-                   gate_set=gate_set)  # fmt: skip
+    def __post_init__(self) -> None:
+        self.off = self.options.gates == "off" or self.options.channel_factor is not None
 
     @property
     def kept_share(self) -> float | None:
-        """Factor of a freed channel in this call; None where it is left alone."""
-        if self.factor is not None:
-            return self.factor
+        """Factor of a freed channel in this call, 0 where gates decide; None where it is left alone."""
+        if self.options.channel_factor is not None:
+            return self.options.channel_factor
         return 0.0 if not self.off or self.table.freed else None
 
     def noise(self, layer: int, shape: tuple[int, int, int], device: torch.device) -> Tensor | float:
@@ -226,9 +203,9 @@ def decide(
         adapted_BTX, more["outputs_BTKF"] = _first_and_rest(adapted_BTX, k_BTKD.shape[2])
     logit = _logit(config, q_BTHD, k_BTKD, adapted_BTX)
     alpha, log_stay = _soft(config, call, layer, logit) if call.training else hard_alpha(logit)
-    if call.records:
+    if call.record is not None:
         _record(config, call, layer, logit, alpha)
-    if config.form.weighs:
+    if config.form.with_weights:
         more["weight_BTK"] = _importance(config, q_BTHD, k_BTKD.shape[2])
     return Gates(
         alpha_BTK=alpha, log_stay_BTK=log_stay, from_next=config.reads == "next", heads_KP=heads_KP, **more

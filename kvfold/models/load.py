@@ -160,6 +160,8 @@ def _reading(what: str, remedy: str) -> Iterator[None]:
     except _UNREADABLE as error:
         if is_out_of_memory(error) or (isinstance(error, LookupError) and raised_in_kvfold(error)):
             raise
+        if isinstance(error, UserError):  # which has a remedy of its own, such as a newer kvfold
+            raise UserError(f"{what}: {error}") from error
         raise UserError(f"{what} ({one_line(error)}): {remedy}") from error
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from kvfold.models.blocks import FoldLayer
 from kvfold.ops.linear import PackableLinear, PackedWeights
 
 MEMORY_SHARE = 4
@@ -39,6 +40,9 @@ def pack(model: nn.Module, *, rows: int | None = None, force: bool = False) -> i
         copy = PackedWeights(group)
         for layer in group:
             layer.packed = copy
+    for layer in model.modules():
+        if isinstance(layer, FoldLayer):
+            layer.tail = layer.new_tail()
     return packed_bytes(model)
 
 
@@ -47,6 +51,8 @@ def unpack(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PackableLinear):
             module.packed = None
+        if isinstance(module, FoldLayer):
+            module.tail = None
 
 
 def packed_bytes(model: nn.Module) -> int:

@@ -30,7 +30,9 @@ def dense_attention(
     A query that sees nothing must not occur: give it its own key.
     """
     if softcap is not None or bias_BKE is not None:
-        return weighed_attention(q_BTHD, k_BEKD, v_BEKD, scale=scale, softcap=softcap, mask=mask, bias_BKE=bias_BKE)[0]
+        return attention_with_weights(
+            q_BTHD, k_BEKD, v_BEKD, scale=scale, softcap=softcap, mask=mask, bias_BKE=bias_BKE
+        )[0]
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BEKD, v_BEKD))
     grouped = q.shape[1] != k.shape[1]
     if mask is not None and mask.shape[1] not in (1, q.shape[1]):
@@ -53,7 +55,7 @@ def _masked_by_head(q_BHTD: Tensor, k_BKED: Tensor, v_BKED: Tensor, mask_BKTE: T
     return out.reshape(batch, heads, num_queries, -1).transpose(1, 2)
 
 
-def weighed_attention(
+def attention_with_weights(
     q_BTHD: Tensor,
     k_BEKD: Tensor,
     v_BEKD: Tensor,

@@ -25,9 +25,9 @@ class FoldRule:
     """
 
     delay: int
-    """Tokens behind a query that it sees whatever their flags say."""
+    """Tokens behind a query that it sees whether marked or not."""
     grid: int
-    """Tokens between two borders; before query t = grid * m attends, flagged tokens at positions below t - delay leave."""
+    """Tokens between two borders; before query t = grid * m attends, marked tokens at positions below t - delay leave."""
     threshold: float | None
     """Least similarity at which a token is merged; None = every token that leaves is dropped."""
     reach: int = 512
@@ -70,12 +70,12 @@ class FoldTrace:
 
 
 def fold_attention_reference(
-    q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, flag_BTK: Tensor, s_BTK: Tensor, rule: FoldRule, *,
+    q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, marked_BTK: Tensor, s_BTK: Tensor, rule: FoldRule, *,
     scale: float, softcap: float | None = None, heads_KP: Tensor | None = None,
 ) -> tuple[Tensor, FoldTrace]:  # fmt: skip
     """Attention output [B, T, H, D] of a whole text without padding from position 0, and what became of its tokens.
 
-    q and k are rotated. `flag_BTK`: bool, the token leaves once it is out of the delay. `s_BTK`: log of the attention that a
+    q and k are rotated. `marked_BTK`: bool, the token leaves once it is out of the delay. `s_BTK`: log of the attention that a
     token is expected to receive after its delay. `heads_KP`: b, c and mass of each KV head, in place of the rule's.
 
     A merge takes u = exp(s - s of the entry + b + c (similarity - 1)) as the token's mass relative to the token that opened
@@ -95,7 +95,7 @@ def fold_attention_reference(
             if heads_KP is not None:
                 own = replace(rule, **dict(zip(("b", "c", "mass"), heads_KP[head], strict=True)))
             stream = _Stream(
-                k_BTKD[row, :, head], v_BTKD[row, :, head], flag_BTK[row, :, head], s_BTK[row, :, head], own
+                k_BTKD[row, :, head], v_BTKD[row, :, head], marked_BTK[row, :, head], s_BTK[row, :, head], own
             )
             for start in range(0, tokens, rule.grid):
                 stop = min(start + rule.grid, tokens)
@@ -108,8 +108,8 @@ def fold_attention_reference(
 class _Stream:
     """The entries of one stream, by the position of the token that opened them. Every token opens one; it goes when it leaves."""
 
-    def __init__(self, k_TD: Tensor, v_TD: Tensor, flag_T: Tensor, s_T: Tensor, rule: FoldRule):
-        self._k, self._v, self._flag, self._rule = k_TD.clone(), v_TD.clone(), flag_T, rule
+    def __init__(self, k_TD: Tensor, v_TD: Tensor, marked_T: Tensor, s_T: Tensor, rule: FoldRule):
+        self._k, self._v, self._marked, self._rule = k_TD.clone(), v_TD.clone(), marked_T, rule
         self._s = s_T.half().to(s_T.dtype) if rule.as_stored else s_T
         tokens = k_TD.shape[0]
         self._position = torch.arange(tokens)
@@ -121,7 +121,7 @@ class _Stream:
     def leave(self, *, before: int) -> None:
         """All that leaves at one border, looked up in the entries as they stand before it."""
         here = self.left_at > before
-        leavers = (self._flag & here & (self._position < before - self._rule.delay)).nonzero()[:, 0]
+        leavers = (self._marked & here & (self._position < before - self._rule.delay)).nonzero()[:, 0]
         if not len(leavers):
             return
         self.left_at[leavers] = before
@@ -135,9 +135,9 @@ class _Stream:
     @torch.no_grad()
     def _most_similar(self, leaver_N: Tensor) -> tuple[Tensor, Tensor]:
         """The position of each leaver's most similar entry, the oldest of equals, and the similarity, the mean of the cosines of
-        keys and of values; -inf where it has no candidate. Entries of flagged tokens and the first token's take nothing.
+        keys and of values; -inf where it has no candidate. Entries of marked tokens and the first token's take nothing.
         """
-        stays = (~self._flag & (self._position > 0)).nonzero()[:, 0]
+        stays = (~self._marked & (self._position > 0)).nonzero()[:, 0]
         cosine = sum(_unit(x[leaver_N]) @ _unit(x[stays]).T for x in (self._k, self._v)) / 2
         behind = leaver_N[:, None] - stays
         cosine = cosine.masked_fill((behind < 1) | (behind > self._rule.reach), -torch.inf)

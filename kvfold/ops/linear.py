@@ -1,9 +1,10 @@
-"""Linear layers that are quick for the few rows that decoding brings.
+"""Linear layers, and the RMS norm before them, that are quick for the few rows that decoding brings.
 
 MKL rearranges the weights of an ordinary product at every call from three rows on. `PackedWeights` is a copy of the weights of
 one or several layers in a form that need not be rearranged: in fp32 panels of output channels for linear_cpu.c, which reads
 them once and in order; otherwise, and where no C file can be built, oneDNN's own format. Which layers are packed, and
-when, is decided in models/packing.py; `studies/packed_products.py` measures the products.
+when, is decided in models/packing.py; `studies/packed_products.py` measures the products. Of a norm torch makes five
+operations, linear_cpu.c one.
 Letters: R rows, C input channels, N panels of W output channels.
 """
 
@@ -19,9 +20,12 @@ FP32_ROWS = range(1, 193)
 """Rows for which panels win in fp32: above, the rearranging no longer matters."""
 ONEDNN_ROWS = range(3, 193)
 """Rows for which oneDNN's format wins in fp32: below, memory is the limit whatever the form."""
+FEW_ROWS = 192
+"""Above, torch's threads are worth more to a norm or a rotation than fewer operations."""
 _LEAST_OUTPUTS = 64
 _PROBES = 4
 _ONEDNN_ROWS_HINT = 16
+_PLAIN = (nn.Parameter, Tensor)
 
 
 class PackableLinear(nn.Linear):
@@ -56,6 +60,7 @@ class PackedWeights:
     def __init__(self, layers: Sequence[PackableLinear]):
         self._layers = tuple(layers)
         self._outputs = [layer.out_features for layer in layers]
+        self.outputs = sum(self._outputs)
         self._make()
 
     @staticmethod
@@ -76,42 +81,51 @@ class PackedWeights:
     @property
     def num_bytes(self) -> int:
         """What the copy takes in memory, on top of the weights."""
-        if self._panels_NCW is not None:
-            return self._panels_NCW.nbytes
+        if self.panels_NCW is not None:
+            return self.panels_NCW.nbytes
         return torch.ops.mkldnn._nbytes(self._onednn)
 
     def serves(self, layers: tuple[nn.Module, ...], x: Tensor) -> bool:
         """Whether `x` can go through the copy in place of these layers; a copy that is out of date is made anew."""
-        if torch.is_grad_enabled() or x.dtype != self._dtype or torch.compiler.is_compiling():
+        return x.shape[-1] == self.inputs and layers == self._layers and self.allows(x) and self.holds()
+
+    def allows(self, x: Tensor) -> bool:
+        """Whether a copy may be used at all in a call of this kind, dtype and number of rows."""
+        if x.dtype != self._dtype or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        if layers != self._layers or x.shape[-1] != self._inputs or torch.is_autocast_enabled("cpu"):
+        if self._dtype == torch.float32 and x.numel() // x.shape[-1] not in self._rows:
             return False
-        if self._dtype == torch.float32 and x.numel() // self._inputs not in self._rows:
-            return False
-        for layer in layers:
+        return not torch.is_autocast_enabled("cpu")
+
+    def holds(self) -> bool:
+        """Whether the copy, made anew if need be, stands for its layers: nobody listens to them, and no weight has changed."""
+        fresh = True
+        for mark, layer in zip(self._marks, self._layers):  # noqa: B905  as many: this runs for every layer of every step
             if layer._forward_hooks or layer._forward_pre_hooks:
                 return False
-        return self._fresh() or self._remade()
+            fresh = fresh and mark.holds(layer._parameters.get("weight"), layer._parameters.get("bias"))
+        return fresh or self._remade()
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """[..., C] -> [..., outputs] of each layer, in turn."""
-        if self._panels_NCW is None:
+        if self.panels_NCW is None:
             out = torch.ops.mkldnn._linear_pointwise(x, self._onednn, None, "none", [], "")
         else:
-            out = self._multiplied(x.reshape(-1, self._inputs)).view(*x.shape[:-1], -1)
+            out = self._multiplied(x.reshape(-1, self.inputs)).view(*x.shape[:-1], -1)
         parts = out.split(self._outputs, dim=-1) if len(self._outputs) > 1 else (out,)
-        for part, layer in zip(parts, self._layers, strict=True):
-            if layer.bias is not None:
-                part += layer.bias
+        if self.has_bias:
+            for part, layer in zip(parts, self._layers, strict=True):
+                if layer.bias is not None:
+                    part += layer.bias
         return parts
 
     def _multiplied(self, x_RC: Tensor) -> Tensor:
         """[R, all outputs]."""
-        x_RC, library = x_RC.contiguous(), self._library
-        rows, outputs = x_RC.shape[0], sum(self._outputs)
+        x_RC, library = x_RC.contiguous(), self.library
+        rows, outputs = x_RC.shape[0], self.outputs
         out = x_RC.new_empty(rows, outputs)
         failed = library.linear(
-            x_RC.data_ptr(), self._panels_NCW.data_ptr(), out.data_ptr(), rows, self._inputs, outputs,
+            x_RC.data_ptr(), self.panels_NCW.data_ptr(), out.data_ptr(), rows, self.inputs, outputs,
             torch.get_num_threads(), library.parallel,
         )  # fmt: skip
         if failed:
@@ -122,17 +136,15 @@ class PackedWeights:
     def _make(self) -> None:
         weights = [layer.weight.detach() for layer in self._layers]
         joint = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self._dtype, self._inputs, self._rows = joint.dtype, joint.shape[1], fp32_rows()
-        self._panels_NCW = self._onednn = None
-        self._library = native.linear_library() if self._dtype == torch.float32 else None
-        if self._library is not None:
-            self._panels_NCW = _panels(joint, self._library.panel)
+        self._dtype, self.inputs, self._rows = joint.dtype, joint.shape[1], fp32_rows()
+        self.panels_NCW = self._onednn = None
+        self.library = native.linear_library() if self._dtype == torch.float32 else None
+        if self.library is not None:
+            self.panels_NCW = _panels(joint, self.library.panel)
         else:
             self._onednn = torch.ops.mkldnn._reorder_linear_weight(joint.contiguous(), _ONEDNN_ROWS_HINT)
-        self._marks = [_Mark(layer.weight) for layer in self._layers]
-
-    def _fresh(self) -> bool:
-        return all(mark.holds(layer.weight) for mark, layer in zip(self._marks, self._layers, strict=True))
+        self._marks = [_Mark(layer.weight, layer.bias) for layer in self._layers]
+        self.has_bias = any(layer.bias is not None for layer in self._layers)
 
     def _remade(self) -> bool:
         """The weights have changed: copy them again, or do without where this is no longer the place for it."""
@@ -151,21 +163,42 @@ class PackedWeights:
 class _Mark:
     """What tells that a weight is still the one that was copied."""
 
-    def __init__(self, weight: Tensor):
+    __slots__ = ("_bias", "_pointer", "_probe", "_values", "_version", "_weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
         self._weight, self._version, self._pointer = weight, weight._version, weight.data_ptr()
+        self._bias = bias
         probe = weight.detach()[len(weight) // 2, :_PROBES]  # side by side: a single access to memory
         # Seen through numpy, which is quicker than any operation of torch: this is asked for every layer of every step.
         self._probe = probe.view(torch.uint8).numpy()
         self._values = self._probe.tobytes()
 
-    def holds(self, weight: Tensor) -> bool:
-        """Neither another tensor, nor written, nor given other memory, nor edited behind torch's back."""
+    def holds(self, weight: Tensor | None, bias: Tensor | None) -> bool:
+        """Neither another tensor, nor written, nor given other memory, nor edited behind torch's back; a bias is where it was."""
         return (
             weight is self._weight
+            and bias is self._bias
             and weight._version == self._version
             and weight.data_ptr() == self._pointer
             and self._probe.tobytes() == self._values
         )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, in x's shape and dtype."""
+    library = few_rows(x, x.numel() // weight.shape[0])
+    if library is None or not (weight.dtype == torch.float32 and type(weight) in _PLAIN and weight.is_contiguous()):
+        return F.rms_norm(x, weight.shape, weight, eps)
+    x, out, width = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format), weight.shape[0]
+    library.rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps)
+    return out
+
+
+def few_rows(x: Tensor, rows: int) -> native.LinearLibrary | None:
+    """The functions of linear_cpu.c, where they serve a tensor of so many rows."""
+    others = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    few = rows <= FEW_ROWS and x.dtype == torch.float32 and x.device.type == "cpu"
+    return native.linear_library() if few and not others else None
 
 
 def fp32_rows() -> range:

@@ -1,4 +1,5 @@
-/* y = x W^T for few rows, and the RMS norm that stands before it. Weights lie in panels of PANEL output channels, read once from memory, in order.
+/* What a decoding step does besides attention, for few rows: y = x W^T, the RMS norm before it, the rotation behind it. Weights
+ * lie in panels of PANEL output channels, read once from memory, in order.
  *
  * A tile of up to ROWS rows shares each vector of weights; its sums stay in registers. More rows go over a panel again while
  * it lies in the second cache, and the panel that the thread will have next is asked for meanwhile. ROWS and COLUMNS
@@ -106,23 +107,86 @@ void kvfold_rms_norm(const float *x, const float *gain, float *y, int64_t rows, 
   }
 }
 
+/* Rotary positions: the first `width` of `dims` channels of each head turn, the first half with the second; cosines and sines of
+ * both halves. Strides are those of rows; heads lie side by side, y is contiguous. */
+void kvfold_rotate(const float *x, const float *cosines, const float *sines, float *restrict y, int64_t rows, int64_t heads,
+                   int64_t dims, int64_t width, int64_t stride, int64_t angle_stride) {
+  const int64_t half = width / 2, whole = half / LANES * LANES;
+  for (; rows > 0; rows--, x += stride, cosines += angle_stride, sines += angle_stride)
+    for (int64_t h = 0; h < heads; h++, y += dims) {
+      const float *left = x + h * dims, *right = left + half;
+      for (int64_t i = 0; i < whole; i += LANES) {
+        const vec l = load(left + i), r = load(right + i);
+        store(y + i, l * load(cosines + i) - r * load(sines + i));
+        store(y + half + i, r * load(cosines + half + i) + l * load(sines + half + i));
+      }
+      for (int64_t i = whole; i < half; i++) {
+        y[i] = left[i] * cosines[i] - right[i] * sines[i];
+        y[half + i] = right[i] * cosines[half + i] + left[i] * sines[half + i];
+      }
+      for (int64_t i = width; i < dims; i++) y[i] = left[i];
+    }
+}
+
 /* Columns of a panel. */
 int64_t kvfold_panel(void) { return PANEL; }
 
 /* x [R, C] contiguous, w [panels, C, PANEL], y [R, N]; 0, or 1 where there was no memory. */
 int kvfold_linear(const float *x, const float *w, float *y, int64_t rows, int64_t inputs, int64_t outputs,
                   int64_t threads, parallel_fn parallel) {
-  float *turned = rows > 1 ? malloc(rows * inputs * sizeof(float)) : NULL;
-  if (rows > 1 && !turned) return 1;
-  for (int64_t b = 0; turned && b < rows; b += ROWS) {
+  float *transposed = rows > 1 ? malloc(rows * inputs * sizeof(float)) : NULL;
+  if (rows > 1 && !transposed) return 1;
+  for (int64_t b = 0; transposed && b < rows; b += ROWS) {
     const int64_t height = rows - b < ROWS ? rows - b : ROWS;
-    float *to = turned + b * inputs;
+    float *to = transposed + b * inputs;
     for (int64_t k = 0; k < inputs; k++)
       for (int64_t r = 0; r < height; r++) to[k * height + r] = x[(b + r) * inputs + k];
   }
-  product p = {turned ? turned : x, w, y, rows, inputs, outputs, (outputs + PANEL - 1) / PANEL, threads, 0};
+  product p = {transposed ? transposed : x, w, y, rows, inputs, outputs, (outputs + PANEL - 1) / PANEL, threads, 0};
   if (parallel && threads > 1) parallel(work, &p, (unsigned)threads, 0);
   else p.threads = 1, work(&p);
-  free(turned);
+  free(transposed);
   return 0;
+}
+
+/* y = a + factor b */
+static void add(float *y, const float *a, const float *b, float factor, int64_t n) {
+  const int64_t whole = n / LANES * LANES;
+  for (int64_t i = 0; i < whole; i += LANES) store(y + i, load(a + i) + load(b + i) * splat(factor));
+  for (int64_t i = whole; i < n; i++) y[i] = a[i] + b[i] * factor;
+}
+
+INLINE vec silu(vec x) {
+  const vec e = exp_negative((vec)((ivec)x | INT32_MIN)), one = splat(1.0f);
+  const ivec below = x < splat(0.0f);
+  return x * (vec)((below & (ivec)e) | (~below & (ivec)one)) / (one + e);
+}
+
+/* Rows of [gate, up], each `inner` wide, become silu(gate) * up, closed up. No row is written over one that is still to come. */
+static void gate_rows(float *x, int64_t rows, int64_t inner) {
+  const int64_t whole = inner / LANES * LANES;
+  for (int64_t r = 0; r < rows; r++) {
+    const float *gate = x + r * 2 * inner, *up = gate + inner;
+    float *to = x + r * inner;
+    for (int64_t i = 0; i < whole; i += LANES) store(to + i, silu(load(gate + i)) * load(up + i));
+    for (int64_t i = whole; i < inner; i++) to[i] = silu(splat(gate[i]))[0] * up[i];
+  }
+}
+
+/* What follows attention in a layer: out = h + f a Wo^T, then out += f down(silu(gate) * up) of out's RMS norm; f is `factor`.
+ * a [R, A], h and out [R, C]; panels of Wo, of gate and up together, and of down. 0, or 1 where there was no memory. */
+int kvfold_tail(const float *a, const float *h, const float *wo, const float *gain, const float *gate_up, const float *down,
+                float *out, int64_t rows, int64_t attended, int64_t width, int64_t inner, float eps, float factor,
+                int64_t threads, parallel_fn parallel) {
+  float *normed = malloc(rows * (width + 2 * inner) * sizeof(float)), *wide = normed + rows * width;
+  if (!normed) return 1;
+  int failed = kvfold_linear(a, wo, out, rows, attended, width, threads, parallel);
+  add(out, h, out, factor, rows * width);
+  kvfold_rms_norm(out, gain, normed, rows, width, eps);
+  failed |= kvfold_linear(normed, gate_up, wide, rows, width, 2 * inner, threads, parallel);
+  gate_rows(wide, rows, inner);
+  failed |= kvfold_linear(wide, down, normed, rows, inner, width, threads, parallel);
+  add(out, out, normed, factor, rows * width);
+  free(normed);
+  return failed;
 }

@@ -60,7 +60,7 @@ class Library:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearLibrary:
-    """What was compiled for linear layers."""
+    """What was compiled for a decoding step besides attention."""
 
     panel: int
     """Output channels that lie side by side."""
@@ -68,6 +68,10 @@ class LinearLibrary:
     """`kvfold_linear` of linear_cpu.c."""
     rms_norm: ctypes._CFuncPtr
     """`kvfold_rms_norm` of linear_cpu.c."""
+    rotate: ctypes._CFuncPtr
+    """`kvfold_rotate` of linear_cpu.c."""
+    tail: ctypes._CFuncPtr
+    """`kvfold_tail` of linear_cpu.c."""
     parallel: int
     """As in `Library`."""
 
@@ -108,10 +112,15 @@ def linear_library() -> LinearLibrary | None:
     loaded.kvfold_panel.restype = ctypes.c_int64
     loaded.kvfold_linear.argtypes = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 4, ctypes.c_void_p)
     loaded.kvfold_rms_norm.argtypes = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, ctypes.c_float)
-    loaded.kvfold_rms_norm.restype = None
+    loaded.kvfold_rotate.argtypes = (*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 6)
+    loaded.kvfold_tail.argtypes = (
+        *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 4, *[ctypes.c_float] * 2, ctypes.c_int64, ctypes.c_void_p,
+    )  # fmt: skip
+    loaded.kvfold_rms_norm.restype = loaded.kvfold_rotate.restype = None
     return LinearLibrary(
-        panel=loaded.kvfold_panel(), linear=loaded.kvfold_linear, rms_norm=loaded.kvfold_rms_norm, parallel=_openmp()
-    )
+        panel=loaded.kvfold_panel(), linear=loaded.kvfold_linear, rms_norm=loaded.kvfold_rms_norm,
+        rotate=loaded.kvfold_rotate, tail=loaded.kvfold_tail, parallel=_openmp(),
+    )  # fmt: skip
 
 
 def instruction_sets() -> tuple[str, ...]:

@@ -97,7 +97,7 @@ static void write_vector(const shape *s, int64_t slot, const uint8_t *vector, in
     if (s->kind == FP8)
       for (int64_t i = 0; i < n; i++) to[first + i] = fp8_of(x[i]);
     if (s->kind < INT8) continue;
-    codes_of(x, n, s->kind == INT8 ? 127.0f : 7.0f, codes, s->scale + slot * s->scale_groups + group);
+    codes_of(x, n, s->kind == INT8, codes, s->scale + slot * s->scale_groups + group);
     if (s->kind == INT8)
       for (int64_t i = 0; i < n; i++) to[first + i] = (uint8_t)codes[i];
     else /* an odd group has no channel for its last high nibble: 0 */

@@ -72,19 +72,22 @@ static inline uint8_t fp8_of(float x) {
   return sign | ((bits + 0x7ffff + (bits >> 20 & 1) - (120u << 23)) >> 20);
 }
 
-/* Codes of up to 32 channels and their scale; `largest` 127 or 7. */
-static inline void codes_of(const float *x, int64_t n, float largest, int32_t *codes, uint16_t *scale_out) {
-  float most = 0.0f;
-  for (int64_t i = 0; i < n; i++) {
-    const float size = fabsf(x[i]);
-    if (size > most || size != size) most = size;
+/* int8 or int4 codes of up to 32 channels and their scale, as quantised.py has them. */
+static inline void codes_of(const float *x, int64_t n, int is_int8, int32_t *codes, uint16_t *scale_out) {
+  const float least = is_int8 ? -127.0f : -8.0f, largest = is_int8 ? 127.0f : 7.0f;
+  float high = x[0], low = x[0];
+  for (int64_t i = 1; i < n; i++) {
+    if (x[i] > high || x[i] != x[i]) high = x[i];
+    if (x[i] < low || x[i] != x[i]) low = x[i];
   }
-  most /= largest;
-  *scale_out = float_to_half(most > 65504.0f ? 65504.0f : most);
+  float peak = (high >= -low ? high : low) / least;
+  if (is_int8) peak = fabsf(peak);
+  peak = peak > 65504.0f ? 65504.0f : peak < -65504.0f ? -65504.0f : peak;
+  *scale_out = float_to_half(peak);
   const float scale = half_to_float(*scale_out);
   for (int64_t i = 0; i < n; i++) {
     float code = scale == 0.0f ? 0.0f : rintf(x[i] / scale);
-    code = code > largest ? largest : code < -largest ? -largest : code;
+    code = code > largest ? largest : code < least ? least : code;
     codes[i] = code == code ? (int32_t)code : 0;
   }
 }

@@ -1,7 +1,8 @@
 """How a key or a value is written in a page: the model's dtype, fp8, int8 or int4, and back.
 
-int8 and int4 are symmetric with one fp16 scale for each slot and group of 32 channels (the last group may be shorter), so
-that slots can be overwritten one by one. int4 holds code + 8 in a nibble: within a group of r channels, byte j has channel
+int8 and int4 have one fp16 scale for each slot and group of 32 channels (the last group may be shorter), so that slots can be
+overwritten one by one. In int4, the largest channel of a group takes the least code, -8, and gives the scale its sign, so that
+all sixteen codes are used. int4 holds code + 8 in a nibble: within a group of r channels, byte j has channel
 j in its low nibble and channel j + ceil(r / 2) in its high one. A page's storage is told by its dtype.
 Letters: D head dim, S scale groups, W bytes of an int4 vector.
 """
@@ -11,7 +12,8 @@ from torch import Tensor
 
 GROUP_CHANNELS = 32
 """Channels that share one scale."""
-_LARGEST_CODE = {"int8": 127, "int4": 7}
+_CODES = {"int8": (-127, 127), "int4": (-8, 7)}
+"""The least and the largest code."""
 _LARGEST_SCALE = torch.finfo(torch.float16).max
 _DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 
@@ -36,6 +38,14 @@ def page_width(storage: str, head_dim: int) -> int:
     return -(-head_dim // 2) if storage == "int4" else head_dim
 
 
+def page_arrays(name: str, storage: str, head_dim: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What a slot holds of a vector under fp8, int8 or int4, by array: its shape and dtype."""
+    codes = {name: ((page_width(storage, head_dim),), _DTYPES[storage])}
+    if storage == "fp8":
+        return codes
+    return codes | {f"{name}_scale": ((scale_groups(head_dim),), torch.float16)}
+
+
 def quantise(x: Tensor, storage: str) -> tuple[Tensor, Tensor | None]:
     """Codes [..., page_width] and, for int8 and int4, scales fp16 [..., S] of vectors x [..., D].
 
@@ -46,11 +56,14 @@ def quantise(x: Tensor, storage: str) -> tuple[Tensor, Tensor | None]:
     if storage == "fp8":
         largest = torch.finfo(torch.float8_e4m3fn).max
         return x.float().clamp(-largest, largest).to(torch.float8_e4m3fn), None
-    largest_code = _LARGEST_CODE[storage]
+    least, largest = _CODES[storage]
     grouped = _in_groups(x.float())
-    scales = (grouped.abs().amax(dim=-1) / largest_code).clamp(max=_LARGEST_SCALE).half()
-    # A scale of zero stands for zeros: amax was 0, or too small for fp16.
-    codes = (grouped / scales.float().unsqueeze(-1)).round().clamp(-largest_code, largest_code)
+    high, low = grouped.amax(dim=-1), grouped.amin(dim=-1)
+    scales = (torch.where(high >= -low, high, low) / least).clamp(-_LARGEST_SCALE, _LARGEST_SCALE).half()
+    if storage == "int8":
+        scales = scales.abs()
+    # A scale of zero stands for zeros: all were 0, or too small for fp16.
+    codes = (grouped / scales.float().unsqueeze(-1)).round().clamp(least, largest)
     codes = codes.masked_fill((scales == 0).unsqueeze(-1), 0).nan_to_num(0).to(torch.int8)
     codes = codes.flatten(-2)[..., : x.shape[-1]]
     return (codes if storage == "int8" else _packed(codes)), scales

@@ -1,4 +1,5 @@
-"""Rotary positions: turning q and k by the angle of their position. Which angles a model uses is the model's business.
+"""Rotary positions: turning q and k by the angle of their position. Which angles a model uses is the model's business. The few
+rows of a decoding step on a CPU are turned by a C function, since torch makes five operations of it.
 
 Letters: B rows, T tokens of this call, H heads, D head dim, R rotated dims (R <= D; the rest passes unchanged).
 """
@@ -7,6 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from kvfold.ops.linear import few_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,14 +23,12 @@ class Rotation:
     sin_BTR: Tensor
     query_gain_D: Tensor | None = None
     """What each channel of a rotated query is multiplied by: a norm's gain that stands behind the rotation."""
-    _cos_BT1R: Tensor = field(init=False, repr=False, compare=False)
-    _sin_BT1R: Tensor = field(init=False, repr=False, compare=False)
+    _in_place: bool = field(init=False, repr=False, compare=False)
+    """Whether C can read the angles where they are."""
 
     def __post_init__(self) -> None:
-        # Once a call, not once a layer: room for the heads, and the sign that the first half of the rotated vector has.
-        left, right = self.sin_BTR.chunk(2, dim=-1)
-        object.__setattr__(self, "_cos_BT1R", self.cos_BTR.unsqueeze(2))
-        object.__setattr__(self, "_sin_BT1R", torch.cat((-left, right), dim=-1).unsqueeze(2))
+        plain = self.cos_BTR.dtype == self.sin_BTR.dtype == torch.float32 and self.cos_BTR.stride(2) == 1
+        object.__setattr__(self, "_in_place", plain and self.cos_BTR.stride() == self.sin_BTR.stride())
 
     def part(self, start: int, end: int) -> "Rotation":
         """That of some of the tokens."""
@@ -49,14 +50,22 @@ class Rotation:
 
     def apply(self, x_BTHD: Tensor) -> Tensor:
         """Rotate the first R dims of every head; the first half pairs with the second, as Llama checkpoints expect."""
-        width = self._cos_BT1R.shape[-1]
-        if width == x_BTHD.shape[-1]:
+        rows, tokens, heads, dims = x_BTHD.shape
+        cos, width = self.cos_BTR, self.cos_BTR.shape[-1]
+        side_by_side = tokens == 1 and x_BTHD.stride()[2:] == (dims, 1)
+        library = few_rows(x_BTHD, rows) if side_by_side and self._in_place else None
+        if library is not None:
+            out = x_BTHD.new_empty(x_BTHD.shape)
+            addresses = (one.data_ptr() for one in (x_BTHD, cos, self.sin_BTR, out))
+            library.rotate(*addresses, rows, heads, dims, width, x_BTHD.stride(0), cos.stride(0) if len(cos) > 1 else 0)
+            return out
+        if width == dims:
             return self._turn(x_BTHD)
         return torch.cat((self._turn(x_BTHD[..., :width]), x_BTHD[..., width:]), dim=-1)
 
     def _turn(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, dim=-1)
-        return x * self._cos_BT1R + torch.cat((right, left), dim=-1) * self._sin_BT1R
+        return x * self.cos_BTR.unsqueeze(2) + torch.cat((-right, left), dim=-1) * self.sin_BTR.unsqueeze(2)
 
 
 def rotate(rotation: Rotation | None, x_BTHD: Tensor, keep_HD: Tensor | None = None) -> Tensor:

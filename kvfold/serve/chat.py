@@ -28,7 +28,7 @@ from kvfold.serve.fields import ChatRequest
 from kvfold.serve.jobs import LONG_CHARACTERS, Job
 from kvfold.serve.prompts import Prompt
 from kvfold.serve.serving import Serving, finish_reason
-from kvfold.serve.streaming import PING, event
+from kvfold.serve.streaming import PING, event, filled
 from kvfold.serve.tools import tool_choice
 from kvfold.serve.usage import usage_of
 
@@ -129,7 +129,8 @@ class _Chat(ChatCall):
                 found[index].add(piece)
         self.ended = [one.usage for one in found]
         num_tokens = sum(len(one.token_ids) for one in found)
-        answer = ChatCompletion.model_construct(
+        answer = filled(
+ChatCompletion,
             id=self.id, object="chat.completion", created=self.created, model=self.model,
             choices=[self._whole(index, one) for index, one in enumerate(found)],
             usage=usage_of(job.prompt_tokens, num_tokens, self.ended),
@@ -146,8 +147,11 @@ class _Chat(ChatCall):
         parts = reader.feed(answer.text) + reader.finish()
         text = {kind: "".join(part.text for part in parts if part.kind == kind) for kind in ("reasoning", "content")}
         calls = calls_of(parts)
-        message = ChatCompletionMessage.model_construct(
-            role="assistant", content=text["content"] if text["content"] or not calls else None, refusal=None
+        message = filled(
+            ChatCompletionMessage,
+            role="assistant",
+            content=text["content"] if text["content"] or not calls else None,
+            refusal=None,
         )
         if text["reasoning"]:
             message.reasoning_content = message.reasoning = text["reasoning"]
@@ -158,8 +162,8 @@ class _Chat(ChatCall):
                 )
                 for call, arguments in calls
             ]
-        choice = Choice.model_construct(
-            index=index, message=message, finish_reason=self.finish_reason(answer, len(calls)), logprobs=None
+        choice = filled(
+            Choice, index=index, message=message, finish_reason=self.finish_reason(answer, len(calls)), logprobs=None
         )
         if self.body.logprobs:
             choice.logprobs = ChoiceLogprobs(content=self._logprobs(answer))
@@ -189,7 +193,8 @@ class _Chat(ChatCall):
             yield event(self._chunk([], usage=self._usage(job, choices)))
 
     def _chunk(self, choices: Sequence[ChunkChoice], **extra: Any) -> ChatCompletionChunk:
-        return ChatCompletionChunk.model_construct(
+        return filled(
+ChatCompletionChunk,
             id=self.id, object="chat.completion.chunk", created=self.created, model=self.model, choices=list(choices),
             **extra,
         )  # fmt: skip
@@ -203,7 +208,7 @@ class _Chat(ChatCall):
         deltas: list[ChoiceDelta] = []
         if not state.begun:
             state.begun = True
-            deltas.append(ChoiceDelta.model_construct(role="assistant", content=""))
+            deltas.append(filled(ChoiceDelta, role="assistant", content=""))
         last = piece.finish_reason is not None
         parts = state.reader.feed(piece.text)
         if last:
@@ -214,11 +219,11 @@ class _Chat(ChatCall):
         if self.body.return_token_ids:
             state.token_ids += piece.token_ids
         if last and not parts:
-            deltas.append(ChoiceDelta.model_construct())
-        found = [ChunkChoice.model_construct(index=index, delta=delta, finish_reason=None) for delta in deltas]
+            deltas.append(filled(ChoiceDelta))
+        found = [filled(ChunkChoice, index=index, delta=delta, finish_reason=None) for delta in deltas]
         if found and (parts or last):
             if self.body.logprobs:
-                found[-1].logprobs = ChoiceLogprobs.model_construct(content=state.logprobs)
+                found[-1].logprobs = filled(ChoiceLogprobs, content=state.logprobs)
                 state.logprobs = []
             if self.body.return_token_ids:
                 found[-1].token_ids, state.token_ids = state.token_ids, []
@@ -244,9 +249,9 @@ def calls_of(parts: Sequence[Part]) -> list[tuple[Part, str]]:
 def delta_of(part: Part) -> ChoiceDelta:
     """One part as a piece of a message."""
     if part.kind == "content":
-        return ChoiceDelta.model_construct(content=part.text)
+        return filled(ChoiceDelta, content=part.text)
     if part.kind == "reasoning":
-        return ChoiceDelta.model_construct(reasoning_content=part.text, reasoning=part.text)
+        return filled(ChoiceDelta, reasoning_content=part.text, reasoning=part.text)
     if part.kind == "call":
         call = ChoiceDeltaToolCall(
             index=part.index, id=part.id, type="function",
@@ -254,7 +259,7 @@ def delta_of(part: Part) -> ChoiceDelta:
         )  # fmt: skip
     else:
         call = ChoiceDeltaToolCall(index=part.index, function=ChoiceDeltaToolCallFunction(arguments=part.text))
-    return ChoiceDelta.model_construct(tool_calls=[call])
+    return filled(ChoiceDelta, tool_calls=[call])
 
 
 def add_routes(router: APIRouter, serving: Serving, extra: dict[str, Any]) -> None:

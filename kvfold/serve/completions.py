@@ -17,7 +17,7 @@ from kvfold.serve.errors import ApiError
 from kvfold.serve.fields import CompletionRequest
 from kvfold.serve.jobs import LONG_CHARACTERS, Job
 from kvfold.serve.serving import Serving, finish_reason
-from kvfold.serve.streaming import PING, event
+from kvfold.serve.streaming import PING, event, filled
 from kvfold.serve.usage import usage_of
 
 DEFAULT_MAX_TOKENS = 16
@@ -81,8 +81,12 @@ class _Completion:
         state, body = self.choices[index], self.body
         silent = body.max_tokens == 0
         text = "" if silent else piece.text
-        found = CompletionChoice.model_construct(
-            index=index, text=text if state.begun else state.echo + text, logprobs=None, finish_reason=None
+        found = filled(
+            CompletionChoice,
+            index=index,
+            text=text if state.begun else state.echo + text,
+            logprobs=None,
+            finish_reason=None,
         )
         if body.logprobs is not None:
             found.logprobs = self._logprobs(state, piece, silent)
@@ -116,8 +120,14 @@ class _Completion:
 
     def whole(self, choices: Sequence[CompletionChoice], **extra: Any) -> Completion:
         """One object of the answer."""
-        return Completion.model_construct(
-            id=self.id, object="text_completion", created=self.created, model=self.model, choices=list(choices), **extra
+        return filled(
+            Completion,
+            id=self.id,
+            object="text_completion",
+            created=self.created,
+            model=self.model,
+            choices=list(choices),
+            **extra,
         )
 
     def usage(self, job: Job) -> Any:

@@ -63,7 +63,7 @@ class _Response:
     async def answer(self, job: Job) -> Response:
         """The whole answer."""
         last: dict[str, Any] = {}
-        async for one in self._told(job):
+        async for one in self._events(job):
             last = one or last
         if last["type"] == "error":
             raise ApiError(500, last["message"])
@@ -71,10 +71,10 @@ class _Response:
 
     async def events(self, job: Job) -> AsyncIterator[bytes]:
         """The same as a stream."""
-        async for one in self._told(job):
+        async for one in self._events(job):
             yield PING if one is None else event(one, one["type"])
 
-    async def _told(self, job: Job) -> AsyncIterator[dict[str, Any] | None]:
+    async def _events(self, job: Job) -> AsyncIterator[dict[str, Any] | None]:
         """All events; None where nothing came for a while."""
         yield self._event("response.created", response=self._response("in_progress"))
         yield self._event("response.in_progress", response=self._response("in_progress"))
@@ -175,11 +175,11 @@ class _Response:
             yield self._event("response.function_call_arguments.done", arguments=item["arguments"], **place)
         else:
             part = item["content"][0]
-            told = {"text": part["text"], "content_index": 0}
+            text = {"text": part["text"], "content_index": 0}
             if item["type"] == "message":
-                yield self._event("response.output_text.done", logprobs=part["logprobs"], **told, **place)
+                yield self._event("response.output_text.done", logprobs=part["logprobs"], **text, **place)
             else:
-                yield self._event("response.reasoning_text.done", **told, **place)
+                yield self._event("response.reasoning_text.done", **text, **place)
             yield self._event("response.content_part.done", content_index=0, part=dict(part), **place)
         yield self._event("response.output_item.done", item=_copied(item), output_index=len(self.items) - 1)
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kvfold.engine.sampler import TokenLogprob
 from kvfold.serve.errors import ApiError
+from kvfold.serve.streaming import filled
 
 
 class Tokens:
@@ -39,9 +40,9 @@ class Tokens:
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def too_long(self, length: object) -> ApiError:
-        """The error for a prompt of so many tokens."""
+        """The error for a prompt of so many tokens, in the words by which clients know that they must shorten it."""
         return ApiError(
-            400, f"prompt must be shorter than the model's context of {self.max_model_len} tokens, got {length}",
+            400, f"This model's maximum context length is {self.max_model_len} tokens, and the prompt has {length}: shorten it",
             param="prompt", code="context_length_exceeded",
         )  # fmt: skip
 
@@ -85,7 +86,8 @@ class Tokens:
             offsets.append(offset)
             offset += len(self.text_of(token))
         nothing = [] if first is None else [None]
-        return Logprobs.model_construct(
+        return filled(
+            Logprobs,
             text_offset=offsets,
             token_logprobs=nothing + [_finite(one.logprob) for one in found],
             tokens=[self._name(token, as_ids) for token in tokens],

@@ -73,7 +73,7 @@ async def on_engine(engine: Engine, ask: Callable[[], Found], timeout_s: float =
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Found] = loop.create_future()
 
-    def settle(result: Found | None, error: Exception | None) -> None:
+    def deliver(result: Found | None, error: Exception | None) -> None:
         if not future.done():
             future.set_exception(error) if error is not None else future.set_result(result)
 
@@ -83,7 +83,7 @@ async def on_engine(engine: Engine, ask: Callable[[], Found], timeout_s: float =
             result = ask()
         except Exception as caught:  # never the engine's trouble
             error = caught
-        loop.call_soon_threadsafe(settle, result, error)
+        loop.call_soon_threadsafe(deliver, result, error)
 
     engine._inbox.put(run)
     try:

@@ -144,7 +144,7 @@ def test_more_rows_than_the_books_hold_are_refused_and_the_cache_stays_as_it_was
 def test_a_long_sequence_costs_many_short_ones_nothing():
     """Tables have a length of their own for each sequence: what was planned fits, in whatever order it comes."""
     layout = KVLayout.plain(2, 2, 8)
-    seen = [400] + [4] * 300
+    seen = [400] + [4] * 60
     memory = layout_bytes(layout, seen, 4, 4)
     for order in (seen, seen[::-1]):
         cache = new_cache(layout, len(seen), memory_bytes=memory, kind=Face)

@@ -30,7 +30,7 @@ READERS = {
 
 def books(cache) -> tuple:
     """As they stand, without asking the store: what its arrays say."""
-    pool = cache.store._pools[0]
+    pool = next(iter(cache.store._pools.values()))
     return int((pool.references > 0).sum()), int(pool.references.sum())
 
 
@@ -58,16 +58,6 @@ class Circle:
         self.held, self.itself = held, self
 
 
-@pytest.fixture
-def small_heap():
-    """All that is there already is left out of collections, which then take no time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("small_heap")
 @pytest.mark.parametrize("time", TIMES)
 def test_the_collector_may_come_at_any_moment_of_a_call(time, monkeypatch):
     """At each step that hands out, frees or moves pages a copy dies, before it and after it."""

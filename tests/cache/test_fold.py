@@ -126,7 +126,7 @@ def reference(text: Text, method: Fold):
 def held(cache, text):
     """Of each row and head: position -> mass, as the store has it."""
     group, place = cache.store.place_of[0]
-    ids = group.ids(cache._rows_index())[place]
+    ids = group.ids(cache.store.index(cache.rows))[place]
     slot, filled = group.stored_slots(ids, int(group.length.max()))
     position, bias = (group.pool.arrays[name].view(-1)[slot] for name in ("position", BIAS))
     z = (bias.float() / text.heads_KP[:, 2, None]).exp()

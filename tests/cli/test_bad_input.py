@@ -111,7 +111,7 @@ def test_plans(refused, line, said):
         ("lru:4", "unknown time method 'lru': use one of dmc, dms, fold, full, h2o, tova, window"),
         ("h2o:4", "h2o takes two budgets"),
         ("h2o:4+4; 7=full", "7"),
-        ("", "write e.g. "),
+        ("", "use one of dmc"),
         ("dmc:0", "dmc window 0"),
         ("dms:0", "dms delay 0"),
     ],

@@ -43,17 +43,11 @@ def test_eval_says_nothing_but_json_and_its_notes():
     assert written["command"] == f"kvfold {' '.join(words)} --out 'results/a b.json'"
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["generate", "tiny", "word " * 400], "the model was made for 256"),
-        (["plan", "tiny", "--time", "tova:0"], "budget 0"),
-    ],
-)
-def test_bad_input_is_one_line(words, said):
-    done = run(*words)
+def test_bad_input_is_one_line():
+    """What a loaded model refuses is tried in tests/cli/test_bad_input.py, in this process."""
+    done = run("plan", "tiny", "--time", "tova:0")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
-    assert done.stderr.startswith("error: ") and said in done.stderr
+    assert done.stderr.startswith("error: ") and "budget 0" in done.stderr
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])

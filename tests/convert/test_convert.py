@@ -169,7 +169,8 @@ def test_every_pattern_builds_saves_loads_and_generates(layers, init, pair, tmp_
     found = load(tmp_path / "out")
     assert found.config.layout == KVLayout.parse(layers, KVLayout.plain(4, 1, 16))
     assert found.config.base_layout == KVLayout.plain(4, 2, 16)
-    assert torch.equal(logits(found, ids), logits(written, ids))
+    # The loaded one is packed: equal up to rounding.
+    torch.testing.assert_close(logits(found, ids), logits(written, ids), **CLOSE)
     with torch.no_grad():
         cache = found.new_cache(rows=2)
         pieces = [found(piece, past_key_values=cache).logits for piece in ids.split([6, 1, 6], dim=1)]

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfold.engine.budget import LENGTHS, Budget, KeptRatios, SequenceCost
+from kvfold.engine.params import SamplingParams
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import layout_bytes
 from simulated import METHODS, costs, layout, make_request
@@ -87,12 +88,25 @@ def test_the_most_tokens_that_fit():
 
 
 def test_preemptions_raise_what_is_expected_of_the_running_and_refuse_nobody():
-    budget = Budget(costs(["full"]), 60_000, prefill_tokens=16)
-    request = make_request("one", [1] * 20, max_tokens=40)
+    budget = Budget(costs(["full"]), 200_000, prefill_tokens=16, horizon=32)
+    request = make_request("one", [1] * 20, max_tokens=400)
     before, fits = budget.growth(request, 0), budget.refusal(request)
     for _ in range(20):
         budget.preempted()
     assert budget.growth(request, 0) > 2 * before and budget.refusal(request) is fits is None
+    assert budget.growth(request, 0) <= budget.growth(request, 0, whole=True), "never more than it can come to"
     for _ in range(200):
         budget.finished(request, [20] * 4)
     assert budget.growth(request, 0) == before
+
+
+@pytest.mark.parametrize(
+    ("asked", "surely"),
+    [({}, 0), ({"min_tokens": 300}, 300), ({"ignore_eos": True}, 400), ({"ignore_eos": True, "stop": ("x",)}, 0)],
+)
+def test_room_for_what_a_request_will_surely_come_to(asked, surely):
+    budget = Budget(costs(["full"]), 200_000, prefill_tokens=16, horizon=32)
+    request = make_request("one", [1] * 20, max_tokens=400)
+    request.params = SamplingParams(max_tokens=400, **asked)
+    assert request.certain_tokens == 19 + surely
+    assert budget.growth(request, 0) == budget.costs["full"].bytes(20 + max(32, surely - 1))

@@ -12,7 +12,7 @@ import pytest
 if find_spec("ray") is None:
     pytest.skip("Ray is not installed here: `make test-integrations`", allow_module_level=True)
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
 
 

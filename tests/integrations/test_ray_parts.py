@@ -18,6 +18,8 @@ from ray.serve.exceptions import BackPressureError
 from kvfold.integrations import ray_serve
 from kvfold.integrations.ray_router import FreePages
 from kvfold.integrations.ray_serve import RaySettings, lost
+from kvfold.models.config import FoldConfig
+from kvfold.models.decoder import FoldForCausalLM
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +35,13 @@ ROOT = Path(__file__).parents[2]
         ({"model": "m", "gpus": 2}, "gpus must be 0 or 1"),
         ({"model": "m", "slack": 0}, "slack must be at least 1"),
         ({"model": "m", "kv_memory": "much"}, "much"),
-        ({"model": "m", "server": {"hosts": "x"}}, "unknown hosts"),
+        ({"model": "m", "replicas": "two"}, "replicas can't be 'two': it is a whole number"),
+        ({"model": "m", "replicas": True}, "replicas can't be True: it is a whole number"),
+        ({"model": "m", "max_replicas": 1.5}, "max_replicas can't be 1.5: it is a whole number or left out"),
+        ({"model": "m", "methods": 3}, "methods can't be 3: it is a list of texts"),
+        ({"model": "m", "server": "127.0.0.1"}, "server can't be '127.0.0.1': it is a mapping"),
+        ({"model": "m", "server": {"hosts": "x"}}, "unknown hosts: use allowed_origins, api_keys"),
+        ({"model": "m", "server": {"max_queue": "all"}}, "max_queue can't be 'all': it is a whole number"),
         ({"model": "m", "server": {"max_queue": -1}}, "max_queue must be at least 0"),
     ],
 )
@@ -41,6 +49,25 @@ def test_settings_that_cannot_be_meant(args, said):
     with pytest.raises(ValueError) as error:
         RaySettings.parse(args)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_settings_are_read_as_a_file_gives_them():
+    args = {
+        "model": "a/b/",
+        "methods": ["full", "tova:64"],
+        "cpus": 2,
+        "server": {"api_keys": "secret", "body_timeout_s": 5},
+    }
+    settings = RaySettings.parse(args)
+    assert settings.methods == ("full", "tova:64") and settings.cpus == 2 and settings.server["api_keys"] == "secret"
+    assert settings.server_settings().api_keys == ("secret",) and settings.server_settings().model_names == ("b",)
+    assert RaySettings.parse({"model": "m", "methods": "full"}).methods == ("full",)
+
+
+def test_an_adapter_that_is_not_there_is_refused_before_anything_starts(tmp_path):
+    FoldForCausalLM(FoldConfig(hidden_size=64, num_hidden_layers=2, vocab_size=32)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"adapter nowhere: no adapter\.json there"):
+        ray_serve.build({"model": str(tmp_path), "adapter": "./nowhere"})
 
 
 def test_a_model_that_is_not_there_is_refused_before_anything_starts():
@@ -59,7 +86,7 @@ def test_the_tested_range_is_what_is_installed_and_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     low, high = ray_serve.TESTED
     assert project["optional-dependencies"]["ray"] == [f"ray[serve,data]>={low},<{high}"]
-    assert f"Ray {low}" in (ROOT / "docs" / "ray.md").read_text()
+    assert f"Ray {low}" in (ROOT / "docs" / "vllm-and-ray.md").read_text()
 
 
 def context(uses, target=2):

@@ -28,6 +28,12 @@ def test_a_replica_that_dies_fails_its_requests_cleanly_and_is_replaced():
     assert all(one.startswith("clean: ") for one in killed["failures"])
 
 
-def test_routing_finds_more_of_what_was_read():
-    found = rows("ray-serve-routing.json")
+def test_no_request_is_worked_on_twice_behind_its_client():
+    for row in rows("ray-serve.json").values():
+        assert row["generated_tokens"] == row["answered_tokens"] > 0
+
+
+@pytest.mark.parametrize("file", ["ray-serve.json", "ray-serve-routing.json"])
+def test_routing_finds_more_of_what_was_read(file):
+    found = rows(file)
     assert found["routed by prefix"]["hit_rate"] > found["Serve's own router"]["hit_rate"]

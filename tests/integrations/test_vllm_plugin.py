@@ -158,7 +158,7 @@ def test_the_version_of_the_first_package_that_is_there():
 
 
 def test_the_docs_say_which_versions_are_tested():
-    text = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "vllm-and-ray.md").read_text()
     assert f"The plugin is tested with vLLM {plugin.TESTED[0]} (" in text
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert project["optional-dependencies"]["vllm"] == [f"vllm>={plugin.TESTED[0]},<{plugin.TESTED[1]}"]

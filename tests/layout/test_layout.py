@@ -126,8 +126,8 @@ def test_owners_are_given_one_per_layer():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"format": 2}, "layout format 2: this kvfold reads format 1"),
-        ({"format": None}, "layout format None"),
+        ({"format": 2}, "layout format 2: this kvfold reads format 1: update kvfold"),
+        ({"format": None}, "layout format None: this kvfold reads format 1: write the layout again"),
         ({"layers": [{"owner": 0}]}, "missing or unknown part"),
         ({"layers": [{"owner": 0, "num_kv_heads": 1, "head_dim": 1, "window": None, "hue": 1}]}, "missing or unknown"),
         ({"layers": [{"owner": 0, "num_kv_heads": 1, "head_dim": 1, "rope": 1}]}, "rope 1: it names a kind of rotary"),

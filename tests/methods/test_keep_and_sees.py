@@ -9,7 +9,7 @@ from kvfold.methods.budget import Budget
 from kvfold.methods.full import Full
 from kvfold.methods.plans import Entries
 from kvfold.methods.registry import parse_time
-from kvfold.methods.select import budget_tokens, drop_lowest
+from kvfold.methods.select import budget_tokens, evict_lowest
 
 
 @st.composite
@@ -104,12 +104,12 @@ def test_window_tells_every_query_what_it_sees():
     st.integers(0, 12), st.randoms(use_true_random=False),
 )  # fmt: skip
 @settings(deadline=None, max_examples=100)
-def test_drop_lowest(drawn, room, random):
+def test_evict_lowest(drawn, room, random):
     """Of equal scores the newer go; with one too many (the quick path) as with several."""
     scores, flags = drawn
     positions = random.sample(range(40), len(scores))
     candidates = [flag > 0 for flag in flags]
-    gone = drop_lowest(
+    gone = evict_lowest(
         torch.tensor([[scores]], dtype=torch.float32), torch.tensor([[positions]], dtype=torch.int32),
         torch.tensor([[candidates]]), torch.tensor([room]),
     )[0, 0].tolist()  # fmt: skip
@@ -117,14 +117,14 @@ def test_drop_lowest(drawn, room, random):
     assert [i for i, flag in enumerate(gone) if flag] == sorted(order[: max(0, len(order) - room)])
 
 
-def test_drop_lowest_in_lanes_that_differ():
+def test_evict_lowest_in_lanes_that_differ():
     """One lane has one too many, one has three, one none, one nothing at all."""
     score = torch.tensor([[[5.0, 1, 1, 3]], [[5, 1, 1, 3]], [[0, 0, 0, 0]], [[0, 0, 0, 0]]])
     position = torch.tensor([[[7, 3, 9, 1]]] * 4, dtype=torch.int32)
     candidate = torch.tensor([[[True] * 4], [[True] * 4], [[True, False, True, False]], [[False] * 4]])
-    gone = drop_lowest(score, position, candidate, torch.tensor([3, 1, 2, 0]))
+    gone = evict_lowest(score, position, candidate, torch.tensor([3, 1, 2, 0]))
     assert gone[:, 0].tolist() == [[False, False, True, False], [False, True, True, True], [False] * 4, [False] * 4]
-    gone = drop_lowest(score[:1], position[:1], candidate[:1], torch.tensor([3]))
+    gone = evict_lowest(score[:1], position[:1], candidate[:1], torch.tensor([3]))
     assert gone[0, 0].tolist() == [False, False, True, False]
 
 

@@ -93,7 +93,7 @@ def cached(model, ids, mask, cuts, page_slots, turn):
     return torch.cat(logits, dim=1), cache
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_training_inference_and_definition_agree(case):
     model, ids, mask, cuts, page_slots, turn = case

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.load import load, load_tokenizer
 
 
@@ -65,6 +66,9 @@ def test_configs(folder):
     assert "its weights are quantised by gptq" in refusal(folder)
     edit_config(folder, quantization_config=None, hidden_size="wide")
     assert "its config can't be understood" in refusal(folder)
+    newer = KVLayout.plain(2, 2, 16).to_json() | {"format": 99}
+    edit_config(folder, model_type="kvfold", hidden_size=64, layout=newer)
+    assert refusal(folder).endswith("understood: layout format 99: this kvfold reads format 1: update kvfold")
     (folder / "config.json").write_text(whole[:60])
     assert "config.json: it is not JSON" in refusal(folder)
     (folder / "config.json").write_text("[1]")

@@ -1,5 +1,7 @@
 """One call for sequences at different work: some decode, one reads a chunk of its prompt, one has nothing but padding."""
 
+from functools import cache as remembered
+
 import pytest
 import torch
 
@@ -33,11 +35,13 @@ def padded(parts, *, left):
     return ids, mask
 
 
+@remembered
 @torch.no_grad()
-def alone(model, method, text, cuts):
+def alone(layers, method, row):
     """Logits of one sequence fed by itself, and what it keeps."""
+    model, text = gated_model(layers), texts()[row]
     cache, logits, start = cache_under(model, method, 1), [], 0
-    for size in cuts:
+    for size in (PROMPTS[row], BROUGHT[row], 1):
         if size:
             logits.append(model(text[None, start : start + size], past_key_values=cache).logits[0])
         start += size
@@ -59,8 +63,8 @@ def test_a_call_of_decoding_chunk_and_padding_equals_each_alone(method, layers, 
             parts.append([row[real.bool()] for row, real in zip(logits, mask, strict=True)])
             start = [begin + size for begin, size in zip(start, sizes, strict=True)]
     assert cache.seen_tokens.tolist() == start
-    for row, text in enumerate(all_texts):
-        logits, kept = alone(model, method, text, (PROMPTS[row], BROUGHT[row], 1))
+    for row in range(len(all_texts)):
+        logits, kept = alone(layers, method, row)
         torch.testing.assert_close(torch.cat([part[row] for part in parts]), logits, **CLOSE)
         assert [owner[row] for owner in cache.kept_positions] == kept
     pages = cache.store.pools

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvfold.ops import attention
-from kvfold.ops.attention import dense_attention, weighed_attention
+from kvfold.ops.attention import attention_with_weights, dense_attention
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -63,7 +63,7 @@ def test_causal(kv_heads, group, head_dim, size, softcap):
     expected, sums = by_loops(q, k, v, scale=0.3, softcap=softcap)
     out = dense_attention(q, k, v, scale=0.3, softcap=softcap)
     torch.testing.assert_close(out.double(), expected, **CLOSE)
-    out, received = weighed_attention(q, k, v, scale=0.3, softcap=softcap)
+    out, received = attention_with_weights(q, k, v, scale=0.3, softcap=softcap)
     torch.testing.assert_close(out.double(), expected, **CLOSE)
     torch.testing.assert_close(received.double(), sums, **CLOSE)
 
@@ -76,7 +76,7 @@ def test_masks_of_every_shape(rows, heads, softcap):
     expected, sums = by_loops(q, k, v, scale=0.3, softcap=softcap, mask=mask)
     out = dense_attention(q, k, v, scale=0.3, softcap=softcap, mask=mask)
     torch.testing.assert_close(out.double(), expected, **CLOSE)
-    out, received = weighed_attention(q, k, v, scale=0.3, softcap=softcap, mask=mask)
+    out, received = attention_with_weights(q, k, v, scale=0.3, softcap=softcap, mask=mask)
     torch.testing.assert_close(out.double(), expected, **CLOSE)
     torch.testing.assert_close(received.double(), sums, **CLOSE)
 
@@ -89,7 +89,7 @@ def test_weights_do_not_depend_on_how_queries_are_cut(elements, masked, monkeypa
     weigh = torch.rand(2, 13, generator=torch.Generator().manual_seed(3)) < 0.6
     expected, sums = by_loops(q, k, v, scale=0.3, mask=mask, weigh=weigh)
     monkeypatch.setattr(attention, "_WEIGHT_CHUNK_ELEMENTS", elements)
-    out, received = weighed_attention(q, k, v, scale=0.3, mask=mask, weigh_BT=weigh)
+    out, received = attention_with_weights(q, k, v, scale=0.3, mask=mask, weigh_BT=weigh)
     assert received.dtype == torch.float32
     torch.testing.assert_close(out.double(), expected, **CLOSE)
     torch.testing.assert_close(received.double(), sums, **CLOSE)
@@ -99,7 +99,7 @@ def test_only_the_newest_query_is_weighed_when_asked():
     q, k, v = draw(2, 6, 6, 2, 2, 8)
     weigh = torch.zeros(2, 6, dtype=torch.bool)
     weigh[0, 5] = weigh[1, 3] = True
-    received = weighed_attention(q, k, v, scale=0.3, weigh_BT=weigh)[1]
+    received = attention_with_weights(q, k, v, scale=0.3, weigh_BT=weigh)[1]
     torch.testing.assert_close(received.sum(dim=-1), torch.full((2, 2), 2.0))
     assert not received[1, :, 4:].any()
 
@@ -108,7 +108,7 @@ def test_gradients_of_the_dense_form_equal_those_of_the_plain_one():
     q, k, v = (x.requires_grad_() for x in draw(2, 9, 9, 2, 2, 8))
     for mask in (None, random_mask(2, 1, 9, 9)):
         ours = torch.autograd.grad(dense_attention(q, k, v, scale=0.3, mask=mask).square().sum(), (q, k, v))
-        theirs = torch.autograd.grad(weighed_attention(q, k, v, scale=0.3, mask=mask)[0].square().sum(), (q, k, v))
+        theirs = torch.autograd.grad(attention_with_weights(q, k, v, scale=0.3, mask=mask)[0].square().sum(), (q, k, v))
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
@@ -117,7 +117,7 @@ def test_gradients_of_the_dense_form_equal_those_of_the_plain_one():
 def test_half_precision_keeps_scores_in_fp32(dtype):
     q, k, v = draw(1, 9, 9, 2, 2, 8)
     expected, sums = by_loops(q, k, v, scale=0.3)
-    out, received = weighed_attention(q.to(dtype), k.to(dtype), v.to(dtype), scale=0.3)
+    out, received = attention_with_weights(q.to(dtype), k.to(dtype), v.to(dtype), scale=0.3)
     assert out.dtype == dtype and received.dtype == torch.float32
     torch.testing.assert_close(out.double(), expected, atol=4e-2, rtol=4e-2)
     torch.testing.assert_close(received.double(), sums, atol=4e-2, rtol=4e-2)

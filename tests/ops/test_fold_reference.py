@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvfold.ops.attention import weighed_attention
+from kvfold.ops.attention import attention_with_weights
 from kvfold.ops.fold_reference import FoldRule, fold_attention_reference
 
 SCALE = 0.25
@@ -18,7 +18,7 @@ def _text(tokens=37, rows=2, heads=4, kv_heads=2, dim=8, seed=0):
 
 
 def _dense(q, k, v, mask, softcap=None):
-    return weighed_attention(q, k, v, scale=SCALE, mask=mask, softcap=softcap)[0]
+    return attention_with_weights(q, k, v, scale=SCALE, mask=mask, softcap=softcap)[0]
 
 
 def _seen(flag, delay, grid):

@@ -36,8 +36,8 @@ def plain(x, layers):
 def spoiled(layer):
     """From here on the product can't come from the layer's weights unnoticed."""
     copy = layer.packed
-    if copy._panels_NCW is not None:
-        copy._panels_NCW.mul_(2)
+    if copy.panels_NCW is not None:
+        copy.panels_NCW.mul_(2)
     else:
         copy._onednn = torch.ops.mkldnn._reorder_linear_weight(2 * torch.cat([one.weight for one in copy._layers]), 16)
 
@@ -55,7 +55,7 @@ def form(request, monkeypatch):
 @pytest.mark.parametrize("outputs", [(64,), (100, 331), (96, 144)], ids=str)
 def test_every_form_equals_linear(form, rows, outputs):
     layers = packed_layers(*outputs, inputs=71)
-    assert (layers[0].packed._panels_NCW is None) == (form == "no C")
+    assert (layers[0].packed.panels_NCW is None) == (form == "no C")
     x = torch.randn(rows, 71)
     with torch.no_grad():
         for ours, theirs in zip(project(x, *layers), plain(x, layers), strict=True):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kvfold.ops import native
-from kvfold.ops.norm import rms_norm
+from kvfold.ops.linear import rms_norm
 
 
 @pytest.fixture(params=[*(isa for isa in native.instruction_sets() if isa != "generic"), "no C"], autouse=True)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from kvfold.ops import native
+from kvfold.ops import rotation as rotation_module
 from kvfold.ops.rotation import Rotation, rotate
 
 
@@ -53,3 +55,30 @@ def test_products_depend_on_the_distance_alone():
         q_turned = rotation(torch.tensor([[7 + shift]]), 8).apply(q)
         products.append(float((q_turned * rotation(torch.tensor([[2 + shift]]), 8).apply(k)).sum()))
     assert products == pytest.approx([products[0]] * 3, abs=1e-4)
+
+
+@pytest.mark.parametrize("isa", [one for one in native.instruction_sets() if one != "generic"])
+@pytest.mark.parametrize(("heads", "dims", "width"), [(1, 2, 2), (3, 64, 64), (9, 80, 20), (2, 46, 46), (1, 33, 6)])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_decoding_step_in_c_equals_torch(isa, heads, dims, width, rows, monkeypatch):
+    monkeypatch.setenv("KVFOLD_ISA", isa)
+    native.linear_library.cache_clear()
+    calls, plain = [], rotation_module.few_rows
+    monkeypatch.setattr(rotation_module, "few_rows", lambda *asked: calls.append(plain(*asked)) or calls[-1])
+    try:
+        wide = torch.randn(rows, 1, (heads + 2) * dims)[..., dims : (heads + 1) * dims].view(rows, 1, heads, dims)
+        for angles_of in (rows, 1):
+            turn = rotation(torch.randint(0, 5000, (angles_of, 1)), width)
+            expected = turn.apply(
+                wide.double().float().requires_grad_()
+            ).detach()  # torch's, since gradients are wanted
+            with torch.no_grad():
+                torch.testing.assert_close(turn.apply(wide), expected, atol=1e-6, rtol=1e-6)
+                calls.clear()
+                turn.apply(wide)
+                turn.apply(wide.double())
+                apart = wide.transpose(2, 3).contiguous().transpose(2, 3)
+                torch.testing.assert_close(turn.apply(apart), expected, atol=1e-6, rtol=1e-6)
+            assert calls[0] is not None and calls[1] is None, "doubles are torch's"
+    finally:
+        native.linear_library.cache_clear()

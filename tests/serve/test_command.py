@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -49,19 +50,31 @@ def test_sampling_defaults_of_the_checkpoint(folder, tmp_path):
     assert generation_defaults(str(tmp_path), model, "elsewhere") == {"top_p": 0.4}
 
 
-def begin(folder, *more):
-    """A server's process and its address."""
-    script = (
-        "import sys; from kvfold.serve.command import serve\n"
-        "serve(sys.argv[1], port=int(sys.argv[2]), kv_memory='2MB', say=lambda line: print(line, flush=True))"
-    )
+SERVE = """
+import sys
+from kvfold.serve.command import serve
+
+serve(sys.argv[1], port=int(sys.argv[2]), kv_memory="2MB", say=lambda line: print(line, flush=True))
+"""
+LISTEN = """
+import socket
+
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+connections = []
+while True:
+    connections.append(listener.accept())
+    connections[-1][0].sendall(b"taken")
+"""
+
+
+def begin(script, *more):
+    """A process, and the first line that it prints."""
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(folder), *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", script, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "KVFOLD_API_KEY": "secret"},
     )  # fmt: skip
-    line = process.stdout.readline()
-    assert " at http://127.0.0.1:" in line, process.stderr.read()
-    return process, line.split(" at ")[1].split("/v1")[0]
+    return process, process.stdout.readline()
 
 
 def ask(url):
@@ -70,15 +83,24 @@ def ask(url):
     return response.json()["usage"]["completion_tokens"]
 
 
-def test_a_process_serves_survives_a_kill_and_stops_when_told(folder):
-    process, url = begin(folder, "0")
+@pytest.fixture
+def left_port():
+    """A port whose process was killed with a client on the line: the system still holds the connection's end."""
+    process, port = begin(LISTEN)
+    with socket.create_connection(("127.0.0.1", int(port)), timeout=20) as connection:
+        assert connection.recv(5) == b"taken"
+        process.kill()
+        process.communicate(timeout=20)
+        yield port.strip()
+
+
+def test_a_process_serves_on_a_port_left_by_a_kill_and_stops_when_told(folder, left_port):
+    process, line = begin(SERVE, str(folder), left_port)
     try:
+        url = f"http://127.0.0.1:{left_port}"
+        assert f" at {url}/v1" in line, process.stderr.read()
         assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}).status_code == 401
         assert ask(url) <= 5
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=20)
-        process, again = begin(folder, url.rsplit(":", 1)[1])  # the same port, at once
-        assert again == url and ask(url) <= 5
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=20)

@@ -196,7 +196,10 @@ def test_what_is_no_whole_adapter_is_refused(adapter, tmp_path):
     with pytest.raises(ValueError, match=r"its weights are not those that its adapter.json describes"):
         apply_adapter(tiny_model(), adapter)
     weights.write_bytes(whole)
-    for data in ({}, {"format": 2}, json.loads(told) | {"colour": 1}):
+    for data in ({}, json.loads(told) | {"colour": 1}):
         about.write_text(json.dumps(data))
         with pytest.raises(ValueError, match="it can't be read"):
             read_adapter(adapter)
+    about.write_text(json.dumps({"format": 2}))
+    with pytest.raises(ValueError, match="format 2: this kvfold reads format 1: update kvfold"):
+        read_adapter(adapter)
