@@ -14,7 +14,7 @@ from kvfold.bench.decode import Point, bench_decode
 from kvfold.bench.document import read_document
 from kvfold.bench.held import measure_held
 from kvfold.bench.peers import load_theirs
-from kvfold.data.texts import read_text_file
+from kvfold.data.texts import SAMPLE, read_text_file
 from kvfold.data.windows import text_beginning
 from kvfold.errors import UserError
 from kvfold.eval.passkey import measure_passkey
@@ -30,7 +30,6 @@ MODEL_NAME = "SmolLM2-135M-Instruct.Q4_1"
 MODEL_NOTE = "instruct-tuned, dequantised from 4 bits to fp32"
 ADAPTER = "smollm2-135m-dms-4x"
 """Among the adapters that come with kvfold."""
-SAMPLE = Path(__file__).with_name("assets") / "sample" / "persuasion.txt"
 
 PROTOCOL = Protocol(windows=4, context_tokens=1024, batch=4)
 """About 4k tokens a method: minutes on two cores, and enough for a picture, not for a verdict."""

@@ -2,12 +2,27 @@
 something.
 """
 
+import importlib.util
+
 
 class UserError(ValueError):
     """A mistake of the user's: one line that says what was given, which rule it breaks, and the remedy.
 
     The command line ends with exit code 2 on one. Any other error is a failure or a fault of ours, and ends with 1.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text on one line, cut to a readable length."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def need_packages(*names: str, extra: str, what: str) -> None:
+    """Raises `UserError` where a package is not installed that `what` needs and kvfold's `extra` brings."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} is not installed: {what} needs it: run pip install 'kvfold[{extra}]'")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -6,9 +6,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from kvfold.errors import UserError
+from kvfold.errors import UserError, one_line
 from kvfold.models.config import FoldConfig
-from kvfold.models.source import find_source, one_line
+from kvfold.models.source import find_source
 
 
 def load_theirs(source: str | Path, *, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:

@@ -96,19 +96,6 @@ def read_trace(path: str | Path) -> list[Asked]:
     return found
 
 
-def lengths(text: str) -> tuple[int, int]:
-    """The least and the most of a range such as `16-128`, or one length twice."""
-    least, _, most = text.partition("-")
-    if not least.strip().isdecimal() or not (most or least).strip().isdecimal():
-        raise UserError(f"a range of lengths is two numbers, got {text!r}: write for example 16-128")
-    found = int(least), int(most or least)
-    if not 1 <= found[0] <= found[1]:
-        raise UserError(
-            f"a range of lengths begins at 1 or more and does not fall, got {text!r}: write for example 16-128"
-        )
-    return found
-
-
 def draw_requests(
     text: str, number: int, *, prompt_words: tuple[int, int], max_tokens: tuple[int, int], seed: int = 0,
     time: str | None = None,

@@ -28,7 +28,7 @@ def parse_lengths(text: str) -> tuple[int, int]:
     """Bounds of a length: `128`, or `64-512`, both included."""
     low, dash, high = text.partition("-")
     if not (low.isdecimal() and (high.isdecimal() if dash else True)):
-        raise UserError(f"length '{text}': it is a number of tokens or two bounds: write e.g. 128 or 64-512")
+        raise UserError(f"length '{text}': it is a number or two bounds: write e.g. 128 or 64-512")
     bounds = int(low), int(high or low)
     if not 1 <= bounds[0] <= bounds[1]:
         raise UserError(f"length '{text}': bounds ascend from 1: write e.g. 128 or 64-512")

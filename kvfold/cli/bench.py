@@ -1,7 +1,6 @@
 """`kvfold bench prefill`, `capacity`, `kernel`, `gpu`, `train`: all are measured in bench/. `decode` and `serve` stand apart."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +8,6 @@ from typer import Option
 
 from kvfold.cli.console import progress
 from kvfold.cli.options import (
-    SAMPLE,
     Device,
     KvMemory,
     Loading,
@@ -19,10 +17,10 @@ from kvfold.cli.options import (
     Text,
     Times,
     WeightsDtype,
-    check_packages,
     model_name,
 )
-from kvfold.errors import UserError
+from kvfold.data.texts import SAMPLE, read_text_file
+from kvfold.errors import UserError, need_packages
 
 
 def prefill(
@@ -42,6 +40,7 @@ def prefill(
     Example: `kvfold bench prefill my-model --batch 8 --prompt 4096 --time full --time window:508+4`
     """
     from kvfold.bench.prefill import bench_prefill
+    from kvfold.report.tables import table_of
 
     ours, tokenizer = loading.load(model, times=time)
     ids = _prompts(text, tokenizer, batch, prompt)
@@ -81,6 +80,7 @@ def capacity(
     """
     from kvfold.bench.capacity import bench_capacity
     from kvfold.layout.units import parse_size
+    from kvfold.report.tables import table_of
 
     budget = parse_size(kv_memory)
     ours, tokenizer = loading.load(model, times=time)
@@ -130,6 +130,7 @@ def kernel(
 
     from kvfold.bench.kernel import KernelShape, measure_kernel
     from kvfold.ops.native import KINDS
+    from kvfold.report.tables import table_of
 
     unknown = sorted(set(storage or ()) - set(KINDS))
     if unknown:
@@ -162,15 +163,13 @@ def gpu(*, output: Output) -> None:
     Example: `kvfold bench gpu --out results/gpu/kernels.json`
     """
     from kvfold.bench.gpu import bench_gpu
+    from kvfold.report.tables import table_of
 
-    output.hand_over("gpu", bench_gpu(), _gpu_table)
-
-
-def _gpu_table(result: Mapping[str, Any]) -> Any:
+    result = bench_gpu()
     counted = Counter(row["state"] for row in result["rows"])
     rows = [{"state": state, "rows": number} for state, number in sorted(counted.items())]
-    title = f"GPU rows, {result['environment']['device']}"
-    return table_of(title, {"state": "{state}", "rows": "{rows}"})({"rows": rows})
+    table = table_of(f"GPU rows, {result['environment']['device']}", {"state": "{state}", "rows": "{rows}"})
+    output.hand_over("gpu", result, lambda _: table({"rows": rows}))
 
 
 def train(
@@ -191,7 +190,7 @@ def train(
 
     Example: `kvfold bench train my-model --time dms:128 --time dmc --sequence 1024`
     """
-    check_packages("accelerate", "peft")
+    need_packages("accelerate", "peft", extra="train", what="training")
     from kvfold.bench.train import METHODS, StepPoint, bench_train
     from kvfold.ops.denormals import flush_denormals
     from kvfold.report.tables import step_table
@@ -209,32 +208,9 @@ def train(
 
 def _prompts(text: Path | None, tokenizer: Any, batch: int, tokens: int) -> Any:
     """Ids [B, T]: stretches of a text one after the other, from its beginning again where it ends."""
-    from kvfold.data.texts import read_text_file
     from kvfold.data.windows import text_beginning
 
     if batch < 1 or tokens < 2:
         raise UserError(f"{batch} rows of {tokens} tokens: prompts are 1 or more of 2 tokens or more: ask for more")
     ids, _ = text_beginning(read_text_file(text or SAMPLE), tokenizer, tokens=batch * tokens)
     return ids.repeat(-(-batch * tokens // len(ids)))[: batch * tokens].view(batch, tokens)
-
-
-def table_of(title: str, columns: Mapping[str, str | Callable[[Mapping], str]]) -> Callable[[Mapping], Any]:
-    """What makes a table of a result, a line for each row. A cell is a text with the row's fields in braces, empty where the row
-    lacks one; or a function of the row.
-    """
-    from kvfold.report.sheets import Column, Sheet
-    from kvfold.report.tables import rich_table
-
-    def cell(shown: str | Callable[[Mapping], str], row: Mapping) -> str:
-        try:
-            return shown.format_map(row) if isinstance(shown, str) else shown(row)
-        except (KeyError, TypeError):  # nothing was measured there
-            return ""
-
-    heads = tuple(Column(head=head, is_text=not number) for number, head in enumerate(columns))
-
-    def table(result: Mapping) -> Any:
-        rows = tuple(tuple(cell(shown, row) for shown in columns.values()) for row in result["rows"])
-        return rich_table(Sheet(title=title, columns=heads, rows=rows))
-
-    return table

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from typer import Option
 
-from kvfold.cli.bench import table_of
 from kvfold.cli.console import progress
-from kvfold.cli.options import SAMPLE, Loading, Model, Output, Repeats, Times, model_name
+from kvfold.cli.options import Loading, Model, Output, Repeats, Times, model_name
+from kvfold.data.texts import SAMPLE, read_text_file
 from kvfold.errors import UserError
 
 
@@ -47,8 +47,7 @@ def decode(
     """
     from kvfold.bench.filled import bench_filled
     from kvfold.bench.peers import load_theirs
-    from kvfold.data.texts import read_text_file
-    from kvfold.report.tables import decode_table
+    from kvfold.report.tables import decode_table, table_of
 
     named, points = _peers(peers), _points(batch, prompt, new)
     _check_filled(
@@ -119,7 +118,6 @@ def _sides(
 ) -> tuple[list[Any], Any]:  # fmt: skip
     """The caches to be filled, and a text that shows what gates keep."""
     from kvfold.bench.filled import Side
-    from kvfold.data.texts import read_text_file
     from kvfold.data.windows import text_beginning
     from kvfold.eval.folding import method_layouts
 

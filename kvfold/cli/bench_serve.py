@@ -10,7 +10,6 @@ from typer import Argument, Option
 
 from kvfold.cli.console import command_line, progress, show, show_json
 from kvfold.cli.options import (
-    SAMPLE,
     Json,
     Loading,
     Model,
@@ -20,10 +19,10 @@ from kvfold.cli.options import (
     Text,
     Times,
     check_out,
-    check_packages,
     model_name,
 )
-from kvfold.errors import UserError
+from kvfold.data.texts import SAMPLE, read_text_file
+from kvfold.errors import UserError, need_packages
 from kvfold.layout.units import parse_size
 
 
@@ -52,10 +51,11 @@ def serve(
     """
     for path in (out, picture):
         check_out(path)
-    check_packages(
-        "httpx", *(("matplotlib",) if picture else ()), extra="plot" if picture else "serve", what="bench serve"
-    )
-    from kvfold.bench.serve_http import Load, bench_serve, draw_requests, lengths, read_trace, summary_lines
+    need_packages("httpx", extra="serve", what="bench serve")
+    if picture is not None:
+        need_packages("matplotlib", extra="plot", what="--picture")
+    from kvfold.bench.serve_http import Load, bench_serve, draw_requests, read_trace, summary_lines
+    from kvfold.bench.serve_requests import parse_lengths
     from kvfold.data.whole_file import write_whole_file
     from kvfold.report.pictures.load import save_load_png
 
@@ -65,7 +65,12 @@ def serve(
     else:
         words = (text or SAMPLE).read_text(encoding="utf-8")
         asked = draw_requests(
-            words, requests, prompt_words=lengths(prompt_words), max_tokens=lengths(max_tokens), seed=seed, time=time
+            words,
+            requests,
+            prompt_words=parse_lengths(prompt_words),
+            max_tokens=parse_lengths(max_tokens),
+            seed=seed,
+            time=time,
         )
     rows = []
     for url in urls:
@@ -116,7 +121,6 @@ def serve_offline(
     from kvfold.bench.serve import bench_serve, budget_bytes
     from kvfold.bench.serve_peers import check_peers, open_peers
     from kvfold.bench.serve_requests import drawn_requests, parse_lengths, trace_requests
-    from kvfold.data.texts import read_text_file
     from kvfold.record import write_result
     from kvfold.report.tables import serve_table
 

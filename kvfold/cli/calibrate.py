@@ -7,7 +7,8 @@ import typer
 from typer import Argument, Option
 
 from kvfold.cli.console import progress, say, show_json, waiting
-from kvfold.cli.options import SAMPLE, Data, Device, Dtype, Json, Loading, Model, NewFolder
+from kvfold.cli.options import Data, Device, Dtype, Json, Loading, Model, NewFolder
+from kvfold.data.texts import SAMPLE
 from kvfold.layout.units import parse_count
 
 

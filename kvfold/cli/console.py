@@ -56,7 +56,7 @@ def clear_errors(command: Callable) -> Callable:
 
 def _told(error: Exception) -> str:
     """The one line."""
-    text = _one_line(error)
+    text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return f"error: {text}"
     if is_out_of_memory(error):
@@ -105,7 +105,3 @@ def show_json(data: Any) -> None:
 def command_line() -> str:
     """What was typed, to be typed again."""
     return shlex.join(["kvfold", *sys.argv[1:]])
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -10,7 +10,8 @@ import typer
 from typer import Option
 
 from kvfold.cli.console import progress, say, show_json, waiting
-from kvfold.cli.options import LAYERS, SAMPLE, Bits, Device, Heads, Json, NewFolder, Source, quiet_transformers
+from kvfold.cli.options import LAYERS, Bits, Device, Heads, Json, NewFolder, Source, quiet_transformers
+from kvfold.data.texts import SAMPLE
 from kvfold.errors import UserError
 from kvfold.layout.units import parse_count
 

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Option
 
 from kvfold.cli.console import progress, say
-from kvfold.cli.options import SAMPLE, Loading, Model, Output, Times, model_name
+from kvfold.cli.options import Loading, Model, Output, Times, model_name
+from kvfold.data.texts import SAMPLE
 from kvfold.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,17 +31,6 @@ class Passkeys:
     def __post_init__(self):
         if self.passkey_length and not self.passkey:
             raise UserError("--passkey-length without --passkey: no key would be hidden: add --passkey")
-
-    def rows(
-        self, model: Any, tokenizer: Any, methods: Sequence[str], others: Sequence["Beside"], *, context: int, **settings: Any
-    ) -> list[dict[str, Any]]:  # fmt: skip
-        """What each method finds, and each other model."""
-        from kvfold.eval.passkey import measure_passkey, measure_passkey_beside
-
-        settings |= {"lengths": self.passkey_length or (context,), "tries": self.passkey_tries}
-        rows = measure_passkey(model, tokenizer, methods, **settings)
-        del settings["name"]
-        return rows + measure_passkey_beside(others, model, tokenizer, **settings)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,40 +70,24 @@ class Tasks:
             if value and not self.names:
                 raise UserError(f"--{option} without --tasks: no task would be scored: name some")
 
-    def rows(
-        self, model: Any, tokenizer: Any, methods: Sequence[str], others: Sequence["Beside"], *, source: str, **settings: Any
-    ) -> list[dict[str, Any]]:  # fmt: skip
-        """Their scores under each method, of transformers' own model of `source` if asked, and of each other model."""
-        from kvfold.bench.peers import load_theirs
-        from kvfold.eval.tasks import measure_tasks, measure_tasks_beside
 
-        theirs = partial(load_theirs, source, dtype=model.dtype, device=model.device)
-        settings |= {"folder": self.task_folder, "lengths": self.task_length or (), "limit": self.limit}
-        peer = theirs if self.peers == "transformers" else None
-        rows = measure_tasks(model, tokenizer, self.names, methods, peer=peer, **settings)
-        del settings["name"]
-        return rows + measure_tasks_beside(others, model, tokenizer, self.names, **settings)
+Texts = Annotated[
+    list[str] | None,
+    Option(help="A text, .jsonl or .gz file; given several times: all. Default: a novel, unless there are tasks."),
+]
+_COMPARE = "A row for another model: an adapter of this one, a MODEL of its vocabulary, or MODEL,ADAPTER."
+Compare = Annotated[list[str] | None, Option("--compare", "--beside", help=_COMPARE)]
 
 
 def evaluate(
     model: Model,
-    text: Annotated[
-        list[str] | None,
-        Option(help="A text, .jsonl or .gz file; given several times: all. Default: a novel, unless there are tasks."),
-    ] = None,
+    text: Texts = None,
     time: Times = None,
     windows: Annotated[int, Option(help="Windows of each text, evenly spaced.")] = 32,
     context: Annotated[int, Option(help="Tokens of a window.")] = 1024,
     batch: Annotated[int, Option(help="Windows, or requests of tasks, read side by side.")] = 32,
     chunk: Annotated[int | None, Option(help="Tokens a call, where the method doesn't depend on it.")] = None,
-    compare: Annotated[
-        list[str] | None,
-        Option(
-            "--compare",
-            "--beside",
-            help="A row for another model: an adapter of this one, a MODEL of its vocabulary, or MODEL,ADAPTER.",
-        ),
-    ] = None,
+    compare: Compare = None,
     fresh: Annotated[bool, Option("--fresh", help="Measure again what was measured before.")] = False,
     *,
     passkeys: Passkeys,
@@ -126,10 +100,12 @@ def evaluate(
 
     Example: `kvfold eval my-model --text notes.txt --time h2o:128+128 --time tova:256 --out results/notes.json`
     """
+    from kvfold.bench.peers import load_theirs
     from kvfold.eval.cells import Cells, model_about, model_key
-    from kvfold.eval.passkey import check_lengths
+    from kvfold.eval.passkey import check_lengths, measure_passkey
     from kvfold.eval.perplexity import measure_quality
     from kvfold.eval.protocol import Protocol
+    from kvfold.eval.tasks import measure_tasks
     from kvfold.report.tables import passkey_table, quality_table, tasks_table
 
     _check_adapter(loading.adapter, tasks.peers)
@@ -138,20 +114,27 @@ def evaluate(
     weights, tokenizer = loading.load(model, times=time)
     methods = list(dict.fromkeys(time or ())) or [weights.config.layout.time_text()]
     texts = text or ([] if tasks.names else [SAMPLE])
+    lengths = passkeys.passkey_length or (context,)
     if passkeys.passkey:
-        check_lengths(weights, tokenizer, passkeys.passkey_length or (context,))
-    sides = weights, tokenizer, methods, others
+        check_lengths(weights, tokenizer, lengths)
     with progress() as report:
-        settings = {"name": model_name(model), "cells": Cells(_cells(), fresh=fresh), "report": report}
+        settings = {
+            "name": model_name(model), "beside": others, "cells": Cells(_cells(), fresh=fresh), "report": report,
+        }  # fmt: skip
         if texts:
-            result = measure_quality(weights, tokenizer, texts, methods, beside=others, protocol=protocol, **settings)
+            result = measure_quality(weights, tokenizer, texts, methods, protocol=protocol, **settings)
         else:
             about = model_about(weights, model_key(weights, settings["name"]))
             result = {"protocol": {"limit": tasks.limit, "batch": batch}, **about, "rows": []}
         if passkeys.passkey:
-            result["passkey"] = passkeys.rows(*sides, context=context, **settings)
+            keys = {"lengths": lengths, "tries": passkeys.passkey_tries}
+            result["passkey"] = measure_passkey(weights, tokenizer, methods, **keys, **settings)
         if tasks.names:
-            result["tasks" if texts else "rows"] = tasks.rows(*sides, source=model, rows=batch, **settings)
+            theirs = partial(load_theirs, model, dtype=weights.dtype, device=weights.device)
+            settings |= {"folder": tasks.task_folder, "lengths": tasks.task_length or (), "limit": tasks.limit}
+            peer = None if tasks.peers == "none" else theirs
+            rows = measure_tasks(weights, tokenizer, tasks.names, methods, peer=peer, rows=batch, **settings)
+            result["tasks" if texts else "rows"] = rows
     asked = {quality_table: texts, passkey_table: passkeys.passkey, tasks_table: tasks.names}
     output.hand_over("quality" if texts else "tasks", result, *(table for table in asked if asked[table]))
 

@@ -5,7 +5,8 @@ from typing import Annotated
 from typer import Option
 
 from kvfold.cli.console import progress
-from kvfold.cli.options import SAMPLE, Loading, Model, Output, Text, Times, model_name
+from kvfold.cli.options import Loading, Model, Output, Text, Times, model_name
+from kvfold.data.texts import SAMPLE, read_text_file
 from kvfold.errors import UserError
 
 
@@ -27,7 +28,6 @@ def inspect(
     Example: `kvfold inspect my-model --adapter my-adapter --text notes.txt --out results/notes-inside.json`
     """
     from kvfold.bench.document import check_heads, read_document
-    from kvfold.data.texts import read_text_file
     from kvfold.data.windows import text_beginning
     from kvfold.report.tables import document_table
 

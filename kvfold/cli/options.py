@@ -2,7 +2,6 @@
 parameter. Also what every command does with them: open a model, hand over a result.
 """
 
-import importlib.util
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -43,9 +42,6 @@ Repeats = Annotated[int, Option(help="Rounds; all sides take turns.")]
 Data = Annotated[list[str] | None, Option(help="Text, .jsonl, .gz, .parquet, or a hub name; several times: all.")]
 Out = Annotated[Path | None, Option(help="Write the result to this JSON file.")]
 Json = Annotated[bool, Option("--json", help="Print JSON and nothing else on stdout.")]
-
-SAMPLE = Path(__file__).parents[1] / "assets" / "sample" / "persuasion.txt"
-"""The novel that comes with kvfold: what is read where no text is named."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,13 +151,6 @@ def check_out(out: Path | None) -> None:
     """Refuse a place where no file can be, before anything is measured."""
     if out is not None and (out.is_dir() or any(parent.is_file() for parent in out.parents)):
         raise UserError(f"{out}: no file can be written there: name a file in a folder, one that is there or not yet")
-
-
-def check_packages(*names: str, extra: str = "train", what: str = "training") -> None:
-    """Refuse to begin where a package is not installed that `what` needs and `extra` brings."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"{name} is not installed: {what} needs it: run pip install 'kvfold[{extra}]'")
 
 
 def quiet_transformers(*, bars: bool = True) -> None:

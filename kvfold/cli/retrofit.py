@@ -16,10 +16,9 @@ from kvfold.cli.options import (
     Training,
     WeightsDtype,
     begin_training,
-    check_packages,
     model_name,
 )
-from kvfold.errors import UserError
+from kvfold.errors import UserError, need_packages
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +122,7 @@ def _run(source: str, out: Path, settings: Any, snapshot: Path | None, loading: 
         return done
     if snapshot is not None:
         _check_snapshot(snapshot, folder)
-    check_packages("accelerate", "peft")
+    need_packages("accelerate", "peft", extra="train", what="training")
     from kvfold.train.retrofit import Retrofit
     from kvfold.train.watch import watched_steps
 

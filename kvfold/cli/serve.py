@@ -5,7 +5,8 @@ from typing import Annotated
 from typer import Argument, Option
 
 from kvfold.cli.console import say
-from kvfold.cli.options import Adapter, Device, Dtype, KvMemory, check_packages, quiet_transformers
+from kvfold.cli.options import Adapter, Device, Dtype, KvMemory, quiet_transformers
+from kvfold.errors import need_packages
 
 
 def serve(
@@ -32,7 +33,7 @@ def serve(
 
     Example: `kvfold serve my-model --kv-memory 4GB --method full --method h2o:256+256`
     """
-    check_packages("fastapi", "uvicorn", "openai", "prometheus_client", "llguidance", extra="serve", what="serving")
+    need_packages("fastapi", "uvicorn", "openai", "prometheus_client", "llguidance", extra="serve", what="serving")
     from kvfold.demo import bundled_model
     from kvfold.serve.command import serve as run
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from kvfold.cli.console import command_line, progress, say, show, show_json
-from kvfold.cli.options import Device, Json, Training, begin_training, check_packages
-from kvfold.errors import UserError
+from kvfold.cli.console import command_line, progress, say, show_json
+from kvfold.cli.options import Device, Json, Output, Training, begin_training
+from kvfold.errors import UserError, need_packages
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +67,7 @@ def _settings(recipe: str, training: Settings) -> Any:
 
 
 def _run(recipe: str, out: Path, settings: Any, factor: float | None, device: str | None) -> dict[str, Any]:
-    check_packages("accelerate")
+    need_packages("accelerate", extra="train", what="training")
     from kvfold.train.run_folder import RunFolder, leads
 
     if leads():
@@ -153,8 +153,7 @@ def _say_plan(recipe: str, settings: Any) -> None:
 
 
 def _list(as_json: bool) -> None:
-    from rich.table import Table
-
+    from kvfold.report.tables import table_of
     from kvfold.train.design_space import recipes
 
     rows = [
@@ -162,17 +161,17 @@ def _list(as_json: bool) -> None:
          "kv_bytes_per_token": one.settings.kv_bytes_per_token, "settings": asdict(one.settings)}
         for one in recipes().values()
     ]  # fmt: skip
-    if as_json:
-        show_json({"kind": "recipes", "rows": rows})
-        return
-    table = Table("recipe", "layers", "heads", "KV heads", "head dim", box=None)
-    for title in ("weights", "KV bytes a token", "tokens", "learning rate"):
-        table.add_column(title, justify="right")
-    for row in rows:
-        it = row["settings"]
-        table.add_row(
-            row["name"], f"{it['num_layers']} {it['layers']}", str(it["num_heads"]), str(it["num_kv_heads"]),
-            str(it["head_dim"]), f"{row['parameters']:,}", f"{row['kv_bytes_per_token']:,}", f"{it['tokens']:,}",
-            f"{it['learning_rate']:g}",
-        )  # fmt: skip
-    show(table)
+    Output(as_json=as_json).hand_over("recipes", {"rows": rows}, table_of("Recipes", _RECIPE_COLUMNS))
+
+
+_RECIPE_COLUMNS = {
+    "recipe": "{name}",
+    "layers": "{settings[num_layers]} {settings[layers]}",
+    "heads": "{settings[num_heads]}",
+    "KV heads": "{settings[num_kv_heads]}",
+    "head dim": "{settings[head_dim]}",
+    "weights": "{parameters:,}",
+    "KV bytes a token": "{kv_bytes_per_token:,}",
+    "tokens": "{settings[tokens]:,}",
+    "learning rate": "{settings[learning_rate]:g}",
+}

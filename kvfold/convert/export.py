@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from kvfold.errors import UserError
+from kvfold.errors import UserError, one_line
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.families import family_named, fold_config
-from kvfold.models.source import one_line
 from kvfold.models.weights import family_weights
 
 _OURS_ALONE = (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kvfold.data.texts import TEXT_RULE, check_there, holds_lines, json_lines, text_of
-from kvfold.errors import UserError
+from kvfold.errors import UserError, one_line
 
 _PARQUET_ROWS = 256
 """Rows in memory at once."""
@@ -48,7 +48,7 @@ class TextStream:
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: it is not UTF-8: save the file as UTF-8") from error
         except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: it can't be read ({' '.join(str(error).split())}): fetch it again") from error
+            raise UserError(f"{path}: it can't be read ({one_line(error)}): fetch it again") from error
 
     def _note(self) -> None:
         self.share = self._raw.tell() / self._size
@@ -88,4 +88,4 @@ class TextStream:
                     self.share = done / total
                     yield from rows["text"].to_pylist()
         except (OSError, ArrowInvalid) as error:
-            raise UserError(f"{path}: it can't be read ({' '.join(str(error).split())}): fetch it again") from error
+            raise UserError(f"{path}: it can't be read ({one_line(error)}): fetch it again") from error

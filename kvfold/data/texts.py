@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvfold.errors import UserError
+from kvfold.errors import UserError, one_line
 
+SAMPLE = Path(__file__).parents[1] / "assets" / "sample" / "persuasion.txt"
+"""The novel that comes with kvfold: what is read where no text is named."""
 _LINES = (".jsonl", ".json")
 
 
@@ -61,7 +63,7 @@ def file_bytes(path: Path) -> bytes:
         data = path.read_bytes()
         return gzip.decompress(data) if path.suffix == ".gz" else data
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: it can't be read ({' '.join(str(error).split())}): fetch it again") from error
+        raise UserError(f"{path}: it can't be read ({one_line(error)}): fetch it again") from error
 
 
 def check_there(path: Path) -> None:

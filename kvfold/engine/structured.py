@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kvfold.errors import UserError
+from kvfold.errors import UserError, one_line
 
 
 class Grammars:
@@ -33,7 +33,7 @@ class Grammars:
         try:
             found = Matcher(LLMatcher(self._tables, make(text), log_level=0), self._vocab_size)
         except ValueError as error:
-            raise UserError(f"{kind} can't be used for structured output: {' '.join(str(error).split())}") from error
+            raise UserError(f"{kind} can't be used for structured output: {one_line(error)}") from error
         if found.error:
             raise UserError(f"{kind} can't be used for structured output: {found.error}")
         return found

@@ -49,6 +49,7 @@ def measure_passkey(
     methods: Sequence[str],
     *,
     name: str,
+    beside: Sequence[Beside] = (),
     lengths: Sequence[int] = (1024,),
     depths: Sequence[float] = DEPTHS,
     tries: int = 4,
@@ -57,7 +58,8 @@ def measure_passkey(
     cells: Any = None,
     report: Report = silent,
 ) -> list[dict[str, Any]]:
-    """Rows of `method`, `length_tokens`, `depth`, `found`, `tries`; the unfolded model first, if `with_full`.
+    """Rows of `method`, `length_tokens`, `depth`, `found`, `tries`; the unfolded model first, if `with_full`;
+    those of the models `beside` come last, each under its own method.
 
     `lengths`: tokens of a prompt, at most. Each length and depth is tried with `tries` keys, the same for every method.
     All tries of one length are read side by side. `cells`: a folder of finished measurements, which are not made again.
@@ -90,22 +92,16 @@ def measure_passkey(
                 | {"made": cell["made"]}
                 for depth, found in pairs
             ]
-    return rows
+    settings = {"lengths": lengths, "depths": depths, "tries": tries, "seed": seed, "cells": kept, "report": report}
+    return rows + [row for other in beside for row in _beside(other, model, tokenizer, **settings)]
 
 
-def measure_passkey_beside(
-    beside: Sequence[Beside], first: FoldForCausalLM, tokenizer: Any, **settings: Any
-) -> list[dict[str, Any]]:
-    """Rows of other models, each under its own method. `settings` are those of `measure_passkey`."""
-    rows = []
-    for other in beside:
-        with opened(other, first) as model:
-            layout = model.config.layout
-            found = measure_passkey(
-                model, tokenizer, [layout.time_text()], name=other.label, with_full=False, **settings
-            )
-        rows += [row | {"method": method_beside(other, layout), "model": other.label} for row in found]
-    return rows
+def _beside(other: Beside, first: FoldForCausalLM, tokenizer: Any, **settings: Any) -> list[dict[str, Any]]:
+    """Rows of another model, under its own method."""
+    with opened(other, first) as model:
+        layout = model.config.layout
+        rows = measure_passkey(model, tokenizer, [layout.time_text()], name=other.label, with_full=False, **settings)
+    return [row | {"method": method_beside(other, layout), "model": other.label} for row in rows]
 
 
 def check_lengths(model: FoldForCausalLM, tokenizer: Any, lengths: Sequence[int]) -> None:

@@ -4,7 +4,6 @@ lm-eval words the questions, asks the `kvfold` model of harness.py, and reckons 
 under which method, keeps what was measured, and sets methods against the unfolded model question by question.
 """
 
-import importlib.util
 import io
 import logging
 import tempfile
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from kvfold.errors import UserError
+from kvfold.errors import UserError, need_packages
 from kvfold.eval.beside import Beside, about_beside, opened
 from kvfold.eval.cells import Cells, layout_key, model_key
 from kvfold.eval.folding import method_about, method_layouts, with_unfolded
@@ -45,6 +44,7 @@ def measure_tasks(
     methods: Sequence[str],
     *,
     name: str,
+    beside: Sequence[Beside] = (),
     folder: str | Path | None = None,
     limit: int | None = None,
     lengths: Sequence[int] = (),
@@ -53,7 +53,7 @@ def measure_tasks(
     report: Report | None = None,
     peer: Callable[[], PreTrainedModel] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row for each task and method, the unfolded model first.
+    """One row for each task and method, the unfolded model first; those of the models `beside` come last, each under its own.
 
     `tasks`: names of lm-eval's tasks, also of those in `folder`, and files of questions (`data/choices.py`). `limit`:
     questions of a task, its first. `lengths`: tokens of the prompts of synthetic tasks, each a row. `rows`: requests read
@@ -61,7 +61,7 @@ def measure_tasks(
     row of each task. All names and methods are checked before the first is measured. Raises `UserError` for what is wrong
     with them, and `RuntimeError` where a task's data can't be had.
     """
-    _need_lm_eval()
+    need_packages("lm_eval", "accelerate", extra="eval", what="scoring tasks")
     from kvfold.eval.harness import FoldLM
     from kvfold.eval.task_names import find_tasks
 
@@ -76,7 +76,8 @@ def measure_tasks(
         for task in named:
             asked = {"model": key, "limit": limit, "task": task.identity}
             found += _rows(task, _of_task(task, layouts, lm, other, kept, asked))
-    return found
+    settings = {"folder": folder, "limit": limit, "lengths": lengths, "rows": rows, "cells": kept, "report": report}
+    return found + [row for other in beside for row in _beside(other, model, tokenizer, tasks, **settings)]
 
 
 def _of_task(
@@ -104,34 +105,25 @@ def _of_task(
     return found
 
 
-def measure_tasks_beside(
-    beside: Sequence[Beside], first: FoldForCausalLM, tokenizer: Any, tasks: Sequence[str], **settings: Any
+def _beside(
+    other: Beside, first: FoldForCausalLM, tokenizer: Any, tasks: Sequence[str], **settings: Any
 ) -> list[dict[str, Any]]:
-    """Rows of other models, each under its own method. `settings` are those of `measure_tasks`."""
-    rows = []
-    for other in beside:
-        with opened(other, first) as model:
-            layout = model.config.layout
-            found = measure_tasks(model, tokenizer, tasks, [layout.time_text()], name=other.label, **settings)
-        about = about_beside(other, layout)
-        # Their differences are from the other model unfolded, and not from the first one, as a reader would think.
-        rows += [row | about | {"difference": None} for row in found if row["method"] == layout.time_text()]
-    return rows
+    """Rows of another model, under its own method."""
+    with opened(other, first) as model:
+        layout = model.config.layout
+        rows = measure_tasks(model, tokenizer, tasks, [layout.time_text()], name=other.label, **settings)
+    # Their differences are from the other model unfolded, and not from the first one, as a reader would think.
+    about = about_beside(other, layout) | {"difference": None}
+    return [row | about for row in rows if row["method"] == layout.time_text()]
 
 
 def check_tasks(names: Sequence[str], folder: str | Path | None = None) -> None:
     """Raises `UserError` for tasks that can't be found, and where lm-eval is not installed; fetches nothing."""
-    _need_lm_eval()
+    need_packages("lm_eval", "accelerate", extra="eval", what="scoring tasks")
     from kvfold.eval.task_names import find_tasks
 
     with _unlogged():
         find_tasks(names, folder=folder)
-
-
-def _need_lm_eval() -> None:
-    for package, project in (("lm_eval", "lm-eval"), ("accelerate", "accelerate")):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"{project} is not installed: tasks need it: run pip install 'kvfold[eval]'")
 
 
 def _loaded(task: "NamedTask") -> dict[str, Any]:

@@ -21,12 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kvfold.errors import UserError
+from kvfold.errors import UserError, one_line
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 from kvfold.models.blocks import new_adapter
 from kvfold.models.gates import GateSet, gate_table
-from kvfold.models.source import one_line
 
 if TYPE_CHECKING:
     from kvfold.models.decoder import FoldForCausalLM, FoldPreTrainedModel

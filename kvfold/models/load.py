@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from kvfold.errors import UserError, is_out_of_memory, raised_in_kvfold
+from kvfold.errors import UserError, is_out_of_memory, one_line, raised_in_kvfold
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 from kvfold.models.adapters import CHANNEL, apply_adapter, read_adapter
@@ -27,7 +27,7 @@ from kvfold.models.gates import gate_table
 from kvfold.models.official_dms import official_weights
 from kvfold.models.packing import pack
 from kvfold.models.quantised_weights import reading_options, widened
-from kvfold.models.source import Source, check_source, find_source, one_line
+from kvfold.models.source import Source, check_source, find_source
 from kvfold.models.weights import fold_weights
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

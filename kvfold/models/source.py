@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
-from kvfold.errors import UserError
+from kvfold.errors import UserError, one_line
 from kvfold.models.config import FoldConfig
 from kvfold.models.families import family_named
 from kvfold.models.quantised_weights import check_quantisation
@@ -60,12 +60,6 @@ def check_source(found: Source) -> None:
         _check_weights(folder)
     else:
         _check_family(found, _hub_config(found))
-
-
-def one_line(error: Exception) -> str:
-    """An error's text on one line, cut to a readable length."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _check_family(found: Source, config: dict[str, Any]) -> None:

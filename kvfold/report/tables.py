@@ -1,6 +1,6 @@
 """The report's tables for a terminal (rich). Each function takes a result's JSON object, as written or as just measured."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from rich.table import Table
 from rich.text import Text
@@ -9,7 +9,7 @@ from kvfold.report.learned_sheets import document_sheet, step_sheet
 from kvfold.report.results import rows_of, words
 from kvfold.report.series import label_of
 from kvfold.report.serve_sheet import serve_sheet
-from kvfold.report.sheets import Sheet, decode_sheet, passkey_sheet, plan_sheet, quality_sheet, tasks_sheet
+from kvfold.report.sheets import Column, Sheet, decode_sheet, passkey_sheet, plan_sheet, quality_sheet, tasks_sheet
 
 
 def quality_table(result: Mapping, brief: bool = True) -> Table:
@@ -50,6 +50,26 @@ def document_table(result: Mapping) -> Table:
 def plan_table(result: Mapping) -> Table:
     """Planned bytes."""
     return rich_table(plan_sheet(rows_of(result)))
+
+
+def table_of(title: str, columns: Mapping[str, str | Callable[[Mapping], str]]) -> Callable[[Mapping], Table]:
+    """What makes a table of a result that the report has no sheet for: a line for each row, the first column words.
+
+    A cell is a text with the row's fields in braces, empty where the row lacks one; or a function of the row.
+    """
+    heads = tuple(Column(head=head, is_text=not number) for number, head in enumerate(columns))
+
+    def cell(shown: str | Callable[[Mapping], str], row: Mapping) -> str:
+        try:
+            return shown.format_map(row) if isinstance(shown, str) else shown(row)
+        except (KeyError, TypeError):  # nothing was measured there
+            return ""
+
+    def table(result: Mapping) -> Table:
+        rows = tuple(tuple(cell(shown, row) for shown in columns.values()) for row in result["rows"])
+        return rich_table(Sheet(title=title, columns=heads, rows=rows))
+
+    return table
 
 
 def method_labels(rows: list[Mapping]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.engine.engine import Engine
-from kvfold.errors import UserError
+from kvfold.errors import UserError, one_line
 from kvfold.models.load import load, load_tokenizer
 from kvfold.serve.app import create_app
 from kvfold.serve.http import Server
@@ -125,7 +125,7 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"generation_config {path} must be a JSON file: {' '.join(str(error).split())}") from None
+        raise UserError(f"generation_config {path} must be a JSON file: {one_line(error)}") from None
     if not isinstance(found, dict):
         raise UserError(f"generation_config {path} must hold a JSON object")
     return found

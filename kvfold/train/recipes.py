@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kvfold.errors import UserError
+from kvfold.errors import UserError, one_line
 
 Settings = TypeVar("Settings")
 
@@ -41,7 +41,7 @@ def read_recipe(name: str, settings: type) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"recipe {name}: not YAML ({' '.join(str(error).split())}): correct it") from error
+        raise UserError(f"recipe {name}: not YAML ({one_line(error)}): correct it") from error
     if not isinstance(values, dict):
         raise UserError(f"recipe {name}: it holds no keys: write e.g. 'time: dms:128'")
     return checked_values(values, settings, where=f"recipe {name}")

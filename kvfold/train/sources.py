@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvfold.data.streams import TextStream
-from kvfold.errors import UserError
+from kvfold.errors import UserError, one_line
 
 _TEXT_ENDINGS = (".txt", ".md", ".json", ".jsonl", ".gz")
 _BUFFER_CHARACTERS = 2**28
@@ -104,18 +104,15 @@ def _hub_texts(source: str, seed: int) -> Iterator[str]:
     try:
         rows = datasets.load_dataset(name, split=split or "train", streaming=True)
     except Exception as error:  # the library raises whatever its many parts raise
-        told = " ".join(str(error).split())
         raise UserError(
-            f"data '{source}': neither a file nor a data set that can be had ({told}): correct it"
+            f"data '{source}': neither a file nor a data set that can be had ({one_line(error)}): correct it"
         ) from error
     rows = iter(rows.shuffle(seed=seed, buffer_size=_HUB_BUFFER))
     while True:
         try:
             row = next(rows, None)
         except Exception as error:  # as above, and whatever a network does
-            raise UserError(
-                f"data '{source}': reading it came to an end ({' '.join(str(error).split())}): try again"
-            ) from error
+            raise UserError(f"data '{source}': reading it came to an end ({one_line(error)}): try again") from error
         if row is None:
             return
         if not isinstance(row.get("text"), str):

@@ -44,7 +44,7 @@ def trained_checkpoint(tmp_path_factory) -> Path:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, initial_alphabet=alphabet, show_progress=False)
     # The passkey's own sentences too, so that a prompt with one is short.
-    sentences = Path(passkey.__file__).read_text(encoding="utf-8")
+    sentences = "".join((passkey._OPENING, *passkey._FILLER, passkey._NEEDLE, passkey._QUESTION))
     words.train_from_iterator([SAMPLE.read_text(encoding="ascii")[:60_000], *[sentences] * 50], trainer)
     PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=CONTEXT).save_pretrained(folder)
     torch.manual_seed(0)

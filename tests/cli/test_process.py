@@ -52,6 +52,12 @@ def test_bad_input_is_one_line():
     assert done.stderr.startswith("error: ") and "budget 0" in done.stderr
 
 
+def test_the_package_runs_as_a_module():
+    words = [sys.executable, "-m", "kvfold", "plan", "tiny", "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=170)
+    assert (done.returncode, done.stderr) == (0, "") and json.loads(done.stdout)["kind"] == "plan"
+
+
 @pytest.mark.parametrize("more", [[], ["--json"]])
 def test_a_reader_that_goes_away_is_no_error(more):
     done = subprocess.Popen(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvfold.eval.beside import Beside
-from kvfold.eval.passkey import measure_passkey, measure_passkey_beside
+from kvfold.eval.passkey import measure_passkey
 from kvfold.eval.perplexity import measure_quality
 from test_perplexity import PROTOCOL, log_probs_by_hand, windows_of
 from tiny_model import tiny_model
@@ -82,7 +82,8 @@ def test_passkeys_of_other_models(model, tokenizer):
     other = moved_model("window:6+2", max_position_embeddings=512)
     first = tiny_model(max_position_embeddings=512)
     asked = {"lengths": (420,), "tries": 2, "depths": (0.5,)}
-    (row,) = measure_passkey_beside([Beside(label="moved", open=lambda: other)], first, tokenizer, **asked)
+    beside = [Beside(label="moved", open=lambda: other)]
+    *_, row = measure_passkey(first, tokenizer, [], name="first", beside=beside, **asked)
     _, theirs = measure_passkey(other, tokenizer, ["window:6+2"], name="moved", **asked)
     assert row == theirs | {"method": "window:6+2 of moved", "model": "moved", "made": row["made"]}
 

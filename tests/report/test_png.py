@@ -25,8 +25,8 @@ def test_drawing_leaves_pyplot_alone(tmp_path):
 
 
 def test_without_matplotlib_the_remedy_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(png, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install kvfold\[plot\]"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'kvfold\[plot\]'"):
         png.save_quality_png(samples.write_samples(tmp_path), tmp_path / "q.png")
 
 

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from kvfold.bench.serve_http import Load, bench_serve, draw_requests, lengths, read_trace
+from kvfold.bench.serve_http import Load, bench_serve, draw_requests, read_trace
 from kvfold.cli.bench_serve import serve as bench_serving
-from kvfold.errors import UserError
 
 TEXT = " ".join(f"word{number}" for number in range(300))
 
@@ -54,9 +53,6 @@ def test_the_command_writes_json_and_a_picture(server, tmp_path, capsys):
     rows = json.loads(out.read_text())["rows"]
     assert [row["completed"] for row in rows] == [6, 6] and len(rows[0]["points"]) == 6
     assert picture.read_bytes().startswith(b"\x89PNG") and "6 of 6 requests" in capsys.readouterr().out
-    for wrong in ("x", "3-1", "0-4", "1-2-3"):
-        with pytest.raises(UserError, match="for example"):
-            lengths(wrong)
 
 
 def write(folder, text):

@@ -1,13 +1,12 @@
 """How long clients of a server waited, as a PNG: the share of answers that were there after so many seconds."""
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from kvfold.data.whole_file import write_whole_file
-from kvfold.errors import UserError
+from kvfold.errors import UserError, need_packages
 from kvfold.report.pictures.png import COLOURS, INK, LEVEL, SOFT
 
 
@@ -16,8 +15,7 @@ def save_load_png(rows: Sequence[Mapping[str, Any]], out: Path) -> Path:
 
     UserError where matplotlib is missing or no answer came; nothing half-written is left.
     """
-    if find_spec("matplotlib") is None:
-        raise UserError("a PNG needs matplotlib, which is not installed: run `pip install kvfold[plot]`")
+    need_packages("matplotlib", extra="plot", what="a PNG")
     if not any(row["points"] for row in rows):
         raise UserError("there is nothing to draw: no request was answered")
     picture = BytesIO()

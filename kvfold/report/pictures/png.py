@@ -1,13 +1,12 @@
 """The quality picture as a PNG, for places that show no page: a README, a slide. The only part that needs matplotlib."""
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from kvfold.data.whole_file import write_whole_file
-from kvfold.errors import UserError
+from kvfold.errors import UserError, need_packages
 from kvfold.report.groups import Group, group_results
 from kvfold.report.numbers import tick
 from kvfold.report.pictures.drawing import apart
@@ -26,8 +25,7 @@ def save_quality_png(results: Path, out: Path) -> Path:
 
     UserError where matplotlib is missing or nothing is there to draw; nothing half-written is left.
     """
-    if find_spec("matplotlib") is None:
-        raise UserError("a PNG needs matplotlib, which is not installed: run `pip install kvfold[plot]`")
+    need_packages("matplotlib", extra="plot", what="a PNG")
     found, _ = read_results(Path(results))
     groups = [group for group in group_results(found) if group.kind == "quality"]
     panels = _panels(groups[0]) if groups else []
