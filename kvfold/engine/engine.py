@@ -78,8 +78,6 @@ class Engine:
         self._stopped: str | None = None
         """Why nothing is taken any more."""
         self._thread: threading.Thread | None = None
-        self.between_steps: Callable[[], object] | None = None
-        """Called behind each step, on the engine's thread."""
         free_openmp_threads()  # of the thread that made the model; from here on the engine's own is the one that computes
 
     def __enter__(self) -> Self:
@@ -288,8 +286,6 @@ class Engine:
             while self._drain():
                 start = time.perf_counter()
                 self._step()
-                if self.between_steps is not None:
-                    self.between_steps()
                 self._seconds["step_s"] += time.perf_counter() - start
         except BaseException as error:  # a mistake of ours: nobody may wait for an answer that never comes
             reason, said = "error", _one_line(error)

@@ -7,7 +7,6 @@ one client's megabytes do not hold up another's line.
 
 import asyncio
 import math
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -22,10 +21,6 @@ from kvfold.serve.settings import ServerSettings
 
 LONG_CHARACTERS = 32_768
 """Texts from this length on are prepared on threads of their own."""
-MOST_WAIT_S = 0.005
-"""So long the engine waits at most for the pieces of a step to go out."""
-TURNS = 3
-"""Turns of the event loop in which they do."""
 Result = TypeVar("Result")
 
 
@@ -103,8 +98,6 @@ class Jobs:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._outbox: deque[tuple[Job, int, Piece]] = deque()
         self._woken = False
-        self._sent = threading.Event()
-        engine.between_steps = self._let_go_out
         self._short = ThreadPoolExecutor(2, thread_name_prefix="kvfold short requests")
         self._long = ThreadPoolExecutor(2, thread_name_prefix="kvfold long requests")
 
@@ -154,38 +147,17 @@ class Jobs:
         def deliver(piece: Piece) -> None:
             self._outbox.append((job, first + piece.index, piece))
             if not self._woken:
-                self._wake()
+                self._woken = True
+                self._loop.call_soon_threadsafe(self._distribute)
 
         return deliver
 
-    def _wake(self) -> None:
-        self._woken = True
-        self._sent.clear()
-        self._loop.call_soon_threadsafe(self._distribute)
-
-    def _let_go_out(self) -> None:
-        """On the engine's thread, behind a step: wait until its pieces are on their way. The model takes every core: a loop
-        beside it would wait for one at each of many small pieces, and the model for its threads.
-        """
-        if self._woken:
-            self._sent.wait(MOST_WAIT_S)
-
     def _distribute(self) -> None:
+        self._woken = False  # before the first is taken: whatever comes meanwhile wakes us again, or is taken now
         while self._outbox:
             job, choice, piece = self._outbox.popleft()
             self._saw(job, choice, piece)
             job.take(choice, piece)
-        self._loop.call_soon(self._turned, TURNS)
-
-    def _turned(self, left: int) -> None:
-        """Streams write within a few turns of the loop."""
-        if left:
-            self._loop.call_soon(self._turned, left - 1)
-            return
-        self._woken = False
-        self._sent.set()
-        if self._outbox:
-            self._wake()
 
     def cancel_all(self) -> None:
         """End all answers; each client gets what there is."""
