@@ -3,6 +3,7 @@ holds, and as many devices as its heads allow.
 """
 
 import json
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -20,12 +21,8 @@ from kvfold.bench.vllm_peer import VllmPeer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-PROMPTS = [
-    "The capital of France is", "Once upon a time there was a", "In the year 1815 the war ended and", "def add(a, b):",
-    "To bake bread you need flour, water and", "The human heart pumps", "The weather in spring is often",
-    "Sir Walter Elliot, of Kellynch Hall, in Somersetshire, was a man who, for his own amusement, never took up any book but",
-]  # fmt: skip
-NEW_TOKENS, KV_BYTES = 32, 1 << 28
+STUDY = runpy.run_path(str(Path(__file__).parents[2] / "studies" / "vllm-tokens.py"))
+PROMPTS, NEW_TOKENS, KV_BYTES = (STUDY[name] for name in ("PROMPTS", "NEW_TOKENS", "KV_BYTES"))
 OWNERS = {"full": 30, "cla2": 15, "cla2-keep-ends": 16}
 
 
