@@ -42,6 +42,14 @@ def made(threads: int | None, dtype: str | None = None) -> dict[str, Any]:
     return {name: value for name, value in about.items() if value is not None}
 
 
+def recorded(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """A result whose measured rows all have a record; threads and dtype are those of its `environment`."""
+    environment = payload.get("environment") or {}
+    record = made(environment.get("threads"), environment.get("dtype"))
+    lists = {name: with_record(payload[name], record) for name in ROWS if isinstance(payload.get(name), list)}
+    return {**payload, **lists}
+
+
 def with_record(rows: Iterable[Mapping[str, Any]], record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows with this record; what a row's own record says stays as it is."""
     return [{**row, "made": {**record, **(row.get("made") or {})}} for row in rows]
@@ -65,16 +73,13 @@ def write_result(path: Path, kind: str, payload: Mapping, command: str) -> Path:
     """
     if kind not in (*KINDS, *UNDRAWN_KINDS):
         raise UserError(f"kind {kind!r} is unknown: a result is one of {', '.join((*KINDS, *UNDRAWN_KINDS))}")
-    environment = {**_environment(), **(payload.get("environment") or {})}
-    record = made(environment.get("threads"), environment.get("dtype"))
     data = {
         "kind": kind,
         "created": now(),
         "command": command,
         "git_commit": git_commit(),
-        **payload,
-        **{name: with_record(payload[name], record) for name in ROWS if isinstance(payload.get(name), list)},
-        "environment": environment,
+        **recorded(payload),
+        "environment": {**_environment(), **(payload.get("environment") or {})},
     }
     return write_whole_file(Path(path), json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
