@@ -1,6 +1,7 @@
-"""The tail of a layer as one function equals its parts, and stands aside where they are not as they were."""
+"""What stands before and behind attention as one function each equals its parts, and stands aside where these have changed."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from kvfold.models.blocks import FoldLayer
 from kvfold.models.packing import pack, unpack
 from kvfold.ops import native
+from kvfold.ops.rotation import Rotation
 
 pytestmark = pytest.mark.skipif(native.linear_library() is None, reason="no C compiler, or switched off")
 
@@ -119,3 +121,82 @@ def test_unpacked_and_copied_models_have_none(model):
     assert layer_of(copy.deepcopy(model)).tail is None
     unpack(model)
     assert layer_of(model).tail is None
+
+
+def test_equal_answers_with_and_without(model):
+    """Whole steps: prompts of several lengths, then tokens one by one."""
+    ids, mask = torch.randint(1, 90, (3, 12)), torch.ones(3, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    plain = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    pack(model)
+    assert layer_of(model).front is not None
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False), plain)
+
+
+# -- the front -------------------------------------------------------------------------------------------------------
+
+
+def angles(rows, width, same=False):
+    cos, sin = torch.randn(2, 1 if same else rows, 1, width)
+    return Rotation(cos_BTR=cos, sin_BTR=sin)
+
+
+@pytest.mark.parametrize("isa", [one for one in native.instruction_sets() if one != "generic"])
+@pytest.mark.parametrize("rows", [1, 3, 8, 21])
+@pytest.mark.parametrize(("turned", "same"), [(None, False), (1.0, False), (1.0, True), (0.5, False)])
+@pytest.mark.parametrize("reader", [False, True])
+def test_front_equals_its_parts(model, rows, turned, same, reader, isa, monkeypatch):
+    monkeypatch.setenv("KVFOLD_ISA", isa)
+    native.linear_library.cache_clear()
+    try:
+        layer = layer_of(model)
+        attention, hidden = layer.self_attn, torch.randn(rows, 1, 128) * 5
+        if reader:
+            attention.k_proj = attention.v_proj = None
+        pack(model)
+        rotation = None if turned is None else angles(rows, int(attention.head_dim * turned), same)
+        with torch.no_grad():
+            assert layer._front_serves(hidden, rotation, None)
+            found = layer.front(hidden, rotation)
+            parts = attention._projected(layer.input_layernorm(hidden), hidden, None)
+            for at, (one, part) in enumerate(zip(found, parts, strict=True)):
+                if part is not None and at < 2 and rotation is not None:
+                    part = rotation.apply(part)
+                assert (one is None) == (part is None)
+                if part is not None:
+                    torch.testing.assert_close(one, part, atol=2e-5, rtol=1e-5)
+    finally:
+        native.linear_library.cache_clear()
+
+
+def hook_on_norm(layer):
+    layer.input_layernorm.register_forward_hook(lambda *_: None)
+
+
+def hook_on_keys(layer):
+    layer.self_attn.k_proj.register_forward_hook(lambda *_: None)
+
+
+def bias_on_values(layer):
+    layer.self_attn.v_proj.bias = nn.Parameter(torch.ones(layer.self_attn.v_proj.out_features))
+
+
+@pytest.mark.parametrize("edit", [hook_on_norm, hook_on_keys, bias_on_values])
+def test_front_stands_aside(model, edit):
+    pack(model)
+    layer, hidden, rotation = layer_of(model), torch.randn(2, 1, 128), angles(2, 16)
+    with torch.no_grad():
+        assert layer._front_serves(hidden, rotation, None)
+        assert not layer._front_serves(torch.randn(2, 2, 128), rotation, None)  # two tokens a row
+        gained = replace(rotation, query_gain_D=torch.ones(layer.self_attn.head_dim))
+        assert not layer._front_serves(hidden, gained, None)
+        edit(layer)
+        assert not layer._front_serves(hidden, rotation, None)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_layers_of_other_forms_have_no_front(pair, family):
+    """Biases, and norms of heads."""
+    model = copy.deepcopy(pair(family, hidden_size=128, intermediate_size=256)[0])
+    pack(model)
+    assert layer_of(model).front is None
