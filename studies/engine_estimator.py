@@ -28,7 +28,7 @@ from kvfold.data.texts import read_text_file
 from kvfold.data.whole_file import write_whole_file
 from kvfold.engine.budget import KeptRatios, SequenceCost
 from kvfold.layout.planner import PAGE_SLOTS
-from kvfold.record import cpu_name, git_commit
+from kvfold.record import cpu_name, git_commit, made, with_record
 from kvfold.train.kept_ratios import CALL_TOKENS, kept_streams
 
 
@@ -60,7 +60,8 @@ def main() -> None:
     result = {
         "kind": "estimator", "created": datetime.now(UTC).isoformat(timespec="seconds"), "git_commit": git_commit(),
         "command": shlex.join(["studies/engine_estimator.py", *sys.argv[1:]]), "adapter": wanted.adapter,
-        "time": model.config.layout.time_text(), "prompts": wanted.prompts, "tokens": bounds, "rows": rows,
+        "time": model.config.layout.time_text(), "prompts": wanted.prompts, "tokens": bounds,
+        "rows": with_record(rows, made(torch.get_num_threads(), str(model.dtype))),
         "environment": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
     }  # fmt: skip
     write_whole_file(wanted.out, json.dumps(result, indent=1) + "\n")
