@@ -15,18 +15,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from kvfold.data.whole_file import write_whole_file
-from kvfold.report.design import design_sheet, models_of
-from kvfold.report.design_pairs import pairs_sheet
-from kvfold.report.groups import Group, group_results
+from kvfold.report.design import design_sheet, models_of, pairs_sheet
 from kvfold.report.numbers import MISSING, amount, count, middle, percent, three, times
-from kvfold.report.pictures.decode import point_name
-from kvfold.report.pictures.passkey import found_keys, lengths_of, unfolded_share, worth_showing
-from kvfold.report.pictures.png import save_quality_png
-from kvfold.report.pieces import protocol_text, short_commit
-from kvfold.report.results import number, read_results, words
-from kvfold.report.series import UNFOLDED, family_of, texts_of
-from kvfold.report.sheets import quality_sheet
-from kvfold.report.tables import method_labels
+from kvfold.report.page import protocol_text, short_commit
+from kvfold.report.pictures import save_quality
+from kvfold.report.results import Group, group_results, number, read_results, words
+from kvfold.report.series import UNFOLDED, family_of, found_keys, lengths_of, texts_of, unfolded_share, worth_showing
+from kvfold.report.sheets import method_labels, point_name, quality_sheet
 
 NOTHING = "Not measured."
 ROOT = Path(__file__).parents[1]
@@ -388,7 +383,7 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> str | None:
         if arguments:
             return None
         if (results / "quality.json").is_file():
-            save_quality_png(results / "quality.json", root / "docs" / "quality.png")
+            save_quality(results / "quality.json", root / "docs" / "quality.png")
     except (ValueError, OSError) as error:
         return f"error: {error}"
     return None
