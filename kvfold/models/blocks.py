@@ -200,7 +200,10 @@ class FoldMLP(nn.Module):
     def forward(self, x_BTC: Tensor) -> Tensor:
         """Same shape as its input."""
         gate, up = project(x_BTC, self.gate_proj, self.up_proj)
-        return self.down_proj(self.act(gate) * up)
+        inner = self.act(gate)
+        # Of a long prompt these are the largest tensors that there are: where no gradient needs the factors, no third is made.
+        inner = inner * up if torch.is_grad_enabled() else inner.mul_(up)
+        return self.down_proj(inner)
 
 
 class FoldLayer(GradientCheckpointingLayer):
