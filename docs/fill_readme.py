@@ -25,7 +25,7 @@ from kvfold.report.sheets import method_labels, point_name, quality_sheet
 
 NOTHING = "Not measured."
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md", "docs/vllm-and-ray.md")
+PAGES = ("README.md", "docs/results.md", "docs/engine.md", "docs/vllm-and-ray.md")
 BLOCK = re.compile(r"(?P<open><!-- results: (?P<name>\w+) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 SHOWN = ("text", "method", "perplexity", "change", "KL", "same top-1", "kept", "compression")
 """Columns of the quality table that the README shows, by the report's names for them."""
@@ -256,6 +256,24 @@ def ray_serve(data: Mapping) -> str:
     return f"{table(heads, lines)}\n\n{said}"
 
 
+def estimator(data: Mapping) -> str:
+    """How well bytes are known before a prompt is read."""
+    lines = [
+        [
+            row["estimator"], row["text"].replace("all", "all four"), str(row["prompts"]), percent(row["mean_error"]),
+            f"{100 * row['mean_signed']:+.1f} %", percent(row["covered"]),
+        ]
+        for row in data["rows"]
+    ]  # fmt: skip
+    heads = ("estimate", "text", "prompts", "mean error", "with its sign", "covered")
+    about, (least, most) = data["environment"], data["tokens"]
+    said = (
+        f"Prompts of {least} to {most:,} tokens under `{data['time']}` with {data['adapter']}; {about['cpu']}, {about['threads']} threads; "
+        f"{_again(data['git_commit'], data)}"
+    )
+    return f"{table(heads, lines)}\n\n{said}"
+
+
 def _again(commit: str, data: Mapping) -> str:
     return f"commit {short_commit(commit)}. Measured with `{data['command']}`."
 
@@ -269,8 +287,9 @@ INTEGRATIONS: Mapping[str, tuple[str, Callable[[Mapping], str]]] = {
     "vllm_devices": ("integrations/vllm-devices.json", vllm_devices),
     "vllm_capacity": ("integrations/vllm-capacity.json", vllm_capacity),
     "ray_serve": ("integrations/ray-serve.json", ray_serve),
+    "estimator": ("engine/estimator.json", estimator),
 }
-"""Blocks of results that are read as they are: the report's readers know nothing of other people's servers."""
+"""Blocks of results that are read as they are: the report's readers know nothing of servers."""
 
 BLOCKS: Mapping[str, tuple[str, Callable[[Group], str]]] = {
     "time_axis": ("time-axis.json", side_by_side),
