@@ -268,7 +268,8 @@ def estimator(data: Mapping) -> str:
     heads = ("estimate", "text", "prompts", "mean error", "with its sign", "covered")
     about, (least, most) = data["environment"], data["tokens"]
     said = (
-        f"Prompts of {least} to {most:,} tokens under `{data['time']}` with {data['adapter']}; {about['cpu']}, {about['threads']} threads; "
+        f"Prompts of {least} to {most:,} tokens under `{data['time']}` with {data['adapter']}; {about['cpu']}, "
+        f"{about['threads']} threads; "
         f"{_again(data['git_commit'], data)}"
     )
     return f"{table(heads, lines)}\n\n{said}"

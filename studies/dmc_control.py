@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     about = {
-        "arm": args.arm, "rate": args.rate, "model": args.name, **made(torch.get_num_threads(), str(model.dtype).removeprefix("torch.")),
+        "arm": args.arm, "rate": args.rate, "model": args.name, **made(torch.get_num_threads(), str(model.dtype)),
         "transformers": version("transformers"), "peft": version("peft"),
         "trained_parameters": sum(one.numel() for one in trained_weights(model).values()),
     }  # fmt: skip

@@ -82,7 +82,7 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = kvfold.load(args.model).eval(), kvfold.load_tokenizer(args.model)
     about = {
-        "model": args.name, **made(torch.get_num_threads(), str(model.dtype).removeprefix("torch.")), "transformers": version("transformers"),
+        "model": args.name, **made(torch.get_num_threads(), str(model.dtype)), "transformers": version("transformers"),
     }  # fmt: skip
     decoder, done = model.model, set()
     if args.out.exists():

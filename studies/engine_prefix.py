@@ -44,7 +44,7 @@ def main() -> None:
     result = {
         "kind": "prefix", "created": datetime.now(UTC).isoformat(timespec="seconds"), "git_commit": git_commit(),
         "command": shlex.join(["studies/engine_prefix.py", *sys.argv[1:]]), "adapter": wanted.adapter,
-        "rows": with_record(rows, made(torch.get_num_threads(), str(model.dtype).removeprefix("torch."))),
+        "rows": with_record(rows, made(torch.get_num_threads(), str(model.dtype))),
         "environment": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
     }  # fmt: skip
     write_whole_file(wanted.out, json.dumps(result, indent=1) + "\n")
