@@ -103,13 +103,14 @@ def quality(
     A line a method over its budgets, the unfolded model as the base line; `named`: whether a panel says its text.
     """
     names, room = name_room([line.title for _, lines in panels for line in lines], width / len(panels))
-    left = max(46.0, 14 + LETTER * max(len(_signed(level)) for level in (axes.levels() if axes.bent else [axes.high])))
+    left = max(46.0, 20 + LETTER * max(len(_signed(level)) for level in (axes.levels() if axes.bent else [axes.high])))
     height = (
         320 if named else max(300 if width < SMALL else 400, 72 + NAME_GAP * max(len(lines) for _, lines in panels))
     )
-    titles = ("share of the full cache kept", "perplexity change (lower is better)")
+    across, up = "share of the full cache kept", "perplexity change (lower is better)"
+    titles = across, "" if named else up
     figure, places = chart(width, height, left=left, right=room, titles=titles, panels=len(panels))
-    for place, (text, lines) in zip(places, panels, strict=True):
+    for index, (place, (text, lines)) in enumerate(zip(places, panels, strict=True)):
         place.set(xscale="log", xlim=(axes.most, axes.least), ylim=(axes.low, axes.high))
         place.set_xticks(axes.shares(), [f"{tick(100 * share)} %" for share in axes.shares()])
         if axes.bent:
@@ -122,8 +123,8 @@ def quality(
         ends = [_quality_line(place, line, names.pop(0), colours.get(line.family, 0)) for line in lines]
         name_ends(place, ends)
         if named:
-            across = place.get_position().x0 * width + 6
-            write(figure, across, 46, text or "unnamed text", color=LIGHT["ink"], fontweight="bold", fontsize=13)
+            start = width / len(panels) * index + 4
+            write(figure, start, 13, f"{text or 'unnamed text'}: {up}", color=LIGHT["ink"], fontweight="bold")
     return figure
 
 
