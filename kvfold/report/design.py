@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kvfold.report.numbers import MISSING, amount, count, three
+from kvfold.report.numbers import MISSING, amount, count
 from kvfold.report.results import number, numbers_of, words
 from kvfold.report.series import Run, known_pairs
-from kvfold.report.sheets import Column, Sheet, sheet_of
+from kvfold.report.sheets import WRITERS, Sheet, known_sheet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,55 +176,41 @@ def _owners(one: Model) -> str:
     return MISSING if owners is None or layers is None else f"{count(owners)} of {count(layers)}"
 
 
-def _published(one: Model) -> str:
-    value = number(one.row, "paper_perplexity")
+def _seeds(of: Model | Pair) -> str:
+    return count(len(of.runs if isinstance(of, Model) else of.differences))
+
+
+def _published(of: Model | Pair) -> str:
+    if isinstance(of, Pair):
+        return of.published("paper_perplexity")
+    value = number(of.row, "paper_perplexity")
     return "none" if value is None else f"{value:.2f}"
 
 
-def _of_row(head: str, key: str, say: Callable = count, note: str = "") -> Column:
-    return Column(head, lambda one: say(number(one.row, key)), note)
-
-
-DESIGN_COLUMNS = (
-    Column("recipe", lambda one: one.recipe, is_text=True),
-    Column("KV bytes a token", lambda one: count(one.kv_bytes), "Keys and values of one token, all layers, at 16 bit."),
-    Column("held-out perplexity", lambda one: _spread(one.perplexities),
-           "Mean over the seeds, lowest and highest behind it."),
-    Column("seeds", lambda one: count(len(one.runs))),
-    Column("published", _published, "Perplexity of the published model of 1B weights that this one is made after."),
-    _of_row("learning rate", "learning_rate", three, "At its highest; of the rates that were tried the best."),
-    Column("rates", lambda one: count(one.rates), "How many were tried."),
-    _of_row("query heads", "num_heads"),
-    _of_row("KV heads", "num_kv_heads"),
-    _of_row("head dim", "head_dim"),
-    Column("layers with KV", _owners, "That store keys and values; the others read theirs."),
-    _of_row("weights", "parameters", note="Parameters of the model."),
-)  # fmt: skip
-PAIR_COLUMNS = (
-    Column("layers shared", lambda pair: pair.shared.recipe, is_text=True),
-    Column("beside", lambda pair: pair.other.recipe, is_text=True),
-    Column("its bytes", lambda pair: f"{pair.other.kv_bytes / pair.shared.kv_bytes:.2f}×",
-           "KV bytes a token of the model beside, as a multiple."),
-    Column("difference", lambda pair: _spread(pair.differences, _signed),
-           "Perplexity less that of the model beside, mean over seeds, lowest and highest behind it: below 0 the shared layers "
-           "win."),
-    Column("fresh seeds", lambda pair: _spread(pair.fresh_differences, _signed, "none"),
-           "The same over the seeds by which no learning rate was chosen."),
-    Column("in percent", lambda pair: _spread(pair.shares, _percent), "Of the perplexity of the model beside."),
-    Column("seeds", lambda pair: count(len(pair.differences)), "That both were trained with."),
-    Column("published", lambda pair: pair.published("paper_perplexity"),
-           "The same of the published models of 1B weights, all at one learning rate."),
-    Column("published, tuned", lambda pair: pair.published("paper_tuned_perplexity"),
-           "The same, each at the best of its learning rates."),
-)  # fmt: skip
+DESIGN_WRITERS = WRITERS | {
+    "recipe": lambda one: one.recipe,
+    "kv_bytes": lambda one: count(one.kv_bytes),
+    "perplexities": lambda one: _spread(one.perplexities),
+    "rates": lambda one: count(one.rates),
+    "owners": _owners,
+    "seeds": _seeds,
+    "published": _published,
+    "shared": lambda pair: pair.shared.recipe,
+    "other": lambda pair: pair.other.recipe,
+    "bytes": lambda pair: f"{pair.other.kv_bytes / pair.shared.kv_bytes:.2f}×",
+    "differences": lambda pair: _spread(pair.differences, _signed),
+    "fresh": lambda pair: _spread(pair.fresh_differences, _signed, "none"),
+    "shares": lambda pair: _spread(pair.shares, _percent),
+    "tuned": lambda pair: pair.published("paper_tuned_perplexity"),
+}
 
 
 def design_sheet(models: Sequence[Model]) -> Sheet:
     """A line a model, as tables of design spaces are printed."""
-    return sheet_of("The design space", DESIGN_COLUMNS, models)
+    return known_sheet("design", models, writers=DESIGN_WRITERS)
 
 
 def pairs_sheet(models: Sequence[Model]) -> Sheet | None:
     """A line a pair; None where there is none."""
     pairs = pairs_of(models)
-    return sheet_of("Shared layers beside others", PAIR_COLUMNS, pairs) if pairs else None
+    return known_sheet("pairs", pairs, writers=DESIGN_WRITERS) if pairs else None

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 from markupsafe import Markup
 
 from kvfold.data.whole_file import write_whole_file
+from kvfold.report.numbers import count, tick
 
 COLOURS = {
     "page": ("#fcfbf8", "#15171a"), "ink": ("#1d1f23", "#e9e6df"), "soft": ("#5d6169", "#a2a5ab"), "hair": ("#e3e0d8", "#30343a"),
@@ -38,8 +39,6 @@ NAME_GAP = 14.0
 """Pixels from one name to the next, at least."""
 SMALL = 500
 """Pictures narrower than this, for phones, are less high and have fewer ticks."""
-FAINTEST = 0.07
-"""Opacity of the smallest value in a map: a measured cell is never as blank as one that is not there."""
 _TIP, _NEXT = "tip:", "\u2028"
 _PLAIN = ("font-family", "font-size: 11.5px", "text-anchor: start", "stroke-linecap: square", f"fill: {LIGHT['soft']}")
 """What the page's style sheet says of all pictures, or that makes no difference."""
@@ -49,35 +48,33 @@ _NAMES = {light: f"var(--{name})" for name, light in LIGHT.items()}
 
 def chart(
     width: float,
-    height: float,
+    height: float = 0,
     *,
     left: float = 52,
     right: float = 12,
     titles: tuple[str, str] = ("", ""),
     panels: int = 1,
 ) -> tuple[Any, list[Any]]:
-    """A figure of so many pixels and its axes, side by side, with margins in pixels; `titles` of the x and y axis. Without the
-    former there is less room below.
+    """A figure of so many pixels and its axes, side by side, with margins in pixels, round ticks and counts along the x axis;
+    `titles` of the x and y axis. Without the former there is less room below.
     """
     from matplotlib.figure import Figure
 
+    height = height or (300 if width < SMALL else 400)
     figure = Figure(figsize=(width / 72, height / 72), dpi=72)
     each, bottom, places = width / panels, 44 if titles[0] else 22, []
-    for index in range(panels):
-        box = (
-            (index * each + left) / width,
-            bottom / height,
-            (each - left - right) / width,
-            (height - bottom - 28) / height,
-        )
+    for start in (index * each for index in range(panels)):
+        box = ((start + left) / width, bottom / height, (each - left - right) / width, (height - bottom - 28) / height)
         place = figure.add_axes(box)
         place.patch.set_visible(False)
         place.spines[:].set_visible(False)
         place.tick_params(length=0, labelsize=11.5, labelcolor=LIGHT["soft"], pad=7)
         place.grid(axis="y", color=LIGHT["level"], linewidth=1)
         place.set_axisbelow(True)
-        write(figure, index * each + 4, 13, titles[1])
-        write(figure, index * each + (left + each - right) / 2, height - 8, titles[0], ha="center")
+        ruled(place.xaxis, 3 if width < SMALL else 6, count)
+        ruled(place.yaxis, 5, tick)
+        write(figure, start + 4, 13, titles[1])
+        write(figure, start + (left + each - right) / 2, height - 8, titles[0], ha="center")
         places.append(place)
     return figure, places
 
@@ -106,28 +103,24 @@ def dot(place: Any, x: float, y: float, colour: int, hover: str, hollow: bool = 
     )  # fmt: skip
 
 
-def spots(place: Any, points: Sequence[tuple[float, float]], say: Callable[[int], str]) -> None:
-    """About a dozen invisible spots along a line; `say(index)` is what the point of that index says when pointed at."""
-    shown = range(0, len(points), max(1, len(points) // 12))
-    x, y = zip(*(points[index] for index in shown), strict=True)
-    place.plot(x, y, "o", color=LIGHT["page"], markersize=18, alpha=0, markeredgewidth=0, gid=tip(map(say, shown)))
+def curve(
+    place: Any,
+    points: Sequence[tuple[float, float]],
+    name: str,
+    colour: int,
+    say: Callable[..., str],
+    dashed: bool = False,
+) -> tuple[float, float, str, int]:
+    """A line of points, about a dozen of which say what they are (`say(x, y)`) when pointed at; gives its end and its name."""
+    place.plot(*zip(*points, strict=True), "--" if dashed else "-", color=SERIES[colour], linewidth=2)
+    spots(place, points[:: max(1, len(points) // 12)], say)
+    return (*points[-1], name, colour)
 
 
-def cells(place: Any, boxes: Iterable[tuple[float, float, float, str]], wide: float, tall: float) -> None:
-    """Cells of a map: (left, top, share of the full colour, hover) each, of one size less a thin gap."""
-    from matplotlib.patches import Rectangle
-
-    for left, top, share, hover in boxes:
-        place.add_patch(
-            Rectangle(
-                (left, top), wide, tall, facecolor=LIGHT["cell"], alpha=shade(share), gid=tip([hover]), linewidth=0
-            )
-        )
-
-
-def shade(share: float) -> float:
-    """Opacity of a value that lies so far between the smallest and the largest."""
-    return FAINTEST + (1 - FAINTEST) * min(1.0, max(0.0, share))
+def spots(place: Any, points: Sequence[tuple[float, float]], say: Callable[..., str]) -> None:
+    """Invisible marks that say what is there, `say(x, y)`, when pointed at."""
+    style = {"color": LIGHT["page"], "alpha": 0, "markersize": 18, "markeredgewidth": 0}
+    place.plot(*zip(*points, strict=True), "o", gid=tip(say(*point) for point in points), **style)
 
 
 def tip(hovers: Iterable[str]) -> str:
@@ -147,9 +140,9 @@ def short(text: str, pixels: float) -> str:
 
 
 def name_room(names: Iterable[str], width: float) -> tuple[list[str], float]:
-    """Names cut to at most two fifths of a picture's width, and the margin in pixels that they need at the right."""
+    """Names cut to at most two fifths of a picture's width, and the margin in pixels that they, in bold, need at the right."""
     names = [short(name, width * 0.4) for name in names]
-    return names, max(map(len, names)) * LETTER + 26
+    return names, max(map(len, names)) * LETTER * 1.08 + 24
 
 
 def name_ends(place: Any, ends: Sequence[tuple[float, float, str, int]]) -> None:

@@ -16,27 +16,20 @@ from kvfold.report.drawing import (
     NAME_GAP,
     SERIES,
     SMALL,
-    cells,
     chart,
+    curve,
     dot,
     name_ends,
     name_room,
-    ruled,
     save_png,
-    shade,
-    spots,
     tip,
     write,
 )
-from kvfold.report.heads import HeadMap, place_on
 from kvfold.report.numbers import count, difference, percent, size, size_unit, spread, three, tick, times
 from kvfold.report.results import group_results, number, read_results
 from kvfold.report.series import (
     FURTHER,
-    SPREAD,
-    Growth,
     Line,
-    Point,
     Road,
     Run,
     colours_of,
@@ -44,7 +37,6 @@ from kvfold.report.series import (
     growth_of,
     known_pairs,
     label_of,
-    layers_of,
     memory_points,
     quality_panels,
 )
@@ -110,35 +102,29 @@ def quality(
     """Perplexity change against kept bytes, a panel a text, side by side; reading goes from the full cache to ever smaller ones.
     A line a method over its budgets, the unfolded model as the base line; `named`: whether a panel says its text.
     """
-    lines = [line for _, lines in panels for line in lines]
-    names, room = name_room([line.title for line in lines], width / len(panels))
-    levels = axes.levels() if axes.bent else [axes.high]
-    left = max(46.0, 14 + LETTER * max(len(_signed(level)) for level in levels))
-    height = max(300 if width < SMALL else 400, 72 + NAME_GAP * max(len(lines) for _, lines in panels)) / (
-        1.25 if named else 1
+    names, room = name_room([line.title for _, lines in panels for line in lines], width / len(panels))
+    left = max(46.0, 20 + LETTER * max(len(_signed(level)) for level in (axes.levels() if axes.bent else [axes.high])))
+    height = (
+        320 if named else max(300 if width < SMALL else 400, 72 + NAME_GAP * max(len(lines) for _, lines in panels))
     )
-    titles = ("share of the full cache kept", "" if named else "perplexity change (lower is better)")
+    across, up = "share of the full cache kept", "perplexity change (lower is better)"
+    titles = across, "" if named else up
     figure, places = chart(width, height, left=left, right=room, titles=titles, panels=len(panels))
-    for place, (text, lines) in zip(places, panels, strict=True):
-        place.set_xscale("log", base=2)
+    for index, (place, (text, lines)) in enumerate(zip(places, panels, strict=True)):
+        place.set(xscale="log", xlim=(axes.most, axes.least), ylim=(axes.low, axes.high))
+        place.set_xticks(axes.shares(), [f"{tick(100 * share)} %" for share in axes.shares()])
         if axes.bent:
             place.set_yscale("asinh", linear_width=BEND)
-        place.set_xlim(axes.most, axes.least)
-        place.set_ylim(axes.low, axes.high)
-        place.set_xticks(axes.shares(), [f"{tick(100 * share)} %" for share in axes.shares()])
-        ruled(place.yaxis, 5, _signed)
-        if axes.bent:
-            place.set_yticks(levels)
+            place.set_yticks(axes.levels())
+        place.yaxis.set_major_formatter(lambda level, _: _signed(level))
         place.minorticks_off()
         place.axhline(0, color=SERIES[0], linewidth=1.5)
         place.annotate("unfolded", (1, 0), (0, -15), textcoords="offset points", fontsize=11.5, color=LIGHT["soft"])
-        for line in lines:
-            _quality_line(place, line, colours.get(line.family, 0))
-        ends = [(line.points[-1].share, line.points[-1].change, colours.get(line.family, 0)) for line in lines]
-        name_ends(place, [(x, y, names.pop(0), colour) for x, y, colour in ends])
+        ends = [_quality_line(place, line, names.pop(0), colours.get(line.family, 0)) for line in lines]
+        name_ends(place, ends)
         if named:
-            across = place.get_position().x0 * width
-            write(figure, across, 14, text or "unnamed text", color=LIGHT["ink"], fontweight="bold", fontsize=13)
+            start = width / len(panels) * index + 4
+            write(figure, start, 13, f"{text or 'unnamed text'}: {up}", color=LIGHT["ink"], fontweight="bold")
     return figure
 
 
@@ -146,52 +132,47 @@ def _signed(level: float) -> str:
     return f"{'+' if level > 0 else ''}{tick(level)} %"
 
 
-def _quality_line(place: Any, line: Line, colour: int) -> None:
-    x, y = [point.share for point in line.points], [point.change for point in line.points]
+def _quality_line(place: Any, line: Line, name: str, colour: int) -> tuple[float, float, str, int]:
+    first, last, style = line.points[0], line.points[-1], {"color": SERIES[colour]}
     if line.from_unfolded:
-        place.plot([1, x[0]], [0, y[0]], color=SERIES[colour], linewidth=1.4, linestyle=(0, (1, 2.5)))
-    if len(x) > 1:
-        place.plot(x, y, "--" if line.grows else "-", color=SERIES[colour], linewidth=2)
+        place.plot([1, first.share], [0, first.change], linewidth=1.4, linestyle=(0, (1, 2.5)), **style)
+    places = [(point.share, point.change) for point in line.points]
+    place.plot(*zip(*places, strict=True), "--" if line.grows else "-", linewidth=2, **style)
     for point in line.points:
-        if point.error:
-            ends = [point.change - point.error, point.change + point.error]
-            place.plot([point.share] * 2, ends, color=SERIES[colour], linewidth=1.25)
-        dot(place, point.share, point.change, colour, _said(point), hollow=line.grows)
-
-
-def _said(point: Point) -> str:
-    changed = difference(point.change, point.error, "%")
-    return f"{label_of(point.row)}: {percent(point.share)} of the bytes kept, perplexity {changed}"
+        ends = [point.change - (point.error or 0), point.change + (point.error or 0)]
+        place.plot([point.share] * 2, ends, linewidth=1.25, **style)
+        changed = difference(point.change, point.error, "%")
+        said = f"{label_of(point.row)}: {percent(point.share)} of the bytes kept, perplexity {changed}"
+        dot(place, point.share, point.change, colour, said, hollow=line.grows)
+    return last.share, last.change, name, colour
 
 
 def uptraining(roads: Sequence[Road], width: float) -> Any:
     """Perplexity change over tokens of training for the layouts of one text, both scales logarithmic: a power law is a straight
     line. A line through the best, marks for all, a dashed stroke for what was not measured.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator
+    from matplotlib.ticker import LogLocator
 
     names, room = name_room([road.layers or road.end.name for road in roads], width)
-    titles = ("tokens of training", "perplexity change")
-    figure, (place,) = chart(width, 300 if width < SMALL else 400, left=58, right=room, titles=titles)
+    figure, (place,) = chart(width, left=58, right=room, titles=("tokens of training", "perplexity change"))
     place.set(xscale="log", yscale="log")
-    place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    place.xaxis.set_major_locator(LogLocator(subs=(1,)))
-    place.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
-    place.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"+{tick(value)} %"))
+    for axis, subs, say in ((place.xaxis, (1,), count), (place.yaxis, (1, 2, 5), lambda change: f"+{tick(change)} %")):
+        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_major_formatter(lambda value, _, say=say: say(value))
     place.minorticks_off()
     ends = []
-    for colour, road in enumerate(roads, 1):
-        x, y = [stage.tokens for stage in road.best], [stage.change for stage in road.best]
-        further = road.end.tokens * FURTHER
-        ends.append((further, road.beyond(further) or road.end.change, names[colour - 1], 1 + (colour - 1) % 7))
-        place.plot(x, y, color=SERIES[ends[-1][3]], linewidth=2)
-        place.plot([x[-1], further], [y[-1], ends[-1][1]], "--", color=SERIES[ends[-1][3]], linewidth=2)
+    for index, (road, name) in enumerate(zip(roads, names, strict=True)):
+        colour, further = 1 + index % 7, road.end.tokens * FURTHER
+        ends.append((further, road.beyond(further) or road.end.change, name, colour))
+        place.plot(
+            *zip(*((one.tokens, one.change) for one in road.best), strict=True), color=SERIES[colour], linewidth=2
+        )
+        place.plot([road.end.tokens, further], [road.end.change, ends[-1][1]], "--", color=SERIES[colour], linewidth=2)
         for stage in road.stages:
             said = f"{stage.name}: {count(stage.tokens)} tokens, {difference(stage.change, stage.error, '%')}"
-            dot(place, stage.tokens, stage.change, ends[-1][3], said, hollow=stage not in road.best)
-    place.set_xlim(min(road.stages[0].tokens for road in roads) * 0.9, max(end[0] for end in ends))
+            dot(place, stage.tokens, stage.change, colour, said, hollow=stage not in road.best)
     place.margins(y=0.06)
-    place.autoscale(axis="y")
+    place.set_xlim(min(road.stages[0].tokens for road in roads) * 0.9, max(end[0] for end in ends))
     name_ends(place, ends)
     return figure
 
@@ -202,27 +183,20 @@ def memory(rows: Sequence[Mapping], colours: Mapping[str, int], width: float) ->
     if not lines:
         return None
     names, room = name_room([label_of(row) for row, _ in lines], width)
-    titles = ("tokens seen", "bytes held by the cache")
-    figure, (place,) = chart(width, 300 if width < SMALL else 380, left=64, right=room, titles=titles)
+    figure, (place,) = chart(width, left=64, right=room, titles=("tokens seen", "bytes held by the cache"))
     most = max(held for _, points in lines for _, held in points) or 1
     unit, unit_name = size_unit(most)
-    _from_zero(place, max(points[-1][0] for _, points in lines), most, width)
-    ruled(place.yaxis, 5, lambda value: f"{tick(value / unit)} {unit_name}")
+    place.set(xlim=(0, max(points[-1][0] for _, points in lines) or 1), ylim=(0, most * 1.04))
+    place.yaxis.set_major_formatter(lambda held, _: f"{tick(held / unit)} {unit_name}")
     ends = []
     for (row, points), name in zip(lines, names, strict=True):
-        colour, label = colours.get(family_of(row), 0), label_of(row)
-        place.plot(*zip(*points, strict=True), "--" if "%" in label else "-", color=SERIES[colour], linewidth=2)
-        spots(place, points, lambda at, label=label, points=points: (
-            f"{label}: {size(points[at][1])} after {count(points[at][0])} tokens"))  # fmt: skip
-        ends.append((*points[-1], name, colour))
+
+        def say(tokens: float, held: float, label: str = label_of(row)) -> str:
+            return f"{label}: {size(held)} after {count(tokens)} tokens"
+
+        ends.append(curve(place, points, name, colours.get(family_of(row), 0), say, dashed="%" in label_of(row)))
     name_ends(place, ends)
     return figure
-
-
-def _from_zero(place: Any, most_x: float, most_y: float, width: float) -> None:
-    place.set_xlim(0, most_x or 1)
-    place.set_ylim(0, (most_y or 1) * 1.04)
-    ruled(place.xaxis, 3 if width < SMALL else 6, count)
 
 
 def growth(rows: Sequence[Mapping], colours: Mapping[str, int], width: float) -> Any:
@@ -233,12 +207,11 @@ def growth(rows: Sequence[Mapping], colours: Mapping[str, int], width: float) ->
     if not lines:
         return None
     names, room = name_room([*(label_of(one.row) for one in lines), "tokens seen"], width)
-    titles = ("tokens seen", "tokens kept")
-    figure, (place,) = chart(width, 320 if width < SMALL else 400, right=room, titles=titles)
+    figure, (place,) = chart(width, right=room, titles=("tokens seen", "tokens kept"))
     most = max(one.tokens[-1] for one in lines)
-    highest = max(value for one in lines for line in one.kept.values() for value in line if value is not None)
-    _from_zero(place, most, max(most, highest), width)
-    ruled(place.yaxis, 5, count)
+    highest = max(value for one in lines for kept in one.kept.values() for value in kept if value is not None)
+    place.set(xlim=(0, most or 1), ylim=(0, max(most, highest, 1) * 1.02))
+    place.yaxis.set_major_formatter(lambda value, _: count(value))
     place.plot([0, most], [0, most], color=SERIES[0], linewidth=1.5)
     ends = [(most, most, names.pop(), 0)]
     for one, name in zip(lines, names, strict=True):
@@ -248,20 +221,21 @@ def growth(rows: Sequence[Mapping], colours: Mapping[str, int], width: float) ->
             if below and above:
                 place.fill(*zip(*below, *reversed(above), strict=True), facecolor=(SERIES[colour], alpha),
                            edgecolor=(SERIES[colour], 0.45), linewidth=stroke)  # fmt: skip
-        points = known_pairs(one.tokens, one.kept["mean"])
-        place.plot(*zip(*points, strict=True), color=SERIES[colour], linewidth=2)
-        spots(place, points, lambda at, one=one: _grown(one, at))
-        ends.append((*points[-1], name, colour))
+        spread_at = dict(zip(one.tokens, zip(one.kept["least"], one.kept["most"], strict=True), strict=True))
+
+        def say(seen: float, kept: float, label: str = label_of(one.row), spread_at: dict = spread_at) -> str:
+            around = (
+                "" if None in spread_at[seen] else ", from {} to {} over heads".format(*map(_whole, spread_at[seen]))
+            )
+            return f"{label}: {_whole(kept)} of {count(seen)} kept{around}"
+
+        ends.append(curve(place, known_pairs(one.tokens, one.kept["mean"]), name, colour, say))
     name_ends(place, ends)
     return figure
 
 
-def _grown(one: Growth, at: int) -> str:
-    values = {name: one.kept[name][at] for name in SPREAD}
-    said = f"{label_of(one.row)}: {count(round(values['mean']))} of {count(one.tokens[at])} kept"
-    if values["least"] is None or values["most"] is None:
-        return said
-    return f"{said}, from {count(round(values['least']))} to {count(round(values['most']))} over heads"
+def _whole(value: float) -> str:
+    return count(round(value))
 
 
 def over_steps(
@@ -272,95 +246,21 @@ def over_steps(
     """
     if not lines:
         return None
-    names, room = name_room([line.name for line in lines], width)
+    names, room = name_room([one.name for one in lines], width)
     figure, (place,) = chart(width, 240 if width < SMALL else 300, right=max(110, room), titles=(across, title))
-    for index, (line, name) in enumerate(zip(lines, names, strict=True)):
+    x, y = ([point[at] for one in lines for point in one.points] for at in (0, 1))
+    low, high = min(y if least is None else [least, *y]), max(y)
+    above = max(high - low, abs(high) * 1e-6, 1e-6)  # never so little that a picture could not tell them apart
+    place.set(xlim=(min(x), max(max(x), min(x) + abs(min(x)) * 1e-6 + 1e-6)), ylim=(low, high + 0.04 * above))
+    ends = []
+    for index, (one, name) in enumerate(zip(lines, names, strict=True)):
+
+        def say(step: float, value: float, name: str = one.name) -> str:
+            return f"{across} {count(step)}: {name} {three(value)}"
+
         # A line that was asked for is neutral, as the unfolded model is elsewhere.
-        colour = SERIES[0 if line.dashed else 1 + index % 7]
-        place.plot(*zip(*line.points, strict=True), "--" if line.dashed else "-", color=colour, linewidth=2, label=name)
-    x, values = [[point[at] for line in lines for point in line.points] for at in (0, 1)]
-    low = min(values if least is None else [least, *values])
-    room_y = max(max(values) - low, abs(max(values)) * 1e-6, 1e-6)
-    place.set_xlim(min(x), min(x) + max(max(x) - min(x), abs(max(x)) * 1e-6, 1e-6))
-    place.set_ylim(low - (0 if least is not None else 0.02 * room_y), max(values) + 0.04 * room_y)
-    ruled(place.xaxis, 3 if width < SMALL else 6, count)
-    ruled(place.yaxis, 4, tick)
-    for line in lines:
-        spots(place, line.points, lambda at, line=line: (
-            f"{across} {count(line.points[at][0])}: {line.name} {three(line.points[at][1])}"))  # fmt: skip
-    colours = [0 if line.dashed else 1 + index % 7 for index, line in enumerate(lines)]
-    name_ends(place, [(*line.points[-1], *end) for line, *end in zip(lines, names, colours, strict=True)])
-    return figure
-
-
-def layers(rows: Sequence[Mapping], width: float) -> Any:
-    """Compression of each layer over the steps of a run: steps to the right, layers downwards, stronger colour is more."""
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path as Outline
-
-    found = layers_of(rows, 36 if width < SMALL else 80)
-    low, high = 1.0, _most(found)
-    if high is None:
-        return None
-    num_layers = max(len(line) for _, line in found)
-    tall = min(14.0, max(5.0, 300 / num_layers))
-    figure, (place,) = chart(width, 72 + tall * num_layers, left=40, right=8,
-                             titles=("step", "layers that have gates, counted from 0"))  # fmt: skip
-    boxes: dict[int, list[list[tuple[float, float]]]] = {}
-    for column, (_, line) in enumerate(found):
-        for layer, value in enumerate(line):
-            if value is not None:
-                at = 0 if high <= low else round(9 * min(1.0, max(0.0, (value - low) / (high - low))))
-                left, right, top, bottom = column, column + 1, layer, layer + 0.95
-                box = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
-                boxes.setdefault(at, []).append(box)
-    for at, outlines in sorted(boxes.items()):
-        # An outline a shade: a rectangle a cell would make the page ten times larger.
-        codes = [Outline.MOVETO, *[Outline.LINETO] * 3, Outline.CLOSEPOLY] * len(outlines)
-        outline = Outline([corner for box in outlines for corner in box], codes)
-        place.add_patch(PathPatch(outline, facecolor=LIGHT["cell"], alpha=shade(at / 9), linewidth=0))
-    every = max(1, len(found) // (3 if width < SMALL else 8))
-    shown = range(every - 1, len(found), every)
-    place.set(xlim=(0, len(found)), ylim=(num_layers, 0))
-    place.set_xticks([column + 0.5 for column in shown], [count(found[column][0]) for column in shown])
-    shown = range(0, num_layers, max(1, round(20 / tall)))
-    place.set_yticks([layer + 0.5 for layer in shown], list(map(str, shown)))
-    place.grid(visible=False)
-    return figure
-
-
-def said_layer_scale(rows: Sequence[Mapping]) -> tuple[str, str]:
-    """Both ends of the scale of that map in words."""
-    return times(1), times(_most(layers_of(rows, 80)))
-
-
-def _most(found: Sequence[tuple[float, Sequence[float | None]]]) -> float | None:
-    values = [value for _, line in found for value in line if value is not None]
-    return max(*values, 1.0) if values else None
-
-
-def head_cells(one: HeadMap, scale: tuple[float, float], width: float) -> Any:
-    """One method's map of layers and KV heads: a column a layer, a row a head, stronger colour is more."""
-    num_heads = max(map(len, one.values))
-    wide = min(26.0, (width - 64) / len(one.owners))
-    tall = min(22.0, max(8.0, 150 / num_heads))
-    figure, (place,) = chart(width, 50 + tall * num_heads, left=56, right=width - 56 - wide * len(one.owners))
-    write(figure, 0, 14, label_of(one.row), color=LIGHT["ink"], fontweight="bold")
-    write(figure, 48, 28 + tall * num_heads + 15, "layer", ha="right")
-    boxes = [
-        (column, head, place_on(scale, value, one.value_name), one.hovers[column][head])
-        for column, line in enumerate(one.values)
-        for head, value in enumerate(line)
-        if value is not None
-    ]
-    cells(place, boxes, 1 - (1 if wide >= 6 else 0.3) / wide, 1 - 1 / tall)
-    every = next(step for step in (1, 2, 5, 10, 20, 50, 1000) if step * wide >= 24)
-    shown = range(0, len(one.owners), every)
-    place.set(xlim=(0, len(one.owners)), ylim=(num_heads, 0))
-    place.set_xticks([column + 0.5 for column in shown], [str(one.owners[column]) for column in shown])
-    shown = range(0, num_heads, 1 if tall >= 13 else 4)
-    place.set_yticks([head + 0.5 for head in shown], [f"head {head}" for head in shown])
-    place.grid(visible=False)
+        ends.append(curve(place, one.points, name, 0 if one.dashed else 1 + index % 7, say, dashed=one.dashed))
+    name_ends(place, ends)
     return figure
 
 
@@ -376,11 +276,10 @@ def speed(
     if not shown:
         return None
     figure, (place,) = chart(width, 72 + 70 * len(shown), left=92, right=70, titles=("tokens per second", ""))
-    place.set_ylim(70 * len(shown), 0)
-    place.set_xlim(0, max(value for _, both in shown for one in both for value in one[1:] if value is not None) * 1.02)
-    place.set_yticks([])
+    most = max(value for _, both in shown for one in both for value in one[1:] if value is not None)
+    place.set(ylim=(70 * len(shown), 0), xlim=(0, most * 1.02), yticks=[])
     place.grid(axis="x", color=LIGHT["level"])
-    ruled(place.xaxis, 3 if width < SMALL else 6, tick)
+    place.xaxis.set_major_formatter(lambda value, _: tick(value))
     for index, (row, both) in enumerate(shown):
         top = 70 * index
         write(figure, 0, 38 + top, name(row), color=LIGHT["ink"], fontweight="bold")
@@ -392,9 +291,7 @@ def speed(
                 continue
             around = spread(low, high)
             hover = f"{side}, {name(row)}: {three(median)} tokens/s" + (f", runs from {around}" if around else "")
-            colour = LIGHT["theirs" if at else "ours"]
-            (bar,) = place.barh(y, median, 17, color=colour)
-            bar.set_gid(tip([hover]))
+            place.barh(y, median, 17, color=LIGHT["theirs" if at else "ours"])[0].set_gid(tip([hover]))
             if around:
                 place.plot([low, high], [y, y], color=LIGHT["ink"], linewidth=1.5)
         if (ratio := number(row, "ratio", "median")) is not None:
@@ -406,7 +303,7 @@ def design(models: Sequence[Model], width: float) -> Any:
     """Models from scratch: perplexity against bytes a token, halved or doubled at equal steps; a thin stroke spans the seeds, a
     dashed line joins those that nothing beats. Narrow pictures leave the names to the table.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator
+    from matplotlib.ticker import LogLocator
 
     named = width >= SMALL
     names, room = name_room([one.recipe for one in models], width)
@@ -415,24 +312,20 @@ def design(models: Sequence[Model], width: float) -> Any:
     figure, (place,) = chart(width, height, right=room if named else 12, titles=titles)
     place.set_xscale("log", base=2)
     place.xaxis.set_major_locator(LogLocator(base=2, numticks=8 if named else 4))
-    place.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
-    ruled(place.yaxis, 5, tick)
+    place.xaxis.set_major_formatter(lambda value, _: count(value))
     place.minorticks_off()
-    best = frontier(models)
-    place.plot([one.kv_bytes for one in best], [one.perplexity for one in best], "--", color=SERIES[0], linewidth=1.5)
-    for one in models:
-        colour = SHARING if one.shares_layers else PLAIN
-        place.plot(
-            [one.kv_bytes] * 2, [one.perplexities[0], one.perplexities[-1]], color=SERIES[colour], linewidth=1.25
-        )
+    best = [(one.kv_bytes, one.perplexity) for one in frontier(models)]
+    place.plot(*zip(*best, strict=True), "--", color=SERIES[0], linewidth=1.5)
+    ends = []
+    for one, name in zip(models, names, strict=True):
+        colour, seeds = SHARING if one.shares_layers else PLAIN, one.perplexities
+        place.plot([one.kv_bytes] * 2, [seeds[0], seeds[-1]], color=SERIES[colour], linewidth=1.25)
         hover = f"{one.recipe}: {count(one.kv_bytes)} bytes a token, perplexity {three(one.perplexity)}"
         dot(place, one.kv_bytes, one.perplexity, colour, hover)
+        ends.append((one.kv_bytes, one.perplexity, name, colour))
     place.margins(0.04, 0.06)
     if named:
-        ends = [(one.kv_bytes, one.perplexity, name) for one, name in zip(models, names, strict=True)]
-        name_ends(
-            place, [(*end, SHARING if one.shares_layers else PLAIN) for end, one in zip(ends, models, strict=True)]
-        )
+        name_ends(place, ends)
     return figure
 
 
@@ -440,19 +333,17 @@ def waits(rows: Sequence[Mapping[str, Any]]) -> Any:
     """How long clients of a server waited: the share of answers that were there after so many seconds, first tokens at the
     left, whole answers at the right.
     """
-    figure, places = chart(
-        1000, 400, left=56, right=20, titles=("seconds after the request", "share of requests"), panels=2
-    )
+    figure, places = chart(1000, left=56, right=20, titles=("seconds after the request", ""), panels=2)
     for place, title, end in zip(places, ("First token", "Whole answer"), (1, 2), strict=True):
-        place.set_title(title, loc="left", fontsize=13, fontweight="bold", color=LIGHT["ink"])
+        place.set_title(f"{title}, share of requests", loc="left", fontsize=13, color=LIGHT["ink"])
+        place.xaxis.set_major_formatter(lambda value, _: tick(value))
         for index, row in enumerate(rows):
             after = sorted(point[end] - point[0] for point in row["points"])
             # An answer that failed never comes: its line ends below 1.
             shares = [(place_of + 1) / row["requests"] for place_of in range(len(after))]
             name = f"{row['model']} at {row['url']}: {row['output_tokens_per_s']:.0f} tokens/s"
             place.step([0.0, *after], [0.0, *shares], where="post", color=SERIES[1 + index % 7], label=name)
-        place.set_xlim(left=0)
-        place.set_ylim(0, 1.02)
+        place.set(xlim=(0, None), ylim=(0, 1.02))
     places[1].legend(frameon=False, loc="lower right", fontsize=9)
     return figure
 
