@@ -134,6 +134,11 @@ def test_result_files_that_a_page_names_are_there(page):
     assert missing == (["results/pretraining.json"] if page.name == "pretraining.md" else [])
 
 
+def test_every_entry_of_the_log_names_its_result_files():
+    entries = re.split(r"^## ", (ROOT / "docs" / "log.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    assert [entry.splitlines()[0] for entry in entries if not re.search(r"\*\*result files?\*\*:", entry)] == []
+
+
 def changes(file: str, method: str) -> list[float]:
     """Changes of perplexity under a method in percent, on the two texts of the README."""
     rows = json.loads((RESULTS / file).read_text(encoding="utf-8"))["rows"]
