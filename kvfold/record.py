@@ -36,7 +36,7 @@ def made(threads: int | None, dtype: str | None = None) -> dict[str, Any]:
         **versions,
         "cpu": cpu_name(),
         "threads": threads,
-        "dtype": dtype,
+        "dtype": dtype and dtype.removeprefix("torch."),
         "when": now(),
     }
     return {name: value for name, value in about.items() if value is not None}

@@ -9,65 +9,32 @@ OUT is one step; a run that was stopped resumes from its checkpoint.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
 
 import kvfold
 from kvfold.record import made
 from kvfold.train.checkpoints import newest_whole, step_of
 from kvfold.train.data import TrainingOrder, draw_text
-from kvfold.train.loop import ignored_tokens
+from kvfold.train.loop import Loop
+from kvfold.train.objectives import Distillation, ignored_tokens
 from kvfold.train.recipes import read_recipe
-from kvfold.train.schedules import Stages
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import make_student, trained_weights
-from kvfold.train.trainer import RetrofitTrainer
 
 FREED_CHANNEL = 48
 """What `find_channel` found for SmolLM2-135M (results/runs/dmc-4x.json, `freed`)."""
 
 
-class _Closed:
-    """Stages in which the gates never open: the zero-out goes on to the end, or does not begin."""
-
-    def __init__(self, stages: Stages, *, frees: bool):
-        self._stages, self._frees = stages, frees
-
-    def zero_out_factor(self, step: int) -> float:
-        """What the freed channel is multiplied by at `step` (from 0)."""
-        if not self._frees:
-            return 1.0
-        factor = self._stages.zero_out_factor(step)
-        return 0.0 if factor is None else factor
-
-    def __getattr__(self, name: str):
-        return getattr(self._stages, name)
-
-
-class _ControlTrainer(RetrofitTrainer):
-    """The retrofit's own trainer under other stages."""
-
-    def close_gates(self, *, frees: bool) -> None:
-        """Gates stay shut for the whole run."""
-        self._stages = _Closed(self._stages, frees=frees)
-
-
-class _StopAfter(TrainerCallback):
-    """Ends a run before its last planned step, so that rates and text are those of the whole run."""
-
-    def __init__(self, steps: int):
-        self._steps = steps
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Stop once the steps are done."""
-        control.should_training_stop = state.global_step >= self._steps
+class _Enough(Exception):
+    """The steps that were asked for are done: before the last planned one, so that rates and text are those of the whole run."""
 
 
 def settings_of(data: list[str], *, rate: float, teacher_states: str | None) -> RetrofitSettings:
@@ -90,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     stages = settings.stages
     samples = TrainingOrder(
         text.train, steps=stages.total, batch=settings.batch_sequences, seed=settings.seed,
-        ignored=ignored_tokens(model).tolist(),
+        ignored=ignored_tokens(model),
     )  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     about = {
@@ -105,20 +72,25 @@ def run(args: argparse.Namespace) -> None:
         point.pop("layer_compression", None)
         with args.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**point, "wall_seconds": time.monotonic() - began, **about}) + "\n")
+        if point["step"] == args.steps:
+            raise _Enough
 
-    trainer = _ControlTrainer(
-        student, samples, settings, args.work, use_cpu=True, on_step=on_step, on_unit=lambda unit, model: None
-    )
-    if args.arm != "gated":
-        trainer.close_gates(frees=args.arm == "freed")
-    trainer.add_callback(_StopAfter(args.steps))
+    objective = Distillation(student, settings, ignored_tokens(model), on_unit=lambda unit, model: None)
+    if args.arm != "gated":  # gates stay shut for the whole run
+        factors = [one.channel_factor if args.arm == "freed" else 1.0 for one in objective.targets]
+        objective.targets = [
+            replace(one, channel_factor=0.0 if factor is None else factor)
+            for one, factor in zip(objective.targets, factors, strict=True)
+        ]
     checkpoint = newest_whole(args.work)
     done = 0 if checkpoint is None else step_of(checkpoint)
-    if args.out.exists():  # the steps after the checkpoint come again
-        lines = [line for line in args.out.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= done]
-        args.out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    if done < args.steps:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    lines = args.out.read_text(encoding="utf-8").splitlines() if args.out.exists() else []
+    if len(lines) >= args.steps:
+        return
+    # The steps after the checkpoint come again.
+    args.out.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= done), encoding="utf-8")
+    with contextlib.suppress(_Enough):
+        Loop(objective, samples, settings, args.work, on_step=on_step).run()
 
 
 def main() -> None:

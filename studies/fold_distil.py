@@ -35,7 +35,7 @@ from kvfold.models.adapters import Base, apply_adapter
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.record import made
 from kvfold.train.calibrate import calibrate
-from kvfold.train.data import TrainingOrder, draw_text
+from kvfold.train.data import Batch, TrainingOrder, draw_text
 from kvfold.train.losses import divergence, ratio_loss, slice_rows, summed_in_slices
 from kvfold.train.results import write_trained
 from kvfold.train.settings import RetrofitSettings
@@ -109,11 +109,11 @@ class Run:
         heads = [one.fold_proj.heads.requires_grad_(True) for one in modules]
         return [{"params": weights, "lr": self.args.rate}, {"params": heads, "lr": self.args.heads_rate}]
 
-    def losses(self, sample: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def losses(self, sample: Batch) -> tuple[Tensor, Tensor]:
         """Of one sequence: the divergence from the model with its gates off, nats a token, and the pressure on gates."""
-        ids, model = sample["input_ids"][None], self.model
+        ids, model = sample.ids_BT, self.model
         theirs = self._teacher(ids)[0, :-1]
-        asked = {} if self.folds else {"noise_key": sample["noise_key"][None], "output_decisions": True}
+        asked = {} if self.folds else {"noise_key": sample.noise_key_B, "output_decisions": True}
         outputs = model.model(ids, use_cache=False, **asked)
 
         def loss_of(part: slice, states_NC: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class Run:
             group["lr"] = rate * factor
         total = {"kl": 0.0, "ratio": 0.0}
         for index in range(self.args.batch):
-            main, ratio = self.losses(self.samples[self.done * self.args.batch + index])
+            main, ratio = self.losses(self.samples.batch(self.done, [index]))
             ((main + ratio) / self.args.batch).backward()
             total["kl"] += float(main.detach()) / self.args.batch
             total["ratio"] += float(ratio.detach()) / self.args.batch

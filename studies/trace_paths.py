@@ -1,4 +1,5 @@
-"""What a reader must follow: files and lines of kvfold that run in a decoding step, and from `--time dms:128` to the store.
+"""What a reader must follow: files and lines of kvfold that run in a step of decoding, in a step of training, and from
+`--time dms:128` to the store.
 
     PYTHONPATH=CHECKOUT python studies/trace_paths.py [--json] [--before OLDER_CHECKOUT]
 
@@ -8,6 +9,7 @@ two of them can be put side by side: with `--before` the table of docs/architect
 """
 
 import ast
+import contextlib
 import inspect
 import json
 import os
@@ -17,6 +19,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import kvfold
 from kvfold.models.config import FoldConfig
@@ -80,7 +84,7 @@ def tiny_model(folder: Path) -> str:
     torch.manual_seed(0)
     model = FoldForCausalLM(
         FoldConfig(
-            vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2,
         )
     )  # fmt: skip
@@ -116,6 +120,46 @@ def to_the_store(source: str) -> dict[str, int]:
     return traced.figures()
 
 
+class _Traced(Exception):
+    """The step that was asked for is done."""
+
+
+def training_step(source: str, folder: Path) -> dict[str, int]:
+    """The third step of a retrofit under DMS, from the end of the one before to its own point of the curve."""
+    from kvfold.train.retrofit import Retrofit
+    from kvfold.train.run_folder import RunFolder
+    from kvfold.train.settings import RetrofitSettings
+
+    traced = Traced()
+
+    def on_step(point: dict) -> None:
+        if point["step"] == 2:
+            traced.__enter__()
+        if point["step"] == 3:
+            traced.__exit__()
+            raise _Traced
+
+    (folder / "text.txt").write_text("a bird in the hand is worth two in the bush. " * 60)
+    sizes = {"sequence_tokens": 32, "batch_sequences": 2, "ramp_steps": 4, "tail_steps": 2}
+    run = Retrofit(
+        model=kvfold.load(source), tokenizer=_byte_tokenizer(), source=source, name="tiny", on_step=on_step,
+        settings=RetrofitSettings(time="dms:4", compression=2.0, data=(str(folder / "text.txt"),), **sizes),
+        folder=RunFolder(out=folder / "out"),
+    )  # fmt: skip
+    with contextlib.suppress(_Traced):
+        run.run()
+    return traced.figures()
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a letter."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
 def measured(folder: Path) -> dict[str, dict[str, int]]:
     """What runs, by what is done; a model is saved in `folder`."""
     source = tiny_model(folder)
@@ -123,6 +167,7 @@ def measured(folder: Path) -> dict[str, dict[str, int]]:
         "a decoding step under `window`": decoding_step(source, "window:6+2"),
         "a decoding step under `dms`": decoding_step(source, "dms:4"),
         "from `--time dms:128` to the store": to_the_store(source),
+        "a training step under `dms`": training_step(source, folder),
     }
 
 

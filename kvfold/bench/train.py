@@ -1,6 +1,6 @@
 """What a step of a retrofit costs: its loss, gradients and optimizer, against the same step with gates off.
 
-Both sides run the trainer's own code and take turns, round after round, so that whatever else the machine does hits both;
+Both sides run the training loop's own code and take turns, round after round, so that whatever else the machine does hits both;
 ratios are taken within a round. The side without gates has the same weights, the same trainable weights but the gates',
 and the same loss: it is what `kvfold retrofit --control` trains.
 """
@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.utils.data import default_collate
 
 from kvfold.errors import UserError
 from kvfold.eval.folding import method_about
@@ -26,10 +24,10 @@ from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.train.calibrate import shift_gates
 from kvfold.train.data import TrainingOrder
-from kvfold.train.loop import ignored_tokens
+from kvfold.train.loop import Loop
+from kvfold.train.objectives import Distillation, ignored_tokens
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import Student, check_method, make_student, retention_of, trained_weights
-from kvfold.train.trainer import RetrofitTrainer
 
 METHODS = ("dms:128", "dmc")
 _COMPRESSION = 4.0
@@ -86,7 +84,7 @@ def bench_train(
         "environment": {
             "device": model.device.type,
             "accelerator": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None,
-            # On a GPU the trainer computes in bf16 over weights of this dtype.
+            # On a GPU training computes in bf16 over weights of this dtype.
             "dtype": str(model.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
         },
@@ -151,52 +149,49 @@ def _sharing(model: FoldForCausalLM) -> FoldForCausalLM:
 def _measure(model: FoldForCausalLM, settings: RetrofitSettings, repeats: int, report: Report) -> dict[str, Any]:
     """Rounds of one method: with gates once, without once."""
     students = make_sides(model, settings)
-    batch = _batch(model, settings)
+    samples = random_samples(model, settings)
     what, total = f"steps, {settings.time}", 2 * (repeats + 1)
     seconds: tuple[list[float], list[float]] = ([], [])
     with tempfile.TemporaryDirectory() as folder:
         sides = [
-            _trainer(student, plan, Path(folder))
+            make_loop(student, plan, samples, Path(folder))
             for student, plan in zip(students, (settings, control_of(settings)), strict=True)
         ]
         for number in range(total):
             turn, side = divmod(number, 2)
             report(what, number, total)
             # The first round makes the optimizers' state and warms up.
-            taken = _timed_step(sides[side], batch, model.device)
+            taken = _timed_step(sides[side], model.device)
             if turn:
                 seconds[side].append(taken)
         report(what, total, total)
     return _row(students[0].model.config.layout, settings, students, *seconds)
 
 
-def _trainer(student: Student, settings: RetrofitSettings, folder: Path) -> RetrofitTrainer:
-    blocks = torch.zeros((1, settings.sequence_tokens), dtype=torch.int64)
-    samples = TrainingOrder(blocks, steps=1, batch=settings.batch_sequences, seed=settings.seed)
-    return RetrofitTrainer(
-        student, samples, settings, folder, use_cpu=student.model.device.type == "cpu", on_step=_nobody, on_unit=_nobody
-    )
+def make_loop(student: Student, settings: RetrofitSettings, samples: TrainingOrder, folder: Path) -> Loop:
+    """The training loop of one side, whose step 0 is taken again and again; `folder` stays empty."""
+    objective = Distillation(student, settings, ignored_tokens(student.model), on_unit=_nobody)
+    return Loop(objective, samples, settings, folder, on_step=_nobody)
 
 
 def _nobody(*told: Any) -> None:
     """Nobody listens."""
 
 
-def _batch(model: FoldForCausalLM, settings: RetrofitSettings) -> dict[str, Tensor]:
-    """One step's samples, of random ids."""
+def random_samples(model: FoldForCausalLM, settings: RetrofitSettings) -> TrainingOrder:
+    """One step's, of random ids."""
     draw = torch.Generator().manual_seed(settings.seed)
     shape = (settings.batch_sequences, settings.sequence_tokens)
-    order = TrainingOrder(
+    return TrainingOrder(
         torch.randint(0, model.config.vocab_size, shape, generator=draw), steps=1, batch=settings.batch_sequences,
-        seed=settings.seed, ignored=ignored_tokens(model).tolist(),
+        seed=settings.seed, ignored=ignored_tokens(model),
     )  # fmt: skip
-    return default_collate([order[index] for index in range(len(order))])
 
 
-def _timed_step(trainer: RetrofitTrainer, batch: dict[str, Tensor], device: torch.device) -> float:
+def _timed_step(loop: Loop, device: torch.device) -> float:
     """Seconds of one step, all work of the device included."""
     begun = _now(device)
-    trainer.take_step(batch)
+    loop.step(0)
     return _now(device) - begun
 
 

@@ -122,7 +122,7 @@ def _run(source: str, out: Path, settings: Any, snapshot: Path | None, loading: 
         return done
     if snapshot is not None:
         _check_snapshot(snapshot, folder)
-    need_packages("accelerate", "peft", extra="train", what="training")
+    need_packages("peft", extra="train", what="training")
     from kvfold.train.retrofit import Retrofit
     from kvfold.train.watch import watched_steps
 

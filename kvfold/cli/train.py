@@ -9,7 +9,7 @@ from typer import Argument, Option
 
 from kvfold.cli.console import command_line, progress, say, show_json
 from kvfold.cli.options import Device, Json, Output, Training, begin_training
-from kvfold.errors import UserError, need_packages
+from kvfold.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +67,6 @@ def _settings(recipe: str, training: Settings) -> Any:
 
 
 def _run(recipe: str, out: Path, settings: Any, factor: float | None, device: str | None) -> dict[str, Any]:
-    need_packages("accelerate", extra="train", what="training")
     from kvfold.train.run_folder import RunFolder, leads
 
     if leads():

@@ -12,6 +12,8 @@ from pathlib import Path
 from kvfold.data.whole_file import write_whole_file
 
 _MARK = "whole.json"
+PARTIAL = ".partial-"
+"""What the names of folders begin with that are not whole yet."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -51,6 +53,8 @@ def step_of(checkpoint: Path) -> int:
 
 def drop_old(folder: Path, *, keep: int) -> None:
     """Remove all but the newest `keep` whole checkpoints, and what is not whole."""
+    for left in folder.glob(f"{PARTIAL}*"):  # by writers that died: one process at a time trains in a folder
+        shutil.rmtree(left, ignore_errors=True)
     found = [path for _, path in reversed(_numbered(folder))]
     whole = [path for path in found if is_whole(path)]
     for path in found:

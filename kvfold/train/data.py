@@ -6,12 +6,11 @@ Letters: N blocks, T tokens of a sequence.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from kvfold.data.windows import opening_tokens
 from kvfold.errors import UserError
@@ -97,47 +96,50 @@ def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
         yield part
 
 
-class TrainingOrder(Dataset):
-    """The samples of a whole run, one after the other: sample s is number s % batch of step s // batch.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Some rows of one optimizer step's batch."""
 
-    Each pass over the blocks is in an order of its own. A sample has `input_ids` [T], its `noise_key`, and
-    `step_tokens`, the positions of its step's global batch that count in a loss over tokens.
-    """
+    ids_BT: Tensor
+    noise_key_B: Tensor
+    """The key of each sample's noise, on the CPU."""
+    step_positions: int
+    """Positions of the whole step, over all processes, that count in a loss over tokens."""
+    step_rows: int
+    """Sequences of the whole step."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same with its tokens on a device."""
+        return replace(self, ids_BT=self.ids_BT.to(device))
+
+
+class TrainingOrder:
+    """The sequences of a whole run, one after the other, so many a step. Each pass over the blocks is in an order of its own."""
 
     def __init__(self, blocks_NT: Tensor, *, steps: int, batch: int, seed: int, ignored: Sequence[int] = ()):
         """`batch`: sequences of one optimizer step, over all processes. `ignored`: token ids whose positions don't count."""
         self._blocks_NT, self._steps, self._batch, self._seed = blocks_NT, steps, batch, seed
-        self.ignored = torch.tensor(list(ignored), dtype=torch.int64)
         self._counts_N = None
         if ignored:  # else nothing is looked at before its turn: the blocks may lie on the disk
-            counted = ~torch.isin(blocks_NT[:, :-1], self.ignored.to(blocks_NT.dtype))
+            counted = ~torch.isin(blocks_NT[:, :-1], torch.tensor(ignored, dtype=blocks_NT.dtype))
             self._counts_N = counted.sum(dim=1)
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
         self._members: tuple[int, list[int]] = (-1, [])
 
-    def __len__(self) -> int:
-        return self._steps * self._batch
-
-    def __getitem__(self, sample: int) -> dict[str, Tensor]:
-        step, index = divmod(sample, self._batch)
-        members = self._members_of(step)
-        return {
-            "input_ids": self._blocks_NT[members[index]].long(),
-            "noise_key": torch.tensor(noise_key(self._seed, step, index)),
-            "step_tokens": self._counted(members),
-        }
-
-    def _counted(self, members: list[int]) -> Tensor:
-        if self._counts_N is None:
-            return torch.tensor(len(members) * (self._blocks_NT.shape[1] - 1))
-        return self._counts_N[members].sum()
-
-    def _members_of(self, step: int) -> list[int]:
-        """The blocks of a step's global batch; the last step asked for is remembered."""
+    def batch(self, step: int, rows: Sequence[int]) -> Batch:
+        """Rows of a step's batch, by their places in it."""
+        assert step < self._steps, "the run ends before"
         if self._members[0] != step:
             first = step * self._batch
-            self._members = (step, [self._block_of(sample) for sample in range(first, first + self._batch)])
-        return self._members[1]
+            self._members = step, [self._block_of(sample) for sample in range(first, first + self._batch)]
+        members = self._members[1]
+        positions = self._batch * (self._blocks_NT.shape[1] - 1)
+        return Batch(
+            ids_BT=self._blocks_NT[[members[row] for row in rows]].long(),
+            noise_key_B=torch.tensor([noise_key(self._seed, step, row) for row in rows]),
+            step_positions=positions if self._counts_N is None else int(self._counts_N[members].sum()),
+            step_rows=self._batch,
+        )
 
     def _block_of(self, sample: int) -> int:
         number = self._blocks_NT.shape[0]

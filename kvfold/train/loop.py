@@ -1,30 +1,28 @@
-"""The training loop that every kind of training shares: Hugging Face's Trainer with the next token's loss, samples in a
-fixed order, a curve, and checkpoints that are whole or not there. What a retrofit adds stands in trainer.py.
-
-Letters: B rows, T tokens, N positions, C model width, V vocabulary.
+"""The training loop that every kind of training shares: optimizer steps on samples in a fixed order, a curve, and checkpoints
+that are whole or not there. What is minimised stands in objectives.py.
 """
 
 import math
+import shutil
+import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from kvfold.errors import UserError
-from kvfold.eval.scoring import next_token_logits
-from kvfold.train.checkpoints import drop_old, seal
-from kvfold.train.data import TrainingOrder
-from kvfold.train.losses import next_token_loss, slice_rows, summed_in_slices
-from kvfold.train.shards import gathered, is_sharded, load_optimizer, put, save_optimizer, shard
+from kvfold.train.checkpoints import PARTIAL, drop_old, newest_whole, seal, step_of
+from kvfold.train.data import Batch, TrainingOrder
+from kvfold.train.processes import is_sharded, leaders, place, sum_over_processes, wait_for_all, whole
 from kvfold.train.student import trained_weights
 
-_WEIGHTS = "trained.safetensors"
 _KEPT_CHECKPOINTS = 2
 
 OnStep = Callable[[dict[str, Any]], None]
@@ -40,262 +38,166 @@ class LoopSettings(Protocol):
 
     batch_sequences: int
     sequences_at_once: int
-    sequence_tokens: int
     learning_rate: float
     weight_decay: float
     beta1: float
     beta2: float
     clip: float
-    seed: int
     save_steps: int
     checkpoint_activations: bool
-    shard: bool
     mixed_precision: str
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the run."""
-
-    @property
-    def step_tokens(self) -> int:
-        """Tokens of one of them."""
+    total_steps: int
+    step_tokens: int
 
     def rate_factor(self, step: int) -> float:
         """What the learning rate is multiplied by at `step` (from 0)."""
 
 
-class StepTrainer(Trainer):
-    """Trains a model. Samples come in the order of a `TrainingOrder`, whatever the number of processes."""
+class Objective(Protocol):
+    """What is minimised, and what happens beside that. Steps are counted from 0, `done` is how many were made."""
+
+    model: nn.Module
+
+    def begin(self, step: int) -> None:
+        """Called before a step."""
+
+    def losses(self, step: int, batch: Batch) -> dict[str, Tensor]:
+        """`loss`, and other figures, of a part of a step's batch; the sum over all parts is the step's."""
+
+    def figures(self, done: int, sums: dict[str, Any]) -> dict[str, Any]:
+        """What the curve says of a step beyond its loss."""
+
+    def end(self, done: int) -> None:
+        """Called after a step, when its figures are told."""
+
+
+class Loop:
+    """Trains the model of an objective, in `folder`. All processes make the same calls."""
 
     def __init__(
-        self, model: nn.Module, samples: TrainingOrder, settings: LoopSettings, folder: Path, *, use_cpu: bool,
-        on_step: OnStep,
-    ):  # fmt: skip
-        """`folder` gets the checkpoints. `on_step` is told of each step, on the main process alone."""
-        # Trainer calls what trains `model`, and may wrap it; this is the thing itself.
-        self._plain, self._settings, self._folder, self._save_into = model, settings, folder, folder
-        self._on_step, self._ignored = on_step, samples.ignored
-        self.parts, self._whole = dict[str, Tensor](), dict[str, Tensor]()
-        args = training_arguments(settings, folder, use_cpu=use_cpu)
-        if settings.checkpoint_activations:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        if settings.shard:
-            shard(model.to(args.device))
-        super().__init__(model=model, args=args, train_dataset=samples)
-        if settings.shard:  # it is prepared: else Accelerate would replicate it
-            self.accelerator.prepare_model = lambda given, **options: given
-        # Our loss is normalised by us; else Trainer would leave the division by accumulation steps to the model.
-        self.model_accepts_loss_kwargs = False
-        self.remove_callback(PrinterCallback)
-        self.add_callback(_Steps(self))
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
-        """The samples lie in their order already."""
-        return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        """That of the settings."""
-        if self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._settings.rate_factor)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
-        """The loss of this process's part of a step, such that the mean over processes and accumulation steps is the step's."""
-        ids = inputs["input_ids"]
-        with self.accelerator.autocast():
-            outputs = self.forward_states(model, ids)
-            total = self.summed_loss(outputs, ids)
-        loss = self.share_of_step(total, inputs)
-        self.add_parts(loss=loss, main=loss)
-        return (loss, outputs) if return_outputs else loss
-
-    def forward_states(self, model: nn.Module, ids_BT: Tensor, **options: Any) -> Any:
-        """The model's output with its hidden states. The head is applied in slices, elsewhere; forward itself gives one
-        logit row that nothing needs.
-        """
-        return model(input_ids=ids_BT, use_cache=False, logits_to_keep=1, output_hidden_states=True, **options)
-
-    def summed_loss(self, outputs: Any, ids_BT: Tensor) -> Tensor:
-        """Sum over the positions that count of the next token's loss."""
-        targets = ids_BT[:, 1:].flatten()
-        return self.summed_over_positions(outputs, ids_BT, lambda logits, part: next_token_loss(logits, targets[part]))
-
-    def summed_over_positions(
-        self, outputs: Any, ids_BT: Tensor, loss_of_logits: Callable[[Tensor, slice], Tensor]
-    ) -> Tensor:
-        """Sum over the positions that count of `loss_of_logits(logits [n, V], their slice of all positions)`, [n]."""
-        states, counts = outputs.hidden_states[-1][:, :-1].flatten(0, 1), self.counted(ids_BT).flatten()
-
-        def loss_of(part: slice, piece_NC: Tensor) -> Tensor:
-            return (loss_of_logits(next_token_logits(self._plain, piece_NC), part) * counts[part]).sum()
-
-        rows = slice_rows(self._plain.config.vocab_size)
-        return summed_in_slices(loss_of, states, list(self._plain.lm_head.parameters()), slice_rows=rows)
-
-    def counted(self, ids_BT: Tensor) -> Tensor:
-        """Which positions count, bool [B, T - 1]."""
-        return ~torch.isin(ids_BT[:, :-1], self._ignored.to(ids_BT.device))
-
-    def share_of_step(self, total: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """A sum over positions as a share of the step's mean, times what Trainer will divide it by."""
-        shares = self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        return total * (shares / inputs["step_tokens"][0])
-
-    def add_parts(self, *, loss: Tensor, main: Tensor, **more: Tensor) -> None:
-        """Figures of this call: sums over the accumulation steps of this process."""
-        found = {"loss": loss.detach(), "main": main.detach(), "calls": loss.new_ones(()), **more}
-        self.parts = {name: self.parts.get(name, 0) + value for name, value in found.items()}
-
-    def take_parts(self) -> dict[str, Any]:
-        """The means of the step that has just ended, over its accumulation steps and all processes, as plain numbers.
-        Raises `DivergedError`, in all processes, where the loss is none.
-        """
-        parts, self.parts = self.accelerator.reduce(self.parts, reduction="sum"), {}
-        calls = parts.pop("calls").item()
-        means = {name: (value / calls).tolist() for name, value in parts.items()}
-        if not math.isfinite(means["loss"]):
-            raise DivergedError(
-                f"step {self.state.global_step}: the loss is {means['loss']}: the last good checkpoint is kept in "
-                f"{self._folder}: begin in another folder with a lower learning rate, or look at the data"
+        self, objective: Objective, samples: TrainingOrder, settings: LoopSettings, folder: Path, *, on_step: OnStep
+    ):
+        """The model is where it is to be trained, see processes.py. `on_step` is told of each step, on the leading process."""
+        self._objective, self._samples, self._settings, self._folder = objective, samples, settings, folder
+        self._model, self._on_step, (rank, number) = objective.model, on_step, place()
+        rows = settings.sequences_at_once
+        if settings.batch_sequences % (number * rows):
+            raise UserError(
+                f"batch_sequences {settings.batch_sequences}: {number} processes of {rows} sequences "
+                "share them equally: use a multiple of their product"
             )
-        return means
+        starts = range(rank * rows, settings.batch_sequences, number * rows)
+        self._parts = [range(start, start + rows) for start in starts]
+        if settings.checkpoint_activations:
+            self._model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._weights, self._optimizer = list(trained_weights(self._model).values()), _adamw(self._model, settings)
+        device, precision = self._model.device.type, settings.mixed_precision
+        self._bf16 = device == "cuda" if precision == "auto" else precision == "bfloat16"
+        self._rates = [settings.learning_rate * settings.rate_factor(step) for step in range(settings.total_steps)]
+        # FSDP2 averages over processes what is summed here.
+        self._factor = number if is_sharded(self._model) else 1
 
-    def take_step(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
-        """One optimizer step on one batch, outside of `train`: for those who measure what a step costs. Nothing is written.
-        Gives the parts of its loss.
+    def run(self) -> None:
+        """Train from the newest checkpoint on, or from the beginning."""
+        settings, checkpoint = self._settings, newest_whole(self._folder)
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, self._model, self._optimizer)
+        for step in range(0 if checkpoint is None else step_of(checkpoint), settings.total_steps):
+            begun, done = time.monotonic(), step + 1
+            sums = self.step(step)
+            point = {
+                "step": done, "tokens": done * settings.step_tokens, "loss": sums["loss"], "learning_rate": self._rates[step],
+                "seconds": time.monotonic() - begun,
+            }  # fmt: skip
+            point |= self._objective.figures(done, sums)
+            if place()[0] == 0:
+                self._on_step(point)
+            self._objective.end(done)
+            if done % settings.save_steps == 0 or done == settings.total_steps:
+                self._save(done)
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One optimizer step. Gives its loss and the objective's other sums, as plain numbers. Raises `DivergedError`, in all
+        processes, where the loss is none.
         """
-        if self.optimizer is None:
-            self.create_optimizer()
-            self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        self.current_gradient_accumulation_steps = 1
-        self.training_step(self.model_wrapped, inputs)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self._settings.clip)
-        self.optimizer.step()
-        self.model.zero_grad()
-        return self.take_parts()
+        sums: dict[str, Tensor] = {}
+        self._model.train()
+        self._objective.begin(step)
+        for rows in self._parts:
+            with torch.autocast(self._model.device.type, torch.bfloat16, enabled=self._bf16):
+                parts = self._objective.losses(step, self._samples.batch(step, rows).to(self._model.device))
+            (parts["loss"] * self._factor).backward()
+            sums = {name: part.detach() + sums.get(name, 0) for name, part in parts.items()}
+        sum_over_processes(sums.values())
+        figures = {name: total.tolist() for name, total in sums.items()}
+        self._check(math.isfinite(figures["loss"]), step + 1, f"the loss is {figures['loss']}")
+        if not is_sharded(self._model):
+            sum_over_processes(weight.grad for weight in self._weights if weight.grad is not None)
+        nn.utils.clip_grad_norm_(self._weights, self._settings.clip)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rates[step]
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return figures
 
-    def before_step(self, step: int) -> None:
-        """Called before optimizer step `step` (from 0)."""
+    def _check(self, is_good: bool, step: int, what: str) -> None:
+        if not is_good:
+            raise DivergedError(
+                f"step {step}: {what}: the last good checkpoint is kept in {self._folder}: begin in another folder with a lower "
+                "learning rate, or look at the data"
+            )
 
-    def figures(self, done: int, parts: dict[str, Any]) -> dict[str, Any]:
-        """What the curve says of a step beyond its loss; `done` steps are done."""
-        return {}
-
-    def after_step(self, done: int) -> None:
-        """Called on every process when the step's figures are told."""
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._save_into)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Whole or not at all: see checkpoints.py."""
-        if is_sharded(self._plain):
-            self._plain.reshard()
-        self._whole = gathered(trained_weights(self._plain))
-        for name, weight in self._whole.items():
-            if not torch.isfinite(weight).all():
-                raise DivergedError(
-                    f"step {self.state.global_step}: {name} is no longer finite: the last good checkpoint is kept in "
-                    f"{self._folder}: begin in another folder with a lower learning rate"
-                )
-        self._save_into = self._folder / ".partial"
+    def _save(self, done: int) -> None:
+        """A checkpoint: whole or not at all, see checkpoints.py."""
+        if is_sharded(self._model):
+            self._model.reshard()
+        for name, weight in trained_weights(self._model).items():
+            self._check(bool(torch.isfinite(whole(weight)).all()), done, f"{name} is no longer finite")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial = Path(leaders(lambda: tempfile.mkdtemp(prefix=PARTIAL, dir=self._folder)))
         try:
-            super()._save_checkpoint(model, trial)
+            save_checkpoint(partial, self._model, self._optimizer)
+            if place()[0] == 0:
+                seal(partial, self._folder / f"checkpoint-{done}")
+                drop_old(self._folder, keep=_KEPT_CHECKPOINTS)
         finally:
-            name, self._save_into = f"checkpoint-{self.state.global_step}", self._folder
-            self._whole = {}
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            seal(self._folder / ".partial" / name, self._folder / name)
-            drop_old(self._folder, keep=_KEPT_CHECKPOINTS)
-        self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """What learns, and nothing else: the rest is the source's."""
-        folder = Path(output_dir or self._folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: weight.contiguous() for name, weight in self._whole.items()}, folder / _WEIGHTS)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if is_sharded(self._plain):  # in the place of this process's shard
-            save_optimizer(self._plain, self.optimizer.optimizer, Path(output_dir), leads=self.args.should_save)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not is_sharded(self._plain):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        load_optimizer(self._plain, self.optimizer.optimizer, Path(checkpoint))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_trained(self._plain, Path(resume_from_checkpoint))
+            if place()[0] == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+        wait_for_all()
 
 
-def load_trained(model: nn.Module, checkpoint: Path) -> None:
-    """Put a checkpoint's weights in their places."""
-    found, weights = load_file(checkpoint / _WEIGHTS), trained_weights(model)
-    assert found.keys() == weights.keys(), "the run's settings were compared before"
-    for name, weight in weights.items():
-        put(weight, found[name])
+def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """What learns, and the optimizer's state: each process writes its part."""
+    state = {"weights": trained_weights(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    with _one_process_is_enough():
+        dcp.save(state, checkpoint_id=folder, no_dist=place()[1] == 1)
 
 
-class _Steps(TrainerCallback):
-    """What happens between steps: figures, and checkpoints."""
-
-    def __init__(self, trainer: StepTrainer):
-        self._trainer = trainer
-        self._rate = self._begun = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The rate is noted, since it changes with the step."""
-        self._trainer.before_step(state.global_step)
-        self._rate, self._begun = self._trainer.optimizer.param_groups[0]["lr"], time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Figures out, and a checkpoint where one is due."""
-        trainer, done = self._trainer, state.global_step
-        settings, parts = trainer._settings, trainer.take_parts()
-        point = {
-            "step": done, "tokens": done * settings.step_tokens, "loss": parts["loss"], "learning_rate": self._rate,
-            "seconds": time.monotonic() - self._begun,
-        }  # fmt: skip
-        point |= trainer.figures(done, parts)
-        if state.is_world_process_zero:
-            trainer._on_step(point)
-        trainer.after_step(done)
-        control.should_save = done >= settings.total_steps or done % settings.save_steps == 0
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Put a checkpoint's weights in their places, and the optimizer's state where one is given."""
+    state: dict[str, Any] = {"weights": trained_weights(model)}
+    if optimizer is not None:
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    with _one_process_is_enough():
+        dcp.load(state, checkpoint_id=folder, no_dist=place()[1] == 1)
+    if optimizer is not None:
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
 
-def ignored_tokens(model: nn.Module) -> Tensor:
-    """Tokens at which nothing is learned: padding and the end of a text."""
-    config = model.config
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return torch.tensor(sorted({one for one in (config.pad_token_id, *ends) if one is not None}), dtype=torch.int64)
+@contextmanager
+def _one_process_is_enough() -> Iterator[None]:
+    """Without torch's warning that there is no other."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
-def training_arguments(settings: LoopSettings, folder: Path, *, use_cpu: bool) -> TrainingArguments:
-    """Trainer's own settings; what it would do by itself (logs, checkpoints, column selection) is off."""
-    on_cuda = not use_cpu and torch.cuda.is_available()
-    bf16 = on_cuda if settings.mixed_precision == "auto" else settings.mixed_precision == "bfloat16"
-    args = TrainingArguments(
-        output_dir=str(folder), use_cpu=use_cpu, max_steps=settings.total_steps, bf16=bf16,
-        per_device_train_batch_size=settings.sequences_at_once, learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay, adam_beta1=settings.beta1, adam_beta2=settings.beta2,
-        max_grad_norm=settings.clip, seed=settings.seed, save_strategy="no", logging_strategy="no", logging_nan_inf_filter=False,
-        report_to="none", disable_tqdm=True, remove_unused_columns=False,
-        dataloader_pin_memory=on_cuda, average_tokens_across_devices=False, log_level="error",
+def _adamw(model: nn.Module, settings: LoopSettings) -> torch.optim.Optimizer:
+    """AdamW for what learns; weight decay is for matrices alone."""
+    weights = list(trained_weights(model).values())
+    matrices, others = [one for one in weights if one.ndim > 1], [one for one in weights if one.ndim < 2]
+    groups = [(matrices, settings.weight_decay), (others, 0.0)]
+    return torch.optim.AdamW(
+        [{"params": params, "weight_decay": decay} for params, decay in groups],
+        lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True,
     )  # fmt: skip
-    together = args.world_size * settings.sequences_at_once
-    if settings.batch_sequences % together:
-        raise UserError(
-            f"batch_sequences {settings.batch_sequences}: {args.world_size} processes of {settings.sequences_at_once} sequences "
-            "share them equally: use a multiple of their product"
-        )
-    args.gradient_accumulation_steps = settings.batch_sequences // together
-    # A process drives one device: with several in sight, Trainer would split batches over them by itself.
-    args._n_gpu = min(args.n_gpu, 1)
-    return args

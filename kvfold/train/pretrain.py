@@ -3,7 +3,6 @@
 Every step that takes long leaves a note in the run's folder, so that the same call goes on wherever it was stopped.
 """
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,17 @@ from kvfold.eval.progress import Report, silent
 from kvfold.train.curve import Curve, read_curve
 from kvfold.train.data import TrainingOrder
 from kvfold.train.design_space import recipes
-from kvfold.train.loop import OnStep, load_trained
+from kvfold.train.loop import Loop, OnStep, load_checkpoint
 from kvfold.train.packing import drawn_texts, is_packed, pack, packed, sequences_of
 from kvfold.train.pretrain_card import pretrain_card
 from kvfold.train.pretrain_settings import PretrainSettings
-from kvfold.train.pretrain_trainer import PretrainTrainer, perplexity
+from kvfold.train.pretrain_trainer import FromScratch, perplexity
+from kvfold.train.processes import check_processes, join, shard, unsharded, wait_for_all
 from kvfold.train.results import write_model
 from kvfold.train.run_folder import RunFolder, leads
 from kvfold.train.scratch import new_model
-from kvfold.train.shards import check_processes, is_sharded, unsharded
 from kvfold.train.vocabulary import given_tokenizer, train_tokenizer
 
-_WAIT_SECONDS = 0.2
 _CURVE_POINTS = 60
 """Of a result's curve: each the mean of neighbouring steps."""
 
@@ -57,19 +55,22 @@ class Pretrain:
         """Train, or go on training, and write the result. Gives its facts, on the main process."""
         if self.settings.shard:
             check_processes()
+        device = join(self.device)
         if leads():
             begin(self.folder, self.recipe, self.settings, self.text, report=self.report)
+        wait_for_all()
         tokenizer, train_NT, held_out_NT = read_text(self.text)
-        model = new_model(self.settings, tokenizer).to(self.device)
+        model = new_model(self.settings, tokenizer).to(device)
         self._train(model, train_NT, held_out_NT)
-        if is_sharded(model):
-            model = unsharded(model)
-        return self._finished(model, tokenizer) if leads() else {}
+        model = unsharded(model)
+        facts = self._finished(model, tokenizer) if leads() else {}
+        wait_for_all()  # what is written now is there for all
+        return facts
 
     def _train(self, model: torch.nn.Module, train_NT: Tensor, held_out_NT: Tensor) -> None:
         settings, checkpoint, done = self.settings, self.folder.checkpoint, self.folder.done_steps
         if done >= settings.total_steps:
-            load_trained(model, checkpoint)
+            load_checkpoint(checkpoint, model)
             return
         samples = TrainingOrder(
             train_NT, steps=settings.total_steps, batch=settings.batch_sequences, seed=settings.seed
@@ -78,22 +79,16 @@ class Pretrain:
 
         def on_step(point: dict[str, Any]) -> None:
             if point["step"] >= settings.total_steps:
-                losses = [round(one, 6) for one in trainer.validated.tolist()]
+                losses = [round(one, 6) for one in objective.validated.tolist()]
                 self.folder.write("validation", {"sequence_losses": losses})
             curve.add(point)
             self.on_step(point)
 
-        trainer = PretrainTrainer(
-            model,
-            samples,
-            held_out_NT,
-            settings,
-            self.folder.training,
-            use_cpu=self.device.type == "cpu",
-            on_step=on_step,
-        )
+        if settings.shard:
+            shard(model)
+        objective = FromScratch(model, held_out_NT, settings)
         try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            Loop(objective, samples, settings, self.folder.training, on_step=on_step).run()
         finally:
             if curve is not None:
                 curve.close()
@@ -177,8 +172,6 @@ def _tokenizer(settings: PretrainSettings, report: Report) -> PreTrainedTokenize
 
 
 def read_text(folder: Path) -> tuple[PreTrainedTokenizerBase, Tensor, Tensor]:
-    """Tokenizer, sequences to train on, held-out sequences; waits until the leading process has written them."""
-    while not is_packed(folder / "train.bin"):
-        time.sleep(_WAIT_SECONDS)
+    """Tokenizer, sequences to train on, held-out sequences."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     return tokenizer, packed(folder / "train.bin"), packed(folder / "valid.bin")

@@ -1,36 +1,32 @@
-"""The training loop of a model from scratch: the shared loop, and held-out text measured on the way.
+"""What a model from scratch minimises, and held-out text measured on the way.
 
 Letters: N sequences, B rows, T tokens.
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvfold.eval.scoring import next_token_logits
-from kvfold.train.data import TrainingOrder
-from kvfold.train.loop import DivergedError, OnStep, StepTrainer
+from kvfold.models.decoder import FoldForCausalLM
+from kvfold.train.loop import DivergedError
 from kvfold.train.losses import next_token_loss
+from kvfold.train.objectives import NextToken
 from kvfold.train.pretrain_settings import PretrainSettings
+from kvfold.train.processes import place, sum_over_processes
 
 
-class PretrainTrainer(StepTrainer):
-    """Trains all weights on the next token's loss."""
+class FromScratch(NextToken):
+    """All weights learn the next token's loss."""
 
-    _settings: PretrainSettings
+    def __init__(self, model: FoldForCausalLM, held_out_NT: Tensor, settings: PretrainSettings):
+        """`validated` has the held-out loss of each sequence, fp32 [N], once it was measured."""
+        super().__init__(model)
+        self._held_out_NT, self._settings, self.validated = held_out_NT, settings, None
 
-    def __init__(
-        self, model: nn.Module, samples: TrainingOrder, held_out_NT: Tensor, settings: PretrainSettings, folder: Path, *,
-        use_cpu: bool, on_step: OnStep,
-    ):  # fmt: skip
-        """As in `StepTrainer`. `validated` has the held-out loss of each sequence, fp32 [N], once it was measured."""
-        self._held_out_NT, self.validated = held_out_NT, None
-        super().__init__(model, samples, settings, folder, use_cpu=use_cpu, on_step=on_step)
-
-    def figures(self, done: int, parts: dict[str, Any]) -> dict[str, Any]:
+    def figures(self, done: int, sums: dict[str, Any]) -> dict[str, Any]:
         """The held-out loss, where it is due."""
         if done % self._settings.validate_steps and done < self._settings.total_steps:
             return {}
@@ -43,30 +39,17 @@ class PretrainTrainer(StepTrainer):
     @torch.no_grad()
     def _validate(self) -> Tensor:
         """Mean loss of each held-out sequence, fp32 [N] on the CPU; processes share the sequences."""
-        ranks, rank, at_once = (
-            self.accelerator.num_processes,
-            self.accelerator.process_index,
-            self.args.train_batch_size,
-        )
-        number = self._held_out_NT.shape[0]
-        found_N = torch.zeros(number, device=self.args.device)
-        for start in range(0, number, ranks * at_once):
-            # Each process calls the model as often as the others: shards of weights are gathered together.
-            rows = [(start + rank * at_once + row) % number for row in range(at_once)]
-            ids = self._held_out_NT[rows].long().to(self.args.device)
-            with self.accelerator.autocast():
-                outputs = self.forward_states(self.model_wrapped, ids)
-                losses = [
-                    self._loss_of(states, row) for states, row in zip(outputs.hidden_states[-1], ids, strict=True)
-                ]
-            mine = [start + rank * at_once + row < number for row in range(at_once)]
-            for row, loss, counts in zip(rows, losses, mine, strict=True):
-                if counts:
-                    found_N[row] = loss
-        return self.accelerator.reduce(found_N, reduction="sum").cpu()
-
-    def _loss_of(self, states_TC: Tensor, ids_T: Tensor) -> Tensor:
-        return next_token_loss(next_token_logits(self._plain, states_TC[:-1]), ids_T[1:]).mean()
+        (rank, processes), rows, number = place(), self._settings.sequences_at_once, len(self._held_out_NT)
+        losses_N = torch.zeros(number, device=self.model.device)
+        for start in range(rank * rows, number + rank * rows, processes * rows):
+            # Each process calls the model as often as the others: weights that are spread are gathered together.
+            mine = [index for index in range(start, start + rows) if index < number]
+            ids_BT = self._held_out_NT[mine or [0]].long().to(self.model.device)
+            states = self._decoder(ids_BT, use_cache=False).last_hidden_state
+            for index, states_TC, ids_T in zip(mine, states, ids_BT, strict=False):
+                losses_N[index] = next_token_loss(next_token_logits(self.model, states_TC[:-1]), ids_T[1:]).mean()
+        sum_over_processes([losses_N])
+        return losses_N.cpu()
 
 
 def perplexity(loss: float) -> float:

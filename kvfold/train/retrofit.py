@@ -28,11 +28,12 @@ from kvfold.train.curve import Curve, read_curve
 from kvfold.train.data import TrainingOrder, TrainingText, draw_text
 from kvfold.train.free_channel import least_missed_channel
 from kvfold.train.kept_ratios import measure_kept_ratios
-from kvfold.train.loop import ignored_tokens, load_trained
+from kvfold.train.loop import Loop, OnStep, load_checkpoint
+from kvfold.train.objectives import Distillation, ignored_tokens
+from kvfold.train.processes import check_processes, join, shard, unsharded
 from kvfold.train.results import write_trained
 from kvfold.train.run_folder import RunFolder, leads
 from kvfold.train.settings import RetrofitSettings
-from kvfold.train.shards import check_processes, is_sharded, unsharded
 from kvfold.train.student import (
     Student,
     check_method,
@@ -42,7 +43,6 @@ from kvfold.train.student import (
     trained_weights,
     widest_layout,
 )
-from kvfold.train.trainer import RetrofitTrainer
 from kvfold.train.warm_start import warm_start
 
 MEASURED_WINDOWS = 8
@@ -72,12 +72,13 @@ class Retrofit:
     snapshot: Path | None = None
     """A folder for the newest checkpoint as a result of its own; nothing is trained then."""
     report: Report = silent
-    on_step: Callable[[dict[str, Any]], None] = _nobody
+    on_step: OnStep = _nobody
 
     def run(self) -> dict[str, Any]:
         """Train, or go on training, and write the result. Gives the facts of the card, on the main process."""
         if self.settings.shard:
             check_processes()
+        self.model.to(join(self.model.device))
         widest_layout(self.model, self.settings)  # refused before anything takes long
         check_method(self.model, self.settings)
         if self.settings.state_weight and self.teacher is not None:
@@ -106,7 +107,7 @@ class Retrofit:
         if self.settings.warm_start and self.settings.compresses:
             facts["warm_start"] = self._warm_started(text)
         self._train(student, text, base)
-        done = replace(self, model=unsharded(self.model)) if is_sharded(self.model) else self
+        done = replace(self, model=unsharded(self.model))
         return done._finished(facts, text, base) if leads() else facts
 
     def _finished(self, facts: dict[str, Any], text: TrainingText, base: Base) -> dict[str, Any]:
@@ -145,7 +146,7 @@ class Retrofit:
 
     def _load(self, checkpoint: Path) -> None:
         settings = self.settings
-        load_trained(self.model, checkpoint)
+        load_checkpoint(checkpoint, self.model)
         if settings.compresses and settings.trains == "full" and settings.spec.gate_form.zero_out:
             # The rows go before the step after.
             self.model.free_channel(write=step_of(checkpoint) <= settings.stages.zero_out_steps)
@@ -194,10 +195,10 @@ class Retrofit:
         if done >= settings.stages.total:
             self._load(checkpoint)
             return
+        ignored = ignored_tokens(self.model)
         samples = TrainingOrder(
-            text.train, steps=settings.stages.total, batch=settings.batch_sequences, seed=settings.seed,
-            ignored=ignored_tokens(self.model).tolist(),
-        )  # fmt: skip
+            text.train, steps=settings.stages.total, batch=settings.batch_sequences, seed=settings.seed, ignored=ignored
+        )
         curve = Curve(self.folder.training, done_steps=done) if leads() else None
 
         def on_step(point: dict[str, Any]) -> None:
@@ -207,12 +208,11 @@ class Retrofit:
         def on_unit(unit: int, model: FoldForCausalLM) -> None:
             write_trained(model, self.tokenizer, settings, base, self.folder.out / "ramp" / f"{unit}x")
 
-        trainer = RetrofitTrainer(
-            student, samples, settings, self.folder.training, use_cpu=self.model.device.type == "cpu", on_step=on_step,
-            on_unit=on_unit,
-        )  # fmt: skip
+        if settings.shard:
+            shard(self.model)
+        objective = Distillation(student, settings, ignored, on_unit=on_unit)
         try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            Loop(objective, samples, settings, self.folder.training, on_step=on_step).run()
         finally:
             if curve is not None:
                 curve.close()

@@ -145,6 +145,17 @@ class Stages:
             return self.compression
         return 1 + (self.compression - 1) * (step - self.zero_out_steps + 1) / self.ramp_steps
 
+    def targets(self, retention: Retention | None) -> list["Target"]:
+        """What is asked for in each step; `retention`: where anything is compressed."""
+        return [
+            Target(
+                channel_factor=self.zero_out_factor(step), compression=self.compression_at(step),
+                share=0.0 if retention is None else retention.share_for(self.compression_at(step)),
+                unit=None if retention is None else self.unit_after(step + 1),
+            )
+            for step in range(self.total)
+        ]  # fmt: skip
+
     def unit_after(self, done_steps: int) -> int | None:
         """The whole compression (2, 3, ...) that the ramp asked for in the last of `done_steps` steps for the first time,
         and short of the target, whose result is the run's own.
@@ -155,6 +166,20 @@ class Stages:
         before = 1.0 if done_steps - 1 == self.zero_out_steps else self.compression_at(done_steps - 2)
         reached = now > math.floor(before + 1e-9) and now >= 2
         return now if reached and now < self.compression else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """What is asked for in one step."""
+
+    channel_factor: float | None
+    """Of the freed channel, while it fades out; None = gates are on, if there are any."""
+    compression: float
+    """The real one, at the end of a sequence."""
+    share: float
+    """alpha*: of decisions, those that must fire for it."""
+    unit: int | None
+    """The whole compression that is come to in this step."""
 
 
 def learning_rate_factor(

@@ -1,10 +1,11 @@
 """Making a model ready to be trained: its gates, what of it learns, and the teacher that it is held against."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,38 +36,30 @@ class Student:
     """What the teacher has said before, in this run or another."""
     widest: KVLayout | None = None
     """Where layers draw whether they share: all that may."""
+    has_lora: bool = False
+    """Whether what is trained is a low-rank addition."""
 
-    @torch.no_grad()
     def teacher_states(
-        self, ids_BT: Tensor, wrapped: nn.Module | None = None, *, of_layers: bool = False
+        self, ids_BT: Tensor, decoder: Callable[..., Any], *, of_layers: bool = False
     ) -> tuple[Tensor, ...]:
         """What the teacher has before its head, [B, T, C]; with `of_layers`, before that what goes into each layer.
-        `wrapped`: what must be called in the student's place where its weights are spread over processes.
+        `decoder`: the student's, see `decoder_of`.
         """
         if self.kept is not None and not of_layers:
-            return (self.kept.of(ids_BT, lambda missing: self._asked(missing)[-1]),)
-        return self._asked(ids_BT, wrapped, of_layers)
+            return (self.kept.of(ids_BT, lambda missing: self._asked(missing, decoder)[-1]),)
+        return self._asked(ids_BT, decoder, of_layers)
 
-    def _asked(self, ids_BT: Tensor, wrapped: nn.Module | None = None, of_layers: bool = False) -> tuple[Tensor, ...]:
-        if self.teacher is not None:
-            return _states(self.teacher, ids_BT, of_layers)
-        with lora_off(self.model):
-            if wrapped is None:
-                return _states(self.model, ids_BT, of_layers)
-            states = wrapped(
-                input_ids=ids_BT, use_cache=False, logits_to_keep=1, output_hidden_states=True, options=GATES_OFF
-            ).hidden_states
-            return states if of_layers else states[-1:]
+    @torch.no_grad()
+    def _asked(self, ids_BT: Tensor, decoder: Callable[..., Any], of_layers: bool = False) -> tuple[Tensor, ...]:
+        decoder = decoder if self.teacher is None else self.teacher.model
+        with lora_off(self.model) if self.has_lora else nullcontext():
+            outputs = decoder(ids_BT, use_cache=False, output_hidden_states=of_layers, options=GATES_OFF)
+        return outputs.hidden_states if of_layers else (outputs.last_hidden_state,)
 
     @property
     def head_of_teacher(self) -> FoldForCausalLM:
         """The model whose head goes with `teacher_states`."""
         return self.teacher or self.model
-
-
-def _states(model: FoldForCausalLM, ids_BT: Tensor, of_layers: bool) -> tuple[Tensor, ...]:
-    output = model.model(ids_BT, use_cache=False, output_hidden_states=of_layers, options=GATES_OFF)
-    return output.hidden_states if of_layers else (output.last_hidden_state,)
 
 
 def make_student(
@@ -97,7 +90,9 @@ def make_student(
         for gate in (layer.self_attn.fold_norm, layer.self_attn.fold_proj):
             if gate is not None:  # also where another method rules, which learns nothing
                 gate.requires_grad_(model.config.layout.time_of(owner).trained)
-    return Student(model=model, teacher=teacher, kept=kept, widest=widest_layout(model, settings))
+    return Student(
+        model=model, teacher=teacher, kept=kept, widest=widest_layout(model, settings), has_lora=settings.trains == "lora"
+    )  # fmt: skip
 
 
 def widest_layout(model: FoldForCausalLM, settings: RetrofitSettings) -> KVLayout | None:

@@ -3,7 +3,6 @@
 import itertools
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from kvfold.train.run_folder import RunFolder, leads
 TrainOne = Callable[[PretrainSettings, RunFolder], dict[str, Any]]
 """Trains one model in its folder, or goes on; gives its facts on the leading process."""
 
-_WAIT_SECONDS = 0.2
 _CARD = "README.md"
 _LAST = "config.json"
 """A folder is loaded by it, so it comes last."""
@@ -64,19 +62,12 @@ def _outcome(settings: PretrainSettings, folder: RunFolder, train_one: TrainOne)
     failed = folder.read("diverged")
     if failed is None:
         try:
-            return {**(folder.finished() or train_one(settings, folder) or _awaited(folder)), **about}
+            return {**(folder.finished() or train_one(settings, folder) or folder.finished()), **about}
         except DivergedError as error:
             failed = {"told": str(error)}
             if leads():
                 folder.write("diverged", failed)
     return {**failed, **about, "note": "diverged"}
-
-
-def _awaited(folder: RunFolder) -> dict[str, Any]:
-    """What the leading process is about to write."""
-    while (found := folder.finished()) is None:
-        time.sleep(_WAIT_SECONDS)
-    return found
 
 
 def copy_result(best: Path, out: Path, *, card: str) -> None:

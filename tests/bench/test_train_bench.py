@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kvfold.bench import train
-from kvfold.bench.train import StepPoint, bench_train, control_of, make_sides, step_settings
+from kvfold.bench.train import StepPoint, bench_train, control_of, make_loop, make_sides, random_samples, step_settings
 from kvfold.models import blocks
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
@@ -44,45 +44,31 @@ def gated_layers(monkeypatch):
     return asked
 
 
-@pytest.fixture
-def losses(monkeypatch):
-    """The loss of every step, as the trainer computed it."""
-    found, original = [], train.RetrofitTrainer.compute_loss
-
-    def noted(self, *args, **kwargs):
-        loss = original(self, *args, **kwargs)
-        found.append(loss.item())
-        return loss
-
-    monkeypatch.setattr(train.RetrofitTrainer, "compute_loss", noted)
-    return found
-
-
 @pytest.mark.parametrize(
     ("method", "trains"), [("dms:4", "full"), ("dmc:3", "full"), ("dmc", "lora"), ("dms:4", "adapter")]
 )
 def test_gates_are_asked_on_one_side_alone(model, gated_layers, tmp_path, method, trains):
     point = StepPoint(sequence_tokens=24, batch_sequences=2, trains=trains)
     settings = step_settings(model, method, point)
-    batch = train._batch(model, settings)
+    samples = random_samples(model, settings)
     for student, plan in zip(make_sides(model, settings), (settings, control_of(settings)), strict=True):
         gated_layers.clear()
-        train._trainer(student, plan, tmp_path).take_step(batch)
+        make_loop(student, plan, samples, tmp_path).step(0)
         # A teacher that is the student itself runs with gates off.
         assert gated_layers.count(False) == (LAYERS if plan is settings else 0)
         assert plan is settings or gated_layers == []
 
 
 @pytest.mark.parametrize(("method", "loss"), [("dmc", "none"), ("dms:4", "reverse")])
-def test_the_side_without_gates_minimises_the_same_loss(model, losses, tmp_path, method, loss):
+def test_the_side_without_gates_minimises_the_same_loss(model, tmp_path, method, loss):
     """The next token's: the plain model's. A distillation: nothing at first, since the student is its teacher."""
     settings = step_settings(model, method, SMALL)
-    batch = train._batch(model, settings)
-    ids, (gated, plain) = batch["input_ids"], make_sides(model, settings)
+    samples = random_samples(model, settings)
+    ids, (gated, plain) = samples.batch(0, range(2)).ids_BT, make_sides(model, settings)
     with torch.no_grad():
         own = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
-    train._trainer(plain, control_of(settings), tmp_path).take_step(batch)
-    train._trainer(gated, settings, tmp_path).take_step(batch)
+    sides = (plain, control_of(settings)), (gated, settings)
+    losses = [make_loop(side, plan, samples, tmp_path).step(0)["loss"] for side, plan in sides]
     assert settings.distils == control_of(settings).distils == loss
     assert losses[0] == pytest.approx(own if loss == "none" else 0.0, rel=1e-5, abs=1e-6)
     assert abs(losses[1] - losses[0]) > 1e-2
@@ -94,7 +80,7 @@ def test_gates_fire_as_often_as_trained_ones(model, tmp_path, method, trains):
     settings = step_settings(model, method, StepPoint(sequence_tokens=60, batch_sequences=4, trains=trains))
     target = retention_of(model, settings).share_for(settings.compression)
     gated, _ = make_sides(model, settings)
-    parts = train._trainer(gated, settings, tmp_path).take_step(train._batch(model, settings))
+    parts = make_loop(gated, settings, random_samples(model, settings), tmp_path).step(0)
     assert target > 0.5 and parts["share"] == pytest.approx(target, abs=0.06)
 
 
@@ -115,9 +101,9 @@ def test_both_sides_share_the_weights_and_train_them(model):
 def test_a_frozen_base_stays_and_its_gates_learn(model, tmp_path):
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     settings = step_settings(model, "dms:4", StepPoint(sequence_tokens=24, trains="adapter"))
-    sides, batch = make_sides(model, settings), train._batch(model, settings)
+    sides, samples = make_sides(model, settings), random_samples(model, settings)
     for student, plan in zip(sides, (settings, control_of(settings)), strict=True):
-        train._trainer(student, plan, tmp_path).take_step(batch)
+        make_loop(student, plan, samples, tmp_path).step(0)
     assert all(weight.equal(before[name]) for name, weight in model.named_parameters())
     gates, none = (trained_weights(student.model) for student in sides)
     assert none == {} and any(bool(weight.any()) for name, weight in gates.items() if "fold_proj" in name)
@@ -126,8 +112,8 @@ def test_a_frozen_base_stays_and_its_gates_learn(model, tmp_path):
 def test_sides_take_turns_and_ratios_are_taken_round_by_round(model, monkeypatch):
     turns, seconds = [], iter([9.0, 9.0, 3.0, 2.0, 1.0, 1.0, 8.0, 2.0])
 
-    def noted(trainer, batch, device):
-        turns.append(trainer._settings.compresses)
+    def noted(loop, device):
+        turns.append(loop._settings.compresses)
         return next(seconds)
 
     monkeypatch.setattr(train, "_timed_step", noted)

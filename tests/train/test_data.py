@@ -151,26 +151,24 @@ def order(**settings):
 
 def test_every_pass_sees_every_block_in_another_order():
     samples = order()
-    assert len(samples) == 18
-    firsts = [int(samples[s]["input_ids"][0]) for s in range(14)]
+    firsts = [int(first) for step in range(5) for first in samples.batch(step, range(3)).ids_BT[:, 0]][:14]
     assert sorted(firsts[:7]) == sorted(firsts[7:]) == [5 * n for n in range(7)] and firsts[:7] != firsts[7:]
 
 
 def test_a_sample_depends_on_its_number_alone():
     one, other = order(), order(steps=60)
-    for sample in (17, 3, 0, 11):
-        for name, value in one[sample].items():
-            assert torch.equal(value, other[sample][name])
-    assert len({int(one[sample]["noise_key"]) for sample in range(18)}) == 18
-    assert int(one[4]["noise_key"]) != int(order(seed=1)[4]["noise_key"])
+    for step, row in ((5, 2), (1, 0), (0, 0), (3, 2)):
+        ours, theirs = one.batch(step, [row]), other.batch(step, range(3))
+        assert ours.ids_BT[0].equal(theirs.ids_BT[row]) and ours.noise_key_B[0] == theirs.noise_key_B[row]
+    assert len({key for step in range(6) for key in one.batch(step, range(3)).noise_key_B.tolist()}) == 18
+    assert not one.batch(1, [1]).noise_key_B.equal(order(seed=1).batch(1, [1]).noise_key_B)
 
 
 def test_tokens_of_a_step_are_those_that_count():
     """The last position of a block predicts nothing, and ignored tokens are not counted."""
-    assert int(order()[0]["step_tokens"]) == 3 * 4
+    assert order().batch(0, range(2)).step_positions == 3 * 4
     samples = order(ignored=[0, 7])
-    counts = [int(samples[s]["step_tokens"]) for s in range(6)]
-    blocks = [samples[s]["input_ids"] for s in range(6)]
     for step in (0, 1):
-        expected = sum(int((~torch.isin(b[:-1], torch.tensor([0, 7]))).sum()) for b in blocks[3 * step : 3 * step + 3])
-        assert counts[3 * step : 3 * step + 3] == [expected] * 3
+        batch = samples.batch(step, range(3))
+        counted = ~torch.isin(batch.ids_BT[:, :-1], torch.tensor([0, 7]))
+        assert batch.step_positions == samples.batch(step, [1]).step_positions == int(counted.sum())

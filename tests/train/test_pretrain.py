@@ -9,7 +9,7 @@ import torch
 import kvfold
 from byte_tokenizer import byte_tokenizer
 from kvfold.layout.planner import plan, token_bytes
-from kvfold.train import loop
+from kvfold.train import objectives
 from kvfold.train.curve import read_curve
 from kvfold.train.design_space import recipes
 from kvfold.train.loop import DivergedError
@@ -205,8 +205,8 @@ def test_a_number_that_cannot_be(given):
 
 
 def test_a_loss_that_is_no_number_ends_the_run(pretrain, monkeypatch):
-    given = loop.next_token_logits
-    monkeypatch.setattr(loop, "next_token_logits", lambda model, hidden: given(model, hidden) * float("nan"))
+    given = objectives.next_token_logits
+    monkeypatch.setattr(objectives, "next_token_logits", lambda model, hidden: given(model, hidden) * float("nan"))
     with pytest.raises(DivergedError, match="step 1: the loss is nan: the last good checkpoint"):
         pretrain("out").run()
 

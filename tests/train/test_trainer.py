@@ -3,16 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.data import default_collate
 
 from kvfold.methods.registry import parse_time
-from kvfold.train import loop
+from kvfold.train import objectives
 from kvfold.train.curve import read_curve
 from kvfold.train.data import TrainingOrder, draw_text
+from kvfold.train.loop import Loop
 from kvfold.train.noise import noise_key
+from kvfold.train.objectives import Distillation, ignored_tokens
 from kvfold.train.schedules import Retention
 from kvfold.train.student import make_student
-from kvfold.train.trainer import RetrofitTrainer
 from tiny_model import tiny_model
 
 DMS = {"time": "dms:4", "compression": 3.0}
@@ -126,7 +126,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(retrofit):
 
 @pytest.mark.parametrize("way", ["dms", "plain"])
 def test_a_loss_that_is_no_number_stops_with_its_step(retrofit, monkeypatch, way):
-    run, given = retrofit("out", **WAYS[way]), loop.next_token_logits
+    run, given = retrofit("out", **WAYS[way]), objectives.next_token_logits
     poisoned = {"on": False}
 
     def logits(model, hidden):
@@ -135,7 +135,7 @@ def test_a_loss_that_is_no_number_stops_with_its_step(retrofit, monkeypatch, way
     def on_step(point):
         poisoned["on"] = point["step"] == 5
 
-    monkeypatch.setattr(loop, "next_token_logits", logits)
+    monkeypatch.setattr(objectives, "next_token_logits", logits)
     with pytest.raises(
         RuntimeError,
         match=r"step 6: the loss is nan: the last good checkpoint is kept in .*: begin in another",
@@ -182,10 +182,8 @@ def test_a_step_taken_by_hand_is_a_step_of_a_run(retrofit, tmp_path):
     settings, model = run.settings, tiny_model()
     student = make_student(model, settings)
     blocks = draw_text(settings.data, run.tokenizer, tokens=128, sequence_tokens=32, seed=0).train
-    samples = TrainingOrder(blocks, steps=1, batch=4, seed=0, ignored=loop.ignored_tokens(model).tolist())
-    by_hand = RetrofitTrainer(
-        student, samples, settings, tmp_path, use_cpu=True, on_step=print, on_unit=print
-    )  # fmt: skip
-    by_hand.take_step(default_collate([samples[index] for index in range(4)]))
+    samples = TrainingOrder(blocks, steps=1, batch=4, seed=0, ignored=ignored_tokens(model))
+    objective = Distillation(student, settings, ignored_tokens(model), on_unit=print)
+    Loop(objective, samples, settings, tmp_path, on_step=print).step(0)
     for name, weight in run.model.named_parameters():
         torch.testing.assert_close(dict(model.named_parameters())[name], weight, msg=name)
