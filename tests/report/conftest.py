@@ -1,4 +1,4 @@
-"""One page of everything, made once: drawing it takes seconds."""
+"""One page of everything, made once, its pictures in one width alone: drawing takes seconds."""
 
 import json
 
@@ -20,7 +20,9 @@ def whole_text(tmp_path_factory) -> str:
     for index, result in enumerate(samples.design_space()):
         (results / f"design-{index}.json").write_text(json.dumps(result), encoding="utf-8")
     (results / "broken.json").write_text("{")
-    return write_page(results, folder / "deep" / "page.html").read_text(encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "NARROW", page.WIDE)
+        return write_page(results, folder / "deep" / "page.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
