@@ -13,10 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from recall_task import VARIANTS, RecallRun, RecallTask, description, train
 
 import kvfold
 from kvfold.record import cpu_name, git_commit
-from kvfold.train.recall import VARIANTS, RecallRun, RecallTask, description, train
 
 _KINDS = {"optimizer": str, "lr": float, "adam_lr": float, "rope_theta": float}
 
