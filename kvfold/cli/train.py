@@ -122,15 +122,16 @@ def _swept(name: str, settings: Any, factor: float, folder: Any, train_one: Any)
     from kvfold.train.run_folder import leads
     from kvfold.train.sweep import copy_result, sweep
 
-    if leads():
+    if not leads():
+        sweep(settings, factor, folder.out, train_one, say=lambda line: None)
+        return [{}]
+    with folder.locked():
         with progress() as report:
             begin(folder, name, settings, folder.training, report=report)
-    rows, best = sweep(settings, factor, folder.out, train_one, say=say if leads() else lambda line: None)
-    if not leads():
-        return [{}]
-    facts = next(row for row in rows if row["note"] == "best")
-    card = pretrain_card(settings.with_values(learning_rate=facts["learning_rate"]), facts, folder.out)
-    copy_result(best, folder.out, card=card)
+        rows, best = sweep(settings, factor, folder.out, train_one, say=say)
+        facts = next(row for row in rows if row["note"] == "best")
+        card = pretrain_card(settings.with_values(learning_rate=facts["learning_rate"]), facts, folder.out)
+        copy_result(best, folder.out, card=card)
     say(f"the best: {best}")
     return rows
 

@@ -57,17 +57,21 @@ class RunFolder:
             raise UserError(f"{self.out}: a file is in the way: name a folder that is not there yet") from None
         handle = os.open(self.out, os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock(handle)
             yield
-        except BlockingIOError:
-            raise UserError(
-                f"{self.out}: another process trains in this folder: wait until it ends, or name another folder"
-            ) from None
         finally:
             os.close(handle)
             with contextlib.suppress(OSError):  # not empty
                 for path in made:
                     path.rmdir()
+
+    def _lock(self, handle: int) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.out}: another process trains in this folder: wait until it ends, or name another folder"
+            ) from None
 
     def check(self, source: str, settings: Any, dtype: str = _DTYPE) -> None:
         """`source`: the model that is trained on, or the recipe; `settings`: see `TrainSettings`; `dtype`:
