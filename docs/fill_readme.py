@@ -15,22 +15,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from kvfold.data.whole_file import write_whole_file
-from kvfold.report.design import design_sheet, models_of
-from kvfold.report.design_pairs import pairs_sheet
-from kvfold.report.groups import Group, group_results
+from kvfold.report.design import design_sheet, models_of, pairs_sheet
 from kvfold.report.numbers import MISSING, amount, count, middle, percent, three, times
-from kvfold.report.pictures.decode import point_name
-from kvfold.report.pictures.passkey import found_keys, lengths_of, unfolded_share, worth_showing
-from kvfold.report.pictures.png import save_quality_png
-from kvfold.report.pieces import protocol_text, short_commit
-from kvfold.report.results import number, read_results, words
-from kvfold.report.series import UNFOLDED, family_of, texts_of
-from kvfold.report.sheets import quality_sheet
-from kvfold.report.tables import method_labels
+from kvfold.report.page import protocol_text, short_commit
+from kvfold.report.pictures import save_quality
+from kvfold.report.results import Group, group_results, number, read_results, words
+from kvfold.report.series import UNFOLDED, family_of, found_keys, lengths_of, texts_of, unfolded_share, worth_showing
+from kvfold.report.sheets import method_labels, point_name, quality_sheet
 
 NOTHING = "Not measured."
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md", "docs/vllm-and-ray.md")
+PAGES = ("README.md", "docs/results.md", "docs/engine.md", "docs/vllm-and-ray.md")
 BLOCK = re.compile(r"(?P<open><!-- results: (?P<name>\w+) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 SHOWN = ("text", "method", "perplexity", "change", "KL", "same top-1", "kept", "compression")
 """Columns of the quality table that the README shows, by the report's names for them."""
@@ -261,6 +256,25 @@ def ray_serve(data: Mapping) -> str:
     return f"{table(heads, lines)}\n\n{said}"
 
 
+def estimator(data: Mapping) -> str:
+    """How well bytes are known before a prompt is read."""
+    lines = [
+        [
+            row["estimator"], row["text"].replace("all", "all four"), str(row["prompts"]), percent(row["mean_error"]),
+            f"{100 * row['mean_signed']:+.1f} %", percent(row["covered"]),
+        ]
+        for row in data["rows"]
+    ]  # fmt: skip
+    heads = ("estimate", "text", "prompts", "mean error", "with its sign", "covered")
+    about, (least, most) = data["environment"], data["tokens"]
+    said = (
+        f"Prompts of {least} to {most:,} tokens under `{data['time']}` with {data['adapter']}; {about['cpu']}, "
+        f"{about['threads']} threads; "
+        f"{_again(data['git_commit'], data)}"
+    )
+    return f"{table(heads, lines)}\n\n{said}"
+
+
 def _again(commit: str, data: Mapping) -> str:
     return f"commit {short_commit(commit)}. Measured with `{data['command']}`."
 
@@ -274,8 +288,9 @@ INTEGRATIONS: Mapping[str, tuple[str, Callable[[Mapping], str]]] = {
     "vllm_devices": ("integrations/vllm-devices.json", vllm_devices),
     "vllm_capacity": ("integrations/vllm-capacity.json", vllm_capacity),
     "ray_serve": ("integrations/ray-serve.json", ray_serve),
+    "estimator": ("engine/estimator.json", estimator),
 }
-"""Blocks of results that are read as they are: the report's readers know nothing of other people's servers."""
+"""Blocks of results that are read as they are: the report's readers know nothing of servers."""
 
 BLOCKS: Mapping[str, tuple[str, Callable[[Group], str]]] = {
     "time_axis": ("time-axis.json", side_by_side),
@@ -388,7 +403,7 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> str | None:
         if arguments:
             return None
         if (results / "quality.json").is_file():
-            save_quality_png(results / "quality.json", root / "docs" / "quality.png")
+            save_quality(results / "quality.json", root / "docs" / "quality.png")
     except (ValueError, OSError) as error:
         return f"error: {error}"
     return None

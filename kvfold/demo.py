@@ -16,7 +16,7 @@ from kvfold.bench.held import measure_held
 from kvfold.bench.peers import load_theirs
 from kvfold.data.texts import SAMPLE, read_text_file
 from kvfold.data.windows import text_beginning
-from kvfold.errors import UserError
+from kvfold.errors import UserError, need_packages
 from kvfold.eval.passkey import measure_passkey
 from kvfold.eval.perplexity import measure_quality
 from kvfold.eval.progress import Report
@@ -58,6 +58,7 @@ def run_demo(
     out: Path, command: str, say: Callable[[str], None], report: Report, show: Callable[[str, Any], None]
 ) -> Path:
     """Measure everything, hand each result to `show` as it comes, and write results and page under `out`."""
+    need_packages("matplotlib", extra="report", what="the demo's page")
     results, source = out / "results", bundled_model()
     say(f"loading {source.name}")
     model, tokenizer = load(source, adapter=ADAPTER), load_tokenizer(source)

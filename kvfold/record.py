@@ -1,6 +1,6 @@
-"""What a measurement leaves behind: a result file, and with each row by what it was made, where and when.
+"""What a measurement leaves behind: a result file, and in each of its rows a record, `made`: by what it was made, where and when.
 
-A row that carries no record of its own was made by the run that its file names.
+A row that an earlier run measured keeps the record of that run.
 """
 
 import json
@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib import metadata
@@ -24,10 +24,35 @@ UNDRAWN_KINDS = ("prefill", "capacity", "kernel", "gpu")
 """Results of `kvfold bench` that the report has no picture of: they lie in folders of their own."""
 
 
-def made(threads: int) -> dict[str, Any]:
-    """Who makes a row, and when: commit, versions, processor, threads."""
+ROWS = ("rows", "passkey", "tasks")
+"""The lists of a result whose rows are measurements."""
+
+
+def made(threads: int | None, dtype: str | None = None) -> dict[str, Any]:
+    """Who makes a row, and when: commit (`-dirty` if files differ from it), versions, processor, threads, dtype."""
     versions = {name: version for name in ("kvfold", "torch") if (version := _version(name))}
-    return {"git_commit": git_commit(), **versions, "cpu": cpu_name(), "threads": threads, "when": now()}
+    about = {
+        "git_commit": git_commit(),
+        **versions,
+        "cpu": cpu_name(),
+        "threads": threads,
+        "dtype": dtype and dtype.removeprefix("torch."),
+        "when": now(),
+    }
+    return {name: value for name, value in about.items() if value is not None}
+
+
+def recorded(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """A result whose measured rows all have a record; threads and dtype are those of its `environment`."""
+    environment = payload.get("environment") or {}
+    record = made(environment.get("threads"), environment.get("dtype"))
+    lists = {name: with_record(payload[name], record) for name in ROWS if isinstance(payload.get(name), list)}
+    return {**payload, **lists}
+
+
+def with_record(rows: Iterable[Mapping[str, Any]], record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows with this record; what a row's own record says stays as it is."""
+    return [{**row, "made": {**record, **(row.get("made") or {})}} for row in rows]
 
 
 def made_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -53,7 +78,7 @@ def write_result(path: Path, kind: str, payload: Mapping, command: str) -> Path:
         "created": now(),
         "command": command,
         "git_commit": git_commit(),
-        **payload,
+        **recorded(payload),
         "environment": {**_environment(), **(payload.get("environment") or {})},
     }
     return write_whole_file(Path(path), json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n")

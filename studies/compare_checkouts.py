@@ -94,12 +94,18 @@ def main() -> None:
         print(f"{point}: {rows[-1]['before']:.1f} -> {rows[-1]['after']:.1f} tokens/s, "
               f"{rows[-1]['ratio']:.3f} ({medians[200]:.3f} to {medians[3799]:.3f})")  # fmt: skip
     if given.out:
+        # Not at the top: a worker runs on a checkout whose record may be another.
+        import torch
+
+        from kvfold.record import made, with_record
+
         commits = {}
         for name, folder in (("before", given.before), ("after", given.after)):
             said = subprocess.run(
                 ["git", "-C", folder, "describe", "--always", "--dirty"], capture_output=True, text=True
             )
             commits[name] = said.stdout.strip()
+        rows = with_record(rows, made(torch.get_num_threads(), "float32"))
         given.out.write_text(json.dumps({"rounds": given.rounds, "commits": commits, "rows": rows}, indent=1) + "\n")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import kvfold
-from kvfold.record import cpu_name, git_commit
+from kvfold.record import made
 from kvfold.train.data import TrainingOrder, draw_text
 from kvfold.train.loop import Loop
 from kvfold.train.objectives import Distillation, ignored_tokens
@@ -30,7 +30,7 @@ from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import make_student, trained_weights
 
 FREED_CHANNEL = 48
-"""What `find_channel` found for SmolLM2-135M (results/runs/freed-channel.json)."""
+"""What `find_channel` found for SmolLM2-135M (results/runs/dmc-4x.json, `freed`)."""
 
 
 class _Enough(Exception):
@@ -61,9 +61,8 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     about = {
-        "arm": args.arm, "rate": args.rate, "model": args.name, "git_commit": git_commit(), "kvfold": kvfold.__version__,
-        "torch": torch.__version__, "transformers": version("transformers"), "peft": version("peft"),
-        "threads": torch.get_num_threads(), "cpu": cpu_name(), "dtype": str(model.dtype),
+        "arm": args.arm, "rate": args.rate, "model": args.name, **made(torch.get_num_threads(), str(model.dtype)),
+        "transformers": version("transformers"), "peft": version("peft"),
         "trained_parameters": sum(one.numel() for one in trained_weights(model).values()),
     }  # fmt: skip
     sys.stdout.write(json.dumps({**about, "settings": asdict(settings)}) + "\n")

@@ -27,7 +27,7 @@ from kvfold.ops.attention import attention_with_weights
 from kvfold.ops.gating import from_next
 from kvfold.ops.pooling import pooled
 from kvfold.ops.rotation import Rotation, rotate, rotate_queries
-from kvfold.record import cpu_name, git_commit
+from kvfold.record import made
 
 ARMS = ("published", "first-alone", "first-alone,bias", "first-alone,values")
 _WINDOW = 12
@@ -82,8 +82,7 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = kvfold.load(args.model).eval(), kvfold.load_tokenizer(args.model)
     about = {
-        "model": args.name, "git_commit": git_commit(), "kvfold": kvfold.__version__, "torch": torch.__version__,
-        "transformers": version("transformers"), "threads": torch.get_num_threads(), "cpu": cpu_name(),
+        "model": args.name, **made(torch.get_num_threads(), str(model.dtype)), "transformers": version("transformers"),
     }  # fmt: skip
     decoder, done = model.model, set()
     if args.out.exists():

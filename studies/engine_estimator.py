@@ -17,6 +17,7 @@ import random
 import shlex
 import statistics
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from kvfold.data.texts import read_text_file
 from kvfold.data.whole_file import write_whole_file
 from kvfold.engine.budget import KeptRatios, SequenceCost
 from kvfold.layout.planner import PAGE_SLOTS
-from kvfold.record import cpu_name, git_commit
+from kvfold.record import cpu_name, git_commit, made, with_record
 from kvfold.train.calibrate import CALL_TOKENS, kept_streams
 
 
@@ -49,18 +50,23 @@ def main() -> None:
         prompts[kind * wanted.prompts + place] for place in range(wanted.prompts) for kind in range(len(wanted.text))
     ]
     cost = new_cost(model, calibrated=True)
-    read = []
+    read, seconds = [], {"all": 0.0}
     for number, (name, ids) in enumerate(prompts):
+        began = time.perf_counter()
         kept = read_prompt(model, ids)
+        for key in (name, "all"):
+            seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - began
         read.append((name, len(ids), kept, held_bytes(cost, kept)))
         print(f"{number + 1}/{len(prompts)} {name} {len(ids)} tokens", file=sys.stderr)
     rows = []
     for estimator in ("uncalibrated", "calibrated", "online"):
-        rows += judged(estimator, new_cost(model, calibrated=estimator != "uncalibrated"), read)
+        found = judged(estimator, new_cost(model, calibrated=estimator != "uncalibrated"), read)
+        rows += [row | {"reading_seconds": seconds[row["text"]]} for row in found]
     result = {
         "kind": "estimator", "created": datetime.now(UTC).isoformat(timespec="seconds"), "git_commit": git_commit(),
         "command": shlex.join(["studies/engine_estimator.py", *sys.argv[1:]]), "adapter": wanted.adapter,
-        "time": model.config.layout.time_text(), "prompts": wanted.prompts, "tokens": bounds, "rows": rows,
+        "time": model.config.layout.time_text(), "prompts": wanted.prompts, "tokens": bounds,
+        "rows": with_record(rows, made(torch.get_num_threads(), str(model.dtype))),
         "environment": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
     }  # fmt: skip
     write_whole_file(wanted.out, json.dumps(result, indent=1) + "\n")

@@ -21,7 +21,7 @@ import torch
 import kvfold
 from kvfold.data.whole_file import write_whole_file
 from kvfold.engine.engine import Engine
-from kvfold.record import cpu_name, git_commit
+from kvfold.record import cpu_name, git_commit, made, with_record
 
 SAMPLE = Path(kvfold.__file__).parent / "assets" / "sample" / "persuasion.txt"
 THINGS = (
@@ -43,7 +43,8 @@ def main() -> None:
         print(json.dumps(rows[-2:]), flush=True)
     result = {
         "kind": "prefix", "created": datetime.now(UTC).isoformat(timespec="seconds"), "git_commit": git_commit(),
-        "command": shlex.join(["studies/engine_prefix.py", *sys.argv[1:]]), "adapter": wanted.adapter, "rows": rows,
+        "command": shlex.join(["studies/engine_prefix.py", *sys.argv[1:]]), "adapter": wanted.adapter,
+        "rows": with_record(rows, made(torch.get_num_threads(), str(model.dtype))),
         "environment": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
     }  # fmt: skip
     write_whole_file(wanted.out, json.dumps(result, indent=1) + "\n")

@@ -33,7 +33,7 @@ from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import layout_bytes, page_bytes, page_class, page_classes
 from kvfold.models.adapters import Base, apply_adapter
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.record import cpu_name, git_commit
+from kvfold.record import made
 from kvfold.train.calibrate import calibrate
 from kvfold.train.data import Batch, TrainingOrder, draw_text
 from kvfold.train.losses import divergence, fired_shares, ratio_loss, slice_rows, summed_in_slices
@@ -346,8 +346,7 @@ def _say(text: str) -> None:
 
 def _about(args: argparse.Namespace) -> dict:
     return {
-        "model": args.name, "git_commit": git_commit(), "kvfold": kvfold.__version__, "torch": torch.__version__,
-        "transformers": version("transformers"), "threads": torch.get_num_threads(), "cpu": cpu_name(),
+        "model": args.name, **made(torch.get_num_threads(), "float32"), "transformers": version("transformers"),
     }  # fmt: skip
 
 

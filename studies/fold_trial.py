@@ -35,7 +35,7 @@ from kvfold.models.decoder import FoldForCausalLM
 from kvfold.ops.fold_reference import FoldRule, FoldTrace, fold_attention_reference
 from kvfold.ops.gating import Gates
 from kvfold.ops.rotation import Rotation, rotate, rotate_queries
-from kvfold.record import cpu_name, git_commit
+from kvfold.record import made
 from kvfold.train.calibrate import calibrate, shift_gates
 from kvfold.train.settings import RetrofitSettings
 
@@ -252,9 +252,8 @@ def _say(text: str) -> None:
 
 def _about(args: argparse.Namespace) -> dict:
     return {
-        "model": args.name, "adapter": args.adapter, "git_commit": git_commit(), "kvfold": kvfold.__version__,
-        "torch": torch.__version__, "transformers": version("transformers"), "threads": torch.get_num_threads(),
-        "cpu": cpu_name(),
+        "model": args.name, "adapter": args.adapter, **made(torch.get_num_threads(), "float32"),
+        "transformers": version("transformers"),
     }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerFast
 import kvfold
 from kvfold.data.whole_file import write_whole_file
 from kvfold.integrations.ray_serve import REPLICA, build
-from kvfold.record import cpu_name, git_commit
+from kvfold.record import cpu_name, git_commit, made, with_record
 
 APP, NAMESPACE = "kvfold", "serve"
 BEGINNING, TAIL = 1200, 60
@@ -112,7 +112,7 @@ def _write(wanted: argparse.Namespace, kv_bytes: int, rows: list[dict]) -> None:
         "environment": {"ray": ray.__version__, "cpu": cpu_name(), "cores": os.cpu_count()},
         "requests": wanted.requests, "families": wanted.families, "clients": wanted.clients,
         "prompt_tokens": BEGINNING + TAIL, "shared_tokens": BEGINNING, "new_tokens": wanted.new, "kv_bytes": kv_bytes,
-        "rows": rows,
+        "rows": with_record(rows, made(torch.get_num_threads(), "float32")),
     }  # fmt: skip
     write_whole_file(wanted.out, json.dumps(result, indent=1) + "\n")
 

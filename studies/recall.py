@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from recall_task import VARIANTS, RecallRun, RecallTask, description, train
 
-import kvfold
-from kvfold.record import cpu_name, git_commit
+from kvfold.record import made
 
 _KINDS = {"optimizer": str, "lr": float, "adam_lr": float, "rope_theta": float}
 
@@ -65,8 +64,8 @@ def make(run: RecallRun, variant: str, args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     train(run, on_point=on_point, every=args.every, state=state, on_state=on_state)
     row = {
-        **about, "points": points, "git_commit": git_commit(), "kvfold": kvfold.__version__, "torch": torch.__version__,
-        "transformers": version("transformers"), "threads": torch.get_num_threads(), "cpu": cpu_name(),
+        **about, "points": points, **made(torch.get_num_threads(), str(torch.get_default_dtype())),
+        "transformers": version("transformers"),
     }  # fmt: skip
     with args.out.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

@@ -15,9 +15,12 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from kvfold.record import made
 
 NAME = "demo"
 EXAMPLES = 30
@@ -226,6 +229,7 @@ def main(clients: str, which: list[str], out: Path) -> None:
     result: dict[str, object] = json.loads(out.read_text()) if out.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
         for name in which:
+            began = time.monotonic()
             with server(*((write_tiny(Path(folder)),) if name == "schemathesis" else ("--demo",))) as url:
                 if name == "litellm":
                     result[name] = ask_litellm(clients, url)
@@ -234,7 +238,8 @@ def main(clients: str, which: list[str], out: Path) -> None:
                 else:
                     result[name] = ask_schemathesis(clients, url)
             version = run([clients, "-c", f"import importlib.metadata as m; print(m.version({name!r}))"]).strip()
-            result[name] = {"version": version} | result[name]
+            result[name] = {"version": version, "seconds": time.monotonic() - began} | result[name]
+            result["made"] = made(None, "float32")
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(result, indent=1) + "\n")
             print(name, json.dumps(result[name], indent=1))

@@ -18,9 +18,12 @@ import threading
 import time
 from pathlib import Path
 
+import torch
+
 from kvfold.demo import ADAPTER, bundled_model
 from kvfold.engine.engine import Engine
 from kvfold.models.load import load, load_tokenizer
+from kvfold.record import made
 
 REQUESTS, PROMPT, NEW, ROUNDS = 16, 32, 48, 8
 METHOD = "dms:128"
@@ -116,7 +119,7 @@ def write(out: Path, seconds: dict[str, list[float]], processor: dict[str, list[
     tokens = REQUESTS * NEW
     result = {
         "requests": REQUESTS, "prompt_tokens": PROMPT, "new_tokens": NEW, "method": METHOD,
-        "rounds": len(seconds[SIDES[0]]), "seconds": seconds,
+        "rounds": len(seconds[SIDES[0]]), "seconds": seconds, "made": made(torch.get_num_threads(), "float32"),
         "median_tokens_per_s": {name: tokens / statistics.median(values) for name, values in seconds.items()},
         "cost": {name: _cost(seconds[name], seconds["in process"]) for name in SIDES[1:]},
         "processor_seconds": processor,

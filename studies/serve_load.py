@@ -226,7 +226,7 @@ def afterwards(out: Path) -> None:
 
 def write(out: Path, result: dict) -> None:
     """As JSON with the record of each step, a list of ids a line."""
-    result.setdefault("made", {})[sys.argv[1]] = made(torch.get_num_threads())
+    result.setdefault("made", {})[sys.argv[1]] = made(torch.get_num_threads(), "float32")
     out.parent.mkdir(parents=True, exist_ok=True)
     text = re.sub(r"\[[\d,\s]*\]", lambda found: re.sub(r"\s+", " ", found[0]), json.dumps(result, indent=1))
     out.write_text(text + "\n")

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from kvfold.bench.vllm_peer import VllmPeer, VllmRun
 from kvfold.data.whole_file import write_whole_file
-from kvfold.record import cpu_name, git_commit
+from kvfold.record import cpu_name, git_commit, made, with_record
 
 DTYPE, DTYPE_BYTES = "float32", 4
 BLOCK_TOKENS = 32
@@ -53,7 +53,7 @@ def main() -> None:
             "dtype": DTYPE, "load_average": os.getloadavg()[0],
         },
         "requests": wanted.requests, "prompt_tokens": wanted.prompt, "new_tokens": wanted.new, "rounds": wanted.rounds,
-        "rows": rows,
+        "rows": with_record(rows, made(wanted.threads, DTYPE)),
     }  # fmt: skip
     write_whole_file(wanted.out, json.dumps(result, indent=1) + "\n")
     for row in rows:

@@ -15,6 +15,7 @@ import json
 import shlex
 import sys
 import tempfile
+import time
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -25,7 +26,7 @@ import kvfold
 from kvfold.bench.vllm_peer import VllmPeer
 from kvfold.data.whole_file import write_whole_file
 from kvfold.errors import UserError
-from kvfold.record import made
+from kvfold.record import made, with_record
 
 PROMPTS = [
     "The capital of France is", "Once upon a time there was a", "In the year 1815 the war ended and", "def add(a, b):",
@@ -53,14 +54,15 @@ def main() -> None:
         row["promised"] = rows[0]["owners"] / row["owners"]
         sys.stdout.write(f"{json.dumps(row)}\n")
     parallel = in_parallel({name: alone[name] for name in (given.folders[0], given.folders[-1])}, ids, given.devices)
+    record = made(torch.get_num_threads(), "float32")
     result = {
         "kind": "vllm-tokens", "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(
             ["studies/vllm-tokens.py", given.out.name, *(folder.name for folder in given.folders)]
             + [word for devices in given.devices for word in ("--devices", str(devices))]
         ),
-        "made": made(torch.get_num_threads()), "prompts": len(ids), "new_tokens": NEW_TOKENS, "kv_bytes": KV_BYTES, "rows": rows,
-        "tensor_parallel": parallel,
+        "made": record, "prompts": len(ids), "new_tokens": NEW_TOKENS, "kv_bytes": KV_BYTES, "rows": with_record(rows, record),
+        "tensor_parallel": with_record(parallel, record),
     }  # fmt: skip
     write_whole_file(given.out, json.dumps(result, indent=1) + "\n")
 
@@ -82,6 +84,7 @@ def in_parallel(alone: dict[Path, Answers], ids: list[list[int]], devices: list[
 
 def measured(folder: Path, ids: list[list[int]]) -> tuple[Answers, dict]:
     """vLLM's tokens of one model, and both sides beside each other."""
+    began = time.monotonic()
     with vllm(folder, len(ids)) as peer:
         theirs, about = peer.run(ids, NEW_TOKENS).new_ids, peer.about
     model = kvfold.load(folder)
@@ -89,6 +92,7 @@ def measured(folder: Path, ids: list[list[int]]) -> tuple[Answers, dict]:
     return theirs, {
         "model": folder.name, "owners": len(model.config.layout.owners), "equal_answers": equal, "kv_tokens": about["kv_tokens"],
         "log": about["log"], "log_says_so": f"{about['kv_tokens']:,} tokens" in about["log"], "vllm": about["version"],
+        "seconds": time.monotonic() - began,
     }  # fmt: skip
 
 
@@ -100,13 +104,14 @@ def vllm(folder: Path, rows: int, devices: int = 1) -> VllmPeer:
 
 def beside(alone: Answers, folder: Path, ids: list[list[int]], devices: int) -> dict:
     """Several devices beside one, or in which words as many are refused."""
-    row = {"model": folder.name, "devices": devices}
+    row, began = {"model": folder.name, "devices": devices}, time.monotonic()
     try:
         with vllm(folder, len(ids), devices) as peer:
             several = peer.run(ids, NEW_TOKENS).new_ids
     except UserError as error:
         return row | {"refused": str(error)}
-    return row | {"equal_answers": sum(one == other for one, other in zip(alone, several, strict=True))}
+    equal = sum(one == other for one, other in zip(alone, several, strict=True))
+    return row | {"equal_answers": equal, "seconds": time.monotonic() - began}
 
 
 def random_model(folder: Path, like: Path) -> Path:

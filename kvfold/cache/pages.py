@@ -13,7 +13,7 @@ from torch import Tensor
 from kvfold.cache.allocator import PageBook
 from kvfold.layout.planner import PageClass
 from kvfold.ops.native import huge_pages
-from kvfold.ops.quantised import dequantise, page_arrays, quantise
+from kvfold.ops.quantised import dequantise, page_arrays, quantise, turned
 
 HUGE_PAGE_BYTES = 2**21
 """A large memory page of the machine; a smaller array can't lie in one."""
@@ -146,7 +146,8 @@ class PagePool:
 
     def _write_one(self, name: str, slot_X: Tensor, new_XD: Tensor) -> None:
         array, storage = self.arrays[name], self.page_class.k if name == "k" else self.page_class.v
-        codes, scales = quantise(new_XD.to(self.dtype), storage)
+        new_XD = new_XD.to(self.dtype)
+        codes, scales = quantise(turned(new_XD, storage) if name == "k" else new_XD, storage)
         _movable(array).flatten(0, 1).index_copy_(0, slot_X, _movable(codes))
         if scales is not None:
             self.arrays[f"{name}_scale"].flatten(0, 1).index_copy_(0, slot_X, scales)
@@ -160,13 +161,19 @@ class PagePool:
             return codes
         scales = self.slot_array(f"{name}_scale")
         scales = None if scales is None else scales.flatten(0, 1)[slot]
+        if name == "k":
+            return turned(dequantise(codes, scales, storage, self.page_class.head_dim, torch.float32), storage).to(
+                self.dtype
+            )
         return dequantise(codes, scales, storage, self.page_class.head_dim, self.dtype)
 
     def as_stored(self, x: Tensor, name: str) -> Tensor:
         """Keys (`k`) or values (`v`) [..., D] as they would be read back, in their own dtype."""
         storage = self.page_class.k if name == "k" else self.page_class.v
-        codes, scales = quantise(x.to(self.dtype), storage)
-        return dequantise(codes, scales, storage, x.shape[-1], self.dtype).to(x.dtype)
+        own = x.to(self.dtype)
+        codes, scales = quantise(turned(own, storage) if name == "k" else own, storage)
+        found = dequantise(codes, scales, storage, x.shape[-1], torch.float32 if name == "k" else self.dtype)
+        return (turned(found, storage).to(self.dtype) if name == "k" else found).to(x.dtype)
 
     def rewrite(self, slot_X: Tensor, v_XD: Tensor, values: Mapping[str, Tensor]) -> None:
         """Other values at flat slots, and other slot state under these names; keys and positions stay."""

@@ -53,11 +53,11 @@ def serve(
         check_out(path)
     need_packages("httpx", extra="serve", what="bench serve")
     if picture is not None:
-        need_packages("matplotlib", extra="plot", what="--picture")
+        need_packages("matplotlib", extra="report", what="--picture")
     from kvfold.bench.serve_http import Load, bench_serve, draw_requests, read_trace, summary_lines
     from kvfold.bench.serve_requests import parse_lengths
     from kvfold.data.whole_file import write_whole_file
-    from kvfold.report.pictures.load import save_load_png
+    from kvfold.report.pictures import save_waits
 
     load = Load(rate=rate, clients=clients if rate or trace or clients else 8, seed=seed)
     if trace is not None:
@@ -79,7 +79,7 @@ def serve(
     if out is not None:
         write_whole_file(out, json.dumps({"command": command_line(), "rows": rows}, indent=1) + "\n")
     if picture is not None:
-        save_load_png(rows, picture)
+        save_waits(rows, picture)
     if as_json:
         show_json({"rows": rows})
     else:

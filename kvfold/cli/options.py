@@ -112,8 +112,10 @@ class Output:
 
     def hand_over(self, kind: str, result: Mapping[str, Any], *tables: Callable[[Mapping], RenderableType]) -> None:
         """Write a result where it was asked for, and show it as JSON or as tables."""
-        from kvfold.record import write_result
+        from kvfold.record import recorded, write_result
 
+        if kind not in ("plan", "recipes"):  # nothing was measured for these
+            result = recorded(result)
         if self.out is not None:
             write_result(self.out, kind, result, command_line())
         if self.as_json:
@@ -173,13 +175,13 @@ def model_name(source: str) -> str:
     return Path(source).resolve().name.removesuffix(".gguf") if Path(source).exists() else source
 
 
-def begin_training(device: Any) -> dict[str, Any]:
+def begin_training(device: Any, dtype: str = "float32") -> dict[str, Any]:
     """Set up what every training run needs, and say by what it is made."""
     import torch
 
     from kvfold import __version__
     from kvfold.ops.denormals import flush_denormals
-    from kvfold.record import cpu_name, git_commit
+    from kvfold.record import cpu_name, git_commit, made
     from kvfold.train.retrofit import device_name
 
     quiet_transformers(bars=False)
@@ -187,4 +189,5 @@ def begin_training(device: Any) -> dict[str, Any]:
     if device.type == "cpu" and torch.cuda.is_available():
         say("note: training on the CPU, though there is a GPU: --device cuda takes it")
     hardware = device_name(device, cpu_name())
-    return {"command": command_line(), "version": __version__, "git_commit": git_commit(), "hardware": hardware}
+    about = {"command": command_line(), "version": __version__, "git_commit": git_commit(), "hardware": hardware}
+    return about | {"made": made(torch.get_num_threads(), dtype)}

@@ -128,7 +128,7 @@ def _run(source: str, out: Path, settings: Any, snapshot: Path | None, loading: 
 
     model, tokenizer = loading.load(source)
     teacher = None if settings.teacher is None else loading.load(settings.teacher)[0]
-    about = begin_training(model.device)
+    about = begin_training(model.device, loading.dtype)
     _say_plan(settings, folder.done_steps, model)
     with progress() as report, watched_steps(settings.stages.total, folder.done_steps, say) as on_step:
         return Retrofit(

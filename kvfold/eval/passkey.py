@@ -6,6 +6,7 @@ Letters: B rows, T columns.
 """
 
 import random
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,8 +59,8 @@ def measure_passkey(
     cells: Any = None,
     report: Report = silent,
 ) -> list[dict[str, Any]]:
-    """Rows of `method`, `length_tokens`, `depth`, `found`, `tries`; the unfolded model first, if `with_full`;
-    those of the models `beside` come last, each under its own method.
+    """Rows of `method`, `length_tokens`, `depth`, `found`, `tries`, and the `seconds` that all depths of a length took together;
+    the unfolded model first, if `with_full`; those of the models `beside` come last, each under its own method.
 
     `lengths`: tokens of a prompt, at most. Each length and depth is tried with `tries` keys, the same for every method.
     All tries of one length are read side by side. `cells`: a folder of finished measurements, which are not made again.
@@ -84,12 +85,14 @@ def measure_passkey(
             ids = ids_key(*(prompt for _, prompt in asked))
             cell = kept.read(about, cell_key, of=ids)
             if cell is None:
+                began = time.monotonic()
                 cell = {"found": _found(model, tokenizer, layout, asked, tries, about, report)}
+                cell["seconds"] = time.monotonic() - began
                 cell = kept.write(about, cell_key, cell, of=ids)
             pairs = zip(depths, cell["found"], strict=True)
             rows += [
                 {"method": method, "length_tokens": length, "depth": depth, "found": found, "tries": tries}
-                | {"made": cell["made"]}
+                | {name: cell[name] for name in ("seconds", "made") if name in cell}
                 for depth, found in pairs
             ]
     settings = {"lengths": lengths, "depths": depths, "tries": tries, "seed": seed, "cells": kept, "report": report}

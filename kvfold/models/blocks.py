@@ -17,8 +17,11 @@ from kvfold.methods.gates import GateConfig
 from kvfold.models.config import FoldConfig
 from kvfold.models.gates import GateCall, GateNorm, GateProjection, decide
 from kvfold.ops.linear import PackableLinear, project, rms_norm
+from kvfold.ops.packed_layer import PackedFront, PackedTail
 from kvfold.ops.rotation import Rotation
-from kvfold.ops.tail import PackedTail
+
+Heads = tuple[Tensor, Tensor | None, Tensor | None]
+"""q [B, T, H, D], and k and v [B, T, K, D], which a layer without keys of its own has not."""
 
 
 class FoldRMSNorm(nn.Module):
@@ -81,12 +84,20 @@ class FoldAttention(nn.Module):
         self.fold_norm, self.fold_proj = new_adapter(gates, config, self.layer)
 
     def forward(
-        self, normed_BTC: Tensor, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None, call: GateCall | None,
-        project_out: bool = True,
+        self, normed_BTC: Tensor | None, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None, call: GateCall | None,
+        project_out: bool = True, ready: Heads | None = None,
     ) -> Tensor:  # fmt: skip
-        """`normed_BTC` is the layer's input as the block takes it, `hidden_BTC` the residual stream itself. Without `project_out`
-        what all query heads found, [B, T, H * D].
+        """`normed_BTC` is the layer's input as the block takes it, `hidden_BTC` the residual stream itself; `ready` in place of
+        the former: q, k and v of all heads. Without `project_out` what all query heads found, [B, T, H * D].
         """
+        q, k, v = self._projected(normed_BTC, hidden_BTC, call) if ready is None else ready
+        gates = None if call is None else decide(call, self.layer, q, k, *self._adapted(call, hidden_BTC))
+        rotation = rotation if self.query_layernorm is None else self._with_gain(rotation)
+        attended = view.attend(self.layer, q, k, v, rotation, gates).flatten(2)
+        return self.o_proj(attended) if project_out else attended
+
+    def _projected(self, normed_BTC: Tensor, hidden_BTC: Tensor, call: GateCall | None) -> Heads:
+        """q, k and v of all heads, before they are rotated."""
         source = normed_BTC if self.kv_norm is None else self.kv_norm(hidden_BTC)
         if self.kv_norm is None and self.k_proj is not None:
             q, k, v = project(normed_BTC, self.q_proj, self.k_proj, self.v_proj)
@@ -95,11 +106,7 @@ class FoldAttention(nn.Module):
             k, v = (None, None) if self.k_proj is None else project(source, self.k_proj, self.v_proj)
         if call is not None and not call.off and call.table.masked[self.layer] is not None:
             q, k = self._masked(q, k, normed_BTC, source, call.table.masked[self.layer])
-        q, k, v = self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v, None)
-        gates = None if call is None else decide(call, self.layer, q, k, *self._adapted(call, hidden_BTC))
-        rotation = rotation if self.query_layernorm is None else self._with_gain(rotation)
-        attended = view.attend(self.layer, q, k, v, rotation, gates).flatten(2)
-        return self.o_proj(attended) if project_out else attended
+        return self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v, None)
 
     def _adapted(self, call: GateCall, hidden_BTC: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What the layer's adapter gives, and what it holds for each head; of the model's own gates or of those that came with
@@ -193,12 +200,16 @@ class FoldMLP(nn.Module):
     def forward(self, x_BTC: Tensor) -> Tensor:
         """Same shape as its input."""
         gate, up = project(x_BTC, self.gate_proj, self.up_proj)
-        return self.down_proj(self.act(gate) * up)
+        inner = self.act(gate)
+        # Of a long prompt these are the largest tensors that there are: where no gradient needs the factors, no third is made.
+        inner = inner * up if torch.is_grad_enabled() else inner.mul_(up)
+        return self.down_proj(inner)
 
 
 class FoldLayer(GradientCheckpointingLayer):
     """Attention and feed-forward, each added to the residual stream; the norms stand where the family has them."""
 
+    front: PackedFront | None = None
     tail: PackedTail | None = None
 
     def __init__(self, config: FoldConfig, layer: int):
@@ -214,6 +225,9 @@ class FoldLayer(GradientCheckpointingLayer):
         """The residual stream after this layer."""
         h = hidden_BTC
         if self.tail is not None and self.tail.serves(self._tail_modules(), h):
+            if self._front_serves(h, rotation, call):
+                ready = self.front(h, rotation)
+                return self.tail(self.self_attn(None, h, view, None, call, project_out=False, ready=ready), h)
             return self.tail(self.self_attn(self.input_layernorm(h), h, view, rotation, call, project_out=False), h)
         if self.placement == "pre":
             h = self._add(h, self.self_attn(self.input_layernorm(h), h, view, rotation, call))
@@ -223,6 +237,32 @@ class FoldLayer(GradientCheckpointingLayer):
         h = self._add(h, self.post_attention_layernorm(attended))
         x = self.pre_feedforward_layernorm(h) if sandwich else h
         return self._add(h, self.post_feedforward_layernorm(self.mlp(x)))
+
+    def _front_serves(self, hidden_BTC: Tensor, rotation: Rotation | None, call: GateCall | None) -> bool:
+        """Whether q, k and v come from one function, rotated: not where gates want to see them as they were."""
+        front = self.front
+        return (
+            front is not None and front.turns(rotation, hidden_BTC) and front.serves(self._front_modules(), hidden_BTC)
+            and (call is None or not call.sees_heads(self.self_attn.layer))
+        )  # fmt: skip
+
+    def new_front(self) -> PackedFront | None:
+        """All before attention as one function; None where the layer has another form, or is not packed."""
+        attention, norm = self.self_attn, getattr(self, "input_layernorm", None)
+        linear = [one for one in (attention.q_proj, attention.k_proj, attention.v_proj) if one is not None]
+        packed = {getattr(one, "packed", None) for one in linear}
+        norms = (attention.q_norm, attention.query_layernorm, attention.kv_norm)
+        if self.placement != "pre" or norm.offset or any(one is not None for one in norms):
+            return None
+        if len(packed) != 1 or not PackedFront.reads(packed):
+            return None
+        return PackedFront(self._front_modules(), norm, norm.eps, attention.head_dim)
+
+    def _front_modules(self) -> tuple[nn.Module, ...]:
+        own = self._modules
+        inner = own["self_attn"]._modules
+        projections = ("q_proj", "k_proj", "v_proj") if inner.get("k_proj") is not None else ("q_proj",)
+        return (*[inner[name] for name in projections], own.get("input_layernorm"), own["self_attn"])
 
     def new_tail(self) -> PackedTail | None:
         """All behind attention as one function; None where the layer has another form, or is not packed."""

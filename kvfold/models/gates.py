@@ -165,6 +165,13 @@ class GateCall:
     def __post_init__(self) -> None:
         self.off = self.options.gates == "off" or self.options.channel_factor is not None
 
+    def sees_heads(self, layer: int) -> bool:
+        """Whether what a layer's gates do depends on its q or k before they are rotated."""
+        config = self.table.configs[layer]
+        if config is None:
+            return bool(self.table.freed)
+        return config.source != "adapter" or config.form.with_weights
+
     @property
     def kept_share(self) -> float | None:
         """Factor of a freed channel in this call, 0 where gates decide; None where it is left alone."""

@@ -42,7 +42,7 @@ def pack(model: nn.Module, *, rows: int | None = None, force: bool = False) -> i
             layer.packed = copy
     for layer in model.modules():
         if isinstance(layer, FoldLayer):
-            layer.tail = layer.new_tail()
+            layer.front, layer.tail = layer.new_front(), layer.new_tail()
     return packed_bytes(model)
 
 
@@ -52,7 +52,7 @@ def unpack(model: nn.Module) -> None:
         if isinstance(module, PackableLinear):
             module.packed = None
         if isinstance(module, FoldLayer):
-            module.tail = None
+            module.front = module.tail = None
 
 
 def packed_bytes(model: nn.Module) -> int:

@@ -25,10 +25,10 @@
 typedef void (*parallel_fn)(void (*work)(void *), void *argument, unsigned threads, unsigned flags);
 
 typedef struct {
-  const float *x; /* blocks of [C, rows of the block] */
+  const float *x; /* [R, C] */
   const float *w; /* [panels, C, PANEL] */
   float *y;       /* [R, N] */
-  int64_t rows, inputs, outputs, panels, threads, next;
+  int64_t rows, inputs, outputs, panels, next;
 } product;
 
 /* One block of HEIGHT rows through one panel; `ahead` is asked for on the way, `step` bytes for each input channel. */
@@ -40,17 +40,19 @@ INLINE void tile(const product *p, const float *x, const float *w, const char *a
     UNROLL
     for (int c = 0; c < COLUMNS; c++) sums[r][c] = splat(0.0f);
   }
-  for (int64_t k = 0; k < p->inputs; k++, x += HEIGHT, w += PANEL, ahead += step) {
+  const int64_t stride = p->inputs;
+  for (int64_t k = 0; k < stride; k++, x++, w += PANEL, ahead += step) {
     vec part[COLUMNS];
     UNROLL
     for (int c = 0; c < COLUMNS; c++) {
       part[c] = load(w + c * LANES);
       __builtin_prefetch(w + NEAR * PANEL + c * LANES, 0, 3);
-      __builtin_prefetch(ahead + c * LANES * sizeof(float), 0, 2);
     }
+    __builtin_prefetch(ahead, 0, 2);
+    if (step > 128) __builtin_prefetch(ahead + 128, 0, 2);
     UNROLL
     for (int r = 0; r < HEIGHT; r++) {
-      const vec one = splat(x[r]);
+      const vec one = splat(x[r * stride]);
       UNROLL
       for (int c = 0; c < COLUMNS; c++) sums[r][c] += one * part[c];
     }
@@ -64,10 +66,10 @@ INLINE void tile(const product *p, const float *x, const float *w, const char *a
   }
 }
 
-static void panel(const product *p, int64_t number) {
+static void panel(const product *p, int64_t number, int64_t following) {
   const int64_t size = p->inputs * PANEL, first = number * PANEL;
   const int64_t width = p->outputs - first < PANEL ? p->outputs - first : PANEL;
-  const float *w = p->w + number * size, *next = number + p->threads < p->panels ? w + p->threads * size : w;
+  const float *w = p->w + number * size, *next = following < p->panels ? p->w + following * size : w;
   const int64_t blocks = (p->rows + ROWS - 1) / ROWS, step = PANEL * sizeof(float) / blocks;
   for (int64_t b = 0; b < blocks; b++) {
     const float *x = p->x + b * ROWS * p->inputs;
@@ -90,7 +92,12 @@ static void panel(const product *p, int64_t number) {
 
 static void work(void *argument) {
   product *p = argument;
-  for (int64_t number; (number = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->panels;) panel(p, number);
+  int64_t number = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED);
+  while (number < p->panels) {
+    const int64_t following = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED);
+    panel(p, number, following);
+    number = following;
+  }
 }
 
 /* y = x / sqrt(mean(x^2) + eps) * gain, row by row; x and y [R, C] contiguous. */
@@ -131,21 +138,29 @@ void kvfold_rotate(const float *x, const float *cosines, const float *sines, flo
 /* Columns of a panel. */
 int64_t kvfold_panel(void) { return PANEL; }
 
-/* x [R, C] contiguous, w [panels, C, PANEL], y [R, N]; 0, or 1 where there was no memory. */
-int kvfold_linear(const float *x, const float *w, float *y, int64_t rows, int64_t inputs, int64_t outputs,
-                  int64_t threads, parallel_fn parallel) {
-  float *transposed = rows > 1 ? malloc(rows * inputs * sizeof(float)) : NULL;
-  if (rows > 1 && !transposed) return 1;
-  for (int64_t b = 0; transposed && b < rows; b += ROWS) {
-    const int64_t height = rows - b < ROWS ? rows - b : ROWS;
-    float *to = transposed + b * inputs;
-    for (int64_t k = 0; k < inputs; k++)
-      for (int64_t r = 0; r < height; r++) to[k * height + r] = x[(b + r) * inputs + k];
-  }
-  product p = {transposed ? transposed : x, w, y, rows, inputs, outputs, (outputs + PANEL - 1) / PANEL, threads, 0};
+/* x [R, C] contiguous, w [panels, C, PANEL], y [R, N]. */
+void kvfold_linear(const float *x, const float *w, float *y, int64_t rows, int64_t inputs, int64_t outputs, int64_t threads,
+                   parallel_fn parallel) {
+  product p = {x, w, y, rows, inputs, outputs, (outputs + PANEL - 1) / PANEL, 0};
   if (parallel && threads > 1) parallel(work, &p, (unsigned)threads, 0);
-  else p.threads = 1, work(&p);
-  free(transposed);
+  else work(&p);
+}
+
+/* What precedes attention in a layer: q, k and v of the RMS norm of h, q and k turned as by kvfold_rotate (a `turned` of 0: not
+ * at all). h [R, C], panels of Wq, Wk and Wv together, q [R, heads * dims], k and v [R, kv_heads * dims] (kv_heads of 0: none).
+ * 0, or 1 where there was no memory. */
+int kvfold_front(const float *h, const float *gain, const float *qkv, const float *cosines, const float *sines, float *q,
+                 float *k, float *v, int64_t rows, int64_t width, int64_t heads, int64_t kv_heads, int64_t dims,
+                 int64_t turned, int64_t angle_stride, float eps, int64_t threads, parallel_fn parallel) {
+  const int64_t kv = kv_heads * dims, all = heads * dims + 2 * kv;
+  float *normed = malloc(rows * (width + all) * sizeof(float)), *wide = normed + rows * width;
+  if (!normed) return 1;
+  kvfold_rms_norm(h, gain, normed, rows, width, eps);
+  kvfold_linear(normed, qkv, wide, rows, width, all, threads, parallel);
+  kvfold_rotate(wide, cosines, sines, q, rows, heads, dims, turned, all, angle_stride);
+  kvfold_rotate(wide + heads * dims, cosines, sines, k, rows, kv_heads, dims, turned, all, angle_stride);
+  for (int64_t r = 0; r < rows && kv; r++) memcpy(v + r * kv, wide + (r + 1) * all - kv, kv * sizeof(float));
+  free(normed);
   return 0;
 }
 
@@ -180,13 +195,13 @@ int kvfold_tail(const float *a, const float *h, const float *wo, const float *ga
                 int64_t threads, parallel_fn parallel) {
   float *normed = malloc(rows * (width + 2 * inner) * sizeof(float)), *wide = normed + rows * width;
   if (!normed) return 1;
-  int failed = kvfold_linear(a, wo, out, rows, attended, width, threads, parallel);
+  kvfold_linear(a, wo, out, rows, attended, width, threads, parallel);
   add(out, h, out, factor, rows * width);
   kvfold_rms_norm(out, gain, normed, rows, width, eps);
-  failed |= kvfold_linear(normed, gate_up, wide, rows, width, 2 * inner, threads, parallel);
+  kvfold_linear(normed, gate_up, wide, rows, width, 2 * inner, threads, parallel);
   gate_rows(wide, rows, inner);
-  failed |= kvfold_linear(wide, down, normed, rows, inner, width, threads, parallel);
+  kvfold_linear(wide, down, normed, rows, inner, width, threads, parallel);
   add(out, out, normed, factor, rows * width);
   free(normed);
-  return failed;
+  return 0;
 }

@@ -70,6 +70,8 @@ class LinearLibrary:
     """`kvfold_rms_norm` of linear_cpu.c."""
     rotate: ctypes._CFuncPtr
     """`kvfold_rotate` of linear_cpu.c."""
+    front: ctypes._CFuncPtr
+    """`kvfold_front` of linear_cpu.c."""
     tail: ctypes._CFuncPtr
     """`kvfold_tail` of linear_cpu.c."""
     parallel: int
@@ -113,13 +115,17 @@ def linear_library() -> LinearLibrary | None:
     loaded.kvfold_linear.argtypes = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 4, ctypes.c_void_p)
     loaded.kvfold_rms_norm.argtypes = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, ctypes.c_float)
     loaded.kvfold_rotate.argtypes = (*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 6)
+    loaded.kvfold_front.argtypes = (
+        *[ctypes.c_void_p] * 8, *[ctypes.c_int64] * 7, ctypes.c_float, ctypes.c_int64, ctypes.c_void_p,
+    )  # fmt: skip
     loaded.kvfold_tail.argtypes = (
         *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 4, *[ctypes.c_float] * 2, ctypes.c_int64, ctypes.c_void_p,
     )  # fmt: skip
-    loaded.kvfold_rms_norm.restype = loaded.kvfold_rotate.restype = None
+    for quiet in (loaded.kvfold_linear, loaded.kvfold_rms_norm, loaded.kvfold_rotate):
+        quiet.restype = None
     return LinearLibrary(
         panel=loaded.kvfold_panel(), linear=loaded.kvfold_linear, rms_norm=loaded.kvfold_rms_norm,
-        rotate=loaded.kvfold_rotate, tail=loaded.kvfold_tail, parallel=_openmp(),
+        rotate=loaded.kvfold_rotate, front=loaded.kvfold_front, tail=loaded.kvfold_tail, parallel=_openmp(),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvfold.ops import native
-from kvfold.ops.quantised import GROUP_CHANNELS, dequantise, quantise, storage_of
+from kvfold.ops.quantised import GROUP_CHANNELS, dequantise, quantise, storage_of, turned
 
 
 @dataclass(kw_only=True, slots=True)
@@ -90,6 +90,7 @@ def decode_reference(
     softcap: float | None,
 ) -> Tensor:
     """The same by gathering the pages of every stream side by side: simple, any device and dtype."""
+    q_BHD, k_BKD = _as_keys_lie(batch, q_BHD, k_BKD)
     if batch.slots_BK is not None and k_BKD is not None:
         _write_new(batch, k_BKD, v_BKD)
     apart = k_BKD is not None and batch.slots_BK is None
@@ -206,6 +207,7 @@ def _decode_native(
     received = batch.received_BKE
     if CHECKS:
         _check(batch, rows, kv_heads, num_heads, head_dim)
+    q_BHD, k_BKD = _as_keys_lie(batch, q_BHD, k_BKD)
     # These tensors are held until C has returned: it gets bare addresses.
     q = q_BHD.contiguous()
     k, v = (None, None) if k_BKD is None else (x.to(q.dtype).contiguous() for x in (k_BKD, v_BKD))
@@ -227,6 +229,15 @@ def _decode_native(
     if library.decode(job):
         raise MemoryError("no memory for the partial sums of decode attention")
     return out
+
+
+def _as_keys_lie(batch: DecodeBatch, q_BHD: Tensor, k_BKD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Queries and new keys in the channels in which the pool keeps its keys."""
+    storage = storage_of(batch.k_PND.dtype)
+    if storage != "int4":
+        return q_BHD, k_BKD
+    dtype = q_BHD.dtype
+    return turned(q_BHD, storage).to(dtype), None if k_BKD is None else turned(k_BKD, storage).to(dtype)
 
 
 def _pointer(tensor: Tensor | None) -> int:

@@ -1,11 +1,14 @@
 """How a key or a value is written in a page: the model's dtype, fp8, int8 or int4, and back.
 
+Keys kept in int4 lie in other channels than the model's (`turned`), since a few of theirs are much larger than the rest.
 int8 and int4 have one fp16 scale for each slot and group of 32 channels (the last group may be shorter), so that slots can be
 overwritten one by one. In int4, the largest channel of a group takes the least code, -8, and gives the scale its sign, so that
 all sixteen codes are used. int4 holds code + 8 in a nibble: within a group of r channels, byte j has channel
 j in its low nibble and channel j + ceil(r / 2) in its high one. A page's storage is told by its dtype.
 Letters: D head dim, S scale groups, W bytes of an int4 vector.
 """
+
+import functools
 
 import torch
 from torch import Tensor
@@ -77,6 +80,30 @@ def dequantise(codes: Tensor, scales: Tensor | None, storage: str, head_dim: int
         codes = _unpacked(codes, head_dim)
     scaled = _in_groups(codes.float()) * scales.float().unsqueeze(-1)
     return scaled.flatten(-2)[..., :head_dim].to(dtype)
+
+
+def turned(x: Tensor, storage: str) -> Tensor:
+    """Keys [..., D], or the queries that meet them, in the channels in which keys lie under this storage, in fp32; turned twice
+    they are as they were. Products of queries and keys don't change.
+
+    Under int4 each channel becomes a sum of all of them with signs: what stood out in one is spread over all, and a group's
+    scale is not wasted on it. Other storages leave keys alone.
+    Source: QuaRot (arXiv 2404.00456) section 4. Differs: on 4-bit keys alone, after rotary positions, with the signs of the
+    plain Hadamard matrix; in a head dim that is no power of two, block by block.
+    """
+    if storage != "int4":
+        return x
+    matrix = _hadamard(x.shape[-1] & -x.shape[-1], x.device)
+    return (x.float().unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
+
+
+@functools.cache
+def _hadamard(size: int, device: torch.device) -> Tensor:
+    """The Hadamard matrix of a power of two, symmetric and its own inverse."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return (matrix / size**0.5).to(device)
 
 
 def _in_groups(x: Tensor) -> Tensor:

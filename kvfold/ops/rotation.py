@@ -23,12 +23,12 @@ class Rotation:
     sin_BTR: Tensor
     query_gain_D: Tensor | None = None
     """What each channel of a rotated query is multiplied by: a norm's gain that stands behind the rotation."""
-    _in_place: bool = field(init=False, repr=False, compare=False)
+    in_place: bool = field(init=False, repr=False, compare=False)
     """Whether C can read the angles where they are."""
 
     def __post_init__(self) -> None:
         plain = self.cos_BTR.dtype == self.sin_BTR.dtype == torch.float32 and self.cos_BTR.stride(2) == 1
-        object.__setattr__(self, "_in_place", plain and self.cos_BTR.stride() == self.sin_BTR.stride())
+        object.__setattr__(self, "in_place", plain and self.cos_BTR.stride() == self.sin_BTR.stride())
 
     def part(self, start: int, end: int) -> "Rotation":
         """That of some of the tokens."""
@@ -53,7 +53,7 @@ class Rotation:
         rows, tokens, heads, dims = x_BTHD.shape
         cos, width = self.cos_BTR, self.cos_BTR.shape[-1]
         side_by_side = tokens == 1 and x_BTHD.stride()[2:] == (dims, 1)
-        library = few_rows(x_BTHD, rows) if side_by_side and self._in_place else None
+        library = few_rows(x_BTHD, rows) if side_by_side and self.in_place else None
         if library is not None:
             out = x_BTHD.new_empty(x_BTHD.shape)
             addresses = (one.data_ptr() for one in (x_BTHD, cos, self.sin_BTR, out))

@@ -1,99 +1,215 @@
 """The page: every result of a folder as one HTML file that needs nothing else, neither scripts nor fonts nor a network.
 
-What stands on it is composed here and in sections.py; how it looks is page.html, which is filled in by name.
+What it says, how it looks and which tables and pictures a section has stands in templates/, a file a section; everything that
+comes from a result file is escaped there. Here is what templates ask for.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.resources import files
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from inspect import getdoc
 from pathlib import Path
-from string import Template
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from kvfold.data.whole_file import write_whole_file
-from kvfold.report.explain import methods_section, words_section
-from kvfold.report.groups import Group, group_results
-from kvfold.report.markup import Markup, join, tag
-from kvfold.report.numbers import amount, count
-from kvfold.report.pieces import short_commit
-from kvfold.report.results import Result, number, read_results, words
-from kvfold.report.sections import SECTIONS
-from kvfold.report.series import colours_of
-
-LEAD = (
-    "A language model keeps a key and a value for every token it has read, in every layer: its KV cache. The cache grows "
-    "with the text, and memory runs out before time does. Folding means keeping less of it. This page shows what was "
-    "measured: the memory that each way of folding frees, and what it costs."
+from kvfold.errors import need_packages
+from kvfold.methods.base import Method
+from kvfold.methods.registry import method_class
+from kvfold.report import design, heads, maps, numbers, pictures, series, sheets
+from kvfold.report.drawing import COLOURS, svg
+from kvfold.report.numbers import MISSING, amount, count, difference, percent, size
+from kvfold.report.results import Group, Result, group_results, number, read_results, rows_of, words
+from kvfold.report.series import (
+    family_of,
+    found_keys,
+    kept_share,
+    label_of,
+    lengths_of,
+    mean_of,
+    texts_of,
+    worth_showing,
 )
+
+WIDE, NARROW = 860.0, 350.0
+"""Pixels of a picture that stands alone, and on a phone, where it is drawn anew so that letters keep their size."""
 MOST_FACTS = 4
 """Lines of one fact at the head of the page."""
+QUARTER = 0.3
+"""Largest share of the cache that counts as about a quarter: pages are whole and H2O keeps scores."""
 
 
 def write_page(results: Path, out: Path) -> Path:
     """Read a folder of results (or one file) and write the page; it is complete or not there at all.
 
-    UserError, one line, if nothing readable is there.
+    UserError, one line, if nothing readable is there or matplotlib is missing.
     """
+    need_packages("matplotlib", extra="report", what="the page")
     return write_whole_file(Path(out), page_of(*read_results(Path(results))))
 
 
 def page_of(found: list[Result], problems: Sequence[str] = ()) -> str:
     """The page of these results; `problems`: a line for each file that was none."""
-    groups = group_results(found)
-    colours = colours_of(found)
-    sections = [SECTIONS[group.kind](group, colours) for group in groups]
-    template = Template(files("kvfold.report").joinpath("page.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=join(_title(groups)),
-        heading=_heading(groups),
-        lead=join([LEAD]),
-        facts=_facts(groups),
-        sections=join([*sections, methods_section(colours), words_section()]),
-        footer=_footer(groups, problems),
-    )
-
-
-def _title(groups: Sequence[Group]) -> tuple[str, str, str]:
-    """The page's title in three pieces, a model's name in the middle where there is one model."""
-    models = sorted(
-        {name for group in groups for source in group.sources if (name := words(source.data, "model", "name"))}
-    )
-    if len(models) == 1:
-        return "The cache of ", models[0], ", folded"
-    return (f"The caches of {len(models)} models, folded" if models else "A cache, folded"), "", ""
-
-
-def _heading(groups: Sequence[Group]) -> Markup:
-    """The title; a model's name in it is not broken at its hyphens."""
-    before, name, after = _title(groups)
-    return join([before, tag("span", name) if name else None, after])
-
-
-def _facts(groups: Sequence[Group]) -> Markup:
-    """Model, machine, software and days: one line for each that is known."""
+    groups, colours = group_results(found), series.colours_of(found)
     files = [source.data for group in groups for source in group.sources]
+    return (
+        _templates()
+        .get_template("page.html")
+        .render(
+            palette=COLOURS,
+            models=sorted({name for data in files if (name := words(data, "model", "name"))}),
+            facts=_facts(files),
+            groups=groups,
+            colours=colours,
+            methods=[spec for family in colours if (spec := _spec(family)) is not None],
+            names=[source.name for group in groups for source in group.sources],
+            problems=problems,
+        )
+    )
+
+
+@cache
+def _templates() -> Environment:
+    """The templates, and what they may ask for."""
+    loader = PackageLoader("kvfold.report")
+    environment = Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    rooms = {one.__name__.rpartition(".")[2]: one for one in (design, heads, maps, numbers, pictures, series, sheets)}
+    asked = (best_way, draw, number, other_commits, passkey_grids, protocol_text, side_by_side, summary, words)
+    environment.globals |= rooms | {one.__name__: one for one in asked} | {"MISSING": MISSING}
+    environment.filters |= {"head_map": heads.head_map, "compression_map": heads.compression_map}
+    environment.filters |= {
+        "commit": short_commit,
+        "coded": _coded,
+        "first_large": lambda text: text[:1].upper() + text[1:],
+    }
+    return environment
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Panel:
+    """One picture, drawn for a wide page and for a phone, or once where it fits both."""
+
+    title: str
+    wide: Markup
+    narrow: Markup | None
+
+
+def draw(
+    picture: Callable[..., Any], *about: Any, spoken: str, wide: float = WIDE, title: str = "", **options: Any
+) -> list[Panel]:
+    """A picture of pictures.py or maps.py, as a list of one; none where there is nothing to draw. `spoken`: what it shows."""
+    of_width = partial(picture, *about, **options)
+    figure = of_width(width=wide)
+    if figure is None:
+        return []
+    spoken += ". The table below has the numbers."
+    narrow = svg(of_width(width=NARROW), spoken) if wide > NARROW + 10 else None
+    return [Panel(title=title, wide=svg(figure, spoken), narrow=narrow)]
+
+
+def side_by_side(pictures: Sequence) -> float:
+    """The width of one picture of so many; of more than two, three share a line."""
+    return {1: 760.0, 2: 500.0}.get(len(pictures), 354.0)
+
+
+def summary(group: Group, colours: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The page's first answer, a line a method: its share of the cache, what it costs on each text, passkeys all together."""
+    passkey, lines = _keys_shown(group), []
+    for label, rows in _by_method(group.rows).items():
+        by_text = {words(row, "text"): row for row in rows}
+        found, tries = found_keys(row for row in passkey if words(row, "method") == words(rows[0], "method"))
+        share, held = mean_of(map(kept_share, rows)), mean_of(number(row, "allocated_bytes") for row in rows)
+        lines.append({
+            "label": label, "colour": colours.get(family_of(rows[0]), 0), "share": share,
+            "said": percent(share) + (f", {size(held)}" if held is not None else ""),
+            "changes": [_change(by_text.get(text)) for text in texts_of(group.rows)],
+            "found": (f"{count(found)} of {count(tries)}" if tries else MISSING) if passkey else None,
+        })  # fmt: skip
+    return lines
+
+
+def _by_method(rows: Iterable[Mapping]) -> dict[str, list[Mapping]]:
+    found: dict[str, list[Mapping]] = {}
+    for row in rows:
+        found.setdefault(label_of(row), []).append(row)
+    return found
+
+
+def _change(row: Mapping | None) -> str:
+    if row is not None and family_of(row) == series.UNFOLDED and number(row, "perplexity") is not None:
+        return numbers.three(number(row, "perplexity"))
+    return difference(*sheets.pair(row or {}, "perplexity_change_percent"), "%")
+
+
+def _keys_shown(group: Group) -> list[Mapping]:
+    return [row for row in group.passkey if worth_showing(group.passkey, number(row, "length_tokens"))]
+
+
+def best_way(group: Group) -> dict[str, Any] | None:
+    """The method with the lowest perplexity at about a quarter of the cache; None where none was that small. Only methods that
+    were measured on every text are compared, by the mean of their changes.
+    """
+
+    def cost(row: Mapping) -> float | None:
+        share = kept_share(row)
+        return number(row, "perplexity_change_percent", "mean") if share is not None and share <= QUARTER else None
+
+    texts = texts_of(group.rows)
+    ways = _by_method(row for row in group.rows if cost(row) is not None)
+    whole = {label: rows for label, rows in ways.items() if set(texts_of(rows)) == set(texts)}
+    if not whole:
+        return None
+    label, rows = min(whole.items(), key=lambda one: mean_of(map(cost, one[1])))
+    changes = {words(row, "text"): _change(row) for row in rows}
+    share = percent(max(map(kept_share, rows)))
+    return {"label": label, "ways": len(whole), "share": share, "changes": [(text, changes[text]) for text in texts]}
+
+
+def passkey_grids(group: Group) -> list[dict[str, Any]]:
+    """Keys found, a grid a length with a line a method and a column a depth: (text, share) a cell."""
+    labels, grids = sheets.method_labels(group.rows), []
+    for length in (one for one in lengths_of(group.passkey) if worth_showing(group.passkey, one)):
+        rows = [row for row in group.passkey if number(row, "length_tokens") == length]
+        depths = sorted({depth for row in rows if (depth := number(row, "depth")) is not None})
+        lines: dict[str, list[tuple[str, float | None]]] = {}
+        for row in rows:
+            cells = lines.setdefault(labels.get(words(row, "method"), label_of(row)), [("–", None)] * len(depths))
+            (found, tries), depth = found_keys([row]), number(row, "depth")
+            if tries and depth is not None:
+                cells[depths.index(depth)] = (f"{count(found)}/{count(tries)}", min(1.0, max(0.0, found / tries)))
+        heads_ = [f"{numbers.tick(100 * depth)} %" for depth in depths]
+        grids.append({"length": count(length), "depths": heads_, "lines": lines})
+    return grids
+
+
+def _facts(files: Sequence[Mapping]) -> dict[str, list[str]]:
+    """Model, machine, software and days: one line for each that is known."""
     days = sorted({day for data in files if (day := words(data, "created")[:10])})
-    lines = {
+    return {
         "Model": _distinct(map(_model, files)),
         "Machine": _distinct(map(_machine, files)),
         "Software": _distinct(map(_software, files)),
-        "Measured": [" to ".join(dict.fromkeys([days[0], days[-1]]))] if days else [],
+        "Measured": [" to ".join(dict.fromkeys([days[0], days[-1]]))] if days else ["not recorded"],
     }
-    parts = [
-        join([tag("dt", name), *(tag("dd", line) for line in said or ["not recorded"])]) for name, said in lines.items()
-    ]
-    return tag("dl", *parts, class_="facts")
 
 
 def _distinct(lines: Iterable[str]) -> list[str]:
     """Every line once, of many the first few; one that says no more than the beginning of another is left out."""
     known = sorted(set(filter(None, lines)))
     said = [line for line in known if not any(other != line and other.startswith(line) for other in known)]
-    return said if len(said) <= MOST_FACTS else [*said[: MOST_FACTS - 1], f"and {len(said) - MOST_FACTS + 1} more"]
+    more = [f"and {len(said) - MOST_FACTS + 1} more"] if len(said) > MOST_FACTS else []
+    return said[: MOST_FACTS - len(more)] + more or ["not recorded"]
 
 
 def _model(data: Mapping) -> str:
     parameters = number(data, "model", "parameters")
-    size = f"{amount(parameters)} parameters" if parameters else ""
-    return "; ".join(filter(None, [words(data, "model", "name"), size, words(data, "model", "note")]))
+    said = f"{amount(parameters)} parameters" if parameters else ""
+    return "; ".join(filter(None, [words(data, "model", "name"), said, words(data, "model", "note")]))
 
 
 def _machine(data: Mapping) -> str:
@@ -111,12 +227,38 @@ def _software(data: Mapping) -> str:
     return ", ".join(said + ([f"commit {short_commit(commit)}"] if commit else []))
 
 
-def _footer(groups: Sequence[Group], problems: Sequence[str]) -> Markup:
-    names = [source.name for group in groups for source in group.sources]
-    parts = [
-        tag("p", f"Made by kvfold from {', '.join(names)}. A figure that was not measured says so; none is estimated."),
-        tag("p", "This page is a single file. It runs no scripts and loads nothing."),
-    ]
-    if problems:
-        parts.append(tag("p", f"Left out: {'; '.join(problems)}."))
-    return join(parts)
+def other_commits(source: Result) -> str:
+    """Rows that an earlier run had measured name the commit of that run."""
+    lists = (rows_of(source.data, key) for key in ("rows", "passkey", "tasks"))
+    commits = [words(row, "made", "git_commit") for rows in lists for row in rows]
+    counted = Counter(one for one in commits if one and one != words(source.data, "git_commit"))
+    return ", ".join(f"{count(rows)} rows at commit {short_commit(one)}" for one, rows in counted.items())
+
+
+def short_commit(commit: str) -> str:
+    """The first digits of a commit, and whether the files differed from it."""
+    return commit[:10] + ("-dirty" if commit.endswith("-dirty") else "")
+
+
+def protocol_text(group: Group) -> str:
+    """`32 windows of 1,024 tokens, read 32 at a time`, as far as the result says."""
+    windows, context, batch = (number(group.newest, "protocol", key) for key in ("windows", "context_tokens", "batch"))
+    texts = [f"{count(windows)} windows" if windows else "", f"of {count(context)} tokens" if context else ""]
+    said = " ".join(filter(None, texts))
+    return said + (f", {count(batch)} at a time" if batch and said else "")
+
+
+def _spec(family: str) -> type[Method] | None:
+    """The method's spec, which explains itself; None for one that this installation doesn't know, or whose package is broken."""
+    try:
+        return method_class(family)
+    except (ValueError, ImportError, AttributeError):
+        return None
+
+
+def _coded(spec: type[Method]) -> Markup:
+    """The first sentence of a method's docstring; words in backticks become code."""
+    pieces = (getdoc(spec) or "").partition("\n\n")[0].replace("\n", " ").split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(piece) if at % 2 else piece for at, piece in enumerate(pieces)
+    )

@@ -1,19 +1,27 @@
-"""From rows to what is drawn: the names of methods, their colours on one page, the lines of the quality picture.
+"""From rows to what is drawn: the names of methods, their colours on one page, and the lines of every chart.
 
 A family is a method whatever its budget: `h2o:128+128` and `h2o:256+256` are one line. A budget that grows with the
 text (in percent) is a line of its own, since a fixed one starts uncompressed and looks better than it is on short texts.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kvfold.report.results import Result, number, words
+from kvfold.report.results import Result, number, numbers_of, words
 
-NUM_COLOURS = 7
-"""Colours in the style sheet, apart from the neutral one (index 0) of the unfolded model."""
 UNFOLDED = "full"
+NUM_COLOURS = 7
+"""Colours of the page, apart from the neutral one (index 0) of the unfolded model."""
 _OWN_SHARE = 0.9
 """Below it a model's layout saves by itself; what a method stores besides (pages, scores) can only raise the share."""
+MOST_POINTS = 240
+"""Points of a line over steps; a longer run shows means of neighbouring steps."""
+LAST, FURTHER = 3, 10
+"""Points that an extrapolation rests on, and a line needs; as many times the most tokens is how far it goes."""
+SPREAD = ("mean", "least", "lower", "upper", "most")
+"""Keys of `over_time`: the mean, the smallest head, the quartiles, the largest head."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +110,11 @@ def texts_of(rows: Iterable[Mapping]) -> list[str]:
     return list(dict.fromkeys(words(row, "text") for row in rows))
 
 
+def quality_panels(rows: Sequence[Mapping]) -> list[tuple[str, list[Line]]]:
+    """(text, lines) for each text that has at least one folded row to show."""
+    return [(text, lines) for text in texts_of(rows) if (lines := quality_lines(rows, text))]
+
+
 def quality_lines(rows: Iterable[Mapping], text: str) -> list[Line]:
     """The folded methods on one text, a line per family, kind of budget and changed model below it; rows without the two
     numbers are left out.
@@ -123,3 +136,175 @@ def _line(family: str, grows: bool, model: str, points: list[Point]) -> Line:
     title += f" of {model}" if model and model != title else ""
     is_other = bool(model) or family.startswith(f"{UNFOLDED} of ")
     return Line(title=title, family=family, grows=grows, points=points, from_unfolded=not is_other)
+
+
+def memory_points(row: Mapping) -> list[tuple[float, float]]:
+    """(tokens, bytes) of one row, in order of tokens; pairs with a missing half are left out."""
+    return sorted(known_pairs(numbers_of(row, "tokens"), numbers_of(row, "allocated_bytes")))
+
+
+def known_pairs(x: Iterable[float | None], y: Iterable[float | None]) -> list[tuple[float, float]]:
+    """Points of which both halves are known."""
+    return [(a, b) for a, b in zip(x, y, strict=False) if a is not None and b is not None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One line over the steps of a run."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    """(step or tokens, value), ascending."""
+    dashed: bool = False
+    """Whether it is what was asked for, not what came out."""
+
+
+def runs_of(rows: Sequence[Mapping], names: Mapping[str, str], most: int = MOST_POINTS) -> list[Run]:
+    """A line for each key that any row has, of a long run the means of neighbours; one that lies on an earlier one is left out:
+    nothing but that part was minimised.
+    """
+    found: list[Run] = []
+    for key, name in names.items():
+        known = sorted(known_pairs((number(row, "step") for row in rows), (number(row, key) for row in rows)))
+        points = [(part[-1][0], mean_of(value for _, value in part)) for part in stretches(known, most)]
+        if points and all(points != other.points for other in found):
+            found.append(Run(name=name, points=points, dashed=key.startswith("target")))
+    return found
+
+
+def layers_of(rows: Sequence[Mapping], most: int) -> list[tuple[float, list[float | None]]]:
+    """(last step, compression of each layer that has gates), of at most so many stretches of the run."""
+    told = [(number(row, "step"), numbers_of(row, "layer_compression")) for row in rows]
+    found = []
+    for part in stretches(sorted([one for one in told if one[0] is not None and one[1]], key=lambda one: one[0]), most):
+        lines = [line for _, line in part]
+        columns = [[line[at] for line in lines if at < len(line)] for at in range(max(map(len, lines)))]
+        found.append((part[-1][0], [mean_of(column) for column in columns]))
+    return found
+
+
+def stretches(values: list, most: int) -> list[list]:
+    """Neighbours together, so that there are at most so many parts."""
+    size = -(-len(values) // most) or 1
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Of those that are known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Growth:
+    """How one method's kept tokens grow while a document is read."""
+
+    row: Mapping
+    """The row it came from."""
+    tokens: tuple[float, ...]
+    """Seen, ascending."""
+    kept: Mapping[str, tuple[float | None, ...]]
+    """Of each of `SPREAD`, as many as tokens."""
+
+
+def growth_of(row: Mapping) -> Growth | None:
+    """Of one row; None where it has no mean over time."""
+    told = row.get("over_time")
+    if not isinstance(told, Mapping):
+        return None
+    seen, columns = numbers_of(told, "tokens"), [numbers_of(told, name) for name in SPREAD]
+    points = [
+        (at, *(column[index] if index < len(column) else None for column in columns)) for index, at in enumerate(seen)
+    ]
+    known = [one for one in points if None not in one[:2] and min(value or 0 for value in one) >= 0]
+    if not known:
+        return None
+    tokens, *values = zip(*sorted(known, key=lambda point: point[0]), strict=True)
+    return Growth(row=row, tokens=tokens, kept=dict(zip(SPREAD, values, strict=True)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One model after so much training."""
+
+    tokens: float
+    """That it saw, those that weights were fitted on included."""
+    change: float
+    """Of its perplexity against the model it came from, percent, above 0."""
+    error: float | None
+    """Its standard error, percent."""
+    name: str
+    """Of the model."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Road:
+    """What more training makes of one layout on one text."""
+
+    text: str
+    layers: str
+    """Which layers share, as a `--layers` text."""
+    stages: tuple[Stage, ...]
+    """All of them, the fewest tokens first."""
+    best: tuple[Stage, ...]
+    """Those that none on as few tokens comes up to; at least `LAST`."""
+
+    def beyond(self, tokens: float) -> float | None:
+        """The change after so many tokens, in percent, if it fell on as over the last points (a power law): extrapolated.
+        None where it doesn't fall.
+        """
+        x, y = ([math.log(getattr(stage, name)) for stage in self.best[-LAST:]] for name in ("tokens", "change"))
+        slope, at_one = statistics.linear_regression(x, y)
+        return math.exp(slope * math.log(tokens) + at_one) if slope < 0 else None
+
+    @property
+    def end(self) -> Stage:
+        """The last measured one."""
+        return self.best[-1]
+
+
+def roads_of(rows: Sequence[Mapping]) -> list[Road]:
+    """Of models that store less by themselves and drop nothing besides, those layouts that were trained to several lengths."""
+    found: dict[tuple[str, str, float], list[Stage]] = {}
+    for row in rows:
+        tokens, share = number(row, "trained_tokens"), kept_share(row)
+        change, error = (number(row, "perplexity_change_percent", key) for key in ("mean", "standard_error"))
+        drops = words(row, "method").partition(" of ")[0] != UNFOLDED
+        if drops or not changed_model(row) or not tokens or change is None or change <= 0:
+            continue
+        key = (words(row, "text"), words(row, "layers"), round(share or 0, 2))
+        found.setdefault(key, []).append(Stage(tokens=tokens, change=change, error=error, name=words(row, "model")))
+    roads = []
+    for (text, layers, _), stages in found.items():
+        ordered = sorted(stages, key=lambda stage: (stage.tokens, stage.change))
+        best: list[Stage] = []
+        for stage in ordered:
+            if not best or (stage.change < best[-1].change and stage.tokens > best[-1].tokens):
+                best.append(stage)
+        roads.append(Road(text=text, layers=layers, stages=tuple(ordered), best=tuple(best)))
+    return [road for road in roads if len(road.best) >= LAST]
+
+
+def lengths_of(rows: Iterable[Mapping]) -> list[float]:
+    """Lengths of passkey rows in tokens, ascending."""
+    return sorted({length for row in rows if (length := number(row, "length_tokens")) is not None})
+
+
+def found_keys(rows: Iterable[Mapping]) -> tuple[float, float]:
+    """Keys found and keys asked for, all rows together; (0, 0) where nothing was tried."""
+    pairs = [(number(row, "found"), number(row, "tries")) for row in rows]
+    pairs = [(found, tries) for found, tries in pairs if found is not None and tries]
+    return sum(found for found, _ in pairs), sum(tries for _, tries in pairs)
+
+
+def unfolded_share(rows: Iterable[Mapping], length: float) -> float | None:
+    """Share of the keys that the unfolded model finds at one length; None where it wasn't asked."""
+    asked = (row for row in rows if family_of(row) == UNFOLDED and number(row, "length_tokens") == length)
+    found, tries = found_keys(asked)
+    return found / tries if tries else None
+
+
+def worth_showing(rows: Iterable[Mapping], length: float) -> bool:
+    """Whether the unfolded model finds enough keys at this length, 80 %, for misses to mean anything."""
+    share = unfolded_share(rows, length)
+    return share is None or share >= 0.8

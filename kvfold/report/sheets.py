@@ -1,31 +1,45 @@
-"""The tables behind the pictures, as plain text cells: made once, printed by the terminal and by the page alike."""
+"""The tables behind the pictures, as plain text cells: made once, printed by the terminal and by the page alike.
 
-from collections.abc import Mapping, Sequence
+Which columns a table has and what they mean stands in sheets.toml; here is how cells are written, and the tables whose columns
+depend on the rows.
+"""
+
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
+from importlib.resources import files
+from typing import Any
 
-from kvfold.report.numbers import MISSING, count, difference, middle, percent, size, three, times
-from kvfold.report.pictures.decode import point_name
-from kvfold.report.pictures.kept import head_map
-from kvfold.report.pictures.memory import memory_points
+from kvfold.report import numbers
+from kvfold.report.heads import head_map
+from kvfold.report.numbers import MISSING, count, difference, middle, size, three
 from kvfold.report.results import grid, number, words
-from kvfold.report.series import label_of
+from kvfold.report.series import FURTHER, UNFOLDED, Road, growth_of, label_of, mean_of, memory_points, stretches
 
 MOST_LINES = 200
 """Lines of a table over time; longer ones show evenly spaced lines, and say so."""
+SIDES = (("kvfold", "ours"), ("transformers", "theirs"))
+GATED = (("with gates", "with_gates"), ("gates off", "gates_off"))
+"""Name and key in a row of what stands beside each other: in decoding, in training."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Column:
     """One column."""
 
     head: str
     """What stands above it."""
+    cell: Callable[[Any], str]
+    """Writes a row's cell; a row is what the table is of, mostly a result's."""
     note: str = ""
     """What it means, one sentence; "" where the head says it all."""
-    brief: bool = True
-    """Whether a terminal of ordinary width shows it too."""
     is_text: bool = False
     """Words, set to the left; numbers are set to the right."""
+    brief: bool = True
+    """Whether a terminal of ordinary width shows it too."""
+    optional: bool = False
+    """Whether it is left out where no row says anything."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,66 +52,40 @@ class Sheet:
     """Cells, as many in a row as there are columns."""
 
 
-QUALITY_COLUMNS = (
-    Column(head="method", is_text=True),
-    Column(head="text", is_text=True),
-    Column(
-        head="trained",
-        note="Whether the model was trained for the method; on how much text, where known.",
-        brief=False,
-        is_text=True,
-    ),
-    Column(head="perplexity", note="How surprised the model is by the next token; lower is better."),
-    Column(head="change", note="Perplexity against the unfolded model on the same windows, ± one standard error."),
-    Column(head="loss difference", note="The same as a difference of the loss, nats a token.", brief=False),
-    Column(head="bits a byte", note="Loss spread over the bytes of the text.", brief=False),
-    Column(head="KL", note="Mean divergence of the next-token distribution from the unfolded model's, nats."),
-    Column(head="same top-1", note="Share of positions at which the likeliest next token is the unfolded model's."),
-    Column(head="kept", note="Tokens that one head holds at the end of a window, mean over heads."),
-    Column(head="compression", note="Tokens seen over tokens kept at the end of each window."),
-    Column(head="over time", note="The same as a mean over the whole window.", brief=False),
-    Column(
-        head="bytes held", note="What the cache has allocated at the end, for all windows that were read side by side."
-    ),
-    Column(head="rounding", note="Of them, places of pages that no token fills: pages are held whole.", brief=False),
-    Column(head="ring", note="Of them, what a learned method keeps of the newest tokens beside pages.", brief=False),
-    Column(head="full cache", note="Bytes of the same tokens with nothing dropped.", brief=False),
-    Column(head="tokens/s", note="Tokens read per second while measuring quality; not a decode speed."),
-    Column(head="scored", note="Tokens scored.", brief=False),
-    Column(head="seconds", note="Time that the measurement took.", brief=False),
-)
+def sheet_of(title: str, columns: Sequence[Column], rows: Iterable[Any], missing: str = MISSING) -> Sheet:
+    """A line for each row; `missing`: what stands for a cell that was not measured."""
+    rows = list(rows)
+    shown = tuple(one for one in columns if not one.optional or any(one.cell(row) != MISSING for row in rows))
+    cells = ((one.cell(row) for one in shown) for row in rows)
+    lines = tuple(tuple(missing if cell == MISSING else cell for cell in line) for line in cells)
+    return Sheet(title=title, columns=shown, rows=lines)
 
 
-def quality_sheet(rows: Sequence[Mapping]) -> Sheet:
-    """Every number of the quality rows."""
-    return Sheet(title="Quality", columns=QUALITY_COLUMNS, rows=tuple(_quality_cells(row) for row in rows))
+@cache
+def _tables() -> dict[str, Any]:
+    return tomllib.loads(files("kvfold.report").joinpath("sheets.toml").read_text(encoding="utf-8"))
 
 
-def _quality_cells(row: Mapping) -> tuple[str, ...]:
-    change, loss = (
-        [number(row, key, part) for part in ("mean", "standard_error")]
-        for key in ("perplexity_change_percent", "loss_difference")
-    )
-    return (
-        label_of(row),
-        words(row, "text") or "unnamed",
-        _trained(row),
-        three(number(row, "perplexity")),
-        difference(*change, "%"),
-        difference(*loss),
-        three(number(row, "bits_per_byte")),
-        three(number(row, "kl")),
-        percent(number(row, "top1_agreement")),
-        count(number(row, "kept_tokens")),
-        times(number(row, "compression")),
-        times(number(row, "compression_mean_over_time")),
-        size(number(row, "allocated_bytes")),
-        *(size(number(row, "bytes_by_use", use)) for use in ("rounding", "rings")),
-        size(number(row, "full_bytes")),
-        three(number(row, "tokens_per_second")),
-        count(number(row, "tokens")),
-        three(number(row, "seconds")),
-    )
+def _number(say: Callable[[float | None], str], keys: Sequence[str], row: Any) -> str:
+    return say(number(getattr(row, "row", row), *keys))
+
+
+def _words(keys: Sequence[str], row: Mapping, otherwise: str = "unnamed") -> str:
+    return words(row, *keys) or otherwise
+
+
+def _runs(keys: Sequence[str], row: Mapping, unit: str = "") -> str:
+    """A median with the smallest and largest behind it."""
+    return middle(*(number(row, *keys, edge) for edge in ("min", "median", "max")), unit)
+
+
+def _difference(keys: Sequence[str], row: Mapping, unit: str = "") -> str:
+    return difference(*pair(row, *keys), unit)
+
+
+def pair(row: Mapping, *keys: str) -> tuple[float | None, float | None]:
+    """Mean and standard error of a difference."""
+    return number(row, *keys, "mean"), number(row, *keys, "standard_error")
 
 
 def _trained(row: Mapping) -> str:
@@ -107,187 +95,165 @@ def _trained(row: Mapping) -> str:
     return ("yes" if trained else "no") if isinstance(trained, bool) else MISSING
 
 
+def _score(row: Mapping) -> str:
+    value, error = number(row, "value"), number(row, "standard_error")
+    return three(value) if value is None or error is None else f"{three(value)} ± {three(error)}"
+
+
+def point_name(row: Mapping) -> str:
+    """`8 x 1,024`, and how it differs from the plain case: padded rows, a method that folds."""
+    name = words(row, "point").replace(" x ", " × ") or "unnamed point"
+    method = words(row, "method")
+    extras = [method] if method and method != UNFOLDED else []
+    return ", ".join([name, *extras, *(["left-padded rows"] if row.get("padded") is True else [])])
+
+
+def step_name(row: Mapping) -> str:
+    """`DMS 128, all weights, 1 × 1,024 tokens`."""
+    sizes = [count(value) for key in ("batch_sequences", "sequence_tokens") if (value := number(row, key))]
+    trains = _trains(row).replace(MISSING, "")
+    return ", ".join(filter(None, [label_of(row), trains, f"{' × '.join(sizes)} tokens" if sizes else ""]))
+
+
+def _trains(row: Mapping) -> str:
+    named = {"full": "all weights", "lora": "a low-rank addition", "adapter": "gates alone"}
+    return named.get(words(row, "trains"), words(row, "trains")) or MISSING
+
+
+def _loss(row: Mapping) -> str:
+    named = {"reverse": "KL of student from teacher", "forward": "KL of teacher from student", "none": "next token"}
+    return named.get(words(row, "loss"), words(row, "loss")) or MISSING
+
+
+def _kept(of: Callable[[list[float]], float], say: Callable[[float | None], str], row: Mapping) -> str:
+    kept = [cell for line in grid(row, "kept") for cell in line if cell is not None and cell >= 0]
+    return say(of(kept) if kept else None)
+
+
+WRITERS: dict[str, Callable[..., str]] = {
+    **{name: partial(_number, getattr(numbers, name)) for name in ("count", "percent", "size", "three", "times")},
+    "words": _words, "runs": _runs, "difference": _difference, "label": label_of, "trained": _trained, "score": _score,
+    "point": point_name, "trains": _trains, "loss": _loss, "kept_mean": partial(_kept, mean_of, three),
+    "kept_least": partial(_kept, min, count), "kept_most": partial(_kept, max, count),
+}  # fmt: skip
+"""How a cell is written, by the name that sheets.toml has for it."""
+
+
+def known_sheet(
+    kind: str, rows: Iterable[Any], title: str = "", writers: Mapping[str, Callable[..., str]] = WRITERS
+) -> Sheet:
+    """A table of sheets.toml; `writers`: how its cells are written."""
+    about = _tables()[kind]
+    return sheet_of(title or about["title"], columns_of(kind, writers), rows, about.get("missing", MISSING))
+
+
+def columns_of(kind: str, writers: Mapping[str, Callable[..., str]] = WRITERS) -> list[Column]:
+    """The columns of a table of sheets.toml."""
+    found = []
+    for about in _tables()[kind]["columns"]:
+        keys, how = about.get("of", "").split("."), {key: about[key] for key in ("unit", "otherwise") if key in about}
+        cell = partial(writers[about["write"]], *((keys,) if "of" in about else ()), **how)
+        options = about.get("text", False), about.get("brief", True), about.get("optional", False)
+        found.append(Column(about["head"], cell, about.get("note", ""), *options))
+    return found
+
+
+quality_sheet = partial(known_sheet, "quality")
+tasks_sheet = partial(known_sheet, "tasks")
+decode_sheet = partial(known_sheet, "decode")
+step_sheet = partial(known_sheet, "step")
+serve_sheet = partial(known_sheet, "serve")
+plan_sheet = partial(known_sheet, "plan")
+document_sheet = partial(known_sheet, "document")
+pretraining_sheet = partial(known_sheet, "pretraining")
+
+
 def passkey_sheet(rows: Sequence[Mapping], labels: Mapping[str, str]) -> Sheet:
     """Keys found per method, length and depth; `labels` gives the name of a method's text form."""
-    heads = ("length, tokens", "depth", "found", "tries")
-    columns = (Column(head="method", is_text=True), *(Column(head=head) for head in heads))
-    cells = tuple(
-        (
-            labels.get(words(row, "method"), label_of(row)),
-            count(number(row, "length_tokens")),
-            percent(number(row, "depth")),
-            count(number(row, "found")),
-            count(number(row, "tries")),
-        )
-        for row in rows
-    )
-    return Sheet(title="Passkey retrieval", columns=columns, rows=cells)
+    method = Column("method", lambda row: labels.get(words(row, "method"), label_of(row)), is_text=True)
+    return sheet_of("Passkey retrieval", [method, *columns_of("passkey")], rows)
 
 
-TASK_COLUMNS = (
-    Column(head="task", is_text=True),
-    Column(head="length", note="Tokens of a prompt, for tasks that are made to any length.", brief=False),
-    Column(head="method", is_text=True),
-    Column(head="score", is_text=True),
-    Column(head="value", note="The score, ± one standard error over the questions."),
-    Column(head="change", note="Against the unfolded model, question by question, ± one standard error."),
-    Column(head="questions"),
-    Column(head="seen", note="Tokens of a request that were read, mean over requests.", brief=False),
-    Column(head="kept", note="Tokens that one head holds at the end of a request, mean over heads and requests."),
-    Column(head="compression", note="Tokens seen over tokens kept at the end of each request."),
-    Column(head="seconds", note="Time that the measurement took."),
-)
+def method_labels(rows: Sequence[Mapping]) -> dict[str, str]:
+    """The name of each method's text form, for rows that carry the text form alone."""
+    return {words(row, "method"): label_of(row) for row in rows if words(row, "method")}
 
 
-def tasks_sheet(rows: Sequence[Mapping]) -> Sheet:
-    """Scores of tasks, one line for each task, method and score."""
-    cells = tuple(
-        (
-            words(row, "task") or MISSING,
-            count(number(row, "length_tokens")),
-            label_of(row),
-            words(row, "metric") or MISSING,
-            _with_error(number(row, "value"), number(row, "standard_error")),
-            difference(number(row, "difference", "mean"), number(row, "difference", "standard_error")),
-            count(number(row, "items")),
-            count(number(row, "seen_tokens")),
-            count(number(row, "kept_tokens")),
-            times(number(row, "compression")),
-            three(number(row, "seconds")),
-        )
-        for row in rows
-    )
-    return Sheet(title="Tasks", columns=TASK_COLUMNS, rows=cells)
+def curve_sheet(rows: Sequence[Mapping]) -> Sheet:
+    """The steps of a run; what no step says is no column, and a long run shows evenly spaced steps."""
+    told = [row for row in rows if number(row, "step") is not None]
+    title = "Steps" + _every(told, " (every {}th, and the last)")
+    return known_sheet("curve", thinned(told), title)
 
 
-def _with_error(value: float | None, error: float | None) -> str:
-    return three(value) if value is None or error is None else f"{three(value)} ± {three(error)}"
+def thinned(values: Sequence) -> list:
+    """At most about `MOST_LINES` of them, evenly spaced, the last included."""
+    firsts = [part[0] for part in stretches(list(values), MOST_LINES)]
+    return firsts if not values or firsts[-1] is values[-1] else [*firsts, values[-1]]
+
+
+def _every(values: Sequence, said: str) -> str:
+    every = -(-len(values) // MOST_LINES)
+    return said.format(every) if every > 1 else ""
 
 
 def memory_sheet(rows: Sequence[Mapping]) -> Sheet:
     """Bytes held, a line per number of tokens, a column per method."""
     series = [(label_of(row), dict(memory_points(row))) for row in rows]
     tokens = sorted({at for _, points in series for at in points})
-    shown, every = thinned(tokens), -(-len(tokens) // MOST_LINES)
-    title = "Memory over time" + (f" (every {every}th measured point, and the last)" if every > 1 else "")
-    columns = (Column(head="tokens seen"), *(Column(head=label) for label, _ in series))
-    return Sheet(
-        title=title,
-        columns=columns,
-        rows=tuple((count(at), *(size(points.get(at)) for _, points in series)) for at in shown),
-    )
+    columns = [Column("tokens seen", lambda row: count(row["at"]))]
+    columns += [Column(name, lambda row, points=points: size(points.get(row["at"]))) for name, points in series]
+    title = "Memory over time" + _every(tokens, " (every {}th measured point, and the last)")
+    return sheet_of(title, columns, [{"at": at} for at in thinned(tokens)])
 
 
-def kept_sheets(row: Mapping) -> list[Sheet]:
-    """One method's kept counts and, where it has them, scores: a line per layer, a column per head."""
-    one = head_map(row)
-    if one is None:
-        return []
-    sheets = []
-    for key, name in (("kept", "tokens kept"), ("score", words(row, "value_name") or "score")):
-        cells = grid(row, key)
-        if cells:
-            num_heads = max(len(line) for line in cells)
-            columns = (Column(head="layer"), *(Column(head=f"head {head}") for head in range(num_heads)))
-            write = count if key == "kept" else three
-            lines = tuple(
-                (str(owner), *(_cell(line, head, write, key) for head in range(num_heads)))
-                for owner, line in zip(one.owners, cells, strict=False)
-            )
-            seen = number(row, "seen_tokens")
-            of = f" of {count(seen)} seen" if key == "kept" and seen else ""
-            sheets.append(Sheet(title=f"{label_of(row)}: {name}{of}", columns=columns, rows=lines))
-    return sheets
+def growth_sheet(rows: Sequence[Mapping]) -> Sheet:
+    """Tokens kept while a text comes in, a line per number of tokens, three columns per method."""
+    lines = [one for row in rows if (one := growth_of(row)) is not None]
+    columns = [Column("tokens seen", lambda row: count(row["at"]))]
+    for one in lines:
+        for name in ("mean", "least", "most"):
+            known = dict(zip(one.tokens, one.kept[name], strict=True))
+            columns.append(Column(f"{label_of(one.row)}, {name}", lambda row, known=known: three(known.get(row["at"]))))
+    tokens = thinned(sorted({at for one in lines for at in one.tokens}))
+    return sheet_of("Tokens kept as the text comes in, over all heads", columns, [{"at": at} for at in tokens])
 
 
-def _cell(line: Sequence[float | None], head: int, write, key: str) -> str:
-    absent = head >= len(line) or (key == "kept" and line[head] == -1)
-    return "–" if absent else write(line[head])
+def kept_sheets(rows: Iterable[Mapping]) -> list[Sheet]:
+    """Of each method kept counts and, where it has them, scores: a line per layer, a column per head."""
+    found = []
+    for row, key in ((row, key) for row in rows for key in ("kept", "score")):
+        one, cells, seen = head_map(row), grid(row, key), number(row, "seen_tokens")
+        if one is None or not cells:
+            continue
+        say, name = (count, "tokens kept") if key == "kept" else (three, words(row, "value_name") or "score")
+        columns = [Column("layer", lambda line: str(line[0]))]
+        for head in range(max(map(len, cells))):
+            columns.append(Column(f"head {head}", lambda line, head=head, say=say: _head_cell(line[1], head, say)))
+        title = f"{label_of(row)}: {name}" + (f" of {count(seen)} seen" if key == "kept" and seen else "")
+        found.append(sheet_of(title, columns, zip(one.owners, cells, strict=False)))
+    return found
 
 
-def thinned(values: Sequence[float]) -> list[float]:
-    """At most about `MOST_LINES` of them, evenly spaced, the last included."""
-    step = -(-len(values) // MOST_LINES) or 1
-    return sorted({*values[::step], *values[-1:]})
+def _head_cell(line: Sequence[float | None], head: int, say: Callable) -> str:
+    absent = head >= len(line) or (say is count and line[head] == -1)
+    return "–" if absent else say(line[head])
 
 
-DECODE_COLUMNS = (
-    Column(head="point", is_text=True),
-    Column(head="batch", note="Rows read and written together.", brief=False),
-    Column(head="context", note="Tokens of the prompt, a row.", brief=False),
-    Column(head="new", note="Tokens generated, a row.", brief=False),
-    Column(head="kvfold, tokens/s", note="Median of the runs, smallest and largest behind it."),
-    Column(head="transformers, tokens/s", note="Median of the runs, smallest and largest behind it."),
-    Column(head="ratio", note="kvfold over transformers, both from one run."),
-    Column(head="kvfold, ms a step", brief=False),
-    Column(head="transformers, ms a step", brief=False),
-    Column(head="kvfold, cache", note="Bytes of the cache at the end."),
-    Column(head="transformers, cache", note="Bytes of the cache at the end."),
-    Column(head="kvfold, peak", note="Peak memory of the process.", brief=False),
-    Column(head="transformers, peak", note="Peak memory of the process.", brief=False),
-)
-
-
-_BESIDE_COLUMNS = (
-    Column(head="over the first", note="This row over the first of its point, both kvfold's and from one run."),
-    Column(head="compression", note="Tokens seen, over tokens kept at the end."),
-)
-"""What rows have besides that were measured beside each other."""
-
-
-def decode_sheet(rows: Sequence[Mapping]) -> Sheet:
-    """Speed, step time and memory of both sides at each point."""
-    beside = any("over_first" in row for row in rows)
-    cells = tuple(
-        (
-            point_name(row),
-            *(count(number(row, key)) for key in ("batch", "context_tokens", "new_tokens")),
-            *(spread_cell(row, side, "tokens_per_second") for side in ("ours", "theirs")),
-            spread_cell(row, "ratio", unit="×"),
-            *(spread_cell(row, side, "step_ms") for side in ("ours", "theirs")),
-            *(size(number(row, side, "allocated_bytes")) for side in ("ours", "theirs")),
-            *(size(number(row, side, "peak_bytes")) for side in ("ours", "theirs")),
-            *((spread_cell(row, "over_first", unit="×"), times(number(row, "compression"))) if beside else ()),
-        )
-        for row in rows
-    )
-    columns = DECODE_COLUMNS + _BESIDE_COLUMNS if beside else DECODE_COLUMNS
-    return Sheet(title="Decode speed", columns=columns, rows=cells)
-
-
-def spread_cell(row: Mapping, *keys: str, unit: str = "") -> str:
-    """A median with the smallest and largest behind it."""
-    return middle(*(number(row, *keys, edge) for edge in ("min", "median", "max")), unit)
-
-
-PLAN_COLUMNS = (
-    (
-        "bytes_per_token",
-        count,
-        Column(head="bytes a token", note="Keys and values that one more token adds while nothing is dropped."),
-    ),
-    ("bytes", size, Column(head="bytes in all", note="At the planned batch and context, everything counted.")),
-    ("compression", times, Column(head="times smaller", note="Bytes in all, against the first line.")),
-    ("max_rows", count, Column(head="largest batch", note="Rows of the planned context that fit the memory.")),
-    (
-        "max_context_tokens",
-        count,
-        Column(
-            head="longest context", note="Tokens a row that fit the memory, and at most what the model was made for."
-        ),
-    ),
-)
-
-
-def plan_sheet(rows: Sequence[Mapping]) -> Sheet:
-    """Planned bytes, a line per way of folding; what no row says is no column."""
-    shown = [one for one in PLAN_COLUMNS if any(number(row, one[0]) is not None for row in rows)]
-    columns = (Column(head="cache", is_text=True), *(column for _, _, column in shown))
-    cells = tuple(
-        (
-            words(row, "name") or "unnamed",
-            *("–" if number(row, key) is None else say(number(row, key)) for key, say, _ in shown),
-        )
-        for row in rows
-    )
-    return Sheet(title="Plan", columns=columns, rows=cells)
+def uptraining_sheet(roads: Sequence[Road]) -> Sheet:
+    """Models of one layout by the tokens they were trained on; the last line of each is extrapolated, and says so."""
+    heads = ("model", "layers", "text", "tokens", "change")
+    notes = ("", "Which layers share keys and values.", "", "Of training, those that weights were fitted on included.",
+             "Perplexity against the model it came from, ± one standard error.")  # fmt: skip
+    columns = [
+        Column(head, lambda row, at=at: row["cells"][at], note, is_text=at < 3)
+        for at, (head, note) in enumerate(zip(heads, notes, strict=True))
+    ]
+    lines = []
+    for road in roads:
+        layers, text, further = road.layers or "unnamed", road.text or "unnamed", road.end.tokens * FURTHER
+        for stage in road.stages:
+            lines.append((stage.name, layers, text, count(stage.tokens), difference(stage.change, stage.error, "%")))
+        if (then := road.beyond(further)) is not None:
+            lines.append(("extrapolated, not measured", layers, text, count(further), f"+{three(then)} %"))
+    return sheet_of("Over tokens of training", columns, [{"cells": line} for line in lines])

@@ -130,7 +130,7 @@ class _Chat(ChatCall):
         self.ended = [one.usage for one in found]
         num_tokens = sum(len(one.token_ids) for one in found)
         answer = filled(
-ChatCompletion,
+            ChatCompletion,
             id=self.id, object="chat.completion", created=self.created, model=self.model,
             choices=[self._whole(index, one) for index, one in enumerate(found)],
             usage=usage_of(job.prompt_tokens, num_tokens, self.ended),
@@ -194,7 +194,7 @@ ChatCompletion,
 
     def _chunk(self, choices: Sequence[ChunkChoice], **extra: Any) -> ChatCompletionChunk:
         return filled(
-ChatCompletionChunk,
+            ChatCompletionChunk,
             id=self.id, object="chat.completion.chunk", created=self.created, model=self.model, choices=list(choices),
             **extra,
         )  # fmt: skip

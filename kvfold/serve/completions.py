@@ -81,29 +81,25 @@ class _Completion:
         state, body = self.choices[index], self.body
         silent = body.max_tokens == 0
         text = "" if silent else piece.text
-        found = filled(
-            CompletionChoice,
-            index=index,
-            text=text if state.begun else state.echo + text,
-            logprobs=None,
-            finish_reason=None,
-        )
+        fields: dict[str, Any] = {
+            "index": index, "text": text if state.begun else state.echo + text, "logprobs": None, "finish_reason": None,
+        }  # fmt: skip
         if body.logprobs is not None:
-            found.logprobs = self._logprobs(state, piece, silent)
+            fields["logprobs"] = self._logprobs(state, piece, silent)
         if body.prompt_logprobs is not None and not state.begun:
-            found.prompt_logprobs = self.serving.tokens.prompt_logprobs(piece.prompt_logprobs)
+            fields["prompt_logprobs"] = self.serving.tokens.prompt_logprobs(piece.prompt_logprobs)
         if body.return_token_ids:
-            found.token_ids = [] if silent else list(piece.token_ids)
+            fields["token_ids"] = [] if silent else list(piece.token_ids)
             if not state.begun:
-                found.prompt_token_ids = state.ids
+                fields["prompt_token_ids"] = state.ids
         state.begun = True
         state.num_tokens += 0 if silent else len(piece.token_ids)
         if piece.finish_reason is not None:
-            found.finish_reason = "length" if silent else finish_reason(piece)
+            fields["finish_reason"] = "length" if silent else finish_reason(piece)
             if piece.finish_reason == "timeout":
-                found.stop_reason = "timeout"
+                fields["stop_reason"] = "timeout"
             self.ended.append(piece.usage)
-        return found
+        return filled(CompletionChoice, **fields)
 
     def _logprobs(self, state: _Choice, piece: Piece | Answer, silent: bool) -> Logprobs:
         tokens, as_ids = self.serving.tokens, bool(self.body.return_tokens_as_token_ids)

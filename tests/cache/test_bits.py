@@ -5,7 +5,7 @@ import torch
 
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import layout_bytes
-from kvfold.ops.quantised import dequantise, quantise
+from kvfold.ops.quantised import dequantise, quantise, turned
 from store_driver import SCALE, TIMES, check_books, draw, feed, feed_cut, new_cache, shared, tensor_bytes
 
 BITS = ("fp8", "int8", "int4", "int8,int4", "model,int8")
@@ -27,7 +27,12 @@ def test_a_step_attends_to_what_is_stored(bits, dim):
     for layer in range(2):
         q, k, v = (x[layer].transpose(1, 2) for x in (text.q, text.k, text.v))
         theirs = torch.nn.functional.scaled_dot_product_attention(
-            q, stored(k, of_k), stored(v, of_v), is_causal=True, scale=SCALE, enable_gqa=True
+            q,
+            turned(stored(turned(k, of_k), of_k), of_k),
+            stored(v, of_v),
+            is_causal=True,
+            scale=SCALE,
+            enable_gqa=True,
         )
         torch.testing.assert_close(ours[layer], theirs.transpose(1, 2), atol=1e-4, rtol=1e-4)
 

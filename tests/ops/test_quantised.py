@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvfold.methods.bits import storage_bytes
-from kvfold.ops.quantised import dequantise, page_width, quantise, scale_groups, storage_dtype, storage_of
+from kvfold.ops.quantised import dequantise, page_width, quantise, scale_groups, storage_dtype, storage_of, turned
 
 DIMS = [1, 16, 31, 46, 64, 80, 96, 128, 256]
 STORAGES = ["fp8", "int8", "int4"]
@@ -96,3 +96,28 @@ def test_model_storage_keeps_the_vector():
     codes, scales = quantise(x, "model")
     assert codes is x and scales is None
     assert torch.equal(dequantise(codes, None, "model", 8, torch.float32), x.float())
+
+
+@pytest.mark.parametrize("dim", [1, 46, 64, 96, 128])
+def test_turned_keys(dim):
+    """Turned twice they are as before, products with queries stay, and one large channel is spread over its block."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 5, dim)
+    torch.testing.assert_close(turned(turned(k, "int4"), "int4"), k)
+    torch.testing.assert_close(turned(q, "int4") @ turned(k, "int4").T, q @ k.T, atol=1e-4, rtol=1e-4)
+    block = dim & -dim
+    one = torch.zeros(dim)
+    one[0] = 8.0
+    torch.testing.assert_close(turned(one, "int4")[:block], torch.full((block,), 8 / block**0.5))
+    assert turned(k, "int8") is k
+
+
+def test_a_channel_that_stands_out_costs_less():
+    torch.manual_seed(0)
+    k = torch.randn(200, 64)
+    k[:, 5] += 12
+    errors = []
+    for turn in (lambda x: x, lambda x: turned(x, "int4")):
+        codes, scales = quantise(turn(k), "int4")
+        errors.append((turn(dequantise(codes, scales, "int4", 64, torch.float32)) - k).square().mean())
+    assert errors[1] < 0.5 * errors[0]

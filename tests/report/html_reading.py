@@ -11,6 +11,8 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.tags: list[tuple[str, dict]] = []
         self.words: list[str] = []
+        self.texts: list[tuple[str, str]] = []
+        """(tag, text) of each stretch of text, by the tag it stands in."""
         self.tables: list[list[list[str]]] = []
         self._cell: list[str] | None = None
         self.feed(text)
@@ -40,6 +42,8 @@ class Page(HTMLParser):
         if self.open and self.open[-1] == "style":
             return
         self.words.append(data)
+        if self.open:
+            self.texts.append((self.open[-1], data))
         if self._cell is not None:
             self._cell.append(data)
 

@@ -216,6 +216,20 @@ def _decode_row(point: str, batch: int, context: int, padded: bool, method: str,
     }  # fmt: skip
 
 
+def serve() -> dict:
+    """Two sides in one budget."""
+    spread = {"median": 120.5, "min": 118.0, "max": 124.0}
+    row = {
+        "method": "full",
+        "title": "full attention",
+        "budget_bytes": 40e6,
+        "tokens_per_second": spread,
+        "most_running": 4,
+    }
+    rows = [row, {**row, "method": "dms:128", "title": "DMS", "over_first": {"median": 2.1, "min": 2.0, "max": 2.2}}]
+    return {"kind": "serve", **HEADER, "command": "kvfold bench serve-offline MADE-UP", "rows": rows}
+
+
 def plan() -> dict:
     """A plan of three lines."""
     rows = [
@@ -259,9 +273,27 @@ def design_space() -> list[dict]:
     return [{"kind": "pretraining", **HEADER, "model": model, "rows": [row]} for row in rows]
 
 
+LAW = {20_000: 200.0, 80_000: 100.0, 320_000: 50.0, 1_280_000: 25.0}
+"""Half as much worse for four times the tokens."""
+
+
+def trained(**given) -> list[dict]:
+    """One layout after so many tokens of training."""
+    return [trained_row(f"after-{tokens}", tokens, change, **given) for tokens, change in LAW.items()]
+
+
+def trained_row(name: str, tokens: int | None, change: float, **given) -> dict:
+    """A model of shared layers beside the one it came from."""
+    return {
+        "method": f"full of {name}", "title": name, "model": name, "trained": True, "trained_tokens": tokens, "text": "brown",
+        "layers": "cla2", "perplexity": 30 * (1 + change / 100), "compression": 1.0, "allocated_bytes": 50, "full_bytes": 100,
+        "perplexity_change_percent": {"mean": change, "standard_error": 1.5}, **given,
+    }  # fmt: skip
+
+
 def write_samples(folder: Path) -> Path:
     """Every kind, a file each."""
     folder.mkdir(parents=True, exist_ok=True)
-    for make in (quality, tasks, memory, kept, document, curve, decode, step, plan, pretraining):
+    for make in (quality, tasks, memory, kept, document, curve, decode, step, plan, pretraining, serve):
         (folder / f"{make.__name__}.json").write_text(json.dumps(make()), encoding="utf-8")
     return folder

@@ -7,9 +7,8 @@ import pytest
 from kvfold import record
 from kvfold.data.whole_file import write_whole_file
 from kvfold.record import write_result
-from kvfold.report.groups import group_results
-from kvfold.report.pieces import source_line
-from kvfold.report.results import Result, number, read_results, words
+from kvfold.report.page import other_commits
+from kvfold.report.results import Result, group_results, number, read_results, words
 from report_samples import quality, write_samples
 
 
@@ -22,7 +21,7 @@ def test_what_is_written_is_read(tmp_path):
     )
     (result,), problems = read_results(path)
     assert result.kind == "quality" and result.name == "q.json" and problems == []
-    assert result.rows == [{"method": "full"}]
+    assert [row["method"] for row in result.rows] == ["full"]
     about = result.data["environment"]
     assert about["dtype"] == "float32" and about["python"].startswith("3.") and about["cores"] >= 1 and about["cpu"]
     assert {"torch", "transformers", "kvfold"} <= set(about)
@@ -38,7 +37,8 @@ def test_a_kind_that_no_page_knows_is_refused(tmp_path):
 
 def test_what_is_not_finite_becomes_null(tmp_path):
     path = write_result(tmp_path / "x.json", "quality", {"rows": [{"perplexity": math.inf, "kl": [math.nan, 1.0]}]}, "")
-    assert json.loads(path.read_text())["rows"] == [{"perplexity": None, "kl": [None, 1.0]}]
+    (row,) = json.loads(path.read_text())["rows"]
+    assert (row["perplexity"], row["kl"]) == (None, [None, 1.0])
 
 
 def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
@@ -65,8 +65,8 @@ def test_rows_of_an_earlier_run_name_their_own_commit(tmp_path):
     data["rows"][2]["made"] = {"git_commit": data["git_commit"]}
     path = tmp_path / "q.json"
     path.write_text(json.dumps(data))
-    (group,) = group_results(read_results(path)[0])
-    assert ", 1 rows at commit feedfaceca" in str(source_line(group))
+    (result,), _ = read_results(path)
+    assert other_commits(result) == "1 rows at commit feedfaceca"
 
 
 @pytest.mark.parametrize(
@@ -91,11 +91,22 @@ def test_what_cannot_be_read_is_named_beside_what_can(tmp_path):
     (tmp_path / "bad.json").write_bytes(b"\xff\xfe")
     (tmp_path / "other.json").write_text('{"kind": "speed"}')
     found, problems = read_results(tmp_path)
-    assert len(found) == 10
+    assert len(found) == 11
     assert problems == [
         "bad.json: not readable as JSON",
         'other.json: no "kind" among quality, tasks, memory, kept, document, curve, decode, step, plan, pretraining, serve',
     ]
+
+
+def test_curves_lie_among_other_results_too(tmp_path):
+    write_samples(tmp_path)
+    (tmp_path / "mine.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.5}\n')
+    (tmp_path / "other.jsonl").write_text('{"text": "no steps"}\n')
+    found, problems = read_results(tmp_path)
+    assert [len(one.rows) for one in found if one.name == "mine.jsonl"] == [2]
+    assert problems == ["other.jsonl: no steps of a retrofit in it"]
+    (alone,), _ = read_results(tmp_path / "mine.jsonl")
+    assert alone.rows[1]["loss"] == 1.5
 
 
 def test_numbers_are_read_loosely():

@@ -233,7 +233,7 @@ def test_responses_call_functions(client):
             {"type": "function_call_output", "call_id": call.call_id, "output": "rain"},
         ],
     )  # fmt: skip
-    assert following.usage.output_tokens == 3
+    assert 1 <= following.usage.output_tokens <= 3
 
 
 def test_models_and_errors(client):

@@ -10,10 +10,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from openai.types import CompletionChoice
+from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel
 
 from kvfold.engine.engine import Engine
 from kvfold.serve.settings import ServerSettings
+from kvfold.serve.streaming import filled
 from serving_kit import METHODS, new_engine, raw, running_server
 from tiny import TOKENIZER, tiny_model
 
@@ -321,3 +325,23 @@ def test_a_dead_engine_is_told_to_who_asks():
         response = httpx.post(f"{server.url}/v1/completions", json=PROMPT)
         assert response.status_code == 503 and response.headers["retry-after"]
         assert b" 200 " in raw(server, b"GET /version HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (CompletionChoice, {"index": 1, "text": "é", "logprobs": None, "finish_reason": None, "token_ids": [3, 4]}),
+        (CompletionChoice, {"index": 0, "text": "", "finish_reason": "stop", "stop_reason": "timeout"}),
+        (ChoiceDelta, {}),
+        (ChoiceDelta, {"content": "a", "reasoning": "b"}),
+    ],
+)
+def test_filled_is_what_pydantic_constructs(kind, fields):
+    """Set fields, defaults, fields of ours that `openai` doesn't know, and what is set later."""
+    made, expected = filled(kind, **fields), BaseModel.model_construct.__func__(kind, **fields)
+    for one in (made, expected):
+        one.added_later = [1]
+    assert made == expected
+    for unset in (True, False):
+        texts = [one.model_dump_json(exclude_unset=unset) for one in (made, expected)]
+        assert json.loads(texts[0]) == json.loads(texts[1])

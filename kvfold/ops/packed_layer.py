@@ -1,0 +1,113 @@
+"""What stands before and behind attention in a layer, for the few rows of a decoding step, each as one C function: norm,
+projections and rotation; output projection, residual, norm, gated feed-forward, residual. As separate operations they take
+longer to start than their weights take to read.
+Letters: B rows, T tokens, H query heads, K kv heads, D head dim, A channels of all query heads, C channels.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from kvfold.ops.linear import PackedWeights
+from kvfold.ops.rotation import Rotation
+
+
+class _PackedPart:
+    """Modules that one C function stands for. Copies and pickles of a model leave it behind."""
+
+    def __init__(self, modules: tuple[nn.Module, ...], linear: tuple[int, ...], norm: nn.Module, eps: float):
+        """`modules`: all, packed layers first. `linear`: places of packed layers, one of each copy. `norm`: one of the modules,
+        with a weight alone.
+        """
+        self._modules, self._norm, self._eps = modules, norm, eps
+        self._copies = [(place, modules[place].packed) for place in linear]
+        self._others = [one for one in modules if getattr(one, "packed", None) is None]
+
+    @staticmethod
+    def reads(packed: Iterable[PackedWeights | None]) -> bool:
+        """Whether these copies have the form that the functions read, without biases."""
+        return all(one is not None and one.panels_NCW is not None and not one.has_bias for one in packed)
+
+    def serves(self, modules: tuple[nn.Module, ...], hidden_BTC: Tensor) -> bool:
+        """Whether the function can stand for these modules in a call with this residual stream."""
+        if modules != self._modules or not self._copies[0][1].allows(hidden_BTC):
+            return False
+        for module in self._others:
+            if module._forward_hooks or module._forward_pre_hooks:
+                return False
+        for place, copy in self._copies:
+            if modules[place].packed is not copy or not copy.holds() or copy.panels_NCW is None or copy.has_bias:
+                return False
+        gain = self._norm._parameters.get("weight")
+        return gain is not None and gain.dtype == torch.float32 and gain.is_contiguous()
+
+    def __reduce__(self):
+        return _nothing, ()
+
+
+class PackedFront(_PackedPart):
+    """From the residual stream to q, k and v of one layer's heads; in a layer without keys of its own to q alone."""
+
+    def __init__(self, modules: tuple[nn.Module, ...], norm: nn.Module, eps: float, head_dim: int):
+        """`modules`: q, and in an owner k and v, packed together, then those around them."""
+        super().__init__(modules, (0,), norm, eps)
+        self._head_dim = head_dim
+        packed = [one.out_features // head_dim for one in modules if getattr(one, "packed", None) is not None]
+        self._heads, self._kv_heads = packed[0], packed[1] if len(packed) > 1 else 0
+
+    @staticmethod
+    def turns(rotation: Rotation | None, hidden_BTC: Tensor) -> bool:
+        """Whether the function can rotate as asked: one token a row, angles that C can read, no gain behind them."""
+        if hidden_BTC.shape[1] != 1:
+            return False
+        return rotation is None or (rotation.in_place and rotation.query_gain_D is None)
+
+    def __call__(self, hidden_BTC: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """q [B, 1, H, D], k and v [B, 1, K, D]; q and k are rotated."""
+        hidden, copy, rows = hidden_BTC.contiguous(), self._copies[0][1], hidden_BTC.shape[0]
+        q = hidden.new_empty((rows, 1, self._heads, self._head_dim))
+        k = v = None
+        if self._kv_heads:
+            k, v = hidden.new_empty((2, rows, 1, self._kv_heads, self._head_dim))
+        cosines = sines = turned = stride = 0
+        if rotation is not None:
+            cos, sin = rotation.cos_BTR, rotation.sin_BTR
+            cosines, sines, turned = cos.data_ptr(), sin.data_ptr(), cos.shape[-1]
+            stride = cos.stride(0) if len(cos) > 1 else 0
+        failed = copy.library.front(
+            hidden.data_ptr(), self._norm._parameters["weight"].data_ptr(), copy.panels_NCW.data_ptr(), cosines, sines,
+            q.data_ptr(), 0 if k is None else k.data_ptr(), 0 if v is None else v.data_ptr(),
+            rows, copy.inputs, self._heads, self._kv_heads, self._head_dim, turned, stride, self._eps,
+            torch.get_num_threads(), copy.library.parallel,
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for the projections of a decoding step")
+        return q, k, v
+
+
+class PackedTail(_PackedPart):
+    """From what attention found to the residual stream behind the layer."""
+
+    def __init__(self, modules: tuple[nn.Module, ...], norm: nn.Module, eps: float, factor: float):
+        """`modules`: o, gate, up and down, packed, then those around them. `factor`: of both blocks, before the residual."""
+        super().__init__(modules, (0, 1, 3), norm, eps)
+        self._factor = factor
+
+    def __call__(self, attended_BTA: Tensor, hidden_BTC: Tensor) -> Tensor:
+        """The residual stream behind the layer, from what attention gave and from the stream before it."""
+        attended, hidden, gain = attended_BTA.contiguous(), hidden_BTC.contiguous(), self._norm._parameters["weight"]
+        out, (o, gate_up, down) = torch.empty_like(hidden), [copy for _, copy in self._copies]
+        failed = o.library.tail(
+            attended.data_ptr(), hidden.data_ptr(), o.panels_NCW.data_ptr(), gain.data_ptr(),
+            gate_up.panels_NCW.data_ptr(), down.panels_NCW.data_ptr(), out.data_ptr(),
+            hidden.numel() // o.outputs, o.inputs, o.outputs, down.inputs, self._eps, self._factor,
+            torch.get_num_threads(), o.library.parallel,
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for the feed-forward block of a decoding step")
+        return out
+
+
+def _nothing() -> None:
+    """What a copied or unpickled model has in place of a part."""

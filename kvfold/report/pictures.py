@@ -1,0 +1,371 @@
+"""Every picture, one function each: from rows to a matplotlib figure of a width in pixels, or None where there is nothing to
+draw. The page shows them as SVG (drawn anew for a phone, so that letters keep their size), README and `bench serve` as PNG.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvfold.errors import UserError, need_packages
+from kvfold.report.design import Model, frontier
+from kvfold.report.drawing import (
+    LETTER,
+    LIGHT,
+    NAME_GAP,
+    SERIES,
+    SMALL,
+    chart,
+    curve,
+    dot,
+    name_ends,
+    name_room,
+    save_png,
+    tip,
+    write,
+)
+from kvfold.report.numbers import count, difference, percent, size, size_unit, spread, three, tick, times
+from kvfold.report.results import group_results, number, read_results
+from kvfold.report.series import (
+    FURTHER,
+    Line,
+    Road,
+    Run,
+    colours_of,
+    family_of,
+    growth_of,
+    known_pairs,
+    label_of,
+    memory_points,
+    quality_panels,
+)
+
+BEND = 2.0
+"""Percent up to which a bent axis is nearly linear; beyond, equal steps are equal ratios."""
+SHARING, PLAIN = 1, 2
+"""Colours of models whose layers share, and of those whose don't."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axes:
+    """What all panels of the quality picture share."""
+
+    bent: bool
+    """Whether the upper part of the vertical axis is compressed."""
+    low: float
+    high: float
+    """Percent at the bottom and at the top."""
+    most: float
+    least: float
+    """Share of the cache at the left edge and at the right edge."""
+
+    def levels(self) -> list[float]:
+        """Changes to draw a level line at, where the axis is bent: round ones, apart from each other."""
+        steps = [sign * factor * 10.0**power for power in range(6) for factor in (1, 2, 5) for sign in (1, -1)]
+        gap = (math.asinh(self.high / BEND) - math.asinh(self.low / BEND)) / 11
+        kept: list[float] = []
+        for level in (0.0, *steps):
+            apart_enough = (abs(math.asinh(level / BEND) - math.asinh(other / BEND)) >= gap for other in kept)
+            if self.low <= level <= self.high and all(apart_enough):
+                kept.append(level)
+        return sorted(kept)
+
+    def shares(self) -> list[float]:
+        """Ticks of the horizontal axis: halved from one to the next, or quartered, ..."""
+        first, last = math.floor(math.log2(self.most)), math.ceil(math.log2(self.least))
+        every = 1 + (first - last) // 5
+        return [2.0**power for power in range(first, last - 1, -1) if power % every == 0]
+
+
+def axes_of(panels: Sequence[tuple[str, Sequence[Line]]]) -> Axes:
+    """Ranges that hold every point with its error; bent where small and large changes stand side by side."""
+    points = [point for _, lines in panels for line in lines for point in line.points]
+    high = max([1.0, *(point.change + (point.error or 0) for point in points)])
+    low = min([0.0, *(point.change - (point.error or 0) for point in points)])
+    bent = high > 12 and min(abs(point.change) for point in points) < high / 8
+    bend, straight = (math.asinh, math.sinh) if bent else (float, float)
+    top, bottom = bend(high / BEND), bend(low / BEND)
+    # Room above the highest point, and below the base line for its name.
+    low, high = (BEND * straight(edge) for edge in (bottom - 0.09 * (top - bottom), top + 0.04 * (top - bottom)))
+    most, least = max([1.0, *(point.share for point in points)]), min([0.5, *(point.share for point in points)])
+    return Axes(bent=bent, low=low, high=high, most=most * 1.04, least=least * 0.96)
+
+
+def quality(
+    panels: Sequence[tuple[str, Sequence[Line]]],
+    axes: Axes,
+    colours: Mapping[str, int],
+    width: float,
+    named: bool = False,
+) -> Any:
+    """Perplexity change against kept bytes, a panel a text, side by side; reading goes from the full cache to ever smaller ones.
+    A line a method over its budgets, the unfolded model as the base line; `named`: whether a panel says its text.
+    """
+    names, room = name_room([line.title for _, lines in panels for line in lines], width / len(panels))
+    left = max(46.0, 20 + LETTER * max(len(_signed(level)) for level in (axes.levels() if axes.bent else [axes.high])))
+    height = (
+        320 if named else max(300 if width < SMALL else 400, 72 + NAME_GAP * max(len(lines) for _, lines in panels))
+    )
+    across, up = "share of the full cache kept", "perplexity change (lower is better)"
+    titles = across, "" if named else up
+    figure, places = chart(width, height, left=left, right=room, titles=titles, panels=len(panels))
+    for index, (place, (text, lines)) in enumerate(zip(places, panels, strict=True)):
+        place.set(xscale="log", xlim=(axes.most, axes.least), ylim=(axes.low, axes.high))
+        place.set_xticks(axes.shares(), [f"{tick(100 * share)} %" for share in axes.shares()])
+        if axes.bent:
+            place.set_yscale("asinh", linear_width=BEND)
+            place.set_yticks(axes.levels())
+        place.yaxis.set_major_formatter(lambda level, _: _signed(level))
+        place.minorticks_off()
+        place.axhline(0, color=SERIES[0], linewidth=1.5)
+        place.annotate("unfolded", (1, 0), (0, -15), textcoords="offset points", fontsize=11.5, color=LIGHT["soft"])
+        ends = [_quality_line(place, line, names.pop(0), colours.get(line.family, 0)) for line in lines]
+        name_ends(place, ends)
+        if named:
+            start = width / len(panels) * index + 4
+            write(figure, start, 13, f"{text or 'unnamed text'}: {up}", color=LIGHT["ink"], fontweight="bold")
+    return figure
+
+
+def _signed(level: float) -> str:
+    return f"{'+' if level > 0 else ''}{tick(level)} %"
+
+
+def _quality_line(place: Any, line: Line, name: str, colour: int) -> tuple[float, float, str, int]:
+    first, last, style = line.points[0], line.points[-1], {"color": SERIES[colour]}
+    if line.from_unfolded:
+        place.plot([1, first.share], [0, first.change], linewidth=1.4, linestyle=(0, (1, 2.5)), **style)
+    places = [(point.share, point.change) for point in line.points]
+    place.plot(*zip(*places, strict=True), "--" if line.grows else "-", linewidth=2, **style)
+    for point in line.points:
+        ends = [point.change - (point.error or 0), point.change + (point.error or 0)]
+        place.plot([point.share] * 2, ends, linewidth=1.25, **style)
+        changed = difference(point.change, point.error, "%")
+        said = f"{label_of(point.row)}: {percent(point.share)} of the bytes kept, perplexity {changed}"
+        dot(place, point.share, point.change, colour, said, hollow=line.grows)
+    return last.share, last.change, name, colour
+
+
+def uptraining(roads: Sequence[Road], width: float) -> Any:
+    """Perplexity change over tokens of training for the layouts of one text, both scales logarithmic: a power law is a straight
+    line. A line through the best, marks for all, a dashed stroke for what was not measured.
+    """
+    from matplotlib.ticker import LogLocator
+
+    names, room = name_room([road.layers or road.end.name for road in roads], width)
+    figure, (place,) = chart(width, left=58, right=room, titles=("tokens of training", "perplexity change"))
+    place.set(xscale="log", yscale="log")
+    for axis, subs, say in ((place.xaxis, (1,), count), (place.yaxis, (1, 2, 5), lambda change: f"+{tick(change)} %")):
+        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_major_formatter(lambda value, _, say=say: say(value))
+    place.minorticks_off()
+    ends = []
+    for index, (road, name) in enumerate(zip(roads, names, strict=True)):
+        colour, further = 1 + index % 7, road.end.tokens * FURTHER
+        ends.append((further, road.beyond(further) or road.end.change, name, colour))
+        place.plot(
+            *zip(*((one.tokens, one.change) for one in road.best), strict=True), color=SERIES[colour], linewidth=2
+        )
+        place.plot([road.end.tokens, further], [road.end.change, ends[-1][1]], "--", color=SERIES[colour], linewidth=2)
+        for stage in road.stages:
+            said = f"{stage.name}: {count(stage.tokens)} tokens, {difference(stage.change, stage.error, '%')}"
+            dot(place, stage.tokens, stage.change, colour, said, hollow=stage not in road.best)
+    place.margins(y=0.06)
+    place.set_xlim(min(road.stages[0].tokens for road in roads) * 0.9, max(end[0] for end in ends))
+    name_ends(place, ends)
+    return figure
+
+
+def memory(rows: Sequence[Mapping], colours: Mapping[str, int], width: float) -> Any:
+    """Bytes of the cache while a text is written, a line a method."""
+    lines = [(row, points) for row in rows if (points := memory_points(row))]
+    if not lines:
+        return None
+    names, room = name_room([label_of(row) for row, _ in lines], width)
+    figure, (place,) = chart(width, left=64, right=room, titles=("tokens seen", "bytes held by the cache"))
+    most = max(held for _, points in lines for _, held in points) or 1
+    unit, unit_name = size_unit(most)
+    place.set(xlim=(0, max(points[-1][0] for _, points in lines) or 1), ylim=(0, most * 1.04))
+    place.yaxis.set_major_formatter(lambda held, _: f"{tick(held / unit)} {unit_name}")
+    ends = []
+    for (row, points), name in zip(lines, names, strict=True):
+
+        def say(tokens: float, held: float, label: str = label_of(row)) -> str:
+            return f"{label}: {size(held)} after {count(tokens)} tokens"
+
+        ends.append(curve(place, points, name, colours.get(family_of(row), 0), say, dashed="%" in label_of(row)))
+    name_ends(place, ends)
+    return figure
+
+
+def growth(rows: Sequence[Mapping], colours: Mapping[str, int], width: float) -> Any:
+    """Tokens kept while a document is read: a line a method for the mean over all heads, the darker band for the middle half of
+    the heads, the fainter one, with an outline, for all of them.
+    """
+    lines = [one for row in rows if (one := growth_of(row)) is not None]
+    if not lines:
+        return None
+    names, room = name_room([*(label_of(one.row) for one in lines), "tokens seen"], width)
+    figure, (place,) = chart(width, right=room, titles=("tokens seen", "tokens kept"))
+    most = max(one.tokens[-1] for one in lines)
+    highest = max(value for one in lines for kept in one.kept.values() for value in kept if value is not None)
+    place.set(xlim=(0, most or 1), ylim=(0, max(most, highest, 1) * 1.02))
+    place.yaxis.set_major_formatter(lambda value, _: count(value))
+    place.plot([0, most], [0, most], color=SERIES[0], linewidth=1.5)
+    ends = [(most, most, names.pop(), 0)]
+    for one, name in zip(lines, names, strict=True):
+        colour = colours.get(family_of(one.row), 0)
+        for low, high, alpha, stroke in (("least", "most", 0.09, 0.75), ("lower", "upper", 0.22, 0)):
+            below, above = (known_pairs(one.tokens, one.kept[edge]) for edge in (low, high))
+            if below and above:
+                place.fill(*zip(*below, *reversed(above), strict=True), facecolor=(SERIES[colour], alpha),
+                           edgecolor=(SERIES[colour], 0.45), linewidth=stroke)  # fmt: skip
+        spread_at = dict(zip(one.tokens, zip(one.kept["least"], one.kept["most"], strict=True), strict=True))
+
+        def say(seen: float, kept: float, label: str = label_of(one.row), spread_at: dict = spread_at) -> str:
+            around = (
+                "" if None in spread_at[seen] else ", from {} to {} over heads".format(*map(_whole, spread_at[seen]))
+            )
+            return f"{label}: {_whole(kept)} of {count(seen)} kept{around}"
+
+        ends.append(curve(place, known_pairs(one.tokens, one.kept["mean"]), name, colour, say))
+    name_ends(place, ends)
+    return figure
+
+
+def _whole(value: float) -> str:
+    return count(round(value))
+
+
+def over_steps(
+    lines: Sequence[Run], title: str, width: float, *, least: float | None = None, across: str = "step"
+) -> Any:
+    """Lines over the steps of a run or the tokens it saw, every line its colour and its name at its end; `least`: where the
+    vertical axis begins at the latest.
+    """
+    if not lines:
+        return None
+    names, room = name_room([one.name for one in lines], width)
+    figure, (place,) = chart(width, 240 if width < SMALL else 300, right=max(110, room), titles=(across, title))
+    x, y = ([point[at] for one in lines for point in one.points] for at in (0, 1))
+    low, high = min(y if least is None else [least, *y]), max(y)
+    above = max(high - low, abs(high) * 1e-6, 1e-6)  # never so little that a picture could not tell them apart
+    place.set(xlim=(min(x), max(max(x), min(x) + abs(min(x)) * 1e-6 + 1e-6)), ylim=(low, high + 0.04 * above))
+    ends = []
+    for index, (one, name) in enumerate(zip(lines, names, strict=True)):
+
+        def say(step: float, value: float, name: str = one.name) -> str:
+            return f"{across} {count(step)}: {name} {three(value)}"
+
+        # A line that was asked for is neutral, as the unfolded model is elsewhere.
+        ends.append(curve(place, one.points, name, 0 if one.dashed else 1 + index % 7, say, dashed=one.dashed))
+    name_ends(place, ends)
+    return figure
+
+
+def speed(
+    rows: Sequence[Mapping], sides: Sequence[tuple[str, str]], name: Callable[[Mapping], str], width: float
+) -> Any:
+    """Tokens per second of two sides at each point: bars from zero, with the spread of the runs, and their ratio. `sides`: name
+    and key in a row of each; `name`: what a point is called.
+    """
+    edges = ("min", "median", "max")
+    runs = [[[number(row, side, "tokens_per_second", edge) for edge in edges] for _, side in sides] for row in rows]
+    shown = [(row, both) for row, both in zip(rows, runs, strict=True) if any(one[1] for one in both)]
+    if not shown:
+        return None
+    figure, (place,) = chart(width, 72 + 70 * len(shown), left=92, right=70, titles=("tokens per second", ""))
+    most = max(value for _, both in shown for one in both for value in one[1:] if value is not None)
+    place.set(ylim=(70 * len(shown), 0), xlim=(0, most * 1.02), yticks=[])
+    place.grid(axis="x", color=LIGHT["level"])
+    place.xaxis.set_major_formatter(lambda value, _: tick(value))
+    for index, (row, both) in enumerate(shown):
+        top = 70 * index
+        write(figure, 0, 38 + top, name(row), color=LIGHT["ink"], fontweight="bold")
+        for at, ((side, _), (low, median, high)) in enumerate(zip(sides, both, strict=True)):
+            y = top + 25.5 + 20 * at
+            write(figure, 84, 28 + y + 4, side, ha="right")
+            if median is None:
+                write(figure, 98, 28 + y + 4, "not measured")
+                continue
+            around = spread(low, high)
+            hover = f"{side}, {name(row)}: {three(median)} tokens/s" + (f", runs from {around}" if around else "")
+            place.barh(y, median, 17, color=LIGHT["theirs" if at else "ours"])[0].set_gid(tip([hover]))
+            if around:
+                place.plot([low, high], [y, y], color=LIGHT["ink"], linewidth=1.5)
+        if (ratio := number(row, "ratio", "median")) is not None:
+            write(figure, width - 58, 28 + top + 41, times(ratio), color=LIGHT["ink"], fontweight="bold", fontsize=16)
+    return figure
+
+
+def design(models: Sequence[Model], width: float) -> Any:
+    """Models from scratch: perplexity against bytes a token, halved or doubled at equal steps; a thin stroke spans the seeds, a
+    dashed line joins those that nothing beats. Narrow pictures leave the names to the table.
+    """
+    from matplotlib.ticker import LogLocator
+
+    named = width >= SMALL
+    names, room = name_room([one.recipe for one in models], width)
+    titles = ("bytes of keys and values a token, at 16 bit", "held-out perplexity")
+    height = max(420, 80 + 13 * len(models)) if named else 300
+    figure, (place,) = chart(width, height, right=room if named else 12, titles=titles)
+    place.set_xscale("log", base=2)
+    place.xaxis.set_major_locator(LogLocator(base=2, numticks=8 if named else 4))
+    place.xaxis.set_major_formatter(lambda value, _: count(value))
+    place.minorticks_off()
+    best = [(one.kv_bytes, one.perplexity) for one in frontier(models)]
+    place.plot(*zip(*best, strict=True), "--", color=SERIES[0], linewidth=1.5)
+    ends = []
+    for one, name in zip(models, names, strict=True):
+        colour, seeds = SHARING if one.shares_layers else PLAIN, one.perplexities
+        place.plot([one.kv_bytes] * 2, [seeds[0], seeds[-1]], color=SERIES[colour], linewidth=1.25)
+        hover = f"{one.recipe}: {count(one.kv_bytes)} bytes a token, perplexity {three(one.perplexity)}"
+        dot(place, one.kv_bytes, one.perplexity, colour, hover)
+        ends.append((one.kv_bytes, one.perplexity, name, colour))
+    place.margins(0.04, 0.06)
+    if named:
+        name_ends(place, ends)
+    return figure
+
+
+def waits(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """How long clients of a server waited: the share of answers that were there after so many seconds, first tokens at the
+    left, whole answers at the right.
+    """
+    figure, places = chart(1000, left=56, right=20, titles=("seconds after the request", ""), panels=2)
+    for place, title, end in zip(places, ("First token", "Whole answer"), (1, 2), strict=True):
+        place.set_title(f"{title}, share of requests", loc="left", fontsize=13, color=LIGHT["ink"])
+        place.xaxis.set_major_formatter(lambda value, _: tick(value))
+        for index, row in enumerate(rows):
+            after = sorted(point[end] - point[0] for point in row["points"])
+            # An answer that failed never comes: its line ends below 1.
+            shares = [(place_of + 1) / row["requests"] for place_of in range(len(after))]
+            name = f"{row['model']} at {row['url']}: {row['output_tokens_per_s']:.0f} tokens/s"
+            place.step([0.0, *after], [0.0, *shares], where="post", color=SERIES[1 + index % 7], label=name)
+        place.set(xlim=(0, None), ylim=(0, 1.02))
+    places[1].legend(frameon=False, loc="lower right", fontsize=9)
+    return figure
+
+
+def save_waits(rows: Sequence[Mapping[str, Any]], out: Path) -> Path:
+    """Draw what `bench serve` measured of each endpoint. UserError where matplotlib is missing or no answer came."""
+    need_packages("matplotlib", extra="report", what="a PNG")
+    if not any(row["points"] for row in rows):
+        raise UserError("there is nothing to draw: no request was answered")
+    return save_png(waits(rows), out)
+
+
+def save_quality(results: Path, out: Path) -> Path:
+    """Draw the newest quality measurement in `results` (a folder or a file) as PNG, a panel a text, in the colours of the page
+    that is made from the same files. UserError where matplotlib is missing or nothing is there to draw.
+    """
+    need_packages("matplotlib", extra="report", what="a PNG")
+    found, _ = read_results(Path(results))
+    groups = [group for group in group_results(found) if group.kind == "quality"]
+    panels = quality_panels(groups[0].rows) if groups else []
+    if not panels:
+        raise UserError(
+            f"{results}: no folded method with kept bytes and perplexity to draw: run `kvfold eval --out` first"
+        )
+    return save_png(quality(panels, axes_of(panels), colours_of(found), 400.0 * len(panels), named=True), out)
