@@ -21,11 +21,11 @@ import torch
 
 import kvfold
 from kvfold.record import made
-from kvfold.train.checkpoints import newest_whole, step_of
 from kvfold.train.data import TrainingOrder, draw_text
 from kvfold.train.loop import Loop
 from kvfold.train.objectives import Distillation, ignored_tokens
 from kvfold.train.recipes import read_recipe
+from kvfold.train.run_folder import newest_whole, step_of
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import make_student, trained_weights
 
@@ -51,12 +51,12 @@ def run(args: argparse.Namespace) -> None:
     """Train, and write a line for each step."""
     settings = settings_of(args.data, rate=args.rate, teacher_states=args.teacher_states)
     model, tokenizer = kvfold.load(args.model), kvfold.load_tokenizer(args.model)
-    text = draw_text(settings.data, tokenizer, tokens=settings.tokens, sequence_tokens=1024, seed=settings.seed)
+    text = draw_text(settings.data, tokenizer, tokens=settings.tokens, seq_len=1024, seed=settings.seed)
     model.train()
     student = make_student(model, settings)
     stages = settings.stages
     samples = TrainingOrder(
-        text.train, steps=stages.total, batch=settings.batch_sequences, seed=settings.seed,
+        text.train, steps=stages.total, batch=settings.global_batch_size, seed=settings.seed,
         ignored=ignored_tokens(model),
     )  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,8 @@ mkdir -p "$out"
 
 retrofit() { # source, name, further options
   kvfold retrofit "$1" "$out/$2" --full --kl none --tokens "$tokens" "${data[@]}" --device "$device" --learning-rate 1e-3 \
-    --set learning_rate_schedule=cosine --set warmup_steps=8 --set sequence_tokens=512 --set batch_sequences=8 \
-    --set sequences_at_once=8 "${@:3}"
+    --set learning_rate_schedule=cosine --set warmup_steps=8 --set seq_len=512 --set global_batch_size=8 \
+    --set micro_batch_size=8 "${@:3}"
 }
 convert() { # source, name, layers
   [ -d "$out/$2" ] || kvfold convert "$1" "$out/$2" --layers "$3" --init drop --device "$device"

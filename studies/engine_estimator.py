@@ -30,7 +30,7 @@ from kvfold.data.whole_file import write_whole_file
 from kvfold.engine.budget import KeptRatios, SequenceCost
 from kvfold.layout.planner import PAGE_SLOTS
 from kvfold.record import cpu_name, git_commit, made, with_record
-from kvfold.train.kept_ratios import CALL_TOKENS, kept_streams
+from kvfold.train.calibrate import CALL_TOKENS, kept_streams
 
 
 def main() -> None:

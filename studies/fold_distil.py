@@ -36,12 +36,11 @@ from kvfold.models.decoder import FoldForCausalLM
 from kvfold.record import made
 from kvfold.train.calibrate import calibrate
 from kvfold.train.data import Batch, TrainingOrder, draw_text
-from kvfold.train.losses import divergence, ratio_loss, slice_rows, summed_in_slices
+from kvfold.train.losses import divergence, fired_shares, ratio_loss, slice_rows, summed_in_slices
 from kvfold.train.results import write_trained
 from kvfold.train.settings import RetrofitSettings
-from kvfold.train.student import retention_of
-from kvfold.train.taken_gates import fit_importance, take_gates
-from kvfold.train.teacher import TeacherStates
+from kvfold.train.student import TeacherStates, retention_of
+from kvfold.train.warm_start import fit_importance, take_gates
 
 SEQUENCE_TOKENS = 1024
 FROM_POSITION = 256
@@ -57,7 +56,7 @@ def settings_of(args: argparse.Namespace, time_text: str) -> RetrofitSettings:
     """What adapters are written by and gates are trained by; of fold's gates those that it took over."""
     return RetrofitSettings(
         time="dms:" + time_text.split(":")[1].split("+")[0], trains="adapter", reads="own", compression=args.compression,
-        data=tuple(args.data), sequence_tokens=SEQUENCE_TOKENS, seed=args.seed,
+        data=tuple(args.data), seq_len=SEQUENCE_TOKENS, seed=args.seed,
     )  # fmt: skip
 
 
@@ -126,7 +125,7 @@ class Run:
         if self.folds:
             return main, main.new_zeros(())
         share = retention_of(model, self.settings).share_for(self.settings.compression)
-        return main, ratio_loss(outputs.decisions, share)
+        return main, ratio_loss(fired_shares(outputs.decisions), share)
 
     @torch.no_grad()
     def _teacher(self, ids_BT: Tensor) -> Tensor:
@@ -337,7 +336,7 @@ def _rows(path: Path) -> Iterator[dict]:
 
 
 def _text(args: argparse.Namespace, tokenizer, tokens: int):
-    return draw_text(args.data, tokenizer, tokens=tokens, sequence_tokens=SEQUENCE_TOKENS, seed=args.seed)
+    return draw_text(args.data, tokenizer, tokens=tokens, seq_len=SEQUENCE_TOKENS, seed=args.seed)
 
 
 def _say(text: str) -> None:

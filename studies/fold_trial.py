@@ -290,7 +290,7 @@ def main() -> None:
         _say(json.dumps(facts))
         return
     settings = RetrofitSettings(
-        time=model.config.layout.time_text(), compression=args.compression, sequence_tokens=args.context
+        time=model.config.layout.time_text(), compression=args.compression, seq_len=args.context
     )
     _say(json.dumps({**calibrate(model, ids_WT, settings), **asdict(settings), **_about(args)}))
 

@@ -36,7 +36,7 @@ kvfold eval "$model" "${texts[@]}" --time full --compare "$out/cla2-drop" --comp
   --compare "$out/cla2-fitted" --compare "$out/chosen-fitted" --passkey --device "$device" --out "$out/results/cla2-start.json"
 
 common=("${data[@]}" --device "$device" --full --learning-rate 5e-5 --set learning_rate_schedule=cosine --set warmup_steps=5
-  --set batch_sequences=1 --set save_steps=50 --set "mixed_precision=$precision")
+  --set global_batch_size=1 --set save_steps=50 --set "mixed_precision=$precision")
 # What MODEL says of each sequence is worked out once.
 distilled=(--kl forward --teacher "$model" --set teacher_states="$out/teacher")
 rows=(--compare "$out/cla2-drop" --compare "$out/cla2-mean" --compare "$out/cla2-fitted" --compare "$out/chosen-fitted")

@@ -13,9 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from recall_task import VARIANTS, RecallRun, RecallTask, description, train
 
 from kvfold.record import made
-from kvfold.train.recall import VARIANTS, RecallRun, RecallTask, description, train
 
 _KINDS = {"optimizer": str, "lr": float, "adam_lr": float, "rope_theta": float}
 

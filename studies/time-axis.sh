@@ -19,14 +19,14 @@ data=() texts=() calibration=()
 for file in "${train[@]}"; do data+=(--data "$file") calibration+=(--calibration "$file"); done
 for file in "${valid[@]}"; do texts+=(--text "$file"); done
 # What MODEL says of each sequence is worked out once.
-common=("${data[@]}" --tokens "$tokens" --device "$device" --set teacher_states="$out/teacher" --set sequences_at_once=2 --set save_steps=10)
+common=("${data[@]}" --tokens "$tokens" --device "$device" --set teacher_states="$out/teacher" --set micro_batch_size=2 --set save_steps=10)
 mkdir -p "$out"
 
 kvfold retrofit "$model" "$out/dms-4x" --recipe smollm2-dms-cpu "${common[@]}"
 kvfold retrofit "$model" "$out/dms-4x-cold" --recipe smollm2-dms-cpu --no-warm-start --set ramp_steps=48 --set tail_steps=16 \
   "${common[@]}"
 # DMC came out better with steps of one sequence than with steps of four and as many tokens; what it is held against gets the same.
-small=(--set batch_sequences=1 --set sequences_at_once=1)
+small=(--set global_batch_size=1 --set micro_batch_size=1)
 kvfold retrofit "$model" "$out/dmc-4x" --recipe smollm2-dmc-lora-cpu --compression 4 "${common[@]}" "${small[@]}"
 
 [ -d "$out/gqa" ] || kvfold convert "$model" "$out/gqa" --heads 1 --device "$device"

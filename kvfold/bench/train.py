@@ -96,8 +96,8 @@ def bench_train(
 def step_settings(model: FoldForCausalLM, method: str, point: StepPoint, seed: int = 0) -> RetrofitSettings:
     """The settings of a retrofit whose every step is at its target. Raises `UserError` for one that can't be run."""
     given = {
-        "time": method, "trains": point.trains, "sequence_tokens": point.sequence_tokens, "ramp_steps": 0, "tail_steps": 1,
-        "batch_sequences": point.batch_sequences, "sequences_at_once": point.batch_sequences, "seed": seed,
+        "time": method, "trains": point.trains, "seq_len": point.sequence_tokens, "ramp_steps": 0, "tail_steps": 1,
+        "global_batch_size": point.batch_sequences, "micro_batch_size": point.batch_sequences, "seed": seed,
     }  # fmt: skip
     plain = RetrofitSettings(**given, compression=1.0)
     check_method(model, plain)
@@ -181,9 +181,9 @@ def _nobody(*told: Any) -> None:
 def random_samples(model: FoldForCausalLM, settings: RetrofitSettings) -> TrainingOrder:
     """One step's, of random ids."""
     draw = torch.Generator().manual_seed(settings.seed)
-    shape = (settings.batch_sequences, settings.sequence_tokens)
+    shape = (settings.global_batch_size, settings.seq_len)
     return TrainingOrder(
-        torch.randint(0, model.config.vocab_size, shape, generator=draw), steps=1, batch=settings.batch_sequences,
+        torch.randint(0, model.config.vocab_size, shape, generator=draw), steps=1, batch=settings.global_batch_size,
         seed=settings.seed, ignored=ignored_tokens(model),
     )  # fmt: skip
 
@@ -211,8 +211,8 @@ def _row(
         "trains": settings.trains,
         "gates": settings.gate_source,
         "loss": settings.distils,
-        "sequence_tokens": settings.sequence_tokens,
-        "batch_sequences": settings.batch_sequences,
+        "sequence_tokens": settings.seq_len,
+        "batch_sequences": settings.global_batch_size,
         "with_gates": _figures(gated, settings.step_tokens) | {"trained_parameters": counts[0]},
         "gates_off": _figures(plain, settings.step_tokens) | {"trained_parameters": counts[1]},
         "ratio": _spread([mine / other for mine, other in pairs]),

@@ -35,19 +35,19 @@ def calibrate(
     Example: `kvfold calibrate my-model adapter-4x adapter-2x --compression 2`
     """
     from kvfold.models.checkpoint_files import check_folder
+    from kvfold.train.calibrate import method_of, recalibrate, shifted_settings
     from kvfold.train.data import draw_text
-    from kvfold.train.recalibrate import method_of, recalibrate, shifted_settings
 
     tokens = parse_count(context)
     method, settings = method_of(adapter), None
     if compression is not None:
-        settings = shifted_settings(method, compression=compression, sequence_tokens=tokens)
+        settings = shifted_settings(method, compression=compression, seq_len=tokens)
     check_folder(out)
     weights, tokenizer = Loading(adapter=str(adapter), dtype=dtype, device=device).load(model)
     with waiting("drawing text"):
         text = draw_text(
             data or [str(SAMPLE)], tokenizer, tokens=sequences * tokens,
-            sequence_tokens=tokens, seed=0, spared=1,
+            seq_len=tokens, seed=0, spared=1,
         )  # fmt: skip
     with progress() as report:
         facts = recalibrate(weights, adapter, out, text.train, settings, report=report)

@@ -92,7 +92,7 @@ class Training:
         from kvfold.train.recipes import checked_values, parse_assignments
 
         given = {name: value for name, value in asdict(self).items() if value is not None and name != "set_"} | more
-        given |= {name: parse_count(given[name]) for name in ("tokens", "sequence_tokens") if name in given}
+        given |= {name: parse_count(given[name]) for name in ("tokens", "seq_len") if name in given}
         assigned = parse_assignments(self.set_ or (), settings)
         values = {**recipe, **checked_values(given, settings, where=where), **assigned}
         if not values.get("data"):

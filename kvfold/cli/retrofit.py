@@ -50,8 +50,8 @@ class Settings(Training):
     compression: Annotated[float | None, Option(help="Times smaller, at the end of a sequence, window included.")] = (
         None
     )
-    sequence_tokens: Annotated[str | None, Option("--context", help="Tokens of a sequence, e.g. 1k.")] = None
-    batch_sequences: Annotated[int | None, Option("--batch", help="Sequences of a step, over all processes.")] = None
+    seq_len: Annotated[str | None, Option("--context", help="Tokens of a sequence, e.g. 1k.")] = None
+    global_batch_size: Annotated[int | None, Option("--batch", help="Sequences of a step, over all processes.")] = None
     kl: Annotated[str | None, Option(help="reverse | forward | none. Default: reverse for dms, none for dmc.")] = None
     teacher: Annotated[str | None, Option(help="A model to distil from. Default: the source itself.")] = None
     warm_start: Annotated[bool | None, Option(help="First fit the gates to the attention that tokens receive.")] = None
@@ -152,7 +152,7 @@ def _say_plan(settings: Any, done: int, model: Any) -> None:
     told = f"{stages.total:,} steps of {settings.step_tokens:,} tokens"
     if settings.compresses:
         nominal = retention_of(model, settings).nominal_for(settings.compression)
-        told += f", compression {settings.compression:g} at {settings.sequence_tokens:,} tokens"
+        told += f", compression {settings.compression:g} at {settings.seq_len:,} tokens"
         told += f" ({nominal:.2f} by the gates alone)"
     say(told + (f"; going on after step {done:,}" if done else ""))
 

@@ -1,6 +1,6 @@
 """`kvfold train`: a model from scratch. It is trained in train/."""
 
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,9 +58,10 @@ def _settings(recipe: str, training: Settings) -> Any:
     from kvfold.train.recipes import is_file_name, read_recipe
 
     named = not is_file_name(recipe)
-    values = asdict(recipe_of(recipe).settings) if named else read_recipe(recipe, PretrainSettings)
+    values = recipe_of(recipe).settings.model_dump() if named else read_recipe(recipe, PretrainSettings)
     values = training.over(values, PretrainSettings, where="train")
-    missing = [one.name for one in fields(PretrainSettings) if one.default is MISSING and one.name not in values]
+    keys = PretrainSettings.model_fields.items()
+    missing = [key for key, one in keys if one.is_required() and key not in values]
     if missing:
         raise UserError(f"recipe {recipe}: nothing says {', '.join(missing)}: add what a model's shape takes")
     return PretrainSettings(**values)
@@ -117,19 +118,20 @@ def _trainer_of(recipe: str, device: str | None, *, text: Path) -> Any:
 def _swept(name: str, settings: Any, factor: float, folder: Any, train_one: Any) -> list[dict[str, Any]]:
     """The runs of a sweep; the best one's files become the result."""
     from kvfold.train.pretrain import begin
-    from kvfold.train.pretrain_card import pretrain_card
+    from kvfold.train.results import pretrain_card
     from kvfold.train.run_folder import leads
     from kvfold.train.sweep import copy_result, sweep
 
-    if leads():
+    if not leads():
+        sweep(settings, factor, folder.out, train_one, say=lambda line: None)
+        return [{}]
+    with folder.locked():
         with progress() as report:
             begin(folder, name, settings, folder.training, report=report)
-    rows, best = sweep(settings, factor, folder.out, train_one, say=say if leads() else lambda line: None)
-    if not leads():
-        return [{}]
-    facts = next(row for row in rows if row["note"] == "best")
-    card = pretrain_card(settings.with_rate(facts["learning_rate"]), facts, folder.out)
-    copy_result(best, folder.out, card=card)
+        rows, best = sweep(settings, factor, folder.out, train_one, say=say)
+        facts = next(row for row in rows if row["note"] == "best")
+        card = pretrain_card(settings.with_values(learning_rate=facts["learning_rate"]), facts, folder.out)
+        copy_result(best, folder.out, card=card)
     say(f"the best: {best}")
     return rows
 
@@ -157,7 +159,7 @@ def _list(as_json: bool) -> None:
 
     rows = [
         {"name": one.name, "parameters": one.settings.num_parameters,
-         "kv_bytes_per_token": one.settings.kv_bytes_per_token, "settings": asdict(one.settings)}
+         "kv_bytes_per_token": one.settings.kv_bytes_per_token, "settings": one.settings.model_dump()}
         for one in recipes().values()
     ]  # fmt: skip
     Output(as_json=as_json).hand_over("recipes", {"rows": rows}, table_of("Recipes", _RECIPE_COLUMNS))

@@ -6,15 +6,14 @@ Letters: N blocks, T tokens of a sequence.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvfold.data.windows import opening_tokens
 from kvfold.errors import UserError
-from kvfold.train.noise import noise_key
 from kvfold.train.sources import training_texts
 
 PIECE_SEQUENCES = 16
@@ -22,6 +21,9 @@ PIECE_SEQUENCES = 16
 CHARACTERS_A_TOKEN = 4
 """About."""
 _TEXTS_AT_ONCE = 64
+_BITS = 2**64
+_ODD = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
+"""Odd 64-bit numbers without structure; they keep seed, step and index apart."""
 _SPARED_SHARE = 8
 """Where text is short, one block of so many is held out for calibration, and again for measuring."""
 
@@ -39,20 +41,20 @@ class TrainingText:
 
 
 def draw_text(
-    sources: Sequence[str], tokenizer: Any, *, tokens: int, sequence_tokens: int, seed: int, spared: int = 16
+    sources: Sequence[str], tokenizer: Any, *, tokens: int, seq_len: int, seed: int, spared: int = 16
 ) -> TrainingText:
     """As many sequences as `tokens` fill, less where the data is shorter, and up to `spared` more for each other part.
 
     The documents follow each other with a blank line between, as they do in measuring. Raises `UserError` where the data
     does not fill three sequences, one for each part.
     """
-    wanted = -(-tokens // sequence_tokens)
-    piece = PIECE_SEQUENCES * sequence_tokens * CHARACTERS_A_TOKEN
+    wanted = -(-tokens // seq_len)
+    piece = PIECE_SEQUENCES * seq_len * CHARACTERS_A_TOKEN
     texts = training_texts(sources, seed=seed, piece_characters=piece)
     opening = opening_tokens(tokenizer)
-    body = sequence_tokens - len(opening)
+    body = seq_len - len(opening)
     if body < 1:
-        raise UserError(f"sequences of {sequence_tokens} tokens: the opening token takes that many: use longer ones")
+        raise UserError(f"sequences of {seq_len} tokens: the opening token takes that many: use longer ones")
     blocks, seen = [], 0
     for ids in blocks_of(texts, tokenizer, body):
         seen += len(ids)
@@ -62,7 +64,7 @@ def draw_text(
             break
     if len(blocks) < 3:
         raise UserError(
-            f"data of {seen:,} tokens: a sequence takes {sequence_tokens:,}, and a run takes 3, two of them held out: "
+            f"data of {seen:,} tokens: a sequence takes {seq_len:,}, and a run takes 3, two of them held out: "
             "give more text, or shorter sequences"
         )
     plenty = len(blocks) == wanted + 2 * spared
@@ -108,10 +110,6 @@ class Batch:
     step_rows: int
     """Sequences of the whole step."""
 
-    def to(self, device: torch.device) -> Self:
-        """The same with its tokens on a device."""
-        return replace(self, ids_BT=self.ids_BT.to(device))
-
 
 class TrainingOrder:
     """The sequences of a whole run, one after the other, so many a step. Each pass over the blocks is in an order of its own."""
@@ -126,8 +124,8 @@ class TrainingOrder:
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
         self._members: tuple[int, list[int]] = (-1, [])
 
-    def batch(self, step: int, rows: Sequence[int]) -> Batch:
-        """Rows of a step's batch, by their places in it."""
+    def batch(self, step: int, rows: Sequence[int], device: torch.device | None = None) -> Batch:
+        """Rows of a step's batch, by their places in it, with their tokens on a device."""
         assert step < self._steps, "the run ends before"
         if self._members[0] != step:
             first = step * self._batch
@@ -135,7 +133,7 @@ class TrainingOrder:
         members = self._members[1]
         positions = self._batch * (self._blocks_NT.shape[1] - 1)
         return Batch(
-            ids_BT=self._blocks_NT[[members[row] for row in rows]].long(),
+            ids_BT=self._blocks_NT[[members[row] for row in rows]].to(device, torch.int64),
             noise_key_B=torch.tensor([noise_key(self._seed, step, row) for row in rows]),
             step_positions=positions if self._counts_N is None else int(self._counts_N[members].sum()),
             step_rows=self._batch,
@@ -148,3 +146,21 @@ class TrainingOrder:
             source = torch.Generator().manual_seed(noise_key(self._seed, -2, turn) % 2**63)
             self._order = turn, torch.randperm(number, generator=source)
         return int(self._order[1][place])
+
+
+def noise_key(seed: int, step: int, index: int) -> int:
+    """A signed 64-bit number, a pure function of the seed, the optimizer step and the sample's place in the global batch.
+
+    Differs: the official code of DMC and DMS seeds a generator in each process, so its result depends on their number.
+    """
+    mixed = 0
+    for value, odd in zip((seed, step, index), _ODD, strict=True):
+        mixed = _scattered((mixed ^ (value + 1)) * odd % _BITS)
+    return mixed - _BITS if mixed >= _BITS // 2 else mixed
+
+
+def _scattered(value: int) -> int:
+    """Each bit of the input moves about half the bits of the output."""
+    for shift, odd in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        value = ((value ^ value >> shift) * odd) % _BITS
+    return value ^ value >> 31

@@ -82,12 +82,12 @@ SHAPE_1B = {
 SHAPE_3B = {**SHAPE_1B, "num_layers": 32, "hidden_size": 3072, "intermediate_size": 8192, "tokens": 100_000_000_000}
 SHAPE_TINYLLAMA = {
     "num_layers": 22, "hidden_size": 2048, "intermediate_size": 5632, "vocabulary": 32_000, "num_heads": 32,
-    "num_kv_heads": 4, "head_dim": 64, "tokens": 105_000_000_000, "batch_sequences": 1024, "learning_rate": 4e-4,
+    "num_kv_heads": 4, "head_dim": 64, "tokens": 105_000_000_000, "global_batch_size": 1024, "learning_rate": 4e-4,
     "tokenizer": "TinyLlama/TinyLlama_v1.1", **SLIMPAJAMA,
 }  # fmt: skip
 SHAPE_MINI = {
     "num_layers": 8, "hidden_size": 192, "intermediate_size": 512, "vocabulary": 4096, "tokens": 1_000_000,
-    "sequence_tokens": 512, "batch_sequences": 8, "sequences_at_once": 4, "save_steps": 40, "validate_steps": 100,
+    "seq_len": 512, "global_batch_size": 8, "micro_batch_size": 4, "save_steps": 40, "validate_steps": 100,
     "validation_tokens": 65_536, "learning_rate": 2e-3, "init_std": 0.0417,
 }  # fmt: skip
 """New weights as wide as the published, which are 1 / sqrt(3 x width) at 1B."""

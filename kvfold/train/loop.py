@@ -1,26 +1,30 @@
 """The training loop that every kind of training shares: optimizer steps on samples in a fixed order, a curve, and checkpoints
-that are whole or not there. What is minimised stands in objectives.py.
+that are whole or not there (run_folder.py). What is minimised stands in objectives.py.
 """
 
+import importlib.util
+import json
 import math
+import os
 import shutil
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol, Self
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from kvfold.data.whole_file import write_whole_file
 from kvfold.errors import UserError
-from kvfold.train.checkpoints import PARTIAL, drop_old, newest_whole, seal, step_of
 from kvfold.train.data import Batch, TrainingOrder
 from kvfold.train.processes import is_sharded, leaders, place, sum_over_processes, wait_for_all, whole
+from kvfold.train.run_folder import CURVE, PARTIAL, drop_old, newest_whole, read_curve, seal, step_of
+from kvfold.train.settings import TrainSettings
 from kvfold.train.student import trained_weights
 
 _KEPT_CHECKPOINTS = 2
@@ -33,33 +37,10 @@ class DivergedError(RuntimeError):
     """A loss or a weight that is no number."""
 
 
-class LoopSettings(Protocol):
-    """What the loop asks of the settings of a run."""
-
-    batch_sequences: int
-    sequences_at_once: int
-    learning_rate: float
-    weight_decay: float
-    beta1: float
-    beta2: float
-    clip: float
-    save_steps: int
-    checkpoint_activations: bool
-    mixed_precision: str
-    total_steps: int
-    step_tokens: int
-
-    def rate_factor(self, step: int) -> float:
-        """What the learning rate is multiplied by at `step` (from 0)."""
-
-
 class Objective(Protocol):
     """What is minimised, and what happens beside that. Steps are counted from 0, `done` is how many were made."""
 
     model: nn.Module
-
-    def begin(self, step: int) -> None:
-        """Called before a step."""
 
     def losses(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """`loss`, and other figures, of a part of a step's batch; the sum over all parts is the step's."""
@@ -75,46 +56,50 @@ class Loop:
     """Trains the model of an objective, in `folder`. All processes make the same calls."""
 
     def __init__(
-        self, objective: Objective, samples: TrainingOrder, settings: LoopSettings, folder: Path, *, on_step: OnStep
+        self, objective: Objective, samples: TrainingOrder, settings: TrainSettings, folder: Path, *, on_step: OnStep
     ):
         """The model is where it is to be trained, see processes.py. `on_step` is told of each step, on the leading process."""
         self._objective, self._samples, self._settings, self._folder = objective, samples, settings, folder
         self._model, self._on_step, (rank, number) = objective.model, on_step, place()
-        rows = settings.sequences_at_once
-        if settings.batch_sequences % (number * rows):
+        self._leads, self._shared, self._sharded = rank == 0, number > 1, is_sharded(objective.model)
+        rows = settings.micro_batch_size
+        if settings.global_batch_size % (number * rows):
             raise UserError(
-                f"batch_sequences {settings.batch_sequences}: {number} processes of {rows} sequences "
+                f"global_batch_size {settings.global_batch_size}: {number} processes of {rows} sequences "
                 "share them equally: use a multiple of their product"
             )
-        starts = range(rank * rows, settings.batch_sequences, number * rows)
+        starts = range(rank * rows, settings.global_batch_size, number * rows)
         self._parts = [range(start, start + rows) for start in starts]
-        if settings.checkpoint_activations:
+        if settings.gradient_checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
         self._weights, self._optimizer = list(trained_weights(self._model).values()), _adamw(self._model, settings)
-        device, precision = self._model.device.type, settings.mixed_precision
-        self._bf16 = device == "cuda" if precision == "auto" else precision == "bfloat16"
+        self._device, precision = self._model.device, settings.mixed_precision
+        self._bf16 = self._device.type == "cuda" if precision == "auto" else precision == "bfloat16"
         self._rates = [settings.learning_rate * settings.rate_factor(step) for step in range(settings.total_steps)]
         # FSDP2 averages over processes what is summed here.
-        self._factor = number if is_sharded(self._model) else 1
+        self._factor = number if self._sharded else 1
 
     def run(self) -> None:
         """Train from the newest checkpoint on, or from the beginning."""
         settings, checkpoint = self._settings, newest_whole(self._folder)
         if checkpoint is not None:
             load_checkpoint(checkpoint, self._model, self._optimizer)
-        for step in range(0 if checkpoint is None else step_of(checkpoint), settings.total_steps):
-            begun, done = time.monotonic(), step + 1
-            sums = self.step(step)
-            point = {
-                "step": done, "tokens": done * settings.step_tokens, "loss": sums["loss"], "learning_rate": self._rates[step],
-                "seconds": time.monotonic() - begun,
-            }  # fmt: skip
-            point |= self._objective.figures(done, sums)
-            if place()[0] == 0:
-                self._on_step(point)
-            self._objective.end(done)
-            if done % settings.save_steps == 0 or done == settings.total_steps:
-                self._save(done)
+        first = 0 if checkpoint is None else step_of(checkpoint)
+        tokens, total, save_steps = settings.step_tokens, settings.total_steps, settings.save_steps
+        with Curve(self._folder, done_steps=first) if self._leads else nullcontext() as curve:
+            for done in range(first + 1, total + 1):
+                begun = time.monotonic()
+                sums = self.step(done - 1)
+                point = {
+                    "step": done, "tokens": done * tokens, "loss": sums["loss"], "learning_rate": self._rates[done - 1],
+                    "seconds": time.monotonic() - begun, **self._objective.figures(done, sums),
+                }  # fmt: skip
+                if self._leads:
+                    curve.add(point)
+                    self._on_step(point)
+                self._objective.end(done)
+                if done % save_steps == 0 or done == total:
+                    self._save(done)
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step. Gives its loss and the objective's other sums, as plain numbers. Raises `DivergedError`, in all
@@ -122,48 +107,85 @@ class Loop:
         """
         sums: dict[str, Tensor] = {}
         self._model.train()
-        self._objective.begin(step)
         for rows in self._parts:
-            with torch.autocast(self._model.device.type, torch.bfloat16, enabled=self._bf16):
-                parts = self._objective.losses(step, self._samples.batch(step, rows).to(self._model.device))
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+                parts = self._objective.losses(step, self._samples.batch(step, rows, self._device))
             (parts["loss"] * self._factor).backward()
             sums = {name: part.detach() + sums.get(name, 0) for name, part in parts.items()}
-        sum_over_processes(sums.values())
+        if self._shared:
+            sum_over_processes(sums.values())
         figures = {name: total.tolist() for name, total in sums.items()}
-        self._check(math.isfinite(figures["loss"]), step + 1, f"the loss is {figures['loss']}")
-        if not is_sharded(self._model):
+        if not math.isfinite(figures["loss"]):
+            self._stop(step + 1, f"the loss is {figures['loss']}")
+        if self._shared and not self._sharded:
             sum_over_processes(weight.grad for weight in self._weights if weight.grad is not None)
-        nn.utils.clip_grad_norm_(self._weights, self._settings.clip)
+        nn.utils.clip_grad_norm_(self._weights, self._settings.max_grad_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = self._rates[step]
         self._optimizer.step()
         self._optimizer.zero_grad()
         return figures
 
-    def _check(self, is_good: bool, step: int, what: str) -> None:
-        if not is_good:
-            raise DivergedError(
-                f"step {step}: {what}: the last good checkpoint is kept in {self._folder}: begin in another folder with a lower "
-                "learning rate, or look at the data"
-            )
+    def _stop(self, step: int, what: str) -> NoReturn:
+        raise DivergedError(
+            f"step {step}: {what}: the last good checkpoint is kept in {self._folder}: begin in another folder with a lower "
+            "learning rate, or look at the data"
+        )
 
     def _save(self, done: int) -> None:
-        """A checkpoint: whole or not at all, see checkpoints.py."""
-        if is_sharded(self._model):
+        """A checkpoint: whole or not at all, see run_folder.py."""
+        if self._sharded:
             self._model.reshard()
         for name, weight in trained_weights(self._model).items():
-            self._check(bool(torch.isfinite(whole(weight)).all()), done, f"{name} is no longer finite")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        partial = Path(leaders(lambda: tempfile.mkdtemp(prefix=PARTIAL, dir=self._folder)))
+            if not torch.isfinite(whole(weight)).all():
+                self._stop(done, f"{name} is no longer finite")
+        partial = Path(leaders(lambda: str(self._folder / f"{PARTIAL}{os.getpid()}")))
         try:
             save_checkpoint(partial, self._model, self._optimizer)
-            if place()[0] == 0:
+            if self._leads:
                 seal(partial, self._folder / f"checkpoint-{done}")
                 drop_old(self._folder, keep=_KEPT_CHECKPOINTS)
         finally:
-            if place()[0] == 0:
+            if self._leads:
                 shutil.rmtree(partial, ignore_errors=True)
         wait_for_all()
+
+
+class Curve:
+    """The record of a run, a line of JSON for each step, and the same for TensorBoard where that is installed."""
+
+    def __init__(self, folder: Path, *, done_steps: int):
+        """`done_steps`: steps of the checkpoint that the run goes on from; later lines are dropped."""
+        self._path = folder / CURVE
+        kept = [point for point in read_curve(self._path) if point["step"] <= done_steps]
+        write_whole_file(self._path, "".join(json.dumps(point) + "\n" for point in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = None
+        if importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done_steps + 1)
+
+    def add(self, point: Mapping[str, Any]) -> None:
+        """One step: `step`, and numbers or lists of numbers under any names. On the disk before a checkpoint of the step is."""
+        self._file.write(json.dumps(point) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._board is not None:
+            for name, value in point.items():
+                if isinstance(value, list):
+                    for index, one in enumerate(value):
+                        self._board.add_scalar(f"{name}/{index}", one, point["step"])
+                elif name != "step" and value is not None:
+                    self._board.add_scalar(name, value, point["step"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -192,7 +214,7 @@ def _one_process_is_enough() -> Iterator[None]:
         yield
 
 
-def _adamw(model: nn.Module, settings: LoopSettings) -> torch.optim.Optimizer:
+def _adamw(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
     """AdamW for what learns; weight decay is for matrices alone."""
     weights = list(trained_weights(model).values())
     matrices, others = [one for one in weights if one.ndim > 1], [one for one in weights if one.ndim < 2]

@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.methods.base import Method
+from kvfold.train.schedules import entry_bytes
+
 Kind = Literal["reverse", "forward", "none"]
 
 _SLICE_BYTES = 2**25
@@ -90,26 +94,25 @@ def next_token_loss(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
 
 
-def ratio_loss(decisions: Sequence[Tensor | None], target_share: float, real_BT: Tensor | None = None) -> Tensor:
+def ratio_loss(fired_B: Tensor, target_share: float) -> Tensor:
     """Mean over sequences of max(0, target - share of decisions that fired): no pressure once a sequence compresses enough.
-
-    `decisions`: [B, K, T] of each owner, hard with a straight-through gradient, None where an owner has no gates; the share
-    is over all layers, heads and real tokens of a sequence, its first token's raw decision included.
 
     Source: arXiv 2403.09636, section 3.2; arXiv 2506.05345, section 3.
     Differs: per sequence always; the official maximum under tensor parallelism is also per shard of heads.
     """
-    fired_B, seen_B = decision_counts(decisions, real_BT)
-    return (target_share - fired_B / seen_B).clamp(min=0).mean()
+    return (target_share - fired_B).clamp(min=0).mean()
 
 
-def decision_counts(decisions: Sequence[Tensor | None], real_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Of each sequence, how many decisions fired and how many there were: two fp32 [B], over all layers and heads."""
+def fired_shares(decisions: Sequence[Tensor | None], real_BT: Tensor | None = None) -> Tensor:
+    """Of each sequence, the share of decisions that fired, fp32 [B], over all layers, heads and real tokens, the first token's
+    raw decision included. `decisions`: [B, K, T] of each owner, hard with a straight-through gradient, None where an owner has
+    no gates.
+    """
     given = [one for one in decisions if one is not None]
     assert given, "no layer has gates"
     real = given[0].new_ones(given[0].shape[0], given[0].shape[2]) if real_BT is None else real_BT.to(given[0].dtype)
     fired = sum((one * real[:, None]).sum(dim=(1, 2)) for one in given)
-    return fired, sum(real.sum(dim=1) * one.shape[1] for one in given)
+    return fired / sum(real.sum(dim=1) * one.shape[1] for one in given)
 
 
 def slice_rows(vocabulary: int) -> int:
@@ -157,3 +160,35 @@ class _InSlices(torch.autograd.Function):
     def backward(ctx, scale):
         saved = [one * scale for one in ctx.saved_tensors]
         return None, None, saved.pop(0) if ctx.wanted else None, *saved
+
+
+class KeptAtEnd:
+    """The real compression of a training batch: what a cache would keep of each sequence at its end, from its decisions."""
+
+    def __init__(self, layout: KVLayout, *, from_next: bool, model_bytes: int = 2):
+        """`model_bytes`: see `Retention.of`."""
+        self._methods, self._from_next = [layout.time_of(owner) for owner in layout.owners], from_next
+        self._sizes = torch.tensor([float(entry_bytes(layout, owner, model_bytes)) for owner in layout.owners])
+
+    @torch.no_grad()
+    def shares(self, decisions: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """From the decisions [B, K, T] of each owner, ascending, None where it has no gates; no row is padded. Shares of tokens,
+        mean over rows and heads, fp32: `kept_O` of each owner that has gates, `kept` of all owners, weighted by bytes. An
+        owner without gates keeps what its method says.
+        """
+        tokens, device = next((one.shape[2], one.device) for one in decisions if one is not None)
+        shares = [
+            torch.tensor(method.max_kept(tokens) / tokens, device=device) if one is None
+            else (kept_tokens(one, method, from_next=self._from_next) / tokens).mean()
+            for one, method in zip(decisions, self._methods, strict=True)
+        ]  # fmt: skip
+        gated = [share for share, one in zip(shares, decisions, strict=True) if one is not None]
+        sizes = self._sizes.to(device)
+        return {"kept_O": torch.stack(gated), "kept": (torch.stack(shares) * sizes).sum() / sizes.sum()}
+
+
+def kept_tokens(decisions_BKT: Tensor, spec: Method, *, from_next: bool) -> Tensor:
+    """Entries that each head holds after the last token, fp32 [B, K]."""
+    fired = (decisions_BKT > 0.5).float()
+    tokens = fired.shape[2]
+    return tokens - fired[:, :, spec.governing(tokens, from_next)].sum(dim=2)

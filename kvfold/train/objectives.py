@@ -4,6 +4,7 @@ Letters: B rows, T tokens, N positions, C model width, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from kvfold.eval.scoring import next_token_logits
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.options import CallOptions
 from kvfold.train.data import Batch
-from kvfold.train.draws import drawn_layout
 from kvfold.train.losses import (
-    decision_counts,
+    KeptAtEnd,
     divergence,
+    fired_shares,
     next_token_loss,
     ratio_loss,
     slice_rows,
@@ -24,9 +25,8 @@ from kvfold.train.losses import (
     summed_in_slices,
 )
 from kvfold.train.processes import decoder_of, place, unsharded
-from kvfold.train.reached import reached
 from kvfold.train.settings import RetrofitSettings
-from kvfold.train.student import Student, retention_of
+from kvfold.train.student import GATES_OFF, Student, drawn_layout, lora_off, retention_of
 
 
 def ignored_tokens(model: FoldForCausalLM) -> list[int]:
@@ -43,9 +43,6 @@ class NextToken:
         """`model` is in its place, see processes.py; nothing is learned at `ignored` tokens."""
         self.model, self._decoder = model, decoder_of(model)
         self._ignored = torch.tensor(ignored, dtype=torch.int64, device=model.device)
-
-    def begin(self, step: int) -> None:
-        """Nothing is to be done."""
 
     def losses(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """See `Objective`."""
@@ -93,27 +90,25 @@ class Distillation(NextToken):
         """
         super().__init__(student.model, ignored)
         self._student, self._settings, self._on_unit = student, settings, on_unit
-        self._stages, self._kl, self._compresses = settings.stages, settings.distils, settings.compresses
-        self._holds_states = settings.state_weight > 0
+        self._kl, self._compresses = settings.distils, settings.compresses
+        self._holds_states = settings.hidden_loss_weight > 0
         retention = retention_of(student.model, settings) if settings.compresses else None
-        self.targets = self._stages.targets(retention)
+        self.targets = settings.stages.targets(retention)
         if settings.compresses:
-            self._from_next = settings.reads == "next" and "next" in settings.spec.gate_form.reads
+            from_next = settings.reads == "next" and "next" in settings.spec.gate_form.reads
+            bytes_ = student.model.dtype.itemsize
+            self._kept = KeptAtEnd(student.model.config.layout, from_next=from_next, model_bytes=bytes_)
+        self._frees = settings.compresses and settings.trains == "full" and settings.spec.gate_form.zero_out
         if student.teacher is not None:  # each process has a device of its own
             student.teacher.to(student.model.device)
-
-    def begin(self, step: int) -> None:
-        """A freed channel is written out of the weights before the first step in which gates decide."""
-        settings, first = self._settings, self._stages.zero_out_steps
-        frees = self._compresses and settings.trains == "full" and settings.spec.gate_form.zero_out
-        if frees and step >= first and not self.model.config.channel_freed:
-            # In a run that goes on the weights of its checkpoint have it.
-            self.model.free_channel(write=step == first)
 
     def losses(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """See `Objective`; with the ratio loss where gates decide."""
         target = self.targets[step]
         gated = self._compresses and target.channel_factor is None
+        if gated and self._frees and not self.model.config.channel_freed:
+            # Once, before gates first decide; in a run that goes on the weights of its checkpoint have it.
+            self.model.free_channel(write=step == self._settings.stages.zero_out_steps)
         asked = {"output_decisions": True, "noise_key": batch.noise_key_B} if gated else {}
         teacher = self._taught(batch.ids_BT)
         outputs = self._decoder(
@@ -125,22 +120,33 @@ class Distillation(NextToken):
         if self._holds_states:
             ours, theirs = ([one[:, :-1] for one in layers[1:]] for layers in (outputs.hidden_states, teacher))
             apart = state_distance(ours, theirs, self._counted(batch)) * (1 / batch.step_positions)
-            parts |= {"loss": main + self._settings.state_weight * apart, "state_distance": apart}
+            parts |= {"loss": main + self._settings.hidden_loss_weight * apart, "state_distance": apart}
         if gated:
-            share = len(batch.ids_BT) / batch.step_rows
-            ratio = self._settings.ratio_weight * ratio_loss(outputs.decisions, target.share)
-            parts["loss"] = parts["loss"] + ratio * share
-            parts |= {name: share * mean for name, mean in self._decided(outputs.decisions).items()}
+            rows_share, fired_B = len(batch.ids_BT) / batch.step_rows, fired_shares(outputs.decisions)
+            ratio = self._settings.ratio_weight * ratio_loss(fired_B, target.share)
+            parts["loss"] = parts["loss"] + ratio * rows_share
+            told = {"share": fired_B.mean(), **self._kept.shares(outputs.decisions)}
+            parts |= {name: rows_share * mean for name, mean in told.items()}
         return parts
 
     def _taught(self, ids_BT: Tensor) -> tuple[Tensor, ...]:
-        """The teacher's states; none where nothing is distilled."""
+        """What the teacher has before its head, [B, T, C], or what goes into each layer, too; none where nothing is distilled."""
         if self._kl == "none":
             return ()
-        return self._student.teacher_states(ids_BT, self._decoder, of_layers=self._holds_states)
+        kept = self._student.kept
+        return self._asked(ids_BT) if kept is None else (kept.of(ids_BT, lambda missing: self._asked(missing)[-1]),)
+
+    @torch.no_grad()
+    def _asked(self, ids_BT: Tensor) -> tuple[Tensor, ...]:
+        """The teacher: a model of its own, or the student's weights with what is trained switched off."""
+        student, of_layers = self._student, self._holds_states
+        decoder = self._decoder if student.teacher is None else student.teacher.model
+        with lora_off(self.model) if student.has_lora else nullcontext():
+            outputs = decoder(ids_BT, use_cache=False, output_hidden_states=of_layers, options=GATES_OFF)
+        return outputs.hidden_states if of_layers else (outputs.last_hidden_state,)
 
     def _distilled(self, states_BTC: Tensor, teacher_BTC: Tensor, batch: Batch) -> Tensor:
-        theirs_NC, head = teacher_BTC[:, :-1].flatten(0, 1), self._student.head_of_teacher
+        theirs_NC, head = teacher_BTC[:, :-1].flatten(0, 1), self._student.teacher or self.model
 
         def loss_of_logits(logits_NV: Tensor, part: slice) -> Tensor:
             with torch.no_grad():
@@ -158,14 +164,6 @@ class Distillation(NextToken):
         sharing = None if widest is None else drawn_layout(base, widest, seed=seed, step=step)
         return CallOptions(channel_factor=factor, sharing=sharing)
 
-    def _decided(self, decisions: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
-        """What fired, and what that would keep."""
-        fired, seen = decision_counts(decisions)
-        kept = reached(
-            decisions, self.model.config.layout, from_next=self._from_next, model_bytes=self.model.dtype.itemsize
-        )
-        return {"share": (fired / seen).mean(), "kept": kept.kept, "kept_O": kept.kept_O}
-
     def figures(self, done: int, sums: dict[str, Any]) -> dict[str, Any]:
         """The loss's parts, and the compression that was asked for and came out."""
         told = {"next_token_loss" if self._kl == "none" else "distillation": sums["main"]}
@@ -174,8 +172,12 @@ class Distillation(NextToken):
         if not self._compresses:
             return told
         target = self.targets[done - 1]
-        told |= {"target_compression": target.compression, **_compression(sums)}
-        return told | {"target_nominal_compression": 1 / (1 - target.share)}
+        told |= {"target_compression": target.compression, "target_nominal_compression": 1 / (1 - target.share)}
+        if "kept" not in sums:  # gates are still off
+            return told | {"compression": 1.0, "nominal_compression": 1.0}
+        told |= {"compression": 1 / sums["kept"], "layer_compression": [1 / one for one in sums["kept_O"]]}
+        nominal = 1 / (1 - min(sums["share"], 1 - 1e-9))
+        return told | {"ratio_share": sums["share"], "nominal_compression": nominal}
 
     def end(self, done: int) -> None:
         """The ramp's whole compressions are told."""
@@ -184,15 +186,3 @@ class Distillation(NextToken):
             model = unsharded(self.model)
             if place()[0] == 0:
                 self._on_unit(unit, model)
-
-
-def _compression(sums: dict[str, Any]) -> dict[str, Any]:
-    """What the step's own, noisy decisions came to; 1 as long as gates are off."""
-    if "kept" not in sums:
-        return {"compression": 1.0, "nominal_compression": 1.0}
-    return {
-        "ratio_share": sums["share"],
-        "compression": 1 / sums["kept"],
-        "nominal_compression": 1 / (1 - min(sums["share"], 1 - 1e-9)),
-        "layer_compression": [1 / one for one in sums["kept_O"]],
-    }

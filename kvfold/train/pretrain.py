@@ -1,31 +1,33 @@
 """A model from scratch, from beginning to end: a tokenizer, packed text, a new model, training, and what is written of it.
 
 Every step that takes long leaves a note in the run's folder, so that the same call goes on wherever it was stopped.
+Letters: N sequences, B rows, T tokens.
 """
 
+import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from kvfold.errors import UserError
 from kvfold.eval.progress import Report, silent
-from kvfold.train.curve import Curve, read_curve
+from kvfold.eval.scoring import next_token_logits
+from kvfold.models.config import FoldConfig
+from kvfold.models.decoder import FoldForCausalLM
 from kvfold.train.data import TrainingOrder
 from kvfold.train.design_space import recipes
-from kvfold.train.loop import Loop, OnStep, load_checkpoint
-from kvfold.train.packing import drawn_texts, is_packed, pack, packed, sequences_of
-from kvfold.train.pretrain_card import pretrain_card
+from kvfold.train.loop import DivergedError, Loop, OnStep, load_checkpoint
+from kvfold.train.losses import next_token_loss
+from kvfold.train.objectives import NextToken
+from kvfold.train.packing import prepare_text, read_text
 from kvfold.train.pretrain_settings import PretrainSettings
-from kvfold.train.pretrain_trainer import FromScratch, perplexity
-from kvfold.train.processes import check_processes, join, shard, unsharded, wait_for_all
-from kvfold.train.results import write_model
-from kvfold.train.run_folder import RunFolder, leads
-from kvfold.train.scratch import new_model
-from kvfold.train.vocabulary import given_tokenizer, train_tokenizer
+from kvfold.train.processes import check_processes, join, place, shard, sum_over_processes, unsharded, wait_for_all
+from kvfold.train.results import pretrain_card, write_model
+from kvfold.train.run_folder import RunFolder, leads, read_curve
 
 _CURVE_POINTS = 60
 """Of a result's curve: each the mean of neighbouring steps."""
@@ -53,9 +55,12 @@ class Pretrain:
 
     def run(self) -> dict[str, Any]:
         """Train, or go on training, and write the result. Gives its facts, on the main process."""
-        if self.settings.shard:
+        if self.settings.fsdp:
             check_processes()
-        device = join(self.device)
+        with self.folder.locked() if leads() else nullcontext():
+            return self._run(join(self.device))
+
+    def _run(self, device: torch.device) -> dict[str, Any]:
         if leads():
             begin(self.folder, self.recipe, self.settings, self.text, report=self.report)
         wait_for_all()
@@ -73,25 +78,19 @@ class Pretrain:
             load_checkpoint(checkpoint, model)
             return
         samples = TrainingOrder(
-            train_NT, steps=settings.total_steps, batch=settings.batch_sequences, seed=settings.seed
+            train_NT, steps=settings.total_steps, batch=settings.global_batch_size, seed=settings.seed
         )
-        curve = Curve(self.folder.training, done_steps=done) if leads() else None
 
         def on_step(point: dict[str, Any]) -> None:
             if point["step"] >= settings.total_steps:
                 losses = [round(one, 6) for one in objective.validated.tolist()]
                 self.folder.write("validation", {"sequence_losses": losses})
-            curve.add(point)
             self.on_step(point)
 
-        if settings.shard:
+        if settings.fsdp:
             shard(model)
         objective = FromScratch(model, held_out_NT, settings)
-        try:
-            Loop(objective, samples, settings, self.folder.training, on_step=on_step).run()
-        finally:
-            if curve is not None:
-                curve.close()
+        Loop(objective, samples, settings, self.folder.training, on_step=on_step).run()
 
     def _finished(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Written, with its card."""
@@ -103,7 +102,7 @@ class Pretrain:
             "parameters": sum(one.numel() for one in model.parameters()), "tokens": points[-1]["tokens"],
             "learning_rate": settings.learning_rate, "seed": settings.seed, "loss": points[-1]["loss"],
             "validation_loss": loss, "validation_perplexity": perplexity(loss),
-            "validation_tokens": len(losses) * (settings.sequence_tokens - 1), "validation_sequence_losses": losses,
+            "validation_tokens": len(losses) * (settings.seq_len - 1), "validation_sequence_losses": losses,
             "seconds": sum(point["seconds"] for point in points), "curve": _thinned(points),
         }  # fmt: skip
         write_model(model.eval(), tokenizer, self.folder.out, card=pretrain_card(settings, facts, self.folder.out))
@@ -135,43 +134,69 @@ def _thinned(points: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 def begin(folder: RunFolder, recipe: str, settings: PretrainSettings, text: Path, *, report: Report) -> None:
     """Begin a run or go on, with its text in `text`; where that can't be had the folder is left as it was found."""
+    is_new = folder.read("run") is None
     folder.begin(recipe, settings)
     try:
         prepare_text(settings, text, report=report)
     except Exception:  # an interrupt leaves it: the same call goes on
-        folder.give_up()
+        if is_new:
+            folder.give_up()
         raise
 
 
-def prepare_text(settings: PretrainSettings, folder: Path, *, report: Report) -> None:
-    """Tokenizer and packed text in `folder`, unless they lie there. Raises `UserError` where the data is too short."""
-    if is_packed(folder / "train.bin"):
-        return
-    length, options = settings.sequence_tokens, {"vocabulary": settings.vocabulary, "report": report}
-    tokenizer = _tokenizer(settings, report)
-    train = sequences_of(drawn_texts(settings.data, length), tokenizer, length)
-    held = sequences_of(drawn_texts(settings.valid, length), tokenizer, length) if settings.valid else train
-    found = pack(held, folder / "valid.bin", most=max(1, settings.validation_tokens // length), **options)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    wanted = settings.total_steps * settings.batch_sequences
-    if not pack(train, folder / "train.bin", most=wanted, **options) or not found:
-        raise UserError(
-            f"data too short: {found} sequences of {length:,} tokens are held out, and none is left: "
-            "give more text, shorter sequences, or fewer validation_tokens"
-        )
+class FromScratch(NextToken):
+    """All weights learn the next token's loss."""
+
+    def __init__(self, model: FoldForCausalLM, held_out_NT: Tensor, settings: PretrainSettings):
+        """`validated` has the held-out loss of each sequence, fp32 [N], once it was measured."""
+        super().__init__(model)
+        self._held_out_NT, self._settings, self.validated = held_out_NT, settings, None
+
+    def figures(self, done: int, sums: dict[str, Any]) -> dict[str, Any]:
+        """The held-out loss, where it is due."""
+        if done % self._settings.validate_steps and done < self._settings.total_steps:
+            return {}
+        self.validated = self._validate()
+        loss = self.validated.mean().item()
+        if not math.isfinite(loss):
+            raise DivergedError(f"step {done}: the held-out loss is {loss}: use a lower learning rate")
+        return {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
+
+    @torch.no_grad()
+    def _validate(self) -> Tensor:
+        """Mean loss of each held-out sequence, fp32 [N] on the CPU; processes share the sequences."""
+        (rank, processes), rows, number = place(), self._settings.micro_batch_size, len(self._held_out_NT)
+        losses_N = torch.zeros(number, device=self.model.device)
+        for start in range(rank * rows, number + rank * rows, processes * rows):
+            # Each process calls the model as often as the others: weights that are spread are gathered together.
+            mine = [index for index in range(start, start + rows) if index < number]
+            ids_BT = self._held_out_NT[mine or [0]].long().to(self.model.device)
+            states = self._decoder(ids_BT, use_cache=False).last_hidden_state
+            for index, states_TC, ids_T in zip(mine, states, ids_BT, strict=False):
+                losses_N[index] = next_token_loss(next_token_logits(self.model, states_TC[:-1]), ids_T[1:]).mean()
+        sum_over_processes([losses_N])
+        return losses_N.cpu()
 
 
-def _tokenizer(settings: PretrainSettings, report: Report) -> PreTrainedTokenizerBase:
-    if settings.tokenizer is not None:
-        return given_tokenizer(settings.tokenizer, settings.vocabulary)
-    report("training the tokenizer", 0, 1)
-    texts = drawn_texts(settings.data, settings.sequence_tokens)
-    found = train_tokenizer(texts, settings.vocabulary)
-    report("training the tokenizer", 1, 1)
-    return found
+def perplexity(loss: float) -> float:
+    """Of a loss in nats a token; infinite where that has no number."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
-def read_text(folder: Path) -> tuple[PreTrainedTokenizerBase, Tensor, Tensor]:
-    """Tokenizer, sequences to train on, held-out sequences."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-    return tokenizer, packed(folder / "train.bin"), packed(folder / "valid.bin")
+def config_of(settings: PretrainSettings, tokenizer: Any = None) -> FoldConfig:
+    """Pre-norm, SwiGLU, rotary positions; the special tokens are the tokenizer's."""
+    ends = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return FoldConfig(
+        vocab_size=settings.vocabulary, hidden_size=settings.hidden_size, intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_layers, num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_kv_heads, head_dim=settings.head_dim, layout=settings.layout,
+        kv_norm=settings.has_kv_norm, tie_word_embeddings=settings.tie_embeddings, rms_norm_eps=settings.norm_eps,
+        initializer_range=settings.init_std, max_position_embeddings=settings.seq_len,
+        rope_parameters={"rope_type": "default", "rope_theta": settings.rope_theta}, **ends,
+    )  # fmt: skip
+
+
+def new_model(settings: PretrainSettings, tokenizer: Any = None) -> FoldForCausalLM:
+    """Its weights are drawn by the seed; fp32, in training mode."""
+    torch.manual_seed(settings.seed)
+    return FoldForCausalLM(config_of(settings, tokenizer)).train()

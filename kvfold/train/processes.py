@@ -29,7 +29,7 @@ def check_processes() -> None:
     """Raise `UserError` where there is nothing to spread over."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise UserError(
-            "shard: there is one process, and nothing to spread over: start it with torchrun, or leave it out"
+            "fsdp: there is one process, and nothing to spread over: start it with torchrun, or leave it out"
         )
 
 
@@ -55,8 +55,8 @@ def place() -> tuple[int, int]:
 def sum_over_processes(tensors: Iterable[Tensor]) -> None:
     """In place."""
     if dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
 
 
 def wait_for_all() -> None:

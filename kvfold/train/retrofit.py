@@ -7,6 +7,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,13 @@ from kvfold.eval.progress import Report, silent
 from kvfold.eval.protocol import Protocol
 from kvfold.models.adapters import Base
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.train.calibrate import calibrate
-from kvfold.train.card import write_card
-from kvfold.train.checkpoints import step_of
-from kvfold.train.curve import Curve, read_curve
+from kvfold.train.calibrate import calibrate, least_missed_channel, measure_kept_ratios
 from kvfold.train.data import TrainingOrder, TrainingText, draw_text
-from kvfold.train.free_channel import least_missed_channel
-from kvfold.train.kept_ratios import measure_kept_ratios
 from kvfold.train.loop import Loop, OnStep, load_checkpoint
 from kvfold.train.objectives import Distillation, ignored_tokens
 from kvfold.train.processes import check_processes, join, shard, unsharded
-from kvfold.train.results import write_trained
-from kvfold.train.run_folder import RunFolder, leads
+from kvfold.train.results import write_card, write_trained
+from kvfold.train.run_folder import RunFolder, leads, read_curve, step_of
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import (
     Student,
@@ -76,12 +72,16 @@ class Retrofit:
 
     def run(self) -> dict[str, Any]:
         """Train, or go on training, and write the result. Gives the facts of the card, on the main process."""
-        if self.settings.shard:
+        if self.settings.fsdp:
             check_processes()
+        with self.folder.locked() if leads() and self.snapshot is None else nullcontext():
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         self.model.to(join(self.model.device))
         widest_layout(self.model, self.settings)  # refused before anything takes long
         check_method(self.model, self.settings)
-        if self.settings.state_weight and self.teacher is not None:
+        if self.settings.hidden_loss_weight and self.teacher is not None:
             check_states(self.model, self.teacher)
         base = Base.of(self.model, self.name)
         text = self._text()
@@ -153,10 +153,8 @@ class Retrofit:
 
     def _text(self) -> TrainingText:
         settings, most = self.settings, self.model.config.max_position_embeddings
-        if settings.sequence_tokens > most:
-            raise UserError(
-                f"sequence_tokens {settings.sequence_tokens:,}: the model reads {most:,} at most: use shorter sequences"
-            )
+        if settings.seq_len > most:
+            raise UserError(f"seq_len {settings.seq_len:,}: the model reads {most:,} at most: use shorter sequences")
         if self.teacher is not None and self.teacher.config.vocab_size != self.model.config.vocab_size:
             raise UserError(
                 f"teacher {settings.teacher}: its vocabulary has {self.teacher.config.vocab_size:,} tokens and the model's "
@@ -165,7 +163,7 @@ class Retrofit:
         self.report("drawing text", 0, 1)
         text = draw_text(
             settings.data, self.tokenizer, tokens=settings.stages.total * settings.step_tokens,
-            sequence_tokens=settings.sequence_tokens, seed=settings.seed,
+            seq_len=settings.seq_len, seed=settings.seed,
         )  # fmt: skip
         self.report("drawing text", 1, 1)
         return text
@@ -197,25 +195,20 @@ class Retrofit:
             return
         ignored = ignored_tokens(self.model)
         samples = TrainingOrder(
-            text.train, steps=settings.stages.total, batch=settings.batch_sequences, seed=settings.seed, ignored=ignored
+            text.train,
+            steps=settings.stages.total,
+            batch=settings.global_batch_size,
+            seed=settings.seed,
+            ignored=ignored,
         )
-        curve = Curve(self.folder.training, done_steps=done) if leads() else None
-
-        def on_step(point: dict[str, Any]) -> None:
-            curve.add(point)
-            self.on_step(point)
 
         def on_unit(unit: int, model: FoldForCausalLM) -> None:
             write_trained(model, self.tokenizer, settings, base, self.folder.out / "ramp" / f"{unit}x")
 
-        if settings.shard:
+        if settings.fsdp:
             shard(self.model)
         objective = Distillation(student, settings, ignored, on_unit=on_unit)
-        try:
-            Loop(objective, samples, settings, self.folder.training, on_step=on_step).run()
-        finally:
-            if curve is not None:
-                curve.close()
+        Loop(objective, samples, settings, self.folder.training, on_step=self.on_step).run()
 
     def _measured(self, text: TrainingText) -> dict[str, Any]:
         """Perplexity and real compression on the held-out blocks, read through the cache."""
@@ -224,7 +217,7 @@ class Retrofit:
         texts = self.tokenizer.batch_decode(text.held_out, skip_special_tokens=True)
         write_whole_file(path, "".join(json.dumps({"text": one}) + "\n" for one in texts))
         method = self.model.config.layout.time_text()
-        protocol = Protocol(windows=MEASURED_WINDOWS, context_tokens=settings.sequence_tokens, batch=MEASURED_WINDOWS)
+        protocol = Protocol(windows=MEASURED_WINDOWS, context_tokens=settings.seq_len, batch=MEASURED_WINDOWS)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".* all are taken")
             result = measure_quality(
@@ -233,7 +226,7 @@ class Retrofit:
         row = next(row for row in result["rows"] if row["method"] == method)
         # The divergence is from the same weights unfolded: from the original only where these are frozen.
         names = ("perplexity", "tokens", "compression", *(("kl",) if settings.trains == "adapter" else ()))
-        return {**{name: row[name] for name in names}, "context_tokens": settings.sequence_tokens}
+        return {**{name: row[name] for name in names}, "context_tokens": settings.seq_len}
 
 
 def device_name(device: torch.device, processor: str) -> str:

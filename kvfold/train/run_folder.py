@@ -1,24 +1,30 @@
 """The folder of a run: what it was started with, its curve and its checkpoints, so that the same command goes on.
 
-`OUT/training/` holds them; the result itself lies in `OUT`. No torch.
+`OUT/training/` holds them; the result itself lies in `OUT`. A checkpoint is written under another name, flushed to the disk,
+renamed, and only then marked as whole: whatever moment the writer dies at, a reader finds the marked ones whole. No torch.
 """
 
+import contextlib
+import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvfold.data.whole_file import write_whole_file
 from kvfold.errors import UserError
-from kvfold.train.checkpoints import newest_whole, step_of
 
-MAY_DIFFER = ("sequences_at_once", "save_steps", "checkpoint_activations", "teacher_states")
+MAY_DIFFER = ("micro_batch_size", "save_steps", "gradient_checkpointing", "teacher_states")
 """Settings that a run may go on with another value of: they bear on time, memory and rounding alone."""
-
-
+CURVE = "curve.jsonl"
+_MARK = "whole.json"
+PARTIAL = ".partial-"
+"""What the names of folders begin with that are not whole yet."""
+_NAME = re.compile(r"checkpoint-(\d+)")
 _DTYPE = "float32"
 """Of a run whose note says nothing of it."""
 
@@ -37,10 +43,38 @@ class RunFolder:
     @property
     def curve(self) -> Path:
         """A line of JSON for each step."""
-        return self.training / "curve.jsonl"
+        return self.training / CURVE
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process trains here; one that is killed leaves no lock. Raises `UserError` where one does. A folder
+        that was made for it and holds nothing in the end is removed.
+        """
+        made = [path for path in (self.out, *self.out.parents) if not path.exists()]
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{self.out}: a file is in the way: name a folder that is not there yet") from None
+        handle = os.open(self.out, os.O_RDONLY)
+        try:
+            self._lock(handle)
+            yield
+        finally:
+            os.close(handle)
+            with contextlib.suppress(OSError):  # not empty
+                for path in made:
+                    path.rmdir()
+
+    def _lock(self, handle: int) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.out}: another process trains in this folder: wait until it ends, or name another folder"
+            ) from None
 
     def check(self, source: str, settings: Any, dtype: str = _DTYPE) -> None:
-        """`source`: the model that is trained on, or the recipe; `settings`: a dataclass of plain values; `dtype`:
+        """`source`: the model that is trained on, or the recipe; `settings`: see `TrainSettings`; `dtype`:
         of weights that don't learn. Writes nothing.
         Raises `UserError` where a run with other settings lies there, or something else is in the way.
         """
@@ -99,16 +133,13 @@ class RunFolder:
         write_whole_file(self.training / f"{name}.json", json.dumps(note, indent=1) + "\n")
 
     def give_up(self) -> None:
-        """Remove a run that was begun and has come to nothing, and its folder where that holds nothing else."""
-        shutil.rmtree(self.training, ignore_errors=True)
-        if self.out.is_dir() and not any(self.out.iterdir()):
-            self.out.rmdir()
+        """Remove a run that was begun just now and has come to nothing. One that can be resumed stays."""
+        if self.checkpoint is None:
+            shutil.rmtree(self.training, ignore_errors=True)
 
     def clear(self) -> None:
         """The result is written: its checkpoints are of no more use."""
-        for path in self.training.glob("checkpoint-*"):
-            shutil.rmtree(path, ignore_errors=True)
-        shutil.rmtree(self.training / ".partial", ignore_errors=True)
+        drop_old(self.training, keep=0)
 
 
 def leads() -> bool:
@@ -117,12 +148,12 @@ def leads() -> bool:
 
 
 def _run(source: str, settings: Any, dtype: str) -> dict[str, Any]:
-    return {"source": source, "dtype": dtype, "settings": json.loads(json.dumps(asdict(settings)))}
+    return {"source": source, "dtype": dtype, "settings": settings.model_dump(mode="json")}
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any], settings: Any) -> list[tuple[str, Any, Any]]:
     """Names with their old and new values. A setting that the run was begun without, since it is newer, had its default."""
-    defaults = {one.name: one.default for one in fields(settings)}
+    defaults = {name: one.default for name, one in type(settings).model_fields.items()}
     before = {**defaults, **(there.get("settings") or {})}
     found = [
         (name, before.get(name), value)
@@ -135,3 +166,74 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any], settings: An
         if old != new:
             found.insert(0, (name.upper() if name == "source" else name, old, new))
     return found
+
+
+def seal(staged: Path, final: Path) -> None:
+    """Give a folder that was written under another name its own, and mark it with its files' sizes."""
+    sizes = {}
+    for file in sorted(path for path in staged.rglob("*") if path.is_file()):
+        _flush(file)
+        sizes[str(file.relative_to(staged))] = file.stat().st_size
+    _flush(staged)
+    # What has this name is no whole checkpoint, or its step would not be done again.
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(staged, final)
+    _flush(final.parent)
+    write_whole_file(final / _MARK, json.dumps(sizes, indent=1) + "\n")
+    _flush(final)
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The marked checkpoint of the highest step whose files are all there at their sizes; None if there is none."""
+    return next((path for _, path in reversed(_numbered(folder)) if is_whole(path)), None)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether it is marked, and has what the mark says."""
+    try:
+        sizes = json.loads((checkpoint / _MARK).read_text(encoding="utf-8"))
+        return bool(sizes) and all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps that were done when it was written."""
+    return int(_NAME.fullmatch(checkpoint.name)[1])
+
+
+def drop_old(folder: Path, *, keep: int) -> None:
+    """Remove all but the newest `keep` whole checkpoints, and what is not whole."""
+    for left in folder.glob(f"{PARTIAL}*"):  # by writers that died: one process at a time trains in a folder
+        shutil.rmtree(left, ignore_errors=True)
+    found = [path for _, path in reversed(_numbered(folder))]
+    whole = [path for path in found if is_whole(path)]
+    for path in found:
+        if path not in whole[:keep]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    if not folder.is_dir():
+        return []
+    return sorted((int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or a folder's list of names is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_curve(path: Path) -> list[dict[str, Any]]:
+    """The points of a curve; a last line that was cut short counts as none."""
+    points = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            points.append(json.loads(line))
+        except ValueError:
+            break
+    return points

@@ -1,41 +1,193 @@
-"""The settings of a retrofit: what a recipe may say, what each key means, and which do not go together. No torch."""
+"""The settings of training: one validated form for all of it, and a retrofit's. What a recipe may say, what each key means,
+and which do not go together. No torch.
+"""
 
-from dataclasses import dataclass, replace
-from typing import Literal, Self
+import types
+import typing
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
+from pydantic import model_validator as validator
 
 from kvfold.errors import UserError
 from kvfold.layout.per_layer import split_per_owner
 from kvfold.methods.base import Method
 from kvfold.methods.registry import parse_time
-from kvfold.train.numbers import check_numbers
 from kvfold.train.schedules import LearningRate, Retention, Stages, learning_rate_factor
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RetrofitSettings:
-    """One retrofit; a recipe file holds these keys."""
+def _number(value: Any) -> Any:
+    """YAML reads 3e-5 as text, and true is no number."""
+    if isinstance(value, bool):
+        raise ValueError
+    return float(value) if isinstance(value, str) else value
+
+
+def _whole(value: Any) -> Any:
+    value = _number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Number = Annotated[float, BeforeValidator(_number)]
+Count = Annotated[Whole, Field(ge=1, description="it is 1 or more: ask for more")]
+Steps = Annotated[Whole, Field(ge=0, description="it is 0 or more: use e.g. 0")]
+FromZero = Annotated[Number, Field(ge=0, allow_inf_nan=False, description="it is 0 or more: use e.g. 0")]
+AboveZero = Annotated[Number, Field(gt=0, allow_inf_nan=False, description="it is a number above 0: use e.g. 1")]
+Beta = Annotated[Number, Field(ge=0, lt=1, description="it is from 0 to below 1: use e.g. 0.9")]
+Share = Annotated[Number, Field(ge=0, le=1, description="it is a share, 0 to 1: use e.g. 0.1")]
+Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+
+
+class TrainSettings(BaseModel):
+    """What every kind of training may be asked. Raises `UserError`, in one line, for the first value that can't be.
+
+    Keys have the field's usual names; those that they had before are read, too.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True)
+
+    data: Texts = ()
+    """Text files, parquet files, or hub names."""
+    tokens: Whole | None = None
+    """Tokens trained on."""
+    seq_len: Count = Field(1024, validation_alias="sequence_tokens")
+    """Tokens of a sequence."""
+    global_batch_size: Count = Field(4, validation_alias="batch_sequences")
+    """Sequences of one optimizer step, over all processes."""
+    micro_batch_size: Count = Field(1, validation_alias="sequences_at_once")
+    """Of these, how many one process computes side by side."""
+    learning_rate: AboveZero = 3e-5
+    """AdamW's, at its peak."""
+    final_learning_rate: Share = 0.1
+    """Where a cosine ends, as a share of the peak."""
+    weight_decay: FromZero = 0.0
+    """AdamW's, on matrices."""
+    beta1: Beta = 0.9
+    """AdamW's."""
+    beta2: Beta = 0.95
+    """AdamW's."""
+    max_grad_norm: AboveZero = Field(1.0, validation_alias="clip")
+    """A gradient whose norm is larger is scaled down to it."""
+    seed: Whole = 0
+    """Rules new weights, the order of sequences, and the noise."""
+    save_steps: Count = 25
+    """Steps between checkpoints."""
+    gradient_checkpointing: StrictBool = Field(False, validation_alias="checkpoint_activations")
+    """Keep only each layer's input for the backward pass: less memory, about a third more time."""
+    fsdp: StrictBool = Field(False, validation_alias="shard")
+    """Spread weights and optimizer over the processes of torchrun (FSDP2)."""
+    mixed_precision: Literal["auto", "bfloat16", "none"] = "auto"
+    """`bfloat16`: products in it, weights and optimizer as they are loaded, which is also faster on CPUs that have it
+    (AVX512-BF16, AMX) and much slower on others; `auto` = on CUDA alone."""
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError(self._told(error)) from None
+
+    @validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if self.seq_len < 2:
+            raise UserError(f"seq_len {self.seq_len}: a sequence has a token to read and one to predict: use 2 or more")
+        if self.tokens is not None and self.tokens < self.step_tokens:
+            raise UserError(
+                f"tokens {self.tokens:,}: one step takes {self.global_batch_size} sequences of {self.seq_len:,}, "
+                f"{self.step_tokens:,} in all: give it more tokens or smaller steps"
+            )
+        if self.global_batch_size % self.micro_batch_size:
+            raise UserError(
+                f"micro_batch_size {self.micro_batch_size}: steps of {self.global_batch_size} are cut in equal parts: "
+                "use a divisor of it"
+            )
+        return self
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.global_batch_size * self.seq_len
+
+    def with_values(self, **values: Any) -> Self:
+        """The same with some keys changed."""
+        return type(self)(**self.model_dump() | values)
+
+    @classmethod
+    def key_of(cls, key: str) -> str | None:
+        """The key that a name stands for, its own or the one that it had before; None for a name that is none."""
+        return next((name for name, one in cls.model_fields.items() if key in (name, one.validation_alias)), None)
+
+    @classmethod
+    def value_of(cls, key: str, value: Any) -> Any:
+        """A key's value as its kind has it. Raises `UserError` for one that can't be."""
+        try:
+            return TypeAdapter(cls.model_fields[key].rebuild_annotation()).validate_python(value)
+        except ValidationError as error:
+            raise UserError(cls._told(error, key)) from None
+
+    @classmethod
+    def _told(cls, error: ValidationError, key: str | None = None) -> str:
+        """The first mistake in one line: value, rule, remedy. `key`: where the error does not say it."""
+        first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, UserError):
+            return str(cause)
+        key = key or cls.key_of(str(first["loc"][0])) or str(first["loc"][0])
+        if first["type"] == "missing":
+            return f"nothing says {key}: add it"
+        if key not in cls.model_fields:
+            return f"unknown key '{key}': use one of {', '.join(cls.model_fields)}"
+        value, rule = first["input"], cls.model_fields[key].description
+        if first["type"] in _OUT_OF_RANGE and rule is not None:
+            return f"{key} {value:g}: {rule}"
+        return f"{key} {value!r}: it is {_words(cls.model_fields[key].annotation)}: correct it"
+
+
+_OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
+
+
+def _words(kind: Any) -> str:
+    """What values a kind has."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _words(parts[0])
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_words(part) for part in parts)
+    if origin is Literal:
+        return " or ".join(map(str, parts))
+    words = {float: "a number", int: "a whole number", bool: "true or false", str: "a text", type(None): "empty"}
+    return words.get(kind, "a list of texts")
+
+
+class RetrofitSettings(TrainSettings):
+    """One retrofit; a recipe file holds these keys. With `tokens` the stages are scaled to it. Compression is that at the end
+    of a sequence.
+    """
 
     time: str | None = None
     """`dmc[:W]` or `dms[:W]`, for single owners something else (`dms:128; 0-3=full`); None = plain uptraining, nothing is
     evicted or merged."""
-    compression: float = 4.0
+    compression: Number = 4.0
     """Real compression at the end of a sequence: delay windows, and owners without gates, included."""
     trains: Literal["adapter", "lora", "full"] = "adapter"
     """What learns: gates beside a frozen model (DMS), a low-rank addition, or all weights."""
-    rank: int = 64
+    rank: Count = 64
     """Rank of the LoRA on q, k, v and o."""
     source: Literal["channel", "adapter"] | None = None
     """Where decisions come from; None = an adapter for DMS, a freed channel for DMC."""
     reads: Literal["own", "next"] = "own"
     """Whose decision governs a token under DMS: its own, or the next token's (the published form)."""
-    channel: int | None = None
+    channel: Whole | None = None
     """The channel of q and k that is freed for decisions; None = the last, as published."""
-    find_channel: bool = False
+    find_channel: StrictBool = False
     """Free the channel that the model misses least, found by a forward pass for each."""
-    gate_scale: float | None = None
+    gate_scale: Number | None = Field(
+        None, gt=0, allow_inf_nan=False, description="it is a number above 0: use e.g. 100"
+    )
     """Factor of what a gate reads, and so of how fast it learns beside the other weights; None = 100 under DMS, 1 under DMC,
     as published."""
-    ratio_weight: float = 1.0
+    ratio_weight: AboveZero = 1.0
     """Factor of the loss that asks for the compression; 1 as published. Its gradient is the same however far the compression
     lags behind, so what the rest of the loss would rather keep may hold it up for long."""
     per: Literal["head", "layer"] = "head"
@@ -47,83 +199,30 @@ class RetrofitSettings:
     teacher_states: str | None = None
     """A folder for what the teacher says of each sequence, so that another run on the same text need not ask again; None =
     nothing is kept."""
-    state_weight: float = 0.0
+    hidden_loss_weight: FromZero = Field(0.0, validation_alias="state_weight")
     """Factor of a loss that holds the states after each layer to the teacher's, beside what comes out of the head; see
     `state_distance`."""
     drawn_layers: str | None = None
     """Layers that may share, as a `--layers` text: in each step each of its readers draws whether it does; None = none."""
-    data: tuple[str, ...] = ()
-    """Text files, parquet files, or hub names."""
-    tokens: int | None = None
-    """Tokens trained on: the stages below are scaled to it; None = as many as they take."""
-    sequence_tokens: int = 1024
-    """Tokens of a sequence; compression is that at its end."""
-    batch_sequences: int = 4
-    """Sequences of one optimizer step, over all processes."""
-    sequences_at_once: int = 1
-    """Of these, how many one process computes side by side."""
-    zero_out_steps: int = 0
+    zero_out_steps: Steps = 0
     """Steps in which the freed channel fades out (DMC)."""
-    ramp_steps: int = 200
+    ramp_steps: Steps = 200
     """Steps from no compression to the target."""
-    tail_steps: int = 50
+    tail_steps: Steps = 50
     """Steps at the target."""
-    learning_rate: float = 3e-5
-    """At its highest."""
     learning_rate_schedule: LearningRate = "constant"
     """`constant`, `cosine`, or `tail-cosine` (constant up to the tail)."""
-    final_learning_rate: float = 0.1
-    """Where a cosine ends, as a share of the highest."""
-    warmup_steps: int = 0
+    warmup_steps: Steps = 0
     """Steps in which the learning rate rises."""
-    weight_decay: float = 0.0
-    """Of AdamW, on matrices."""
-    beta1: float = 0.9
-    """Of AdamW."""
-    beta2: float = 0.95
-    """Of AdamW."""
-    clip: float = 1.0
-    """The gradient's norm is held below it."""
-    seed: int = 0
-    """Rules the text, its order, the noise and new weights."""
-    save_steps: int = 25
-    """Steps between checkpoints to go on from."""
-    checkpoint_activations: bool = False
-    """Keep only each layer's input for the way back: less memory, about a third more time."""
-    shard: bool = False
-    """Spread weights and optimizer over the processes of torchrun (FSDP2)."""
-    mixed_precision: Literal["auto", "bfloat16", "none"] = "auto"
-    """`bfloat16`: products in it, weights and optimizer as they are loaded, which is also faster on CPUs that have it
-    (AVX512-BF16, AMX) and much slower on others; `auto` = on CUDA alone."""
-    warm_start: bool = False
+    warm_start: StrictBool = False
     """Fit the gates to the attention that tokens receive, before training (DMS adapters that read `own`)."""
-    calibrate: bool = True
+    calibrate: StrictBool = True
     """Shift the trained gates so that held-out text is compressed as asked for."""
-    control: bool = False
+    control: StrictBool = False
     """Train the same without compression, to compare with."""
 
-    def __post_init__(self) -> None:
-        check_numbers(self, counts=_COUNTS, from_zero=_FROM_ZERO, above_zero=_ABOVE_ZERO)
-        if self.sequence_tokens < 2:
-            raise UserError(
-                f"sequence_tokens {self.sequence_tokens}: nothing is predicted in so short a text: use e.g. 1024"
-            )
-        if self.tokens is not None and self.tokens < self.step_tokens:
-            raise UserError(
-                f"tokens {self.tokens:,}: one step takes {self.batch_sequences} sequences of {self.sequence_tokens:,}, "
-                f"{self.step_tokens:,} in all: give it more tokens or smaller steps"
-            )
-        if self.batch_sequences % self.sequences_at_once:
-            raise UserError(
-                f"sequences_at_once {self.sequences_at_once}: steps of {self.batch_sequences} are cut in equal parts: "
-                "use a divisor of it"
-            )
-        self._check_method()
-        if self.gated and not self.control and split_per_owner(self.time)[1] == []:
-            # What single owners keep is counted when the model is there.
-            Retention.of_method(self.spec, self.sequence_tokens).share_for(self.compression)
-
-    def _check_method(self) -> None:
+    @validator(mode="after")
+    def _check_method(self) -> Self:
         if not self.compression >= 1:
             raise UserError(f"compression {self.compression:g}: it is times smaller, 1 or more: ask for e.g. 4")
         if self.time is not None and not self.spec.trained:
@@ -137,22 +236,29 @@ class RetrofitSettings:
             )
         if self.control and self.trains == "adapter":
             raise UserError("control of an adapter: a frozen model is its own control: leave one of the two out")
-        if self.shard and (self.trains == "lora" or (self.time is not None and self.spec.gate_form.zero_out)):
+        if self.fsdp and (self.trains == "lora" or (self.time is not None and self.spec.gate_form.zero_out)):
             what = "lora" if self.trains == "lora" else self.spec.name
-            raise UserError(f"shard with {what}: it writes into whole weights: leave shard out")
-        if self.drawn_layers is not None and (self.time is not None or self.shard):
-            other = "shard" if self.shard else f"time '{self.time}'"
+            raise UserError(f"fsdp with {what}: it writes into whole weights: leave fsdp out")
+        if self.drawn_layers is not None and (self.time is not None or self.fsdp):
+            other = "fsdp" if self.fsdp else f"time '{self.time}'"
             raise UserError(f"drawn_layers {self.drawn_layers} with {other}: train one of the two after the other")
-        if self.teacher_states is not None and (self.shard or self.distils == "none"):
-            why = "spread weights are asked together" if self.shard else "nothing is distilled"
-            raise UserError(f"teacher_states {self.teacher_states}: {why}: leave it out")
-        if self.state_weight and (self.distils == "none" or self.teacher_states is not None):
-            why = (
-                "nothing is distilled"
-                if self.distils == "none"
-                else "teacher_states keep those of the last layer alone"
-            )
-            raise UserError(f"state_weight {self.state_weight:g}: {why}: leave one of the two out")
+        self._check_teacher()
+        self._check_gates()
+        if self.gated and not self.control and split_per_owner(self.time)[1] == []:
+            # What single owners keep is counted when the model is there.
+            Retention.of_method(self.spec, self.seq_len).share_for(self.compression)
+        return self
+
+    def _check_teacher(self) -> None:
+        kept, weight = self.teacher_states, self.hidden_loss_weight
+        if kept is not None and (self.fsdp or self.distils == "none"):
+            why = "spread weights are asked together" if self.fsdp else "nothing is distilled"
+            raise UserError(f"teacher_states {kept}: {why}: leave it out")
+        if weight and (self.distils == "none" or kept is not None):
+            why = "nothing is distilled" if kept is None else "teacher_states keep those of the last layer alone"
+            raise UserError(f"hidden_loss_weight {weight:g}: {why}: leave one of the two out")
+
+    def _check_gates(self) -> None:
         if self.warm_start and (self.gate_source, self.reads) != ("adapter", "own"):
             raise UserError("warm_start: it fits DMS adapters that read their own decision: leave it out")
         if self.trains == "adapter" and self.source == "channel":
@@ -168,7 +274,7 @@ class RetrofitSettings:
         if self.channel is not None and self.find_channel:
             raise UserError(f"channel {self.channel} and find_channel: give one of the two")
 
-    @property
+    @cached_property
     def spec(self) -> Method:
         """The learned method; where owners have it with different settings, with one of them."""
         assert self.time is not None, "plain uptraining has no method"
@@ -206,12 +312,7 @@ class RetrofitSettings:
             return "reverse"
         return self.spec.gate_form.distils if self.gated else "none"
 
-    @property
-    def step_tokens(self) -> int:
-        """Tokens of one optimizer step."""
-        return self.batch_sequences * self.sequence_tokens
-
-    @property
+    @cached_property
     def stages(self) -> Stages:
         """The steps, scaled to `tokens`. With a warm start the ramp's steps are spent at the target; so are all steps where
         nothing is compressed.
@@ -238,12 +339,3 @@ class RetrofitSettings:
             step, kind=self.learning_rate_schedule, stages=self.stages, warmup_steps=self.warmup_steps,
             final=self.final_learning_rate,
         )  # fmt: skip
-
-    def with_values(self, **values: object) -> Self:
-        """The same with some keys changed."""
-        return replace(self, **values)
-
-
-_ABOVE_ZERO = {"learning_rate": "3e-5", "gate_scale": "100", "ratio_weight": "1", "clip": "1"}
-_FROM_ZERO = ("zero_out_steps", "ramp_steps", "tail_steps", "warmup_steps", "weight_decay", "state_weight")
-_COUNTS = ("rank", "sequence_tokens", "batch_sequences", "sequences_at_once", "save_steps")

@@ -1,16 +1,21 @@
 """Making a model ready to be trained: its gates, what of it learns, and the teacher that it is held against."""
 
 import copy
+import hashlib
+import os
+import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kvfold.errors import UserError
+from kvfold.eval.cells import layout_key, model_key
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 from kvfold.models.decoder import FoldForCausalLM
@@ -18,11 +23,64 @@ from kvfold.models.options import CallOptions
 from kvfold.models.packing import unpack
 from kvfold.train.schedules import Retention
 from kvfold.train.settings import RetrofitSettings
-from kvfold.train.teacher import TeacherStates
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATE_MODULES = ("fold_norm", "fold_proj")
 GATES_OFF = CallOptions(gates="off")
+_SHARE = 0.5
+"""How often a layer that may share does."""
+_STATES = "states"
+
+
+class TeacherStates:
+    """What a teacher says, kept on the disk: another run on the same text need not ask it again. States before the head, a
+    file for each sequence: tokens x width x bytes of the dtype.
+
+    A sequence is known by its tokens, a teacher by its weights and layout: runs of any order, method and batch share a folder.
+    What was computed beside other sequences differs in rounding; what was computed under autocast is kept apart.
+    """
+
+    def __init__(self, folder: Path, teacher: FoldForCausalLM):
+        """`teacher`: as it is before anything is trained or added."""
+        key = model_key(teacher, "")
+        layout = layout_key(teacher.config.layout)[:8]
+        about = "-".join([key["fingerprint"][:16], layout, key["device"], key["dtype"].removeprefix("torch.")])
+        self._folder, self._device = folder / about, teacher.device.type
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def of(self, ids_BT: Tensor, ask: Callable[[Tensor], Tensor]) -> Tensor:
+        """[B, T, C] on the device of `ids_BT`; `ask` is called with the sequences that are not there yet, if any."""
+        paths = [self._path(ids_T) for ids_T in ids_BT.cpu()]
+        found = [_read(path, ids_BT.device) for path in paths]
+        missing = [row for row, states in enumerate(found) if states is None]
+        if missing:
+            for row, states in zip(missing, ask(ids_BT[missing]), strict=True):
+                found[row] = states
+                _write(paths[row], states)
+        return torch.stack(found)
+
+    def _path(self, ids_T: Tensor) -> Path:
+        known = hashlib.sha256(ids_T.long().numpy().tobytes())
+        if torch.is_autocast_enabled(self._device):
+            known.update(str(torch.get_autocast_dtype(self._device)).encode())
+        return self._folder / f"{known.hexdigest()[:32]}.safetensors"
+
+
+def _read(path: Path, device: torch.device) -> Tensor | None:
+    try:
+        return load_file(path, device=str(device))[_STATES]
+    except (FileNotFoundError, SafetensorError, KeyError):
+        return None
+
+
+def _write(path: Path, states_TC: Tensor) -> None:
+    """Whole or not at all, whoever else writes the same."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        save_file({_STATES: states_TC.contiguous()}, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,28 +96,6 @@ class Student:
     """Where layers draw whether they share: all that may."""
     has_lora: bool = False
     """Whether what is trained is a low-rank addition."""
-
-    def teacher_states(
-        self, ids_BT: Tensor, decoder: Callable[..., Any], *, of_layers: bool = False
-    ) -> tuple[Tensor, ...]:
-        """What the teacher has before its head, [B, T, C]; with `of_layers`, before that what goes into each layer.
-        `decoder`: the student's, see `decoder_of`.
-        """
-        if self.kept is not None and not of_layers:
-            return (self.kept.of(ids_BT, lambda missing: self._asked(missing, decoder)[-1]),)
-        return self._asked(ids_BT, decoder, of_layers)
-
-    @torch.no_grad()
-    def _asked(self, ids_BT: Tensor, decoder: Callable[..., Any], of_layers: bool = False) -> tuple[Tensor, ...]:
-        decoder = decoder if self.teacher is None else self.teacher.model
-        with lora_off(self.model) if self.has_lora else nullcontext():
-            outputs = decoder(ids_BT, use_cache=False, output_hidden_states=of_layers, options=GATES_OFF)
-        return outputs.hidden_states if of_layers else (outputs.last_hidden_state,)
-
-    @property
-    def head_of_teacher(self) -> FoldForCausalLM:
-        """The model whose head goes with `teacher_states`."""
-        return self.teacher or self.model
 
 
 def make_student(
@@ -102,12 +138,32 @@ def widest_layout(model: FoldForCausalLM, settings: RetrofitSettings) -> KVLayou
     return KVLayout.parse(settings.drawn_layers, model.config.layout)
 
 
+def drawn_layout(base: KVLayout, widest: KVLayout, *, seed: int, step: int) -> KVLayout:
+    """A layout between `base` and `widest`, in which most layers share, the same on every process: each layer that has
+    another owner in `widest` stays where `base` has it, or reads what the layer before it in its group of `widest` reads. So
+    every layout can come up whose owners include those of `widest` and whose readers read the nearest owner before them.
+
+    Source: arXiv 2604.22782 draws, in pretraining, a layer's own keys and values or an earlier layer's.
+    Differs: readers and owners are those of a pattern, and a trained model is trained on; drawn for a step, not a sample.
+    """
+    draw = random.Random(f"{seed} {step}")
+    owners: list[int] = []
+    newest: dict[int, int] = {}
+    for layer in range(base.num_layers):
+        own, group = base.owner_of(layer), widest.owner_of(layer)
+        goes = draw.random() < _SHARE and group in newest
+        # The owner that it had may have become a reader itself.
+        owners.append(newest[group] if goes else layer if own == layer else owners[own])
+        newest[group] = owners[-1]
+    return base.with_owners(owners)
+
+
 def check_states(model: FoldForCausalLM, teacher: FoldForCausalLM) -> None:
     """Raises `UserError` where a model's states cannot be held to those of its teacher."""
     ours, theirs = ((one.config.num_hidden_layers, one.config.hidden_size) for one in (model, teacher))
     if ours != theirs:
         raise UserError(
-            f"state_weight: the teacher has {theirs[0]} layers of width {theirs[1]}, the model {ours[0]} of {ours[1]}: "
+            f"hidden_loss_weight: the teacher has {theirs[0]} layers of width {theirs[1]}, the model {ours[0]} of {ours[1]}: "
             "leave it out"
         )
 
@@ -134,7 +190,7 @@ def check_method(model: FoldForCausalLM, settings: RetrofitSettings) -> None:
 def retention_of(model: FoldForCausalLM, settings: RetrofitSettings) -> Retention:
     """What the model keeps of a training sequence under the method of the settings."""
     layout = model.config.layout.with_time(settings.time)
-    return Retention.of(layout, settings.sequence_tokens, model.dtype.itemsize)
+    return Retention.of(layout, settings.seq_len, model.dtype.itemsize)
 
 
 def gate_config_of(settings: RetrofitSettings) -> GateConfig:

@@ -1,7 +1,6 @@
 """The search for a learning rate as the authors of CLA did it: raise it by a factor until held-out perplexity stops improving."""
 
 import itertools
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,14 +9,11 @@ from typing import Any
 from kvfold.errors import UserError
 from kvfold.train.loop import DivergedError
 from kvfold.train.pretrain_settings import PretrainSettings
+from kvfold.train.results import staged
 from kvfold.train.run_folder import RunFolder, leads
 
 TrainOne = Callable[[PretrainSettings, RunFolder], dict[str, Any]]
 """Trains one model in its folder, or goes on; gives its facts on the leading process."""
-
-_CARD = "README.md"
-_LAST = "config.json"
-"""A folder is loaded by it, so it comes last."""
 
 
 def sweep(
@@ -34,7 +30,7 @@ def sweep(
     rows: list[dict[str, Any]] = []
     best: dict[str, Any] | None = None
     for rate in rates(settings.learning_rate, factor):
-        found = _outcome(settings.with_rate(rate), RunFolder(out=out / f"lr-{rate:g}"), train_one)
+        found = _outcome(settings.with_values(learning_rate=rate), RunFolder(out=out / f"lr-{rate:g}"), train_one)
         rows.append(found)
         if found["note"]:
             say(f"learning rate {rate:g}: {found['told']}")
@@ -72,13 +68,7 @@ def _outcome(settings: PretrainSettings, folder: RunFolder, train_one: TrainOne)
 
 def copy_result(best: Path, out: Path, *, card: str) -> None:
     """The best run's files beside the runs, as the sweep's own result, with a card of its own."""
-    staged = out / ".partial-result"
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    for file in sorted((path for path in best.iterdir() if path.is_file()), key=lambda path: path.name == _LAST):
-        if file.name == _CARD:
-            (staged / file.name).write_text(card, encoding="utf-8")
-        else:
-            shutil.copy2(file, staged / file.name)
-        os.replace(staged / file.name, out / file.name)
-    staged.rmdir()
+    with staged(out, card) as folder:
+        for file in best.iterdir():
+            if file.is_file():
+                shutil.copy2(file, folder / file.name)

@@ -9,7 +9,7 @@ from kvfold.data.texts import TextFile
 from kvfold.data.windows import text_beginning
 from kvfold.methods.gates import GateConfig
 from kvfold.methods.registry import parse_time
-from kvfold.train.reached import kept_tokens
+from kvfold.train.losses import kept_tokens
 from tiny_model import tiny_model
 
 TOKENS = 50

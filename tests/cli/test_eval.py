@@ -104,7 +104,7 @@ def test_the_folder_one_stands_in_has_a_name(kvfold, folder, monkeypatch):
 
 def test_trained_and_converted_models_beside_the_first(kvfold, folder):
     assert kvfold("convert tiny mqa --heads 1").code == 0
-    train = "--data text.txt --tokens 256 --set sequence_tokens=32 --set batch_sequences=2 --no-calibrate"
+    train = "--data text.txt --tokens 256 --set seq_len=32 --set global_batch_size=2 --no-calibrate"
     assert kvfold(f"retrofit tiny dms --adapter --time dms:8 --compression 2 {train}").code == 0
     assert kvfold(f"retrofit mqa tuned --lora 2 {train}").code == 0
     assert kvfold(f"retrofit tiny whole --full {train}").code == 0

@@ -78,7 +78,7 @@ def refused(kvfold, folder):
         ("retrofit tiny out --full", "no data to train on: give --data FILES"),
         (f"{DMS} --compression 0.5", "compression 0.5: it is times smaller, 1 or more"),
         (f"{DMS} --compression 8", "use a delay of 6 or less, or longer sequences"),
-        (f"{DMS} --context 64k --tokens 1M", "sequence_tokens 65,536: the model reads 256 at most"),
+        (f"{DMS} --context 64k --tokens 1M", "seq_len 65,536: the model reads 256 at most"),
         (f"{DMS} --tokens 100", "tokens 100: one step takes 2 sequences of 64"),
         (f"{DMS} --data nowhere.txt", "nowhere.txt: there is no such file"),
         (f"{DMS} --recipe smollm2-dmz-cpu", "unknown recipe 'smollm2-dmz-cpu': the nearest is 'smollm2-dms-cpu'"),

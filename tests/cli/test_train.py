@@ -14,8 +14,8 @@ head_dim: 8
 vocabulary: 300
 layers: cla2
 tokens: 512
-sequence_tokens: 32
-batch_sequences: 4
+seq_len: 32
+global_batch_size: 4
 validation_tokens: 64
 learning_rate: 0.01
 """
@@ -76,7 +76,7 @@ def test_recipes_are_listed(kvfold):
         (f"{RUN} --set tokenizer=./none", "there is no such file or folder"),
         (f"{RUN} --set validation_tokens=1M", "validation_tokens '1M': it is a whole number"),
         (f"{RUN} --set validation_tokens=100000", "sequences of 32 tokens are held out, and none is left: give more text"),
-        (f"{RUN} --set shard=true", "shard: there is one process"),
+        (f"{RUN} --set fsdp=true", "fsdp: there is one process"),
         (f"{RUN} --tokens 100", "tokens 100: one step takes 4 sequences of 32"),
         (f"{RUN} --sweep-lr 1", "--sweep-lr 1: each rate is so many times the one before"),
         (RUN.replace("--out out", "--out tiny"), "the folder holds something else"),

@@ -83,7 +83,7 @@ def test_all_that_is_learned_gets_a_gradient():
 def test_an_adapter_keeps_all_of_it(tmp_path):
     model, ids = build(), ids_of()
     mask, base = torch.ones_like(ids), Base.of(build(gated=False), "tiny")
-    settings = RetrofitSettings(time="dms:5", sequence_tokens=50, compression=2.0)
+    settings = RetrofitSettings(time="dms:5", seq_len=50, compression=2.0)
     write_trained(model, None, settings, base, tmp_path)
     again, beside = build(gated=False), build(gated=False)
     apply_adapter(again, tmp_path)

@@ -14,9 +14,9 @@ from kvfold.train.settings import RetrofitSettings
 from tiny_model import tiny_model
 
 SMALL = {
-    "sequence_tokens": 32,
-    "batch_sequences": 4,
-    "sequences_at_once": 2,
+    "seq_len": 32,
+    "global_batch_size": 4,
+    "micro_batch_size": 2,
     "learning_rate": 1e-3,
     "save_steps": 2,
     "calibrate": False,

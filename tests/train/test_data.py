@@ -22,9 +22,7 @@ def texts(tmp_path, monkeypatch):
 
 
 def draw(texts, **settings):
-    return draw_text(
-        texts, byte_tokenizer(), **({"tokens": 960, "sequence_tokens": 32, "seed": 0, "spared": 4} | settings)
-    )
+    return draw_text(texts, byte_tokenizer(), **({"tokens": 960, "seq_len": 32, "seed": 0, "spared": 4} | settings))
 
 
 def rows(blocks):
@@ -54,14 +52,14 @@ def test_all_of_the_text_is_there_when_all_is_asked_for(texts):
 
 
 def test_a_bos_opens_each_block_where_the_tokenizer_adds_one(texts):
-    drawn = draw_text(texts, byte_tokenizer(adds_bos=True), tokens=320, sequence_tokens=32, seed=0)
+    drawn = draw_text(texts, byte_tokenizer(adds_bos=True), tokens=320, seq_len=32, seed=0)
     assert drawn.train.shape[1] == 32 and (drawn.train[:, 0] == BOS).all() and not (drawn.train[:, 1:] == BOS).any()
 
 
 def test_too_little_text(texts, tmp_path):
     (tmp_path / "tiny.txt").write_text("x" * 80)
     with pytest.raises(ValueError, match="data of 82 tokens: a sequence takes 64, and a run takes 3"):
-        draw(["tiny.txt"], sequence_tokens=64)
+        draw(["tiny.txt"], seq_len=64)
 
 
 def test_parquet(tmp_path, monkeypatch):

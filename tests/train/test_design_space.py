@@ -1,6 +1,5 @@
 """Every recipe is the model that the paper's table describes: shapes, weights, bytes; none is built with memory."""
 
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,8 @@ import torch
 
 from kvfold.layout.planner import plan
 from kvfold.train.design_space import DESIGN_SPACE, recipe_of, recipes
+from kvfold.train.pretrain import config_of
 from kvfold.train.pretrain_settings import PretrainSettings
-from kvfold.train.scratch import config_of
 
 ALL = recipes()
 # FACTS of the paper's table 1, typed a second time: owners and bytes of keys and values a token.
@@ -73,8 +72,8 @@ def test_the_1b_rows_have_the_published_owners_and_bytes(name):
 
 def test_the_recipe_is_the_published_one():
     one = ALL["1b-h128-mqa-cla2"].settings
-    assert (one.hidden_size, one.intermediate_size, one.num_layers, one.sequence_tokens) == (2048, 5472, 20, 2048)
-    assert (one.beta1, one.beta2, one.weight_decay, one.clip, one.init_std) == (0.9, 0.95, 0.1, 1.0, 0.01275)
+    assert (one.hidden_size, one.intermediate_size, one.num_layers, one.seq_len) == (2048, 5472, 20, 2048)
+    assert (one.beta1, one.beta2, one.weight_decay, one.max_grad_norm, one.init_std) == (0.9, 0.95, 0.1, 1.0, 0.01275)
     assert one.step_tokens == 2048 * 2048 and one.tokens == 30e9 and one.learning_rate == 3e-4
     total, warm = one.total_steps, round(0.05 * one.total_steps)
     assert one.rate_factor(0) == pytest.approx(1 / warm) and one.rate_factor(warm - 1) == one.rate_factor(warm) == 1
@@ -93,7 +92,7 @@ def test_the_miniatures_scale_with_the_paper():
         assert small.head_dim * 128 == large.head_dim * 12 and small.num_heads * small.head_dim == 192
         assert small.layers == large.layers and len(small.layout.owners) == MINI_OWNERS.get(small.layers, 8)
         assert small.num_kv_heads == (16 if name == "h128-mha" else large.num_kv_heads)
-        shape = (small.num_layers, small.hidden_size, small.intermediate_size, small.vocabulary, small.sequence_tokens)
+        shape = (small.num_layers, small.hidden_size, small.intermediate_size, small.vocabulary, small.seq_len)
         assert shape == (8, 192, 512, 4096, 512) and small.tokens == 1_000_000
 
 
@@ -117,4 +116,4 @@ def test_an_unknown_recipe_is_answered_with_the_nearest():
 
 def test_the_docs_name_every_key():
     page = (Path(__file__).parents[2] / "docs" / "pretraining.md").read_text()
-    assert [one.name for one in fields(PretrainSettings) if f"`{one.name}`" not in page] == []
+    assert [name for name in PretrainSettings.model_fields if f"`{name}`" not in page] == []

@@ -3,8 +3,8 @@
 import pytest
 
 from kvfold.layout.kvlayout import KVLayout
-from kvfold.train.curve import read_curve
-from kvfold.train.draws import drawn_layout
+from kvfold.train.run_folder import read_curve
+from kvfold.train.student import drawn_layout
 from tiny_model import tiny_model
 
 BASE = KVLayout.plain(8, 2, 8)
@@ -60,7 +60,7 @@ def test_one_model_learns_to_do_with_fewer_layers(retrofit):
 def test_parts_of_a_step_share_alike(retrofit):
     curves = []
     for at_once in (1, 4):
-        run = retrofit(f"at-{at_once}", trains="full", kl="forward", drawn_layers="cla2", sequences_at_once=at_once)
+        run = retrofit(f"at-{at_once}", trains="full", kl="forward", drawn_layers="cla2", micro_batch_size=at_once)
         run.run()
         curves.append([point["loss"] for point in read_curve(run.folder.curve)])
     assert curves[0] == pytest.approx(curves[1], rel=1e-3, abs=1e-6)
@@ -70,7 +70,7 @@ def test_parts_of_a_step_share_alike(retrofit):
     ("given", "says"),
     [
         ({"drawn_layers": "cla2", "time": "dms:4"}, "drawn_layers cla2 with time 'dms:4'"),
-        ({"drawn_layers": "cla2", "shard": True}, "drawn_layers cla2 with shard"),
+        ({"drawn_layers": "cla2", "fsdp": True}, "drawn_layers cla2 with fsdp"),
         ({"drawn_layers": "0_0_0"}, "3"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvfold.models.adapters import read_adapter
-from kvfold.train.free_channel import least_missed_channel
+from kvfold.train.calibrate import least_missed_channel
 from kvfold.train.settings import RetrofitSettings
 from tiny_model import tiny_model
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from kvfold.train import losses
-from kvfold.train.losses import distillation, divergence, ratio_loss, summed_in_slices
+from kvfold.train.losses import distillation, divergence, fired_shares, ratio_loss, summed_in_slices
 
 
 @pytest.fixture
@@ -85,13 +85,13 @@ def test_the_ratio_loss_is_per_sequence_and_one_sided(padded):
         expected += max(0.0, target - sum(fired) / len(fired)) / 3
     given = [decisions[0], None, decisions[1]]
     torch.testing.assert_close(
-        ratio_loss(given, target, real if padded else None).item(), expected, rtol=1e-5, atol=1e-7
+        ratio_loss(fired_shares(given, real if padded else None), target).item(), expected, rtol=1e-5, atol=1e-7
     )
-    assert ratio_loss(given, 0.0) == 0
+    assert ratio_loss(fired_shares(given), 0.0) == 0
 
 
 def test_the_ratio_loss_presses_only_sequences_that_compress_too_little():
     soft = torch.tensor([[[0.2, 0.4]], [[0.9, 0.8]]], requires_grad=True)
     hard = (soft.detach() > 0.5) + (soft - soft.detach())
-    ratio_loss([hard], 0.6).backward()
+    ratio_loss(fired_shares([hard]), 0.6).backward()
     assert (soft.grad[0] < 0).all() and (soft.grad[1] == 0).all()

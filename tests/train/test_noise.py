@@ -1,6 +1,6 @@
 from itertools import product
 
-from kvfold.train.noise import noise_key
+from kvfold.train.data import noise_key
 
 FROZEN = [-3540555429304049131, 8388215379306925573, -2066904632073763065]
 

@@ -5,7 +5,7 @@ import torch
 
 from kvfold.models.adapters import apply_adapter, read_adapter
 from kvfold.models.load import load
-from kvfold.train.curve import read_curve
+from kvfold.train.run_folder import read_curve
 from kvfold.train.schedules import Retention
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import make_student, trained_weights
@@ -106,7 +106,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(retrofit):
 def test_idle_gates_never_fire_under_another_text(retrofit):
     """The adapter of an owner that trained without one is there, and shut."""
     model = tiny_model()
-    make_student(model, RetrofitSettings(time="dms:4; 0=full", compression=1.2, sequence_tokens=32))
+    make_student(model, RetrofitSettings(time="dms:4; 0=full", compression=1.2, seq_len=32))
     model.config.layout = model.config.layout.with_time("dms:4")
     assert not decisions(model)[0].any()
 

@@ -1,7 +1,7 @@
 """A model from scratch: what it reaches is what is measured of it, and a run that stops goes on as if it had not."""
 
-import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,23 +10,22 @@ import kvfold
 from byte_tokenizer import byte_tokenizer
 from kvfold.layout.planner import plan, token_bytes
 from kvfold.train import objectives
-from kvfold.train.curve import read_curve
 from kvfold.train.design_space import recipes
 from kvfold.train.loop import DivergedError
 from kvfold.train.packing import packed
 from kvfold.train.pretrain import Pretrain
 from kvfold.train.pretrain_settings import PretrainSettings
-from kvfold.train.run_folder import RunFolder
+from kvfold.train.run_folder import RunFolder, read_curve
 from kvfold.train.sweep import copy_result, sweep
 
 SMALL = {
     "num_layers": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
-    "vocabulary": 300, "layers": "cla2", "tokens": 1280, "sequence_tokens": 32, "batch_sequences": 4,
-    "sequences_at_once": 2, "learning_rate": 3e-3, "init_std": 0.1, "save_steps": 3, "validate_steps": 4,
+    "vocabulary": 300, "layers": "cla2", "tokens": 1280, "seq_len": 32, "global_batch_size": 4,
+    "micro_batch_size": 2, "learning_rate": 3e-3, "init_std": 0.1, "save_steps": 3, "validate_steps": 4,
     "validation_tokens": 200,
 }  # fmt: skip
 MINI = {
-    "sequence_tokens": 32, "batch_sequences": 2, "sequences_at_once": 2, "tokens": 20 * 64, "validation_tokens": 64,
+    "seq_len": 32, "global_batch_size": 2, "micro_batch_size": 2, "tokens": 20 * 64, "validation_tokens": 64,
     "save_steps": 20,
 }  # fmt: skip
 FAST = ("mini-h256-gqa4-cla2", "mini-h128-mqa-cla2-dense-back")
@@ -68,7 +67,7 @@ def figures(run):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in MINIS])
 def test_a_miniature_trains_saves_loads_and_generates(pretrain, tmp_path, name):
     settings = recipes()[name].settings
-    run = pretrain("out", base=dataclasses.asdict(settings), **MINI)
+    run = pretrain("out", base=settings.model_dump(), **MINI)
     facts = run.run()
     points = read_curve(run.folder.curve)
     assert len(points) == 20 and points[-1]["loss"] < points[0]["loss"]
@@ -107,7 +106,7 @@ def test_a_seed_rules_weights_and_order_but_not_the_text(pretrain):
 
 
 def test_accumulation_and_activation_checkpoints_change_nothing(pretrain):
-    runs = [pretrain("a"), pretrain("b", sequences_at_once=4), pretrain("c", checkpoint_activations=True)]
+    runs = [pretrain("a"), pretrain("b", micro_batch_size=4), pretrain("c", gradient_checkpointing=True)]
     losses = []
     for run in runs:
         run.run()
@@ -132,6 +131,28 @@ def test_an_interrupted_run_is_the_run(pretrain):
     assert facts["validation_loss"] == whole.folder.read("done")["validation_loss"]
     weights = [(run.folder.out / "model.safetensors").read_bytes() for run in (cut, whole)]
     assert weights[0] == weights[1]
+
+
+def test_what_can_be_resumed_is_never_given_up(pretrain, text):
+    """A run that can't have its text any more, and one that never could."""
+
+    def stop(point):
+        if point["step"] == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        pretrain("cut", on_step=stop).run()
+    cut = pretrain("cut")
+    (cut.text / "train.json").unlink()
+    words = Path(text).read_text()
+    Path(text).unlink()
+    for run in (cut, pretrain("new")):
+        with pytest.raises(ValueError, match="there is no such file"):
+            run.run()
+    assert cut.folder.done_steps == 3 and not pretrain("new").folder.out.exists()
+    Path(text).write_text(words)
+    cut.run()
+    assert [point["step"] for point in figures(cut)] == list(range(1, 11))
 
 
 def test_a_tokenizer_is_trained_and_goes_with_the_model(pretrain, tmp_path):
@@ -198,7 +219,9 @@ def test_a_sweep_that_begins_too_high_says_so(swept):
         swept({1e-3: None})
 
 
-@pytest.mark.parametrize("given", [{"final_learning_rate": 5.0}, {"clip": 0.0}, {"init_std": 0.0}, {"beta2": 1.0}])
+@pytest.mark.parametrize(
+    "given", [{"final_learning_rate": 5.0}, {"max_grad_norm": 0.0}, {"init_std": 0.0}, {"beta2": 1.0}]
+)
 def test_a_number_that_cannot_be(given):
     with pytest.raises(ValueError, match=next(iter(given))):
         PretrainSettings(**{**SMALL, **given})

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from byte_tokenizer import byte_tokenizer
-from kvfold.train.curve import read_curve
 from kvfold.train.pretrain import Pretrain
 from kvfold.train.pretrain_settings import PretrainSettings
-from kvfold.train.run_folder import RunFolder
+from kvfold.train.run_folder import RunFolder, read_curve
 
 SPREAD = """
 import json, sys
@@ -51,11 +50,11 @@ else:
 """
 PRETRAIN = {
     "num_layers": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
-    "vocabulary": 300, "layers": "cla2", "tokens": 1280, "sequence_tokens": 32, "batch_sequences": 4,
+    "vocabulary": 300, "layers": "cla2", "tokens": 1280, "seq_len": 32, "global_batch_size": 4,
     "learning_rate": 3e-3, "init_std": 0.1, "save_steps": 3, "validate_steps": 4, "validation_tokens": 224,
 }  # fmt: skip
 RETROFIT = {
-    "sequence_tokens": 32, "batch_sequences": 4, "learning_rate": 1e-3, "save_steps": 3, "calibrate": False,
+    "seq_len": 32, "global_batch_size": 4, "learning_rate": 1e-3, "save_steps": 3, "calibrate": False,
     "ramp_steps": 6, "tail_steps": 4,
 }  # fmt: skip
 WAYS = {
@@ -106,7 +105,7 @@ def test_two_processes_give_the_losses_of_one(text, tmp_path, way):
     given = {**given, "data": [text]} | ({"tokenizer": str(tmp_path / "tokenizer")} if kind == "pretrain" else {})
     run(tmp_path, kind, given, processes=1, out="one")
     run(tmp_path, kind, given, processes=2, out="replicas")
-    sharded = {**given, "shard": True}
+    sharded = {**given, "fsdp": True}
     assert run(tmp_path, kind, {**sharded, "stop": 5}, processes=2, out="shards") != 0
     run(tmp_path, kind, sharded, processes=2, out="shards")
     one = losses(tmp_path, "one")
@@ -122,13 +121,13 @@ def test_two_processes_give_the_losses_of_one(text, tmp_path, way):
 
 
 def test_shards_take_processes(text, tmp_path):
-    settings = PretrainSettings(**{**PRETRAIN, "data": (text,), "shard": True})
+    settings = PretrainSettings(**{**PRETRAIN, "data": (text,), "fsdp": True})
     folder = RunFolder(out=tmp_path / "out")
     one = Pretrain(
         recipe="small", settings=settings, folder=folder, text=folder.training, device=torch.device("cpu"), about={}
     )
     with pytest.raises(
-        ValueError, match="shard: there is one process, and nothing to spread over: start it with torchrun"
+        ValueError, match="fsdp: there is one process, and nothing to spread over: start it with torchrun"
     ):
         one.run()
     assert not folder.out.exists()

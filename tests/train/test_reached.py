@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvfold.eval.reading import entry_bytes, kept_shares
-from kvfold.train.reached import kept_tokens, reached
+from kvfold.train.losses import KeptAtEnd, kept_tokens
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import make_student
 from tiny_model import tiny_model
@@ -21,7 +21,7 @@ IDS = torch.randint(0, 200, (3, 40), generator=torch.Generator().manual_seed(3))
 )  # fmt: skip
 def test_it_is_what_the_cache_keeps(given):
     model = tiny_model()
-    settings = RetrofitSettings(**({"compression": 2.0, "sequence_tokens": 40} | given))
+    settings = RetrofitSettings(**({"compression": 2.0, "seq_len": 40} | given))
     make_student(model, settings)
     model.eval()
     draw = torch.Generator().manual_seed(1)
@@ -41,10 +41,10 @@ def test_it_is_what_the_cache_keeps(given):
             continue
         ours = kept_tokens(said.decisions[place], spec, from_next=from_next)
         assert ours.tolist() == cache.kept_tokens[place].tolist()
-    found = reached(said.decisions, model.config.layout, from_next=from_next)
+    found = KeptAtEnd(model.config.layout, from_next=from_next).shares(said.decisions)
     layout = model.config.layout
-    assert float(found.kept) == pytest.approx(
+    assert float(found["kept"]) == pytest.approx(
         kept_shares(cache, entry_bytes(layout, 4, cache.store.device)).mean().item()
     )
     gated = [place for place, owner in enumerate(layout.owners) if layout.time_of(owner).trained]
-    assert found.kept_O.tolist() == pytest.approx((cache.kept_tokens[gated].float().mean(dim=(1, 2)) / 40).tolist())
+    assert found["kept_O"].tolist() == pytest.approx((cache.kept_tokens[gated].float().mean(dim=(1, 2)) / 40).tolist())

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from kvfold.models.adapters import read_adapter
-from kvfold.train.checkpoints import drop_old, is_whole, newest_whole, seal, step_of
-from kvfold.train.curve import read_curve
 from kvfold.train.loop import load_checkpoint
+from kvfold.train.run_folder import drop_old, is_whole, newest_whole, read_curve, seal, step_of
 from kvfold.train.student import make_student, trained_weights
 from tiny_model import tiny_model
 
@@ -107,7 +106,7 @@ def test_a_setting_that_is_newer_than_a_run_had_its_default(retrofit):
         retrofit("out", on_step=stop_after(3), **DMS).run()
     run = retrofit("out", **DMS)
     noted = run.folder.read("run")
-    del noted["settings"]["shard"], noted["settings"]["compression"]
+    del noted["settings"]["fsdp"], noted["settings"]["compression"]
     run.folder.write("run", noted)
     with pytest.raises(ValueError, match=r"a run lies there with compression 4\.0, not 3\.0"):
         run.folder.check(run.source, run.settings)
@@ -137,7 +136,7 @@ def test_what_bears_on_time_and_memory_alone_may_change(retrofit, tmp_path):
     retrofit("whole", on_step=expected.append, **DMS).run()
     with pytest.raises(Stop):
         retrofit("out", on_step=stop_after(3), **DMS).run()
-    changed = {"sequences_at_once": 2, "save_steps": 5, "checkpoint_activations": True}
+    changed = {"micro_batch_size": 2, "save_steps": 5, "gradient_checkpointing": True}
     changed["teacher_states"] = str(tmp_path / "states")
     retrofit("out", on_step=found.append, **(DMS | changed)).run()
     assert [point["step"] for point in found] == list(range(found[0]["step"], 11))
@@ -155,12 +154,46 @@ def test_a_folder_with_something_else_is_refused(retrofit, tmp_path):
         retrofit("file", **DMS).run()
 
 
+def test_two_processes_do_not_train_in_one_folder(retrofit, tmp_path):
+    run = retrofit("out", **DMS)
+    with run.folder.locked():
+        with pytest.raises(
+            ValueError, match="out: another process trains in this folder: wait until it ends"
+        ) as refused:
+            run.run()
+        assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+    run.run()
+    assert (tmp_path / "out" / "adapter.json").is_file()
+
+
+def test_a_lock_ends_with_its_process(retrofit, tmp_path):
+    run = retrofit("out", **DMS)
+    code = "import fcntl, os, sys, time; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print(flush=True); time.sleep(99)"
+    (tmp_path / "out").mkdir()
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        with pytest.raises(ValueError, match="another process trains in this folder"):
+            run.run()
+        child.kill()
+    run.run()
+
+
+def test_what_a_writer_that_died_left_is_cleared_away(retrofit, tmp_path):
+    left = tmp_path / "out" / "training" / ".partial-99"
+    with pytest.raises(Stop):
+        retrofit("out", on_step=stop_after(3), **DMS).run()
+    left.mkdir()
+    retrofit("out", **DMS).run()
+    assert not left.exists()
+
+
 def checkpoint(folder: Path, step: int) -> Path:
-    staged = folder / ".partial" / f"checkpoint-{step}"
-    staged.mkdir(parents=True)
+    staged = folder / f".partial-{step}"
+    staged.mkdir()
     (staged / "weights").write_bytes(b"x" * 1000)
-    seal(staged, folder / staged.name)
-    return folder / staged.name
+    seal(staged, folder / f"checkpoint-{step}")
+    return folder / f"checkpoint-{step}"
 
 
 def test_only_whole_checkpoints_are_taken(tmp_path):
@@ -194,7 +227,7 @@ from kvfold.train.retrofit import Retrofit
 from kvfold.train.run_folder import RunFolder
 from kvfold.train.settings import RetrofitSettings
 settings = RetrofitSettings(
-    time="dms:4", compression=3.0, data=(sys.argv[1],), sequence_tokens=32, batch_sequences=4, learning_rate=1e-3,
+    time="dms:4", compression=3.0, data=(sys.argv[1],), seq_len=32, global_batch_size=4, learning_rate=1e-3,
     ramp_steps=6, tail_steps=100000, save_steps=1, calibrate=False,
 )
 about = {"command": "", "version": "", "git_commit": None, "hardware": ""}
@@ -210,7 +243,7 @@ def test_kill_9_leaves_a_whole_checkpoint(retrofit, text, tmp_path):
     root = Path(__file__).parents[2]
     paths = [str(root), str(root / "tests" / "data"), str(root / "tests" / "eval")]
     child = subprocess.Popen([sys.executable, "-c", KILLED, text, str(tmp_path / "out"), *paths])
-    endless = {**DMS, "tail_steps": 100000, "save_steps": 1, "sequences_at_once": 1}
+    endless = {**DMS, "tail_steps": 100000, "save_steps": 1, "micro_batch_size": 1}
     folder = retrofit("out", **endless).folder
     deadline = time.monotonic() + 150
     while folder.done_steps < 3 and time.monotonic() < deadline:

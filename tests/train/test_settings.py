@@ -1,7 +1,6 @@
 """What a retrofit may be asked for, and what recipes say."""
 
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,11 +8,11 @@ import pytest
 from kvfold.train.recipes import checked_values, parse_assignments, read_recipe, recipe_names
 from kvfold.train.settings import RetrofitSettings
 
-GIVEN = {"data": ("x.txt",), "time": "dms:16", "sequence_tokens": 256}
+GIVEN = {"data": ("x.txt",), "time": "dms:16"}
 
 
 def make(**given):
-    return RetrofitSettings(**(GIVEN | given))
+    return RetrofitSettings(**(GIVEN | {"seq_len": 256} | given))
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -38,7 +37,7 @@ def test_tokens_scale_the_stages():
     stages = make(
         time="dmc",
         trains="full",
-        batch_sequences=2,
+        global_batch_size=2,
         zero_out_steps=10,
         ramp_steps=60,
         tail_steps=30,
@@ -75,7 +74,7 @@ def test_the_loss_that_goes_with_a_method(given, loss):
         ({"tokens": 500}, "tokens 500: one step takes 4 sequences of 256, 1,024 in all"),
         ({"learning_rate": 0.0}, "learning_rate 0: it is a number above 0"),
         ({"learning_rate": float("nan")}, "learning_rate nan"),
-        ({"batch_sequences": 4, "sequences_at_once": 3}, "use a divisor of it"),
+        ({"global_batch_size": 4, "micro_batch_size": 3}, "use a divisor of it"),
         ({"rank": 0}, "rank 0: it is 1 or more"),
         ({"save_steps": 0}, "save_steps 0"),
         ({"time": "h2o:4+4"}, "it learns nothing"),
@@ -90,7 +89,7 @@ def test_the_loss_that_goes_with_a_method(given, loss):
         ({"time": "dmc", "trains": "lora", "find_channel": True, "channel": 3}, "give one of the two"),
         ({"gate_scale": 0.0}, "gate_scale 0: it is a number above 0"),
         ({"ratio_weight": -1.0}, "ratio_weight -1: it is a number above 0"),
-        ({"clip": -1.0}, "clip -1: it is a number above 0: use e.g. 1"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm -1: it is a number above 0: use e.g. 1"),
         ({"beta2": 2.0}, "beta2 2: it is from 0 to below 1"),
         ({"final_learning_rate": 1.5}, "final_learning_rate 1.5: it is a share"),
         ({"warmup_steps": -3}, "warmup_steps -3: it is 0 or more"),
@@ -109,7 +108,7 @@ def test_an_unknown_key_names_the_nearest(tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text("time: dms:16\nlearning_rates: 1e-4\n")
     with pytest.raises(
-        ValueError, match=r"unknown key 'learning_rates': the nearest is 'learning_rate': use one of time, "
+        ValueError, match=r"unknown key 'learning_rates': the nearest is 'learning_rate': use one of data, "
     ):
         read_recipe(str(path), RetrofitSettings)
     with pytest.raises(ValueError, match="unknown key 'zzz': the nearest is '"):
@@ -143,12 +142,19 @@ def test_values_become_what_their_fields_are():
     assert type(found["compression"]) is float and checked_values({"data": "a"}, RetrofitSettings, where="") == {
         "data": ("a",)
     }
-    for text in ("learning_rate", "=3", "rank=2.5", "rank=true", "clip=true"):
+    for text in ("learning_rate", "=3", "rank=2.5", "rank=true", "max_grad_norm=true"):
         with pytest.raises(ValueError, match="--set"):
             parse_assignments([text], RetrofitSettings)
 
 
+def test_a_key_is_read_by_the_name_that_it_had():
+    old = {"sequence_tokens": 256, "batch_sequences": 8, "sequences_at_once": 2, "clip": 0.5, "shard": False}
+    new = {"seq_len": 256, "global_batch_size": 8, "micro_batch_size": 2, "max_grad_norm": 0.5, "fsdp": False}
+    assert checked_values(old, RetrofitSettings, where="") == new
+    assert RetrofitSettings(**(GIVEN | old)) == make(**new)
+
+
 def test_every_setting_is_explained_in_the_docs():
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
-    assert [one.name for one in fields(RetrofitSettings) if f"`{one.name}`" not in page] == []
+    assert [name for name in RetrofitSettings.model_fields if f"`{name}`" not in page] == []
     assert [name for name in recipe_names() if f"`{name}`" not in page] == []

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from kvfold.train.curve import read_curve
 from kvfold.train.losses import state_distance
+from kvfold.train.run_folder import read_curve
 from tiny_model import tiny_model
 
-HELD = {"trains": "full", "kl": "forward", "state_weight": 1.0}
+HELD = {"trains": "full", "kl": "forward", "hidden_loss_weight": 1.0}
 
 
 def other():
@@ -49,7 +49,7 @@ def test_states_come_nearer_to_the_teachers(retrofit):
     runs = {}
     for weight in (1e-6, 3.0):
         run = retrofit(
-            f"at-{weight}", trains="full", kl="forward", teacher=other(), state_weight=weight, learning_rate=1e-2
+            f"at-{weight}", trains="full", kl="forward", teacher=other(), hidden_loss_weight=weight, learning_rate=1e-2
         )
         run.run()
         runs[weight] = read_curve(run.folder.curve)
@@ -63,7 +63,7 @@ def test_states_come_nearer_to_the_teachers(retrofit):
 def test_parts_of_a_step_share_alike(retrofit):
     curves = []
     for at_once in (1, 4):
-        run = retrofit(f"at-{at_once}", teacher=other(), sequences_at_once=at_once, **HELD)
+        run = retrofit(f"at-{at_once}", teacher=other(), micro_batch_size=at_once, **HELD)
         run.run()
         curves.append([point["state_distance"] for point in read_curve(run.folder.curve)])
     assert curves[0] == pytest.approx(curves[1], rel=1e-3, abs=1e-6)
@@ -72,7 +72,7 @@ def test_parts_of_a_step_share_alike(retrofit):
 def test_gates_are_held_to_their_own_base(retrofit):
     """An adapter's teacher is the model below it: no distance while nothing is dropped, one when it is."""
     run = retrofit(
-        "adapter", time="dms:4", trains="adapter", state_weight=1.0, compression=2.0, ramp_steps=2, tail_steps=8
+        "adapter", time="dms:4", trains="adapter", hidden_loss_weight=1.0, compression=2.0, ramp_steps=2, tail_steps=8
     )
     run.run()
     found = [point["state_distance"] for point in read_curve(run.folder.curve)]
@@ -82,17 +82,17 @@ def test_gates_are_held_to_their_own_base(retrofit):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"kl": "none"}, "state_weight 1: nothing is distilled"),
-        ({"kl": "forward", "teacher_states": "kept"}, "state_weight 1: teacher_states keep"),
-        ({"kl": "forward", "state_weight": -1.0}, "state_weight -1"),
+        ({"kl": "none"}, "hidden_loss_weight 1: nothing is distilled"),
+        ({"kl": "forward", "teacher_states": "kept"}, "hidden_loss_weight 1: teacher_states keep"),
+        ({"kl": "forward", "hidden_loss_weight": -1.0}, "hidden_loss_weight -1"),
     ],
 )
 def test_settings_that_do_not_go_with_it_are_refused(settings, given, says):
     with pytest.raises(ValueError, match=says):
-        settings(trains="full", **({"state_weight": 1.0} | given))
+        settings(trains="full", **({"hidden_loss_weight": 1.0} | given))
 
 
 def test_a_teacher_of_another_depth_is_refused(retrofit, tmp_path):
-    with pytest.raises(ValueError, match="state_weight: the teacher has 4 layers of width 32, the model 2 of 32"):
+    with pytest.raises(ValueError, match="hidden_loss_weight: the teacher has 4 layers of width 32, the model 2 of 32"):
         retrofit("none", teacher=tiny_model(num_hidden_layers=4), **HELD).run()
     assert not (tmp_path / "none").exists()

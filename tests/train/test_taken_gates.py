@@ -10,7 +10,7 @@ from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import check_method
-from kvfold.train.taken_gates import fit_importance, mean_attention, take_gates
+from kvfold.train.warm_start import fit_importance, mean_attention, take_gates
 
 
 def build(time="dms:6", gates=True) -> FoldForCausalLM:
@@ -70,4 +70,4 @@ def test_what_is_refused():
     with pytest.raises(UserError, match="takes over no gates"):
         take_gates(build(), "window:6+2")
     with pytest.raises(UserError, match="an adapter for dms: train that"):
-        check_method(build(), RetrofitSettings(time="fold:6", sequence_tokens=256, compression=2.0))
+        check_method(build(), RetrofitSettings(time="fold:6", seq_len=256, compression=2.0))

@@ -3,21 +3,21 @@
 import pytest
 import torch
 
-from kvfold.train.student import Student
-from kvfold.train.teacher import TeacherStates
+from kvfold.train.objectives import Distillation
+from kvfold.train.student import TeacherStates
 from tiny_model import tiny_model
 
 
 @pytest.fixture
 def asked(monkeypatch):
     """How many sequences teachers are asked about."""
-    found, original = [], Student._asked
+    found, original = [], Distillation._asked
 
-    def noted(self, ids_BT, *rest):
+    def noted(self, ids_BT):
         found.append(ids_BT.shape[0])
-        return original(self, ids_BT, *rest)
+        return original(self, ids_BT)
 
-    monkeypatch.setattr(Student, "_asked", noted)
+    monkeypatch.setattr(Distillation, "_asked", noted)
     return found
 
 
@@ -34,7 +34,7 @@ def curve(run) -> list[float]:
         ({"time": "dms:4", "trains": "adapter"}, {"time": "dmc:3", "trains": "lora", "kl": "reverse"}),
         (
             {"time": "dms:4", "trains": "full"},
-            {"time": "dmc", "trains": "full", "kl": "forward", "sequences_at_once": 4},
+            {"time": "dmc", "trains": "full", "kl": "forward", "micro_batch_size": 4},
         ),
     ],
 )
@@ -86,7 +86,7 @@ def test_another_teacher_has_files_of_its_own(tmp_path):
     ("given", "says"),
     [
         ({"trains": "full"}, "nothing is distilled"),
-        ({"trains": "full", "time": "dms:4", "shard": True}, "asked together"),
+        ({"trains": "full", "time": "dms:4", "fsdp": True}, "asked together"),
     ],
 )
 def test_where_nothing_can_be_kept_it_is_refused(settings, given, says):
@@ -94,13 +94,12 @@ def test_where_nothing_can_be_kept_it_is_refused(settings, given, says):
         settings(teacher_states="somewhere", **given)
 
 
-def test_teachers_of_the_same_weights_and_another_layout_are_told_apart(tmp_path, asked):
+def test_teachers_of_the_same_weights_and_another_layout_are_told_apart(tmp_path):
     plain, narrow = tiny_model(), tiny_model()
     narrow.config.layout = narrow.config.layout.with_time("window:6+2")
-    ids = torch.randint(5, 90, (2, 20), generator=torch.Generator().manual_seed(0))
-    folders = [Student(model=one, teacher=None, kept=TeacherStates(tmp_path, one)) for one in (plain, narrow)]
-    first, second = (student.teacher_states(ids, student.model.model)[-1] for student in folders)
-    assert len(asked) == 2 and not torch.equal(first, second)
+    ids = torch.arange(3)[None]
+    for model, said in ((plain, 1.0), (narrow, 0.0)):
+        assert TeacherStates(tmp_path, model).of(ids, lambda one, said=said: torch.full((1, 3, 5), said)).eq(said).all()
 
 
 def test_what_was_said_under_autocast_is_kept_apart(tmp_path):

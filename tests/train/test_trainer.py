@@ -6,11 +6,10 @@ import torch.nn.functional as F
 
 from kvfold.methods.registry import parse_time
 from kvfold.train import objectives
-from kvfold.train.curve import read_curve
-from kvfold.train.data import TrainingOrder, draw_text
+from kvfold.train.data import TrainingOrder, draw_text, noise_key
 from kvfold.train.loop import Loop
-from kvfold.train.noise import noise_key
 from kvfold.train.objectives import Distillation, ignored_tokens
+from kvfold.train.run_folder import read_curve
 from kvfold.train.schedules import Retention
 from kvfold.train.student import make_student
 from tiny_model import tiny_model
@@ -39,7 +38,7 @@ def losses(run):
 @pytest.mark.parametrize("way", WAYS)
 def test_accumulation_changes_nothing(retrofit, way):
     """One call of four sequences, or four calls of one: the same losses, and so the same weights behind them."""
-    found = [losses(retrofit(f"by-{size}", **WAYS[way], sequences_at_once=size)) for size in (4, 1)]
+    found = [losses(retrofit(f"by-{size}", **WAYS[way], micro_batch_size=size)) for size in (4, 1)]
     # Later a decision may fall the other way by rounding.
     assert found[0][:4] == pytest.approx(found[1][:4], rel=2e-5)
     assert found[0] == pytest.approx(found[1], rel=2e-2)
@@ -49,11 +48,11 @@ def test_accumulation_changes_nothing(retrofit, way):
 def test_the_first_step_is_what_the_papers_say(retrofit, text, weight):
     """Reverse KL to the model without gates, and the ratio loss on decisions with the step's noise."""
     points = []
-    given = {"ramp_steps": 2, "tail_steps": 1, "sequences_at_once": 1, "ratio_weight": weight}
+    given = {"ramp_steps": 2, "tail_steps": 1, "micro_batch_size": 1, "ratio_weight": weight}
     run = retrofit("out", on_step=points.append, **given, **DMS)
     settings = run.settings
     run.run()
-    blocks = draw_text([text], run.tokenizer, tokens=3 * 128, sequence_tokens=32, seed=0).train
+    blocks = draw_text([text], run.tokenizer, tokens=3 * 128, seq_len=32, seed=0).train
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(noise_key(0, -2, 0) % 2**63))
     ids = blocks[order[:4]]
     model = tiny_model()
@@ -90,7 +89,7 @@ def test_a_frozen_base_stays_as_it_is(retrofit):
 
 
 def test_activation_checkpoints_change_no_loss(retrofit):
-    found = [losses(retrofit(f"{keep}", **WAYS["dms"], checkpoint_activations=keep)) for keep in (False, True)]
+    found = [losses(retrofit(f"{keep}", **WAYS["dms"], gradient_checkpointing=keep)) for keep in (False, True)]
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
@@ -176,12 +175,12 @@ def test_tensorboard_has_the_curve(retrofit, tmp_path):
 
 def test_a_step_taken_by_hand_is_a_step_of_a_run(retrofit, tmp_path):
     """What is timed is what runs."""
-    given = {"ramp_steps": 0, "tail_steps": 1, "sequences_at_once": 4, "calibrate": False}
+    given = {"ramp_steps": 0, "tail_steps": 1, "micro_batch_size": 4, "calibrate": False}
     run = retrofit("out", trains="full", **DMS, **given)
     run.run()
     settings, model = run.settings, tiny_model()
     student = make_student(model, settings)
-    blocks = draw_text(settings.data, run.tokenizer, tokens=128, sequence_tokens=32, seed=0).train
+    blocks = draw_text(settings.data, run.tokenizer, tokens=128, seq_len=32, seed=0).train
     samples = TrainingOrder(blocks, steps=1, batch=4, seed=0, ignored=ignored_tokens(model))
     objective = Distillation(student, settings, ignored_tokens(model), on_unit=print)
     Loop(objective, samples, settings, tmp_path, on_step=print).step(0)

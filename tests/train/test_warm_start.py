@@ -23,7 +23,7 @@ def settings(**given) -> RetrofitSettings:
     common = {
         "time": f"dms:{DELAY}",
         "compression": 3.0,
-        "sequence_tokens": TOKENS,
+        "seq_len": TOKENS,
         "data": ("none",),
         "warm_start": True,
     }

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from kvfold.train.recall import VARIANTS, RecallRun, RecallTask, answers_to, description, measure, train
+from recall_task import VARIANTS, RecallRun, RecallTask, answers_to, description, measure, train
 
 TASK = RecallTask(symbols=6, pairs=(2, 4), hops=(1, 2, 3))
 RUN = RecallRun(task=TASK, layers=2, heads=2, head_dim=8, width=16, mlp_width=32, steps=60, answers=64)
