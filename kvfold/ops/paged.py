@@ -207,7 +207,8 @@ def _decode_native(
     received = batch.received_BKE
     if CHECKS:
         _check(batch, rows, kv_heads, num_heads, head_dim)
-    q_BHD, k_BKD = _as_keys_lie(batch, q_BHD, k_BKD)
+    if batch.k_PND.dtype == torch.uint8:  # int4
+        q_BHD, k_BKD = _as_keys_lie(batch, q_BHD, k_BKD)
     # These tensors are held until C has returned: it gets bare addresses.
     q = q_BHD.contiguous()
     k, v = (None, None) if k_BKD is None else (x.to(q.dtype).contiguous() for x in (k_BKD, v_BKD))
