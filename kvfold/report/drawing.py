@@ -88,10 +88,10 @@ def write(figure: Any, x: float, y: float, text: str, **style: Any) -> None:
 
 def ruled(axis: Any, most: int, say: Callable[[float], str]) -> None:
     """At most about `most` ticks at round values of one axis (`place.xaxis`), each written by `say`."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: say(value)))
+    axis.set_major_formatter(lambda value, _: say(value))
 
 
 def dot(place: Any, x: float, y: float, colour: int, hover: str, hollow: bool = False) -> None:
