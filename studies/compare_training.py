@@ -105,9 +105,9 @@ def main() -> None:
         )
     if args.out is not None:
         from kvfold.data.whole_file import write_whole_file
-        from kvfold.record import cpu_name, git_commit
+        from kvfold.record import made
 
-        about = {"model": Path(args.model).name, "git_commit": git_commit(), "cpu": cpu_name()}
+        about = {"model": Path(args.model).name, **made(int(os.environ.get("OMP_NUM_THREADS", "0")) or None, "float32")}
         lines = [json.dumps({**row, **about}) + "\n" for row in rows]
         write_whole_file(args.out, "".join(lines))
 

@@ -111,9 +111,9 @@ class Distillation(NextToken):
             self.model.free_channel(write=step == self._settings.stages.zero_out_steps)
         asked = {"output_decisions": True, "noise_key": batch.noise_key_B} if gated else {}
         teacher = self._taught(batch.ids_BT)
-        outputs = self._decoder(
-            batch.ids_BT, use_cache=False, output_hidden_states=self._holds_states, options=self._options(step), **asked
-        )
+        if target.channel_factor is not None or self._student.widest is not None:
+            asked["options"] = self._options(step)
+        outputs = self._decoder(batch.ids_BT, use_cache=False, output_hidden_states=self._holds_states, **asked)
         states = outputs.last_hidden_state
         main = self._distilled(states, teacher[-1], batch) if teacher else self._next_token(states, batch)
         parts = {"loss": main, "main": main}
@@ -155,11 +155,9 @@ class Distillation(NextToken):
 
         return self._mean(states_BTC, batch, loss_of_logits)
 
-    def _options(self, step: int) -> CallOptions | None:
-        """What a step's call asks for; None = nothing."""
+    def _options(self, step: int) -> CallOptions:
+        """What a step's call asks for while a channel fades out, or where sharing is drawn."""
         factor, widest = self.targets[step].channel_factor, self._student.widest
-        if factor is None and widest is None:
-            return None
         seed, base = self._settings.seed, self.model.config.layout
         sharing = None if widest is None else drawn_layout(base, widest, seed=seed, step=step)
         return CallOptions(channel_factor=factor, sharing=sharing)
