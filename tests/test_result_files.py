@@ -40,7 +40,7 @@ OLD = {
     "integrations/vllm-[ds]*.json *": ("dtype seconds", "the study named both in its text alone"),
     "engine/prefix.json rows": ("*", "ended by hand: the two rows that it had printed"),
     "serve/*.json file": ("*", "the studies recorded nothing, but for the steps of load.json under `made`"),
-    "training/same-losses.jsonl line": ("kvfold torch threads dtype when seconds", "the study recorded commit and processor alone"),
+    "training/same-losses.jsonl line": ("kvfold torch threads dtype when seconds", "the study recorded little"),
     "speed/walls.json rows": ("*", "the two commits stand above the rows, nothing else was recorded"),
 }  # fmt: skip
 """Rows that lack fields (`*`: any) that nobody can find out any more: file, where in it, fields, reason. None is new."""
