@@ -34,6 +34,8 @@ OLD = {
     "runs/dmc-control-freed.jsonl line": ("when", "the studies recorded no time before 29 November"),
     "runs/dmc-merge.jsonl line": ("dtype when", "as above, and no dtype"),
     "recall/recall.jsonl line": ("dtype when", "as above"),
+    "dms-per-layer.json passkey": ("seconds", "as above"),
+    "fold/distil-[ms]*.json *": ("*", "summed up from rows that have it, in distil-held-out.jsonl"),
     "fold/*.json* *": ("dtype when", "as above"),
     "integrations/ray-*.json rows": ("kvfold torch threads dtype", "the study recorded Ray's version alone"),
     "integrations/vllm-capacity.json rows": ("kvfold torch", "the study recorded vLLM's version alone"),
