@@ -22,9 +22,8 @@ from kvfold.data.texts import read_text_file
 from kvfold.data.windows import text_windows
 from kvfold.eval.scoring import score
 from kvfold.layout.kvlayout import KVLayout
-from kvfold.models.gates import hard_alpha
 from kvfold.ops.attention import attention_with_weights
-from kvfold.ops.gating import from_next
+from kvfold.ops.gating import STAY_NEVER, from_next
 from kvfold.ops.pooling import pooled
 from kvfold.ops.rotation import Rotation, rotate, rotate_queries
 from kvfold.record import made
@@ -48,11 +47,11 @@ class RandomMergeView:
         tokens = k_BTKD.shape[1]
         merges = torch.rand(k_BTKD.shape[:3], generator=self._source) < self._share
         merges[:, : 2 if "first-alone" in self._arm else 1] = False
-        alpha, log_stay = hard_alpha(merges.float() - 0.5)
+        alpha = merges.float()
         weight = torch.ones_like(alpha)
         v = pooled(v_BTKD, weight, alpha, _WINDOW)
         k = k_BTKD if "values" in self._arm else pooled(k_BTKD, weight, alpha, _WINDOW)
-        bias = from_next(log_stay, None, 0.0)
+        bias = from_next(alpha * STAY_NEVER, None, 0.0)
         count = torch.ones_like(alpha)
         if "bias" in self._arm:
             for index in range(1, tokens):

@@ -165,16 +165,13 @@ class _OwnerChunk:
         return last if group.window is None else last.minimum(self._position_BKE.long() + group.window - 1)
 
     def _seen(self) -> Tensor | None:
-        """Which entries each query sees, bool [B or 1, K or 1, T, E]; None = plain causal over the call alone."""
+        """Which entries each query sees, bool [B or 1, K or 1, T, E]; None = all up to its own."""
         group, call, stored = self._group, self._call, self._stored
         tokens, device = call.real_BT.shape[1], call.real_BT.device
         even = len(set(call.before)) <= 1
         plain = not group.method.lossy or group.method.attention_scores is not None
         if not call.padded and plain and group.window is None and even and (stored == 0 or not group.method.lossy):
-            if stored == 0:
-                return None
-            index = torch.arange(stored + tokens, device=device)
-            return (index <= stored + torch.arange(tokens, device=device)[:, None])[None, None]
+            return None
         position = self._position_BKE if stored else self._position_BKE[:, :1]
         position, query = position.unsqueeze(2), call.position_BT[:, None, :, None]
         seen = (position >= 0) & (position <= query)

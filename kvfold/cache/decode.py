@@ -166,6 +166,7 @@ class EvictBeforeStep:
 
     def close(self) -> None:
         """All layers have attended."""
+        self.plan.close()
 
     def return_unused(self) -> None:
         """Nothing was allocated ahead."""

@@ -100,7 +100,7 @@ class DMS(Method):
         """A key's bias is log(1 - alpha) of the decision that governs it, beyond the delay."""
         from kvfold.ops.gating import from_next
 
-        gates, bias = tokens.gates, tokens.gates.log_stay_BTK
+        gates, bias = tokens.gates, tokens.gates.log_stay()
         if gates.from_next:
             bias = from_next(bias, tokens.real_BT, 0.0)
         return TrainingForm(k_BTKD=tokens.k_BTKD, v_BTKD=tokens.v_BTKD, bias_BTK=bias, free=self.delay)
@@ -112,6 +112,7 @@ class MarkedStep(StepPlan):
     def __init__(self, method: DMS, streams: Streams):
         self.method, self.streams, self._width = method, streams, streams.state_X.shape[-1]
         self._column_B1 = (streams.position_B % self._width)[:, None]
+        self._decided: dict[int, Gates] = {}
 
     @cached_property
     def _before(self) -> tuple[Tensor, Tensor]:
@@ -132,20 +133,26 @@ class MarkedStep(StepPlan):
         self.streams.state_X[self.streams.id_OBK, self._column_B1] = place_OBK.int()
 
     def enter(self, owner: int, gates: Gates | None, k_BKD: Tensor, v_BKD: Tensor) -> Entered | None:
-        """Record what the gate of one owner decided at this token."""
+        """What the gate of one owner decided at this token is recorded with that of the others."""
+        if gates is not None and gates.alpha_BTK is not None:
+            self._decided[owner] = gates
+        return None
+
+    def close(self) -> None:
+        """Marks into the ring: no layer of this step looks at them."""
         import torch
 
-        if gates is None or gates.alpha_BTK is None:
-            return None
-        ring, streams, column = self.streams.state_X, self.streams, self._column_B1
-        fires = gates.alpha_BTK[:, 0] > 0.5
-        if gates.from_next:
+        if not self._decided:
+            return
+        ring, ids, column = self.streams.state_X, self.streams.id_OBK, self._column_B1
+        fires_OBK = torch.cat([one.alpha_BTK.transpose(0, 1) for one in self._decided.values()]) > 0.5
+        if next(iter(self._decided.values())).from_next:
             begun, column = self._before
-            fires = fires & begun
-        place = streams.id_OBK[owner] * self._width + column
-        slot = ring.take(place)
-        ring.put_(place, torch.where(fires & (slot >= 0), ~slot, slot))
-        return None
+            fires_OBK &= begun
+        owners = list(self._decided)
+        place_OBK = (ids if len(owners) == len(ids) else ids[owners]) * self._width + column
+        slot_OBK = ring.take(place_OBK)
+        ring.put_(place_OBK, torch.where(fires_OBK & (slot_OBK >= 0), ~slot_OBK, slot_OBK))
 
 
 class MarkedChunk(ChunkPlan):

@@ -94,6 +94,9 @@ class StepPlan:
         """Owner number `owner` of the step brings its token; None = it is attended to as it came."""
         return None
 
+    def close(self) -> None:
+        """All owners have brought theirs, in their order."""
+
 
 # -- a chunk of a prompt: several tokens a sequence ---------------------------------------------------------------------
 

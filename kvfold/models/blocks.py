@@ -85,13 +85,18 @@ class FoldAttention(nn.Module):
 
     def forward(
         self, normed_BTC: Tensor | None, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None, call: GateCall | None,
-        project_out: bool = True, ready: Heads | None = None,
+        project_out: bool = True, ready: tuple[Tensor | None, ...] | None = None,
     ) -> Tensor:  # fmt: skip
         """`normed_BTC` is the layer's input as the block takes it, `hidden_BTC` the residual stream itself; `ready` in place of
-        the former: q, k and v of all heads. Without `project_out` what all query heads found, [B, T, H * D].
+        the former: q, k and v of all heads, and what the adapter gives. Without `project_out` what all query heads found,
+        [B, T, H * D].
         """
-        q, k, v = self._projected(normed_BTC, hidden_BTC, call) if ready is None else ready
-        gates = None if call is None else decide(call, self.layer, q, k, *self._adapted(call, hidden_BTC))
+        q, k, v = self._projected(normed_BTC, hidden_BTC, call) if ready is None else ready[:3]
+        gates = None
+        if call is not None:
+            adapter = self.adapter(call)
+            told = ready[3] if ready is not None else None if adapter is None else adapter[1](adapter[0](hidden_BTC))
+            gates = decide(call, self.layer, q, k, told, None if adapter is None else adapter[1].heads)
         rotation = rotation if self.query_layernorm is None else self._with_gain(rotation)
         attended = view.attend(self.layer, q, k, v, rotation, gates).flatten(2)
         return self.o_proj(attended) if project_out else attended
@@ -108,16 +113,14 @@ class FoldAttention(nn.Module):
             q, k = self._masked(q, k, normed_BTC, source, call.table.masked[self.layer])
         return self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v, None)
 
-    def _adapted(self, call: GateCall, hidden_BTC: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What the layer's adapter gives, and what it holds for each head; of the model's own gates or of those that came with
-        the call.
-        """
-        config = call.table.configs[self.layer]
-        if call.off or self.k_proj is None or config is None or config.source != "adapter":
-            return None, None
-        own = self.fold_norm, self.fold_proj
-        norm, projection = own if call.gate_set is None else call.gate_set.adapter(self.layer)
-        return projection(norm(hidden_BTC)), projection.heads
+    def adapter(self, call: GateCall | None) -> tuple[nn.Module, nn.Module] | None:
+        """Norm and projection that decide here in a call, of the model's own gates or of those that came with the call."""
+        if call is None or call.off:
+            return None
+        own, config = self._modules, call.table.configs[self.layer]
+        if own.get("k_proj") is None or config is None or config.source != "adapter":
+            return None
+        return (own["fold_norm"], own["fold_proj"]) if call.gate_set is None else call.gate_set.adapter(self.layer)
 
     def _with_gain(self, rotation: Rotation | None) -> Rotation | None:
         """For norms behind the rotation, q and k come here without their gains: a rotation keeps a head's size, so that this
@@ -187,6 +190,10 @@ def _low_rank(projection: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
     return found
 
 
+_MLP_ROWS = 1024
+"""Tokens that go through a feed-forward block at once: more wins nothing, and what they take in memory would grow with a prompt."""
+
+
 class FoldMLP(nn.Module):
     """The gated feed-forward block."""
 
@@ -199,11 +206,18 @@ class FoldMLP(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """Same shape as its input."""
-        gate, up = project(x_BTC, self.gate_proj, self.up_proj)
+        if torch.is_grad_enabled() or x_BTC.numel() // x_BTC.shape[-1] <= _MLP_ROWS or torch.compiler.is_compiling():
+            return self._of_rows(x_BTC)
+        # What lies between the projections of a long prompt would be the largest tensors that there are.
+        out = torch.empty_like(x_BTC, memory_format=torch.contiguous_format)
+        for rows, to in zip(x_BTC.flatten(0, -2).split(_MLP_ROWS), out.flatten(0, -2).split(_MLP_ROWS), strict=True):
+            to.copy_(self._of_rows(rows))
+        return out
+
+    def _of_rows(self, x: Tensor) -> Tensor:
+        gate, up = project(x, self.gate_proj, self.up_proj)
         inner = self.act(gate)
-        # Of a long prompt these are the largest tensors that there are: where no gradient needs the factors, no third is made.
-        inner = inner * up if torch.is_grad_enabled() else inner.mul_(up)
-        return self.down_proj(inner)
+        return self.down_proj(inner * up if torch.is_grad_enabled() else inner.mul_(up))
 
 
 class FoldLayer(GradientCheckpointingLayer):
@@ -226,7 +240,7 @@ class FoldLayer(GradientCheckpointingLayer):
         h = hidden_BTC
         if self.tail is not None and self.tail.serves(self._tail_modules(), h):
             if self._front_serves(h, rotation, call):
-                ready = self.front(h, rotation)
+                ready = self.front(h, rotation, self.self_attn.adapter(call))
                 return self.tail(self.self_attn(None, h, view, None, call, project_out=False, ready=ready), h)
             return self.tail(self.self_attn(self.input_layernorm(h), h, view, rotation, call, project_out=False), h)
         if self.placement == "pre":
@@ -244,6 +258,7 @@ class FoldLayer(GradientCheckpointingLayer):
         return (
             front is not None and front.turns(rotation, hidden_BTC) and front.serves(self._front_modules(), hidden_BTC)
             and (call is None or not call.sees_heads(self.self_attn.layer))
+            and front.tells(self.self_attn.adapter(call))
         )  # fmt: skip
 
     def new_front(self) -> PackedFront | None:

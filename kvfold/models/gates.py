@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 from kvfold.models.options import PLAIN, CallOptions
-from kvfold.ops.gating import STAY_NEVER, Gates
+from kvfold.ops.gating import Gates
 from kvfold.ops.linear import rms_norm
 
 IMPORTANCE_FLOOR = 2.0**-7
@@ -209,7 +209,7 @@ def decide(
     if adapted_BTX is not None and config.form.outputs > 1:
         adapted_BTX, more["outputs_BTKF"] = _first_and_rest(adapted_BTX, k_BTKD.shape[2])
     logit = _logit(config, q_BTHD, k_BTKD, adapted_BTX)
-    alpha, log_stay = _soft(config, call, layer, logit) if call.training else hard_alpha(logit)
+    alpha, log_stay = _soft(config, call, layer, logit) if call.training else ((logit > 0).float(), None)
     if call.record is not None:
         _record(config, call, layer, logit, alpha)
     if config.form.with_weights:
@@ -221,12 +221,6 @@ def _first_and_rest(adapted_BTX: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """The decision's logit [B, T, K], and what else an adapter says of each token and head."""
     adapted_BTKF = adapted_BTX.unflatten(2, (heads, -1))
     return adapted_BTKF[..., 0], adapted_BTKF[..., 1:]
-
-
-def hard_alpha(logit_BTK: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha = 1 where the logit is above 0, and log(1 - alpha), both fp32."""
-    fires = logit_BTK > 0
-    return fires.float(), torch.zeros_like(logit_BTK, dtype=torch.float32).masked_fill(fires, STAY_NEVER)
 
 
 def soft_alpha(logit_BTK: Tensor) -> tuple[Tensor, Tensor]:

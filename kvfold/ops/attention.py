@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvfold.ops.lifespan_cpu import lifespans, serving
+
 _WEIGHT_CHUNK_ELEMENTS = 1 << 24
 """Weights held at once while they are summed: bounds the memory of a long call (64 MiB in fp32)."""
 
@@ -26,15 +28,21 @@ def dense_attention(
 
     `bias_BKE`: fp32, added to each key's logits after scale and softcap.
 
-    `mask`: bool [B or 1, 1 or K, T, E], True = the query sees the key; None = causal, which needs T == E.
+    `mask`: bool [B or 1, 1 or K, T, E], True = the query sees the key; None = causal: the queries are those of the last T
+    keys.
     A query that sees nothing must not occur: give it its own key.
     """
+    library = serving(q_BTHD, k_BEKD, v_BEKD, bias_BKE) if mask is None else None
+    if library is not None:
+        return lifespans(library, q_BTHD, k_BEKD, v_BEKD, scale=scale, softcap=softcap, bias_BKE=bias_BKE)
     if softcap is not None or bias_BKE is not None:
         return attention_with_weights(
             q_BTHD, k_BEKD, v_BEKD, scale=scale, softcap=softcap, mask=mask, bias_BKE=bias_BKE
         )[0]
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BEKD, v_BEKD))
     grouped = q.shape[1] != k.shape[1]
+    if mask is None and q.shape[2] != k.shape[2]:
+        mask = _mask_rows(None, 0, q.shape[2], q.shape[2], k.shape[2], q.device)
     if mask is not None and mask.shape[1] not in (1, q.shape[1]):
         return _masked_by_head(q, k, v, mask, scale)
     out = F.scaled_dot_product_attention(
@@ -82,7 +90,7 @@ def attention_with_weights(
             logits = torch.tanh(logits / softcap) * softcap
         if bias_BKE is not None:
             logits = logits + bias_BKE[:, :, None, None]
-        seen = _mask_rows(mask, start, stop, entries, q.device)
+        seen = _mask_rows(mask, start, stop, num_queries, entries, q.device)
         weights = logits.masked_fill(~seen.unsqueeze(2), -torch.inf).softmax(dim=-1, dtype=torch.float32)
         counted = weights if weigh_BT is None else weights * weigh_BT[:, None, None, start:stop, None]
         received = received + counted.sum(dim=(2, 3))
@@ -91,9 +99,11 @@ def attention_with_weights(
     return out.permute(0, 3, 1, 2, 4).reshape(batch, num_queries, num_heads, v_BEKD.shape[-1]), received
 
 
-def _mask_rows(mask: Tensor | None, start: int, stop: int, entries: int, device: torch.device) -> Tensor:
+def _mask_rows(
+    mask: Tensor | None, start: int, stop: int, num_queries: int, entries: int, device: torch.device
+) -> Tensor:  # fmt: skip
     """Rows start..stop of the mask, [B or 1, 1 or K, rows, E]; causal where none is given."""
     if mask is not None:
         return mask[:, :, start:stop]
-    columns = torch.arange(entries, device=device)
-    return (columns <= torch.arange(start, stop, device=device)[:, None])[None, None]
+    columns, stored = torch.arange(entries, device=device), entries - num_queries
+    return (columns <= stored + torch.arange(start, stop, device=device)[:, None])[None, None]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfold.ops.attention import dense_attention
+from kvfold.ops.lifespan_cpu import lifespans, serving
 
 FOREVER = 2**40
 """The last query of an entry that stays."""
@@ -25,6 +26,12 @@ def lifespan_attention(
     `query_BT`: -1 at padding, otherwise growing. `position_BKE`: -1 where there is no entry. `bias_BKE`: added to the logits of
     an entry after scale and softcap.
     """
+    library = serving(q_BTHD, k_BEKD, v_BEKD, bias_BKE)
+    if library is not None:
+        return lifespans(
+            library, q_BTHD, k_BEKD, v_BEKD, query_BT=query_BT, position_BKE=position_BKE, last_BKE=last_BKE, scale=scale,
+            softcap=softcap, bias_BKE=bias_BKE,
+        )  # fmt: skip
     outs = []
     for start in range(0, q_BTHD.shape[1], BLOCK):
         query = query_BT[:, start : start + BLOCK]

@@ -146,11 +146,26 @@ void kvfold_linear(const float *x, const float *w, float *y, int64_t rows, int64
   else work(&p);
 }
 
+/* y = x w^T + bias for a few outputs; x [R, C], w [N, C], bias [N] or NULL, y [R, N]. */
+static void few_outputs(const float *x, const float *w, const float *bias, float *y, int64_t rows, int64_t width, int64_t n) {
+  const int64_t whole = width / LANES * LANES;
+  for (; rows > 0; rows--, x += width)
+    for (int64_t o = 0; o < n; o++, y++) {
+      const float *one = w + o * width;
+      vec sums = splat(0.0f);
+      for (int64_t k = 0; k < whole; k += LANES) sums += load(x + k) * load(one + k);
+      *y = sum_of(sums) + (bias ? bias[o] : 0.0f);
+      for (int64_t k = whole; k < width; k++) *y += x[k] * one[k];
+    }
+}
+
 /* What precedes attention in a layer: q, k and v of the RMS norm of h, q and k turned as by kvfold_rotate (a `turned` of 0: not
- * at all). h [R, C], panels of Wq, Wk and Wv together, q [R, heads * dims], k and v [R, kv_heads * dims] (kv_heads of 0: none).
- * 0, or 1 where there was no memory. */
+ * at all); with `told` what an adapter tells of the norm of h with a gain of its own.
+ * h [R, C], panels of Wq, Wk and Wv together, q [R, heads * dims], k and v [R, kv_heads * dims] (kv_heads of 0: none), adapter
+ * [tellings, C], told [R, tellings]. 0, or 1 where there was no memory. */
 int kvfold_front(const float *h, const float *gain, const float *qkv, const float *cosines, const float *sines, float *q,
-                 float *k, float *v, int64_t rows, int64_t width, int64_t heads, int64_t kv_heads, int64_t dims,
+                 float *k, float *v, const float *own_gain, const float *adapter, const float *bias, float *told,
+                 int64_t tellings, int64_t rows, int64_t width, int64_t heads, int64_t kv_heads, int64_t dims,
                  int64_t turned, int64_t angle_stride, float eps, int64_t threads, parallel_fn parallel) {
   const int64_t kv = kv_heads * dims, all = heads * dims + 2 * kv;
   float *normed = malloc(rows * (width + all) * sizeof(float)), *wide = normed + rows * width;
@@ -160,6 +175,10 @@ int kvfold_front(const float *h, const float *gain, const float *qkv, const floa
   kvfold_rotate(wide, cosines, sines, q, rows, heads, dims, turned, all, angle_stride);
   kvfold_rotate(wide + heads * dims, cosines, sines, k, rows, kv_heads, dims, turned, all, angle_stride);
   for (int64_t r = 0; r < rows && kv; r++) memcpy(v + r * kv, wide + (r + 1) * all - kv, kv * sizeof(float));
+  if (told) {
+    kvfold_rms_norm(h, own_gain, normed, rows, width, eps);
+    few_outputs(normed, adapter, bias, told, rows, width, tellings);
+  }
   free(normed);
   return 0;
 }

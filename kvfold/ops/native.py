@@ -34,7 +34,7 @@ _ISA_FLAGS = {
 }
 KINDS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4")
 """Storages of pages; their places are the numbers that C knows them by."""
-_SOURCES = {"driver": ["paged_cpu.c"], "linear": ["linear_cpu.c"]}
+_SOURCES = {"driver": ["paged_cpu.c"], "linear": ["linear_cpu.c"], "lifespan": ["lifespan_cpu.c"]}
 SECONDS_TO_COMPILE = 120
 _MADV_HUGEPAGE = 14
 _PAUSE_HARD = 2
@@ -78,6 +78,18 @@ class LinearLibrary:
     """As in `Library`."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LifespanLibrary:
+    """What was compiled for the attention of prompts."""
+
+    panel: int
+    """A head's channels must be a multiple of this."""
+    attend: ctypes._CFuncPtr
+    """`kvfold_lifespan` of lifespan_cpu.c."""
+    parallel: int
+    """As in `Library`."""
+
+
 @functools.cache
 def library(k_kind: str = "fp32", v_kind: str = "fp32") -> Library | None:
     """The compiled library for two of `KINDS`, or None where it is switched off or can't be built."""
@@ -100,23 +112,16 @@ def library(k_kind: str = "fp32", v_kind: str = "fp32") -> Library | None:
 
 @functools.cache
 def linear_library() -> LinearLibrary | None:
-    """The compiled products of linear_cpu.c, or None where they are switched off or can't be built, or would run without an
-    instruction set of their own.
-    """
-    isa = instruction_set()
-    if os.environ.get("KVFOLD_NATIVE", "1") == "0" or isa == "generic":
-        return None
-    try:
-        (loaded,) = _loaded(isa, ("linear",))
-    except (OSError, subprocess.SubprocessError) as problem:
-        _warn(str(problem).splitlines()[0])
+    """The compiled products of linear_cpu.c, or None as in `_products`."""
+    loaded = _products("linear")
+    if loaded is None:
         return None
     loaded.kvfold_panel.restype = ctypes.c_int64
     loaded.kvfold_linear.argtypes = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 4, ctypes.c_void_p)
     loaded.kvfold_rms_norm.argtypes = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, ctypes.c_float)
     loaded.kvfold_rotate.argtypes = (*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 6)
     loaded.kvfold_front.argtypes = (
-        *[ctypes.c_void_p] * 8, *[ctypes.c_int64] * 7, ctypes.c_float, ctypes.c_int64, ctypes.c_void_p,
+        *[ctypes.c_void_p] * 12, *[ctypes.c_int64] * 8, ctypes.c_float, ctypes.c_int64, ctypes.c_void_p,
     )  # fmt: skip
     loaded.kvfold_tail.argtypes = (
         *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 4, *[ctypes.c_float] * 2, ctypes.c_int64, ctypes.c_void_p,
@@ -127,6 +132,31 @@ def linear_library() -> LinearLibrary | None:
         panel=loaded.kvfold_panel(), linear=loaded.kvfold_linear, rms_norm=loaded.kvfold_rms_norm,
         rotate=loaded.kvfold_rotate, front=loaded.kvfold_front, tail=loaded.kvfold_tail, parallel=_openmp(),
     )  # fmt: skip
+
+
+@functools.cache
+def lifespan_library() -> LifespanLibrary | None:
+    """The compiled attention of lifespan_cpu.c, or None as in `_products`."""
+    loaded = _products("lifespan")
+    if loaded is None:
+        return None
+    loaded.kvfold_lifespan_panel.restype = ctypes.c_int64
+    loaded.kvfold_lifespan.argtypes = (ctypes.c_char_p,)
+    return LifespanLibrary(panel=loaded.kvfold_lifespan_panel(), attend=loaded.kvfold_lifespan, parallel=_openmp())
+
+
+def _products(part: str) -> ctypes.CDLL | None:
+    """One of the files whose work is products; None where they are switched off, can't be built, or would run without an
+    instruction set of their own, slower than torch.
+    """
+    isa = instruction_set()
+    if os.environ.get("KVFOLD_NATIVE", "1") == "0" or isa == "generic":
+        return None
+    try:
+        return _loaded(isa, (part,))[0]
+    except (OSError, subprocess.SubprocessError) as problem:
+        _warn(str(problem).splitlines()[0])
+        return None
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -199,7 +229,7 @@ def _loaded(isa: str, parts: tuple[str, ...]) -> list[ctypes.CDLL]:
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise OSError("no C compiler found: install gcc or clang")
-    sources = b"".join(path.read_bytes() for path in sorted((*_FOLDER.glob("paged_*.[ch]"), _FOLDER / "linear_cpu.c")))
+    sources = b"".join(path.read_bytes() for path in sorted((*_FOLDER.glob("paged_*.h"), *_FOLDER.glob("*_cpu.c"), _FOLDER / "paged_tiles.c")))
     flags = (*FLAGS, *_ISA_FLAGS[isa])
     key = hashlib.sha256(sources + repr((flags, compiler, platform.machine())).encode()).hexdigest()[:16]
     folder = cache_folder()

@@ -63,8 +63,20 @@ class PackedFront(_PackedPart):
             return False
         return rotation is None or (rotation.in_place and rotation.query_gain_D is None)
 
-    def __call__(self, hidden_BTC: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """q [B, 1, H, D], k and v [B, 1, K, D]; q and k are rotated."""
+    def tells(self, adapter: tuple[nn.Module, nn.Module] | None) -> bool:
+        """Whether the function can stand for an adapter too: a norm with a gain alone and the same eps, and a projection."""
+        if adapter is None:
+            return True
+        norm, projection = adapter
+        return not (
+            norm.offset or norm.eps != self._eps or norm._forward_hooks or norm._forward_pre_hooks
+            or projection._forward_hooks or projection._forward_pre_hooks
+        )  # fmt: skip
+
+    def __call__(
+        self, hidden_BTC: Tensor, rotation: Rotation | None, adapter: tuple[nn.Module, nn.Module] | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """q [B, 1, H, D], k and v [B, 1, K, D], q and k rotated; and what the adapter (norm and projection) gives [B, 1, X]."""
         hidden, copy, rows = hidden_BTC.contiguous(), self._copies[0][1], hidden_BTC.shape[0]
         q = hidden.new_empty((rows, 1, self._heads, self._head_dim))
         k = v = None
@@ -75,15 +87,18 @@ class PackedFront(_PackedPart):
             cos, sin = rotation.cos_BTR, rotation.sin_BTR
             cosines, sines, turned = cos.data_ptr(), sin.data_ptr(), cos.shape[-1]
             stride = cos.stride(0) if len(cos) > 1 else 0
+        told, tells = None, (0, 0, 0, 0, 0)
+        if adapter is not None:
+            told, tells = _told(hidden, *adapter)
         failed = copy.library.front(
             hidden.data_ptr(), self._norm._parameters["weight"].data_ptr(), copy.panels_NCW.data_ptr(), cosines, sines,
-            q.data_ptr(), 0 if k is None else k.data_ptr(), 0 if v is None else v.data_ptr(),
+            q.data_ptr(), 0 if k is None else k.data_ptr(), 0 if v is None else v.data_ptr(), *tells,
             rows, copy.inputs, self._heads, self._kv_heads, self._head_dim, turned, stride, self._eps,
             torch.get_num_threads(), copy.library.parallel,
         )  # fmt: skip
         if failed:
             raise MemoryError("no memory for the projections of a decoding step")
-        return q, k, v
+        return q, k, v, told
 
 
 class PackedTail(_PackedPart):
@@ -107,6 +122,15 @@ class PackedTail(_PackedPart):
         if failed:
             raise MemoryError("no memory for the feed-forward block of a decoding step")
         return out
+
+
+def _told(hidden: Tensor, norm: nn.Module, projection: nn.Module) -> tuple[Tensor, tuple[int, ...]]:
+    """Where an adapter's output goes, and what C needs to find it; weights of adapters are fp32 whatever the model's are."""
+    gain, own = norm._parameters["weight"], projection._parameters
+    weight, bias = own["weight"], own.get("bias")
+    told = hidden.new_empty((len(hidden), 1, len(weight)))
+    bias_at = 0 if bias is None else bias.data_ptr()
+    return told, (gain.data_ptr(), weight.data_ptr(), bias_at, told.data_ptr(), len(weight))
 
 
 def _nothing() -> None:

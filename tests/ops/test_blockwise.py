@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvfold.ops import blockwise
+from kvfold.ops import blockwise, lifespan_cpu, native
 from kvfold.ops.blockwise import FOREVER, lifespan_attention, lifespan_reference
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -54,3 +54,61 @@ def test_what_no_query_sees_is_not_read(monkeypatch):
         q, k.masked_fill(poison, torch.nan), v.masked_fill(poison, torch.nan), **lives, scale=0.4
     )
     torch.testing.assert_close(spoiled, lifespan_attention(q, k, v, **lives, scale=0.4))
+
+
+@pytest.fixture(params=[isa for isa in native.instruction_sets() if isa != "generic"])
+def in_c(request, monkeypatch):
+    """Each instruction set, and how often C was asked."""
+    monkeypatch.setenv("KVFOLD_ISA", request.param)
+    native.lifespan_library.cache_clear()
+    if native.lifespan_library() is None:
+        pytest.skip("no C compiler on this machine")
+    calls = []
+    monkeypatch.setattr(
+        blockwise, "lifespans", lambda *args, **kwargs: calls.append(1) or lifespan_cpu.lifespans(*args, **kwargs)
+    )
+    yield calls
+    native.lifespan_library.cache_clear()
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(
+    "sizes", [(8, 0, 2, 2, 64), (23, 300, 5, 1, 64), (131, 17, 6, 2, 64), (140, 129, 3, 3, 128), (9, 3, 97, 1, 64)], ids=str
+)
+def test_c_equals_the_slow_twin(sizes, biased, softcap, in_c):
+    tokens, stored, heads, kv_heads, dim = sizes
+    q, k, v, lives = drawn(7, tokens=tokens, stored=stored, heads=heads, kv_heads=kv_heads, dim=dim)
+    lives |= {} if biased else {"bias_BKE": None}
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)  # heads need not lie side by side
+    ours = lifespan_attention(q, k, v, **lives, scale=0.3, softcap=softcap)
+    theirs = lifespan_reference(q.double(), k.double(), v.double(), **lives, scale=0.3, softcap=softcap).float()
+    assert in_c
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+def test_c_reads_nothing_that_no_query_sees(in_c):
+    q, k, v, lives = drawn(11, tokens=40, stored=90, heads=4, kv_heads=2, dim=64)
+    gone = lives["last_BKE"] < 90  # behind the first query
+    assert gone.any()
+    poison = gone.transpose(1, 2).unsqueeze(-1)
+    spoiled = lifespan_attention(
+        q, k.masked_fill(poison, torch.nan), v.masked_fill(poison, torch.nan), **lives, scale=0.4
+    )
+    assert in_c and not spoiled.isnan().any()
+    torch.testing.assert_close(spoiled, lifespan_attention(q, k, v, **lives, scale=0.4))
+
+
+def test_c_hands_on_what_is_no_number(in_c):
+    q, k, v, lives = drawn(13, tokens=20, stored=0, heads=2, kv_heads=2, dim=64)
+    lives["last_BKE"] = torch.full_like(lives["last_BKE"], FOREVER)
+    k[0, 12] = torch.nan
+    out = lifespan_attention(q, k, v, **lives, scale=0.4)
+    assert out[0, 12:].isnan().all() and not out[0, :12].isnan().any()
+    assert not out[1].isnan().any() and not out[1, :3].any()  # padding
+
+
+def test_gradients_are_not_left_to_c(in_c):
+    q, k, v, lives = drawn(17, tokens=12, stored=0, heads=2, kv_heads=1, dim=64)
+    lifespan_attention(q.requires_grad_(), k, v, **lives, scale=0.4).sum().backward()
+    assert not in_c and q.grad.any()

@@ -68,6 +68,22 @@ def test_causal(kv_heads, group, head_dim, size, softcap):
     torch.testing.assert_close(received.double(), sums, **CLOSE)
 
 
+@pytest.mark.parametrize("form", ["C", "torch"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("size", "stored"), [(1, 6), (9, 0), (9, 5), (150, 3), (20, 260)])
+def test_causal_behind_what_is_stored(size, stored, softcap, form, monkeypatch):
+    if form == "torch":
+        monkeypatch.setattr(attention, "serving", lambda *_: None)
+    q, k, v = draw(2, size, stored + size, 2, 3, 64)
+    mask = torch.ones(1, 1, size, stored + size, dtype=torch.bool).tril(stored)
+    expected = attention_with_weights(q.double(), k.double(), v.double(), scale=0.3, softcap=softcap, mask=mask)
+    out = dense_attention(q, k, v, scale=0.3, softcap=softcap)
+    torch.testing.assert_close(out.double(), expected[0], **CLOSE)
+    out, received = attention_with_weights(q, k, v, scale=0.3, softcap=softcap)
+    torch.testing.assert_close(out.double(), expected[0], **CLOSE)
+    torch.testing.assert_close(received, expected[1], atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize(("rows", "heads"), [(1, 1), (2, 1), (1, 3), (2, 3)])
 def test_masks_of_every_shape(rows, heads, softcap):

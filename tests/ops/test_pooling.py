@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmc_golden
-from kvfold.models.gates import hard_alpha
 from kvfold.ops.gating import real_first, reordered
 from kvfold.ops.pooling import open_entries, pooled, pooled_reference
 
@@ -150,7 +149,7 @@ def test_fp32_at_length():
 def test_frozen_numbers(window):
     frozen = json.loads(dmc_golden.FILE.read_text(encoding="utf-8"))
     k, v, weight = (torch.tensor(frozen[name])[None] for name in ("k", "v", "importance"))
-    alpha = hard_alpha(k[..., -1] - 5)[0]
+    alpha = (k[..., -1] > 5).float()
     alpha[:, 0] = 0
     assert alpha[0].bool().tolist() == frozen["merges"]
     found = pooled(torch.cat((k, v), dim=-1), weight, alpha, window)
