@@ -256,7 +256,7 @@ class FoldLayer(GradientCheckpointingLayer):
         """Whether q, k and v come from one function, rotated: not where gates want to see them as they were."""
         front = self.front
         return (
-            front is not None and front.turns(rotation, hidden_BTC) and front.serves(self._front_modules(), hidden_BTC)
+            front is not None and front.turns(rotation) and front.serves(self._front_modules(), hidden_BTC)
             and (call is None or not call.sees_heads(self.self_attn.layer))
             and front.tells(self.self_attn.adapter(call))
         )  # fmt: skip

@@ -89,11 +89,11 @@ class PackedWeights:
         """Whether `x` can go through the copy in place of these layers; a copy that is out of date is made anew."""
         return x.shape[-1] == self.inputs and layers == self._layers and self.allows(x) and self.holds()
 
-    def allows(self, x: Tensor) -> bool:
+    def allows(self, x: Tensor, *, any_rows: bool = False) -> bool:
         """Whether a copy may be used at all in a call of this kind, dtype and number of rows."""
         if x.dtype != self._dtype or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        if self._dtype == torch.float32 and x.numel() // x.shape[-1] not in self._rows:
+        if self._dtype == torch.float32 and not any_rows and x.numel() // x.shape[-1] not in self._rows:
             return False
         return not torch.is_autocast_enabled("cpu")
 

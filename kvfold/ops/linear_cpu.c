@@ -1,4 +1,4 @@
-/* What a decoding step does besides attention, for few rows: y = x W^T, the RMS norm before it, the rotation behind it. Weights
+/* What a model does besides attention, for the few rows of a decoding step and the many of a prompt: y = x W^T, the RMS norm before it, the rotation behind it. Weights
  * lie in panels of PANEL output channels, read once from memory, in order.
  *
  * A tile of up to ROWS rows shares each vector of weights; its sums stay in registers. More rows go over a panel again while
@@ -20,6 +20,8 @@
 #define COLUMNS 3
 #define PANEL (COLUMNS * LANES)
 #define ROWS (REGISTERS > 16 ? 8 : 4)
+#define FEW 192  /* rows */
+#define BLOCK 96 /* rows of a prompt that one thread takes at a time */
 #define NEAR 16 /* input channels: so far ahead weights are asked into the first cache */
 
 typedef void (*parallel_fn)(void (*work)(void *), void *argument, unsigned threads, unsigned flags);
@@ -114,12 +116,20 @@ void kvfold_rms_norm(const float *x, const float *gain, float *y, int64_t rows, 
   }
 }
 
+/* Where the cosines and sines of a row are: of sequence row / tokens, token row % tokens. */
+typedef struct {
+  const float *cosines, *sines;
+  int64_t tokens, by_sequence, by_token;
+} angles;
+
 /* Rotary positions: the first `width` of `dims` channels of each head turn, the first half with the second; cosines and sines of
- * both halves. Strides are those of rows; heads lie side by side, y is contiguous. */
-void kvfold_rotate(const float *x, const float *cosines, const float *sines, float *restrict y, int64_t rows, int64_t heads,
-                   int64_t dims, int64_t width, int64_t stride, int64_t angle_stride) {
+ * both halves. `stride` is that of rows of x; heads lie side by side, y is contiguous. */
+static void turn(const float *x, const angles *a, float *restrict y, int64_t first, int64_t rows, int64_t heads, int64_t dims,
+                 int64_t width, int64_t stride) {
   const int64_t half = width / 2, whole = half / LANES * LANES;
-  for (; rows > 0; rows--, x += stride, cosines += angle_stride, sines += angle_stride)
+  for (int64_t row = first; row < first + rows; row++, x += stride) {
+    const int64_t at = width ? row / a->tokens * a->by_sequence + row % a->tokens * a->by_token : 0;
+    const float *cosines = a->cosines + at, *sines = a->sines + at;
     for (int64_t h = 0; h < heads; h++, y += dims) {
       const float *left = x + h * dims, *right = left + half;
       for (int64_t i = 0; i < whole; i += LANES) {
@@ -133,6 +143,14 @@ void kvfold_rotate(const float *x, const float *cosines, const float *sines, flo
       }
       for (int64_t i = width; i < dims; i++) y[i] = left[i];
     }
+  }
+}
+
+/* One token a row. */
+void kvfold_rotate(const float *x, const float *cosines, const float *sines, float *y, int64_t rows, int64_t heads,
+                   int64_t dims, int64_t width, int64_t stride, int64_t angle_stride) {
+  const angles a = {cosines, sines, 1, angle_stride, 0};
+  turn(x, &a, y, 0, rows, heads, dims, width, stride);
 }
 
 /* Columns of a panel. */
@@ -159,25 +177,43 @@ static void few_outputs(const float *x, const float *w, const float *bias, float
     }
 }
 
-/* What precedes attention in a layer: q, k and v of the RMS norm of h, q and k turned as by kvfold_rotate (a `turned` of 0: not
- * at all); with `told` what an adapter tells of the norm of h with a gain of its own.
- * h [R, C], panels of Wq, Wk and Wv together, q [R, heads * dims], k and v [R, kv_heads * dims] (kv_heads of 0: none), adapter
- * [tellings, C], told [R, tellings]. 0, or 1 where there was no memory. */
-int kvfold_front(const float *h, const float *gain, const float *qkv, const float *cosines, const float *sines, float *q,
-                 float *k, float *v, const float *own_gain, const float *adapter, const float *bias, float *told,
-                 int64_t tellings, int64_t rows, int64_t width, int64_t heads, int64_t kv_heads, int64_t dims,
-                 int64_t turned, int64_t angle_stride, float eps, int64_t threads, parallel_fn parallel) {
-  const int64_t kv = kv_heads * dims, all = heads * dims + 2 * kv;
+/* What precedes attention in a layer: q, k and v of the RMS norm of h, q and k turned (a `turned` of 0: not at all); with `told`
+ * what an adapter tells of the norm of h with a gain of its own. */
+typedef struct {
+  const float *h, *gain, *qkv;            /* [R, C], [C], panels of Wq, Wk and Wv together */
+  const float *cosines, *sines;           /* as in `angles` */
+  float *q, *k, *v;                       /* [R, heads * dims], [R, kv_heads * dims] twice */
+  const float *own_gain, *adapter, *bias; /* [C], [tellings, C], [tellings] or NULL */
+  float *told;                            /* [R, tellings] */
+  parallel_fn parallel;
+  int64_t tellings, rows, width, heads, kv_heads, dims, turned, tokens, by_sequence, by_token, threads;
+  double eps;
+} front_job;
+
+/* What follows attention in a layer: out = h + f a Wo^T, then out += f down(silu(gate) * up) of out's RMS norm; f is `factor`. */
+typedef struct {
+  const float *a, *h, *wo, *gain, *gate_up, *down; /* [R, A], [R, C], panels, [C], panels of both together, panels */
+  float *out;                                      /* [R, C] */
+  parallel_fn parallel;
+  int64_t rows, attended, width, inner, threads;
+  double eps, factor;
+} tail_job;
+
+static int front_rows(const void *job, int64_t first, int64_t rows, int64_t threads) {
+  const front_job *j = job;
+  const int64_t width = j->width, own = j->heads * j->dims, kv = j->kv_heads * j->dims, all = own + 2 * kv;
+  const angles a = {j->cosines, j->sines, j->tokens, j->by_sequence, j->by_token};
+  const float *h = j->h + first * width;
   float *normed = malloc(rows * (width + all) * sizeof(float)), *wide = normed + rows * width;
   if (!normed) return 1;
-  kvfold_rms_norm(h, gain, normed, rows, width, eps);
-  kvfold_linear(normed, qkv, wide, rows, width, all, threads, parallel);
-  kvfold_rotate(wide, cosines, sines, q, rows, heads, dims, turned, all, angle_stride);
-  kvfold_rotate(wide + heads * dims, cosines, sines, k, rows, kv_heads, dims, turned, all, angle_stride);
-  for (int64_t r = 0; r < rows && kv; r++) memcpy(v + r * kv, wide + (r + 1) * all - kv, kv * sizeof(float));
-  if (told) {
-    kvfold_rms_norm(h, own_gain, normed, rows, width, eps);
-    few_outputs(normed, adapter, bias, told, rows, width, tellings);
+  kvfold_rms_norm(h, j->gain, normed, rows, width, (float)j->eps);
+  kvfold_linear(normed, j->qkv, wide, rows, width, all, threads, j->parallel);
+  turn(wide, &a, j->q + first * own, first, rows, j->heads, j->dims, j->turned, all);
+  if (kv) turn(wide + own, &a, j->k + first * kv, first, rows, j->kv_heads, j->dims, j->turned, all);
+  for (int64_t r = 0; r < rows && kv; r++) memcpy(j->v + (first + r) * kv, wide + (r + 1) * all - kv, kv * sizeof(float));
+  if (j->told) {
+    kvfold_rms_norm(h, j->own_gain, normed, rows, width, (float)j->eps);
+    few_outputs(normed, j->adapter, j->bias, j->told + first * j->tellings, rows, width, j->tellings);
   }
   free(normed);
   return 0;
@@ -207,20 +243,55 @@ static void gate_rows(float *x, int64_t rows, int64_t inner) {
   }
 }
 
-/* What follows attention in a layer: out = h + f a Wo^T, then out += f down(silu(gate) * up) of out's RMS norm; f is `factor`.
- * a [R, A], h and out [R, C]; panels of Wo, of gate and up together, and of down. 0, or 1 where there was no memory. */
-int kvfold_tail(const float *a, const float *h, const float *wo, const float *gain, const float *gate_up, const float *down,
-                float *out, int64_t rows, int64_t attended, int64_t width, int64_t inner, float eps, float factor,
-                int64_t threads, parallel_fn parallel) {
+static int tail_rows(const void *job, int64_t first, int64_t rows, int64_t threads) {
+  const tail_job *j = job;
+  const int64_t width = j->width, inner = j->inner;
+  const float factor = (float)j->factor, *h = j->h + first * width;
+  float *out = j->out + first * width;
   float *normed = malloc(rows * (width + 2 * inner) * sizeof(float)), *wide = normed + rows * width;
   if (!normed) return 1;
-  kvfold_linear(a, wo, out, rows, attended, width, threads, parallel);
+  kvfold_linear(j->a + first * j->attended, j->wo, out, rows, j->attended, width, threads, j->parallel);
   add(out, h, out, factor, rows * width);
-  kvfold_rms_norm(out, gain, normed, rows, width, eps);
-  kvfold_linear(normed, gate_up, wide, rows, width, 2 * inner, threads, parallel);
+  kvfold_rms_norm(out, j->gain, normed, rows, width, (float)j->eps);
+  kvfold_linear(normed, j->gate_up, wide, rows, width, 2 * inner, threads, j->parallel);
   gate_rows(wide, rows, inner);
-  kvfold_linear(wide, down, normed, rows, inner, width, threads, parallel);
+  kvfold_linear(wide, j->down, normed, rows, inner, width, threads, j->parallel);
   add(out, out, normed, factor, rows * width);
   free(normed);
   return 0;
 }
+
+typedef int (*rows_fn)(const void *job, int64_t first, int64_t rows, int64_t threads);
+
+typedef struct {
+  rows_fn what;
+  const void *job;
+  int64_t rows, block, next, failed;
+} blocks;
+
+static void some_rows(void *argument) {
+  blocks *b = argument;
+  for (;;) {
+    const int64_t first = b->block * __atomic_fetch_add(&b->next, 1, __ATOMIC_RELAXED);
+    if (first >= b->rows) return;
+    const int64_t rows = b->rows - first < b->block ? b->rows - first : b->block;
+    if (b->what(b->job, first, rows, 1)) __atomic_store_n(&b->failed, 1, __ATOMIC_RELAXED);
+  }
+}
+
+/* Threads share each product of a few rows; of many rows, each has some to itself from beginning to end, in its own caches. */
+static int by_rows(rows_fn what, const void *job, int64_t rows, int64_t threads, parallel_fn parallel) {
+  if (rows <= FEW || rows < threads * BLOCK) {
+    for (int64_t first = 0; first < rows; first += FEW)
+      if (what(job, first, rows - first < FEW ? rows - first : FEW, threads)) return 1;
+    return 0;
+  }
+  blocks b = {what, job, rows, BLOCK, 0, 0};
+  if (parallel && threads > 1) parallel(some_rows, &b, (unsigned)threads, 0);
+  else some_rows(&b);
+  return (int)b.failed;
+}
+
+/* 0, or 1 where there was no memory. */
+int kvfold_front(const front_job *j) { return by_rows(front_rows, j, j->rows, j->threads, j->parallel); }
+int kvfold_tail(const tail_job *j) { return by_rows(tail_rows, j, j->rows, j->threads, j->parallel); }

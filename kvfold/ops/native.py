@@ -120,12 +120,7 @@ def linear_library() -> LinearLibrary | None:
     loaded.kvfold_linear.argtypes = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 4, ctypes.c_void_p)
     loaded.kvfold_rms_norm.argtypes = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, ctypes.c_float)
     loaded.kvfold_rotate.argtypes = (*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 6)
-    loaded.kvfold_front.argtypes = (
-        *[ctypes.c_void_p] * 12, *[ctypes.c_int64] * 8, ctypes.c_float, ctypes.c_int64, ctypes.c_void_p,
-    )  # fmt: skip
-    loaded.kvfold_tail.argtypes = (
-        *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 4, *[ctypes.c_float] * 2, ctypes.c_int64, ctypes.c_void_p,
-    )  # fmt: skip
+    loaded.kvfold_front.argtypes = loaded.kvfold_tail.argtypes = (ctypes.c_char_p,)
     for quiet in (loaded.kvfold_linear, loaded.kvfold_rms_norm, loaded.kvfold_rotate):
         quiet.restype = None
     return LinearLibrary(

@@ -1,9 +1,10 @@
-"""What stands before and behind attention in a layer, for the few rows of a decoding step, each as one C function: norm,
-projections and rotation; output projection, residual, norm, gated feed-forward, residual. As separate operations they take
-longer to start than their weights take to read.
+"""What stands before and behind attention in a layer, each as one C function: norm, projections and rotation; output
+projection, residual, norm, gated feed-forward, residual. As separate operations those of a decoding step take longer to start
+than their weights take to read, and those of a prompt hand each other tensors too large for any cache.
 Letters: B rows, T tokens, H query heads, K kv heads, D head dim, A channels of all query heads, C channels.
 """
 
+import struct
 from collections.abc import Iterable
 
 import torch
@@ -11,6 +12,11 @@ from torch import Tensor, nn
 
 from kvfold.ops.linear import PackedWeights
 from kvfold.ops.rotation import Rotation
+
+
+_FRONT = struct.Struct("13P 11q d")
+_TAIL = struct.Struct("8P 5q 2d")
+"""`front_job` and `tail_job` of linear_cpu.c, field for field."""
 
 
 class _PackedPart:
@@ -31,7 +37,7 @@ class _PackedPart:
 
     def serves(self, modules: tuple[nn.Module, ...], hidden_BTC: Tensor) -> bool:
         """Whether the function can stand for these modules in a call with this residual stream."""
-        if modules != self._modules or not self._copies[0][1].allows(hidden_BTC):
+        if modules != self._modules or not self._copies[0][1].allows(hidden_BTC, any_rows=True):
             return False
         for module in self._others:
             if module._forward_hooks or module._forward_pre_hooks:
@@ -57,10 +63,8 @@ class PackedFront(_PackedPart):
         self._heads, self._kv_heads = packed[0], packed[1] if len(packed) > 1 else 0
 
     @staticmethod
-    def turns(rotation: Rotation | None, hidden_BTC: Tensor) -> bool:
-        """Whether the function can rotate as asked: one token a row, angles that C can read, no gain behind them."""
-        if hidden_BTC.shape[1] != 1:
-            return False
+    def turns(rotation: Rotation | None) -> bool:
+        """Whether the function can rotate as asked: angles that C can read, no gain behind them."""
         return rotation is None or (rotation.in_place and rotation.query_gain_D is None)
 
     def tells(self, adapter: tuple[nn.Module, nn.Module] | None) -> bool:
@@ -76,28 +80,28 @@ class PackedFront(_PackedPart):
     def __call__(
         self, hidden_BTC: Tensor, rotation: Rotation | None, adapter: tuple[nn.Module, nn.Module] | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """q [B, 1, H, D], k and v [B, 1, K, D], q and k rotated; and what the adapter (norm and projection) gives [B, 1, X]."""
-        hidden, copy, rows = hidden_BTC.contiguous(), self._copies[0][1], hidden_BTC.shape[0]
-        q = hidden.new_empty((rows, 1, self._heads, self._head_dim))
+        """q [B, T, H, D], k and v [B, T, K, D], q and k rotated; and what the adapter (norm and projection) gives [B, T, X]."""
+        hidden, copy, (rows, tokens, _) = hidden_BTC.contiguous(), self._copies[0][1], hidden_BTC.shape
+        q = hidden.new_empty((rows, tokens, self._heads, self._head_dim))
         k = v = None
         if self._kv_heads:
-            k, v = hidden.new_empty((2, rows, 1, self._kv_heads, self._head_dim))
-        cosines = sines = turned = stride = 0
+            k, v = hidden.new_empty((2, rows, tokens, self._kv_heads, self._head_dim))
+        angles = (0, 0), (0, 1, 0, 0)
         if rotation is not None:
             cos, sin = rotation.cos_BTR, rotation.sin_BTR
-            cosines, sines, turned = cos.data_ptr(), sin.data_ptr(), cos.shape[-1]
-            stride = cos.stride(0) if len(cos) > 1 else 0
+            by_sequence = cos.stride(0) if len(cos) > 1 else 0
+            angles = (cos.data_ptr(), sin.data_ptr()), (cos.shape[2], tokens, by_sequence, cos.stride(1))
         told, tells = None, (0, 0, 0, 0, 0)
         if adapter is not None:
             told, tells = _told(hidden, *adapter)
-        failed = copy.library.front(
-            hidden.data_ptr(), self._norm._parameters["weight"].data_ptr(), copy.panels_NCW.data_ptr(), cosines, sines,
-            q.data_ptr(), 0 if k is None else k.data_ptr(), 0 if v is None else v.data_ptr(), *tells,
-            rows, copy.inputs, self._heads, self._kv_heads, self._head_dim, turned, stride, self._eps,
-            torch.get_num_threads(), copy.library.parallel,
+        job = _FRONT.pack(
+            hidden.data_ptr(), self._norm._parameters["weight"].data_ptr(), copy.panels_NCW.data_ptr(), *angles[0],
+            q.data_ptr(), 0 if k is None else k.data_ptr(), 0 if v is None else v.data_ptr(), *tells[:4],
+            copy.library.parallel, tells[4], rows * tokens, copy.inputs, self._heads, self._kv_heads, self._head_dim,
+            *angles[1], torch.get_num_threads(), self._eps,
         )  # fmt: skip
-        if failed:
-            raise MemoryError("no memory for the projections of a decoding step")
+        if copy.library.front(job):
+            raise MemoryError("no memory for the projections in front of attention")
         return q, k, v, told
 
 
@@ -113,14 +117,14 @@ class PackedTail(_PackedPart):
         """The residual stream behind the layer, from what attention gave and from the stream before it."""
         attended, hidden, gain = attended_BTA.contiguous(), hidden_BTC.contiguous(), self._norm._parameters["weight"]
         out, (o, gate_up, down) = torch.empty_like(hidden), [copy for _, copy in self._copies]
-        failed = o.library.tail(
+        job = _TAIL.pack(
             attended.data_ptr(), hidden.data_ptr(), o.panels_NCW.data_ptr(), gain.data_ptr(),
-            gate_up.panels_NCW.data_ptr(), down.panels_NCW.data_ptr(), out.data_ptr(),
-            hidden.numel() // o.outputs, o.inputs, o.outputs, down.inputs, self._eps, self._factor,
-            torch.get_num_threads(), o.library.parallel,
+            gate_up.panels_NCW.data_ptr(), down.panels_NCW.data_ptr(), out.data_ptr(), o.library.parallel,
+            hidden.numel() // o.outputs, o.inputs, o.outputs, down.inputs, torch.get_num_threads(), self._eps,
+            self._factor,
         )  # fmt: skip
-        if failed:
-            raise MemoryError("no memory for the feed-forward block of a decoding step")
+        if o.library.tail(job):
+            raise MemoryError("no memory for the feed-forward block of a layer")
         return out
 
 
@@ -128,7 +132,7 @@ def _told(hidden: Tensor, norm: nn.Module, projection: nn.Module) -> tuple[Tenso
     """Where an adapter's output goes, and what C needs to find it; weights of adapters are fp32 whatever the model's are."""
     gain, own = norm._parameters["weight"], projection._parameters
     weight, bias = own["weight"], own.get("bias")
-    told = hidden.new_empty((len(hidden), 1, len(weight)))
+    told = hidden.new_empty((*hidden.shape[:2], len(weight)))
     bias_at = 0 if bias is None else bias.data_ptr()
     return told, (gain.data_ptr(), weight.data_ptr(), bias_at, told.data_ptr(), len(weight))
 
