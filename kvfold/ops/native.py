@@ -224,7 +224,10 @@ def _loaded(isa: str, parts: tuple[str, ...]) -> list[ctypes.CDLL]:
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise OSError("no C compiler found: install gcc or clang")
-    sources = b"".join(path.read_bytes() for path in sorted((*_FOLDER.glob("paged_*.h"), *_FOLDER.glob("*_cpu.c"), _FOLDER / "paged_tiles.c")))
+    sources = b"".join(
+        path.read_bytes()
+        for path in sorted((*_FOLDER.glob("paged_*.h"), *_FOLDER.glob("*_cpu.c"), _FOLDER / "paged_tiles.c"))
+    )
     flags = (*FLAGS, *_ISA_FLAGS[isa])
     key = hashlib.sha256(sources + repr((flags, compiler, platform.machine())).encode()).hexdigest()[:16]
     folder = cache_folder()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kvfold.models.blocks import FoldLayer
+from kvfold.models.gates import GateNorm, GateProjection
 from kvfold.models.packing import pack, unpack
 from kvfold.ops import native
 from kvfold.ops.rotation import Rotation
@@ -168,6 +169,28 @@ def test_front_equals_its_parts(model, rows, tokens, turned, same, reader, isa, 
                     torch.testing.assert_close(one, part, atol=2e-5, rtol=1e-5)
     finally:
         native.linear_library.cache_clear()
+
+
+def adapter_of(outputs, bias):
+    norm, projection = GateNorm(128, 1e-6, offset=False), GateProjection(128, outputs, bias=bias)
+    for weight in (norm.weight, *projection.parameters()):
+        nn.init.normal_(weight)
+    return norm, projection
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (8, 1), (2, 150)])
+@pytest.mark.parametrize(("outputs", "bias"), [(1, True), (6, False)])
+def test_front_tells_what_an_adapter_does(model, rows, tokens, outputs, bias):
+    pack(model)
+    layer, hidden, adapter = layer_of(model), torch.randn(rows, tokens, 128) * 5, adapter_of(outputs, bias)
+    adapter[0].eps = layer.input_layernorm.eps
+    with torch.no_grad():
+        assert layer.front.tells(adapter)
+        *heads, told = layer.front(hidden, None, adapter)
+        torch.testing.assert_close(told, adapter[1](adapter[0](hidden)), atol=1e-4, rtol=1e-4)
+        assert all(torch.equal(*pair) for pair in zip(heads, layer.front(hidden, None), strict=False))
+    adapter[1].register_forward_hook(lambda *_: None)
+    assert not layer.front.tells(adapter)
 
 
 def hook_on_norm(layer):

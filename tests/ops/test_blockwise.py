@@ -74,7 +74,9 @@ def in_c(request, monkeypatch):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(
-    "sizes", [(8, 0, 2, 2, 64), (23, 300, 5, 1, 64), (131, 17, 6, 2, 64), (140, 129, 3, 3, 128), (9, 3, 97, 1, 64)], ids=str
+    "sizes",
+    [(8, 0, 2, 2, 64), (23, 300, 5, 1, 64), (131, 17, 6, 2, 64), (140, 129, 3, 3, 128), (9, 3, 97, 1, 64)],
+    ids=str,
 )
 def test_c_equals_the_slow_twin(sizes, biased, softcap, in_c):
     tokens, stored, heads, kv_heads, dim = sizes
