@@ -191,7 +191,7 @@ def _low_rank(projection: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
 
 
 _MLP_ROWS = 1024
-"""Tokens that go through a feed-forward block at once: more wins nothing, and what they take in memory would grow with a prompt."""
+"""Tokens that go through a feed-forward block at once: more wins nothing, and would take memory that grows with a prompt."""
 
 
 class FoldMLP(nn.Module):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from kvfold.ops.linear import PackedWeights
 from kvfold.ops.rotation import Rotation
 
-
 _FRONT = struct.Struct("13P 11q d")
 _TAIL = struct.Struct("8P 5q 2d")
 """`front_job` and `tail_job` of linear_cpu.c, field for field."""
