@@ -87,6 +87,7 @@ class TrainingView:
         keep = None if gates is None else gates.k_keep_KD
         if gates is None or gates.alpha_BTK is None:
             return TrainingForm(k_BTKD=rotate(rotation, k, keep), v_BTKD=v)
+        gates = gates.with_log_stay() if gates.log_stay_BTK is None else gates
         tokens = TrainingTokens(k_BTKD=k, v_BTKD=v, gates=gates, real_BT=self._real_BT)
         method = self._layout.time_of(owner)
         if method.grid is not None:

@@ -107,7 +107,7 @@ class DMC(Method):
         alpha = gates.alpha_BTK.masked_fill(opens, 0.0)
         means = pooled_real(torch.cat((k, v), dim=-1), gates.weight_BTK, alpha, self.window, real)
         k, v = means.split((k.shape[-1], v.shape[-1]), dim=-1)
-        bias = from_next(gates.log_stay().masked_fill(opens, 0.0), real, 0.0)
+        bias = from_next(gates.log_stay_BTK.masked_fill(opens, 0.0), real, 0.0)
         return TrainingForm(k_BTKD=k, v_BTKD=v, bias_BTK=bias)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from kvfold.errors import UserError
@@ -100,7 +99,7 @@ class DMS(Method):
         """A key's bias is log(1 - alpha) of the decision that governs it, beyond the delay."""
         from kvfold.ops.gating import from_next
 
-        gates, bias = tokens.gates, tokens.gates.log_stay()
+        gates, bias = tokens.gates, tokens.gates.log_stay_BTK
         if gates.from_next:
             bias = from_next(bias, tokens.real_BT, 0.0)
         return TrainingForm(k_BTKD=tokens.k_BTKD, v_BTKD=tokens.v_BTKD, bias_BTK=bias, free=self.delay)
@@ -112,13 +111,7 @@ class MarkedStep(StepPlan):
     def __init__(self, method: DMS, streams: Streams):
         self.method, self.streams, self._width = method, streams, streams.state_X.shape[-1]
         self._column_B1 = (streams.position_B % self._width)[:, None]
-        self._decided: dict[int, Gates] = {}
-
-    @cached_property
-    def _before(self) -> tuple[Tensor, Tensor]:
-        """Whether there is a token before the new one, and its column: the same for all owners, [B, 1] each."""
-        position_B = self.streams.position_B
-        return (position_B > 0)[:, None], ((position_B - 1) % self._width)[:, None]
+        self._alphas, self._from_next = {}, False
 
     def overwritten(self) -> Tensor:
         """See `StepPlan.overwritten`."""
@@ -135,24 +128,22 @@ class MarkedStep(StepPlan):
     def enter(self, owner: int, gates: Gates | None, k_BKD: Tensor, v_BKD: Tensor) -> Entered | None:
         """What the gate of one owner decided at this token is recorded with that of the others."""
         if gates is not None and gates.alpha_BTK is not None:
-            self._decided[owner] = gates
+            self._alphas[owner], self._from_next = gates.alpha_BTK.transpose(0, 1), gates.from_next
         return None
 
     def close(self) -> None:
         """Marks into the ring: no layer of this step looks at them."""
         import torch
 
-        if not self._decided:
+        if not self._alphas:
             return
-        ring, ids, column = self.streams.state_X, self.streams.id_OBK, self._column_B1
-        fires_OBK = torch.cat([one.alpha_BTK.transpose(0, 1) for one in self._decided.values()]) > 0.5
-        if next(iter(self._decided.values())).from_next:
-            begun, column = self._before
-            fires_OBK &= begun
-        owners = list(self._decided)
-        place_OBK = (ids if len(owners) == len(ids) else ids[owners]) * self._width + column
+        ring, ids = self.streams.state_X, self.streams.id_OBK
+        governed_B = self.streams.position_B - int(self._from_next)
+        ids = ids if len(self._alphas) == len(ids) else ids[list(self._alphas)]
+        place_OBK = ids * self._width + (governed_B % self._width)[:, None]
         slot_OBK = ring.take(place_OBK)
-        ring.put_(place_OBK, torch.where(fires_OBK & (slot_OBK >= 0), ~slot_OBK, slot_OBK))
+        fires_OBK = (torch.cat(list(self._alphas.values())) > 0.5) & (governed_B >= 0)[:, None] & (slot_OBK >= 0)
+        ring.put_(place_OBK, torch.where(fires_OBK, ~slot_OBK, slot_OBK))
 
 
 class MarkedChunk(ChunkPlan):

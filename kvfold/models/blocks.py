@@ -115,10 +115,8 @@ class FoldAttention(nn.Module):
 
     def adapter(self, call: GateCall | None) -> tuple[nn.Module, nn.Module] | None:
         """Norm and projection that decide here in a call, of the model's own gates or of those that came with the call."""
-        if call is None or call.off:
-            return None
-        own, config = self._modules, call.table.configs[self.layer]
-        if own.get("k_proj") is None or config is None or config.source != "adapter":
+        own, config = self._modules, None if call is None or call.off else call.table.configs[self.layer]
+        if config is None or config.source != "adapter" or own.get("k_proj") is None:
             return None
         return (own["fold_norm"], own["fold_proj"]) if call.gate_set is None else call.gate_set.adapter(self.layer)
 
@@ -190,10 +188,6 @@ def _low_rank(projection: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
     return found
 
 
-_MLP_ROWS = 1024
-"""Tokens that go through a feed-forward block at once: more wins nothing, and would take memory that grows with a prompt."""
-
-
 class FoldMLP(nn.Module):
     """The gated feed-forward block."""
 
@@ -206,17 +200,9 @@ class FoldMLP(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """Same shape as its input."""
-        if torch.is_grad_enabled() or x_BTC.numel() // x_BTC.shape[-1] <= _MLP_ROWS or torch.compiler.is_compiling():
-            return self._of_rows(x_BTC)
-        # What lies between the projections of a long prompt would be the largest tensors that there are.
-        out = torch.empty_like(x_BTC, memory_format=torch.contiguous_format)
-        for rows, to in zip(x_BTC.flatten(0, -2).split(_MLP_ROWS), out.flatten(0, -2).split(_MLP_ROWS), strict=True):
-            to.copy_(self._of_rows(rows))
-        return out
-
-    def _of_rows(self, x: Tensor) -> Tensor:
-        gate, up = project(x, self.gate_proj, self.up_proj)
+        gate, up = project(x_BTC, self.gate_proj, self.up_proj)
         inner = self.act(gate)
+        # Of a long prompt these are the largest tensors that there are: where no gradient needs the factors, no third is made.
         return self.down_proj(inner * up if torch.is_grad_enabled() else inner.mul_(up))
 
 

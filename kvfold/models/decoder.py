@@ -5,7 +5,7 @@ Letters: B rows, T tokens of this call, C model width, V vocabulary.
 """
 
 import warnings
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +121,9 @@ class FoldModel(FoldPreTrainedModel):
         begun = cache is not None and cache.columns > 0 and len(cache.rows) == rows
         rotations = self._rotations(position_ids, real, cache.seen_tokens if begun else None, hidden)
         run_options = {"noise_key": noise_key, "records": output_decisions, "keep": output_hidden_states}
-        if cache is None or tokens == 1:
+        if cache is None:
+            return self._run_freely(hidden, real, rotations, options, **run_options)
+        if tokens == 1:
             return self._run(hidden, real, rotations, cache, options, **run_options)
         parts = []
         for start, end in cache.pieces(real, num_rows=rows, num_tokens=tokens):
@@ -131,12 +133,10 @@ class FoldModel(FoldPreTrainedModel):
         return joined(parts)
 
     def _run(
-        self, hidden: Tensor, real: Tensor | None, rotations: list[Rotation | None], cache: FoldCache | None,
+        self, hidden: Tensor, real: Tensor | None, rotations: list[Rotation | None], cache: FoldCache,
         options: CallOptions, *, noise_key: Tensor | None, records: bool, keep: bool | None,
     ) -> FoldOutput:  # fmt: skip
         """All layers over one piece of a call."""
-        if cache is None:
-            return self._run_freely(hidden, real, rotations, options, noise_key, records, keep)
         table = cache.gate_table or self._gate_table(cache)
         record = GateRecord() if records else None
         gates = None if table.is_empty else GateCall(table, self.training, options, noise_key, record, cache.gates)
@@ -155,7 +155,7 @@ class FoldModel(FoldPreTrainedModel):
 
     def _run_freely(
         self, hidden: Tensor, real: Tensor | None, rotations: list[Rotation | None], options: CallOptions,
-        noise_key: Tensor | None, records: bool, keep: bool | None,
+        *, noise_key: Tensor | None, records: bool, keep: bool | None,
     ) -> FoldOutput:  # fmt: skip
         """Without a cache: the training view."""
         layout, config = self.config.layout, self.config
@@ -181,8 +181,7 @@ class FoldModel(FoldPreTrainedModel):
             raise UserError("input_ids and inputs_embeds: a call takes one of the two: give the other up")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if hidden.ndim != 3 or not hidden.shape[1]:
-            shape = tuple(hidden.shape[:-1])
-            raise UserError(f"an input of shape {shape}: a call takes [rows, tokens] with 1 token or more: feed some")
+            raise UserError(f"input {tuple(hidden.shape[:-1])}: it is [rows, tokens] with 1 token or more: feed some")
         multiplier = self.config.embedding_multiplier
         # Rounded to the dtype first, as the families that have one were trained.
         return hidden if multiplier == 1.0 else hidden * torch.tensor(multiplier, dtype=hidden.dtype).item()
@@ -222,17 +221,18 @@ class FoldModel(FoldPreTrainedModel):
     ) -> FoldCache | None:
         """The cache of this call: the one given, a fresh one where one is to come back, or None for the training view."""
         self._check_layout()
+        if given is not None:
+            return self._checked(given, options)
         if options.sharing is not None:
-            if given is not None:
-                raise UserError(
-                    "past_key_values while layers share for a while: convert the model, or leave the cache out"
-                )
             return None
-        if given is None:
-            self._warn_of_steps()
-            wanted = self.config.use_cache if use_cache is None else use_cache
-            fresh = wanted and not self.training and not torch.is_grad_enabled()
-            return self.new_cache(rows=rows) if fresh else None
+        self._warn_of_steps()
+        wanted = self.config.use_cache if use_cache is None else use_cache
+        return self.new_cache(rows=rows) if wanted and not self.training and not torch.is_grad_enabled() else None
+
+    def _checked(self, given: Any, options: CallOptions) -> FoldCache:
+        """What was given is a cache of this model, and of use in this call."""
+        if options.sharing is not None:
+            raise UserError("past_key_values while layers share for a while: convert the model, or leave the cache out")
         if not isinstance(given, FoldCache):
             raise UserError(
                 f"past_key_values is a {type(given).__name__}: a kvfold model needs its own cache: "

@@ -8,8 +8,7 @@ Letters: B sequences, T queries, E entries, M entries that a block sees, H query
 import torch
 from torch import Tensor
 
-from kvfold.ops.attention import dense_attention
-from kvfold.ops.lifespan_cpu import lifespans, serving
+from kvfold.ops.attention import dense_attention, lifespans, serving
 
 FOREVER = 2**40
 """The last query of an entry that stays."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvfold.ops import blockwise, lifespan_cpu, native
+from kvfold.ops import attention, blockwise, native
 from kvfold.ops.blockwise import FOREVER, lifespan_attention, lifespan_reference
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -65,7 +65,7 @@ def in_c(request, monkeypatch):
         pytest.skip("no C compiler on this machine")
     calls = []
     monkeypatch.setattr(
-        blockwise, "lifespans", lambda *args, **kwargs: calls.append(1) or lifespan_cpu.lifespans(*args, **kwargs)
+        blockwise, "lifespans", lambda *args, **kwargs: calls.append(1) or attention.lifespans(*args, **kwargs)
     )
     yield calls
     native.lifespan_library.cache_clear()
