@@ -18,17 +18,9 @@ from kvfold.ops.key_bias_cpu import flash_key_bias, has_flash_kernel
 
 
 def key_bias_attention(
-    q_BTHD: Tensor,
-    k_BTKD: Tensor,
-    v_BTKD: Tensor,
-    bias_BTK: Tensor,
-    *,
-    free: int,
-    scale: float,
-    softcap: float | None = None,
-    mask: Tensor | None = None,
-    real_BT: Tensor | None = None,
-) -> Tensor:
+    q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, bias_BTK: Tensor, *, free: int, scale: float,
+    softcap: float | None = None, mask: Tensor | None = None, real_BT: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Attention output [B, T, H, D] in q's dtype, differentiable in q, k, v and the bias.
 
     `bias_BTK`: fp32, added to a key's scores (after any softcap) for queries further than `free` tokens away: log(1 - alpha)

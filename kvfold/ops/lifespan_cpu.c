@@ -3,7 +3,7 @@
  *
  * Threads take items of QUERIES queries of one KV head from a queue. Of the entries that an item sees, keys are laid out in
  * panels of PANEL keys, values in panels of PANEL channels, both read in order by one register tile; without ends that is done
- * once for all items. Inside, about ROW_BLOCK rows (a row is one query of one head) go over GROUP entries at a time, and
+ * once for all items. Inside, about ROW_BLOCK rows (a row is one query of one head) go over BUNDLE entries at a time, and
  * their softmax runs online.
  */
 #include <math.h>
@@ -20,7 +20,7 @@
 #define ROWS 6
 #define COLUMNS (LANES == 16 || REGISTERS > 16 ? 4 : 2)
 #define PANEL (COLUMNS * LANES)
-#define GROUP 128
+#define BUNDLE 128
 #define QUERIES 128
 #define ROW_BLOCK 96
 #define LEAST -1e30f /* where a softmax begins */
@@ -43,8 +43,8 @@ typedef struct {
 
 /* Entries laid out for the tile, filled up to whole groups with some that nobody sees. */
 typedef struct {
-  float *keys, *values;    /* [groups, GROUP / PANEL, D, PANEL], [groups, D / PANEL, GROUP, PANEL] */
-  int32_t *position, *last; /* [groups * GROUP] */
+  float *keys, *values;    /* [groups, BUNDLE / PANEL, D, PANEL], [groups, D / PANEL, BUNDLE, PANEL] */
+  int32_t *position, *last; /* [groups * BUNDLE] */
   float *bias;             /* the same */
   int64_t count;
 } entries;
@@ -89,21 +89,21 @@ INLINE void tile(const float *a, int64_t a_stride, const float *b, int64_t depth
   }
 }
 
-/* Up to GROUP entries of a KV head, whose numbers are `from`, or `first` and on. */
+/* Up to BUNDLE entries of a KV head, whose numbers are `from`, or `first` and on. */
 static void lay_out(const lifespan_job *j, int64_t b, int64_t h, const int32_t *from, int64_t first, int64_t n, float *keys,
                     float *values) {
   const int64_t D = j->D;
-  for (int64_t i = 0; i < GROUP; i++) {
+  for (int64_t i = 0; i < BUNDLE; i++) {
     float *key = keys + i / PANEL * D * PANEL + i % PANEL, *value = values + i * PANEL;
     if (i >= n) {
-      for (int64_t d = 0; d < D; d++) key[d * PANEL] = 0.0f, value[d / PANEL * GROUP * PANEL + d % PANEL] = 0.0f;
+      for (int64_t d = 0; d < D; d++) key[d * PANEL] = 0.0f, value[d / PANEL * BUNDLE * PANEL + d % PANEL] = 0.0f;
       continue;
     }
     const int64_t e = from ? from[i] : first + i;
     const float *k = j->k + b * j->k_row + e * j->k_entry + h * j->k_head;
     const float *v = j->v + b * j->v_row + e * j->v_entry + h * j->v_head;
     for (int64_t d = 0; d < D; d++) key[d * PANEL] = k[d];
-    for (int64_t d = 0; d < D; d += PANEL) memcpy(value + d / PANEL * GROUP * PANEL, v + d, PANEL * sizeof(float));
+    for (int64_t d = 0; d < D; d += PANEL) memcpy(value + d / PANEL * BUNDLE * PANEL, v + d, PANEL * sizeof(float));
   }
 }
 
@@ -120,9 +120,9 @@ static void choose(const lifespan_job *j, int64_t b, int64_t h, int32_t first, i
     n++;
   }
   own->count = n;
-  for (; n % GROUP; n++) own->position[n] = NEVER, own->last[n] = -1, own->bias[n] = 0.0f;
-  for (int64_t g = 0; g < n; g += GROUP) {
-    const int64_t have = own->count - g < GROUP ? own->count - g : GROUP;
+  for (; n % BUNDLE; n++) own->position[n] = NEVER, own->last[n] = -1, own->bias[n] = 0.0f;
+  for (int64_t g = 0; g < n; g += BUNDLE) {
+    const int64_t have = own->count - g < BUNDLE ? own->count - g : BUNDLE;
     lay_out(j, b, h, r->chosen + g, 0, have, own->keys + g * j->D, own->values + g * j->D);
   }
 }
@@ -169,11 +169,11 @@ static void attend(const lifespan_job *j, int64_t b, int64_t h, int64_t first, i
     r->tops[i] = LEAST, r->totals[i] = 0.0f;
   }
   memset(r->sums, 0, whole * D * sizeof(float));
-  for (int64_t g = 0; g < e->count; g += GROUP) {
+  for (int64_t g = 0; g < e->count; g += BUNDLE) {
     const int32_t *position = e->position + g, *last = e->last + g;
     int64_t seen = 0;
     int hidden = 0;
-    for (int64_t i = 0; i < GROUP; i++) {
+    for (int64_t i = 0; i < BUNDLE; i++) {
       if (position[i] <= newest && last[i] >= oldest) seen = i + 1;
       hidden |= position[i] > oldest || last[i] < newest;
     }
@@ -181,16 +181,16 @@ static void attend(const lifespan_job *j, int64_t b, int64_t h, int64_t first, i
     seen = (seen + PANEL - 1) / PANEL * PANEL;
     for (int64_t p = 0; p < seen; p += PANEL)
       for (int64_t i = 0; i < whole; i += ROWS)
-        tile(r->query + i * D, D, e->keys + (g + p) * D, D, r->logits + i * GROUP + p, GROUP, 0);
+        tile(r->query + i * D, D, e->keys + (g + p) * D, D, r->logits + i * BUNDLE + p, BUNDLE, 0);
     for (int64_t i = 0; i < rows; i++) {
-      const float factor = soften(r->logits + i * GROUP, seen, j->bias ? e->bias + g : NULL, (float)j->softcap, position, last,
+      const float factor = soften(r->logits + i * BUNDLE, seen, j->bias ? e->bias + g : NULL, (float)j->softcap, position, last,
                                   at[i / G], hidden, r->tops + i, r->totals + i);
       if (factor == 1.0f) continue;
       for (int64_t d = 0; d < D; d += LANES) store(r->sums + i * D + d, load(r->sums + i * D + d) * splat(factor));
     }
     for (int64_t d = 0; d < D; d += PANEL)
       for (int64_t i = 0; i < whole; i += ROWS)
-        tile(r->logits + i * GROUP, GROUP, e->values + g * D + d * GROUP, seen, r->sums + i * D + d, D, 1);
+        tile(r->logits + i * BUNDLE, BUNDLE, e->values + g * D + d * BUNDLE, seen, r->sums + i * D + d, D, 1);
   }
   for (int64_t i = 0; i < rows; i++) {
     float *out = j->out + ((b * j->T + first + i / G) * j->H + h * G + i % G) * D;
@@ -212,7 +212,7 @@ static void one(plan *p, int64_t number, room *r) {
   }
   entries all = r->own;
   if (p->keys) {
-    const int64_t size = p->groups * GROUP * j->D;
+    const int64_t size = p->groups * BUNDLE * j->D;
     all = (entries){p->keys + stream * size, p->values + stream * size, p->places, p->forever, NULL, newest + 1};
   } else {
     choose(j, b, h, first, newest, r);
@@ -225,13 +225,13 @@ static void one(plan *p, int64_t number, room *r) {
 
 static int make_room(const plan *p, room *r) {
   const lifespan_job *j = p->job;
-  const int64_t G = j->H / j->K, all = p->groups * GROUP;
+  const int64_t G = j->H / j->K, all = p->groups * BUNDLE;
   const int64_t rows = ((G > ROW_BLOCK ? G : ROW_BLOCK) + ROWS - 1) / ROWS * ROWS;
   const int64_t own = p->keys ? 0 : all * (2 * j->D + 4);
-  float *memory = malloc((rows * (2 * j->D + GROUP + 2) + own) * sizeof(float));
+  float *memory = malloc((rows * (2 * j->D + BUNDLE + 2) + own) * sizeof(float));
   if (!memory) return 1;
   r->query = memory, r->sums = r->query + rows * j->D, r->logits = r->sums + rows * j->D;
-  r->tops = r->logits + rows * GROUP, r->totals = r->tops + rows;
+  r->tops = r->logits + rows * BUNDLE, r->totals = r->tops + rows;
   if (p->keys) return 0;
   entries *e = &r->own;
   e->keys = r->totals + rows, e->values = e->keys + all * j->D, e->bias = e->values + all * j->D;
@@ -245,8 +245,8 @@ static void lay_out_all(void *argument) {
   for (;;) {
     const int64_t number = __atomic_fetch_add(&p->next_group, 1, __ATOMIC_RELAXED);
     if (number >= p->groups * j->B * j->K) return;
-    const int64_t stream = number / p->groups, first = number % p->groups * GROUP, at = number * GROUP * j->D;
-    const int64_t n = j->E - first < GROUP ? j->E - first : GROUP;
+    const int64_t stream = number / p->groups, first = number % p->groups * BUNDLE, at = number * BUNDLE * j->D;
+    const int64_t n = j->E - first < BUNDLE ? j->E - first : BUNDLE;
     lay_out(j, stream / j->K, stream % j->K, NULL, first, n, p->keys + at, p->values + at);
   }
 }
@@ -276,10 +276,10 @@ int64_t kvfold_lifespan_panel(void) { return PANEL; }
 
 /* 0, or 1 where there was no memory. */
 int kvfold_lifespan(const lifespan_job *j) {
-  plan p = {.job = j, .groups = (j->E + GROUP - 1) / GROUP, .items = (j->T + QUERIES - 1) / QUERIES * j->B * j->K};
+  plan p = {.job = j, .groups = (j->E + BUNDLE - 1) / BUNDLE, .items = (j->T + QUERIES - 1) / QUERIES * j->B * j->K};
   float *memory = NULL;
   if (!j->last) {
-    const int64_t all = p.groups * GROUP, size = j->B * j->K * all * j->D;
+    const int64_t all = p.groups * BUNDLE, size = j->B * j->K * all * j->D;
     memory = malloc((2 * size + 2 * all) * sizeof(float));
     if (!memory) return 1;
     p.keys = memory, p.values = memory + size, p.places = (int32_t *)(p.values + size), p.forever = p.places + all;

@@ -139,7 +139,7 @@ def test_without_a_home_the_folder_for_temporary_files_serves(monkeypatch, tmp_p
     assert native.cache_folder() != folder, "what others can write to must not be run"
 
 
-@pytest.mark.parametrize("part", ["driver", "bf16", "int4"])
+@pytest.mark.parametrize("part", ["driver", "linear", "lifespan", "bf16", "int4"])
 def test_it_compiles_for_neon(part, tmp_path):
     compiler = shutil.which("aarch64-linux-gnu-gcc")
     if compiler is None:
