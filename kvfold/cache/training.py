@@ -87,7 +87,6 @@ class TrainingView:
         keep = None if gates is None else gates.k_keep_KD
         if gates is None or gates.alpha_BTK is None:
             return TrainingForm(k_BTKD=rotate(rotation, k, keep), v_BTKD=v)
-        gates = gates.with_log_stay() if gates.log_stay_BTK is None else gates
         tokens = TrainingTokens(k_BTKD=k, v_BTKD=v, gates=gates, real_BT=self._real_BT)
         method = self._layout.time_of(owner)
         if method.grid is not None:
@@ -101,21 +100,21 @@ class TrainingView:
         method, window = self._layout.time_of(owner), self._layout.layers[owner].window
         # Gates that are off mask nothing; nor do scores.
         method = None if method.trained or not method.lossy or method.attention_scores is not None else method
+        if method is None and window is None and self._real_BT is None:
+            return None
         key = (method, window)
         if key not in self._masks:
-            self._masks[key] = call_mask(method, window, self._real_BT, q_BTHD.shape[1], q_BTHD.device)
+            self._masks[key] = _call_mask(method, window, self._real_BT, q_BTHD.shape[1], q_BTHD.device)
         return self._masks[key]
 
 
-def call_mask(
+def _call_mask(
     method: Method | None, window: int | None, real_BT: Tensor | None, num_tokens: int, device: torch.device
-) -> Tensor | None:
-    """Which of a call's own tokens each of its queries sees, bool [B or 1, 1, T, T]; None = plain causal.
+) -> Tensor:
+    """Which of a call's own tokens each of its queries sees, bool [B or 1, 1, T, T].
 
     Positions are counted in real tokens. Padding sees itself, so that no row of a softmax is empty.
     """
-    if method is None and window is None and real_BT is None:
-        return None
     index = torch.arange(num_tokens, device=device)
     position = index[None] if real_BT is None else real_BT.long().cumsum(dim=1) - 1
     seen = (index[:, None] >= index)[None]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 from kvfold.models.options import PLAIN, CallOptions
-from kvfold.ops.gating import Gates
+from kvfold.ops.gating import STAY_NEVER, Gates
 from kvfold.ops.linear import rms_norm
 
 IMPORTANCE_FLOOR = 2.0**-7
@@ -192,8 +192,7 @@ class GateCall:
 
 
 def decide(
-    call: GateCall, layer: int, q_BTHD: Tensor, k_BTKD: Tensor | None, adapted_BTX: Tensor | None,
-    heads_KP: Tensor | None = None,
+    call: GateCall, layer: int, q_BTHD: Tensor, k_BTKD: Tensor | None, adapted_BTX: Tensor | None, heads_KP: Tensor | None = None,
 ) -> Gates | None:  # fmt: skip
     """The gates of one layer; None where its method has none. q and k as they stand before rotary positions, k None in a
     reader; `adapted_BTX` is the adapter's output, F numbers for each KV head; `heads_KP` what it holds for each head.
@@ -209,7 +208,8 @@ def decide(
     if adapted_BTX is not None and config.form.outputs > 1:
         adapted_BTX, more["outputs_BTKF"] = _first_and_rest(adapted_BTX, k_BTKD.shape[2])
     logit = _logit(config, q_BTHD, k_BTKD, adapted_BTX)
-    alpha, log_stay = _soft(config, call, layer, logit) if call.training else ((logit > 0).float(), None)
+    hard = (logit > 0).float()
+    alpha, log_stay = _soft(config, call, layer, logit) if call.training else (hard, hard * STAY_NEVER)
     if call.record is not None:
         _record(config, call, layer, logit, alpha)
     if config.form.with_weights:

@@ -22,7 +22,7 @@ class Gates:
     """fp32 in [0, 1], 0 or 1 where decisions are hard: how much the token merges (DMC) or is marked (DMS). None in a
     reader, and where gates are off."""
     log_stay_BTK: Tensor | None = None
-    """log(1 - alpha), fp32; None where decisions are hard and nobody asked: see `with_log_stay`."""
+    """log(1 - alpha), fp32."""
     weight_BTK: Tensor | None = None
     """Importance in a merge, fp32; DMC alone."""
     from_next: bool = False
@@ -35,11 +35,6 @@ class Gates:
     """What an adapter gives beside its decision, fp32; None where it gives nothing more."""
     heads_KP: Tensor | None = None
     """Numbers that an adapter holds for each head, whatever the token, fp32; None where it holds none."""
-
-    def with_log_stay(self) -> "Gates":
-        """The same where decisions are hard, with log(1 - alpha) worked out."""
-        never = torch.zeros_like(self.alpha_BTK).masked_fill(self.alpha_BTK > 0.5, STAY_NEVER)
-        return replace(self, log_stay_BTK=never)
 
     def rows(self, index: Tensor) -> "Gates":
         """Those of some rows of the call."""
