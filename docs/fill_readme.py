@@ -25,7 +25,7 @@ from kvfold.report.sheets import method_labels, point_name, quality_sheet
 
 NOTHING = "Not measured."
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md", "docs/engine.md", "docs/vllm-and-ray.md")
+PAGES = ("README.md", "docs/results.md", "docs/engine.md", "docs/speed.md", "docs/vllm-and-ray.md")
 BLOCK = re.compile(r"(?P<open><!-- results: (?P<name>\w+) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 SHOWN = ("text", "method", "perplexity", "change", "KL", "same top-1", "kept", "compression")
 """Columns of the quality table that the README shows, by the report's names for them."""
@@ -52,6 +52,9 @@ WORDS = (
     "model",
     "run",
     "memory",
+    "estimate",
+    "prompts of",
+    "room",
 )
 """Columns set to the left."""
 
@@ -275,6 +278,56 @@ def estimator(data: Mapping) -> str:
     return f"{table(heads, lines)}\n\n{said}"
 
 
+def filled_steps(data: Mapping) -> str:
+    """A decoding step over full caches: what a smaller one brings."""
+    lines = [
+        [
+            row["point"].removesuffix(", filled"), row["title"], row["bits"].replace("model", "as computed"),
+            times(row["compression"]), _middle(row["ours"]["step_ms"]), f"{row['over_roofline']:.2f}×",
+            _middle(row["over_first"], "×") if "over_first" in row else "–",
+        ]
+        for row in data["rows"]
+    ]  # fmt: skip
+    heads = ("point", "method", "bits", "compression", "ms a step", "over what bytes allow", "over full attention")
+    return f"{table(heads, lines)}\n\n{_on(data)}"
+
+
+def prefill(data: Mapping) -> str:
+    """How fast prompts are read."""
+    lines = [
+        [
+            f"{row['batch']} x {row['prompt_tokens']:,}", row["title"], times(row["compression"]),
+            _middle(row["tokens_per_second"]), percent(row["share_of_allowed"]),
+            _middle(row["over_first"], "×") if "over_first" in row else "–",
+        ]
+        for row in data["rows"]
+    ]  # fmt: skip
+    heads = ("prompts of", "method", "compression", "tokens/s", "of what full attention's FLOP allow", "over the first")
+    return f"{table(heads, lines)}\n\n{_on(data)}"
+
+
+def served(data: Mapping) -> str:
+    """Many requests in one budget."""
+    lines = [
+        [
+            f"for {row['holds_uncompressed']:.0f} uncompressed", row["title"], count(row["most_running"]),
+            _middle(row["tokens_per_second"]), times(row["over_first"]["median"]),
+            f"{row['first_token_ms']['p50'] / 1e3:.1f} s", f"{row['inter_token_ms']['p50']:.0f} ms",
+            count(row["preemptions"]),
+        ]
+        for row in data["rows"]
+    ]  # fmt: skip
+    heads = ("room", "method", "most at once", "tokens/s", "over the first", "first token", "next token", "preempted")
+    asked = data["requests"]
+    said = f"{asked['number']} requests of {asked['prompt_tokens']['mean']} and {asked['new_tokens']['mean']:,} tokens; medians. "
+    return f"{table(heads, lines)}\n\n{said}{_on(data)}"
+
+
+def _on(data: Mapping) -> str:
+    about = data["environment"]
+    return f"{about['cpu']}, {about['threads']} threads, {about['dtype']}; {_again(data['git_commit'], data)}"
+
+
 def _again(commit: str, data: Mapping) -> str:
     return f"commit {short_commit(commit)}. Measured with `{data['command']}`."
 
@@ -289,6 +342,11 @@ INTEGRATIONS: Mapping[str, tuple[str, Callable[[Mapping], str]]] = {
     "vllm_capacity": ("integrations/vllm-capacity.json", vllm_capacity),
     "ray_serve": ("integrations/ray-serve.json", ray_serve),
     "estimator": ("engine/estimator.json", estimator),
+    "scarce": ("engine/scarce.json", served),
+    "ample": ("engine/ample.json", served),
+    "filled_1024": ("speed/filled-8x1024.json", filled_steps),
+    "filled_4096": ("speed/filled-8x4096.json", filled_steps),
+    "prefill": ("speed/prefill-8x4096.json", prefill),
 }
 """Blocks of results that are read as they are: the report's readers know nothing of servers."""
 
