@@ -1,6 +1,6 @@
 """What clients send, field by field: OpenAI's and vLLM's names, which of them the engine gets, and which are refused.
 
-Ranges are the engine's business (`kvfold.engine.params`); here is what a field may look like at all. A field that nobody
+Ranges are the engine's business (`kvfold.engine.request`); here is what a field may look like at all. A field that nobody
 knows is ignored, as OpenAI's servers do; one that would change the answer and can't be honoured is an error.
 """
 
