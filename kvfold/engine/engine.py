@@ -32,7 +32,7 @@ from kvfold.models.decoder import FoldForCausalLM
 from kvfold.ops.native import free_openmp_threads
 
 Asked = str | Sequence[int] | Mapping[str, Any]
-"""A request: a text, token ids, or an object with OpenAI's field names (`params.SamplingParams`, `params.Question`)."""
+"""A request: a text, token ids, or an object with OpenAI's field names (`request.SamplingParams`, `request.Question`)."""
 
 
 class Engine:
