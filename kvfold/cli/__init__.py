@@ -1,5 +1,5 @@
-"""The command line: a module a command, each of which parses, calls and prints. What the commands do lives in the rooms below;
-their options stand in options.py, where their words go in console.py.
+"""The command line: commands of a kind in one module, each of which parses, calls and prints. What they do lives in the rooms
+below; their options stand in options.py, where their words go in console.py.
 """
 
 from collections.abc import Callable
@@ -12,18 +12,13 @@ from typer.core import TyperGroup
 
 from kvfold.cli import (
     bench,
-    bench_decode,
     bench_serve,
-    calibrate,
     console,
     convert,
-    demo,
     generate,
-    inspect,
     plan,
     report,
     retrofit,
-    serve,
     train,
 )  # fmt: skip
 from kvfold.cli.eval import evaluate
@@ -31,11 +26,11 @@ from kvfold.cli.options import with_groups
 
 COMMANDS = {
     "plan": plan.plan, "convert": convert.convert, "train": train.train, "retrofit": retrofit.retrofit,
-    "calibrate": calibrate.calibrate, "eval": evaluate, "inspect": inspect.inspect, "generate": generate.generate,
-    "serve": serve.serve, "report": report.report, "demo": demo.demo,
+    "calibrate": retrofit.calibrate, "eval": evaluate, "inspect": report.inspect, "generate": generate.generate,
+    "serve": generate.serve, "report": report.report, "demo": report.demo,
 }  # fmt: skip
 BENCH_COMMANDS = {
-    "decode": bench_decode.decode, "prefill": bench.prefill, "capacity": bench.capacity, "kernel": bench.kernel,
+    "decode": bench.decode, "prefill": bench.prefill, "capacity": bench.capacity, "kernel": bench.kernel,
     "gpu": bench.gpu, "train": bench.train, "serve": bench_serve.serve, "serve-offline": bench_serve.serve_offline,
 }  # fmt: skip
 app = typer.Typer(

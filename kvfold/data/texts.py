@@ -1,18 +1,22 @@
-"""Reading text files into documents, and saying in one line what is wrong with a file that can't be read.
+"""Reading files of text and of questions, and saying in one line what is wrong with a file that can't be read.
 
 A `.json` or `.jsonl` file holds one JSON object a line with its text under `text`; any other file is one document of
-plain text. Each may be gzipped (`.gz`). How documents become tokens is not this file's business, nor what lines hold that
-are no text: `file_bytes` and `json_lines` are for all readers.
+plain text. Each may be gzipped (`.gz`). `TextStream` reads a little at a time, for files that memory has no room for, parquet
+besides. A line of a file of multiple-choice questions has `input`, the question; `choices`, the answers to choose from;
+`gold`, the index of the right one; and perhaps `prefix`, what comes before every question. How documents become tokens, and
+how a question is worded for a model, is not this file's business.
 """
 
 import gzip
 import hashlib
+import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from kvfold.errors import UserError, one_line
 
@@ -112,3 +116,148 @@ def text_of(path: Path, number: int, record: Any) -> str:
     if not isinstance(text, str):
         raise UserError(f"{path} line {number}: no text under 'text': {TEXT_RULE}")
     return text
+
+
+_RULE = (
+    "each line is one object with 'input', 'choices' (2 or more texts), 'gold' (the index of one) and perhaps 'prefix'"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """One question."""
+
+    prefix: str
+    """What comes before it; "" for nothing."""
+    input: str
+    """The question itself."""
+    choices: tuple[str, ...]
+    """Two or more answers."""
+    gold: int
+    """Which of them is right."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuestionFile:
+    """The questions of one file."""
+
+    name: str
+    """The file's name without folder and endings."""
+    questions: tuple[Question, ...]
+    """In the order of the file; one or more."""
+    digest: str
+    """SHA-256 of the (unpacked) bytes, to know the same questions again."""
+
+
+def is_question_file(name: str) -> bool:
+    """Whether a name is one of a file of questions rather than of a task."""
+    return name.removesuffix(".gz").endswith((".jsonl", ".json"))
+
+
+def read_question_file(path: str | Path) -> QuestionFile:
+    """The questions of a file. Raises `UserError`, in one line, for a file that is missing, torn, empty or of another shape."""
+    path = Path(path)
+    data = file_bytes(path)
+    questions = tuple(_question(path, number, record) for number, record in json_lines(path, data.split(b"\n"), _RULE))
+    if not questions:
+        raise UserError(f"{path}: there is no question in it: {_RULE}")
+    return QuestionFile(
+        name=Path(path.name.removesuffix(".gz")).stem, questions=questions, digest=hashlib.sha256(data).hexdigest()
+    )
+
+
+def _question(path: Path, number: int, record: Any) -> Question:
+    def refuse(what: str) -> UserError:
+        return UserError(f"{path} line {number}: {what}: {_RULE}")
+
+    if not isinstance(record, dict):
+        raise refuse("not an object")
+    missing = [name for name in ("input", "choices", "gold") if name not in record]
+    if missing:
+        raise refuse(f"no '{missing[0]}'")
+    text, choices, gold, prefix = record["input"], record["choices"], record["gold"], record.get("prefix", "")
+    if not isinstance(text, str) or not text.strip() or not isinstance(prefix, str):
+        raise refuse("'input' or 'prefix' is no text")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
+        raise refuse("'choices' are not 2 or more texts")
+    if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
+        raise refuse(f"'gold' is {gold!r} and there are {len(choices)} choices")
+    return Question(prefix=prefix, input=text, choices=tuple(choices), gold=gold)
+
+
+_PARQUET_ROWS = 256
+"""Rows in memory at once."""
+
+
+class TextStream:
+    """The file's text in order: a document at a time where each has a line or a row of its own, else about `characters` at a
+    time, cut at a line's end where there is one. Blank texts are left out. Raises `UserError`, in one line, where reading
+    comes to something that can't be read.
+    """
+
+    def __init__(self, path: Path, characters: int):
+        check_there(path)
+        self.share = 0.0
+        """Of the file's bytes, or a parquet file's rows, those that were read."""
+        self._path, self._characters = path, characters
+
+    def __iter__(self) -> Iterator[str]:
+        if self._path.suffix == ".parquet":
+            texts = self._column()
+        else:
+            texts = self._lines() if holds_lines(self._path) else self._blocks()
+        return (text for text in texts if text and text.strip())
+
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        """The unpacked bytes; `share` follows."""
+        path = self._path
+        try:
+            with path.open("rb") as raw:
+                self._raw, self._size = raw, max(1, path.stat().st_size)
+                with gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw as file:
+                    yield file
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: it is not UTF-8: save the file as UTF-8") from error
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: it can't be read ({one_line(error)}): fetch it again") from error
+
+    def _note(self) -> None:
+        self.share = self._raw.tell() / self._size
+
+    def _lines(self) -> Iterator[str]:
+        with self._opened() as file:
+            lines = (line.removesuffix(b"\n") for line in file)
+            for number, record in json_lines(self._path, lines, TEXT_RULE):
+                self._note()
+                yield text_of(self._path, number, record)
+
+    def _blocks(self) -> Iterator[str]:
+        with self._opened() as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+            rest = ""
+            while part := text.read(self._characters - len(rest)):
+                self._note()
+                block = rest + part
+                cut = block.rfind("\n") + 1 or len(block)
+                yield block[:cut]
+                rest = block[cut:]
+            yield rest
+
+    def _column(self) -> Iterator[str]:
+        """The `text` of a parquet file's rows."""
+        from pyarrow import ArrowInvalid, parquet
+
+        path = self._path
+        try:
+            with parquet.ParquetFile(path) as file:
+                found, done, total = file.schema_arrow.names, 0, max(1, file.metadata.num_rows)
+                if "text" not in found:
+                    raise UserError(
+                        f"{path}: no column 'text' among {', '.join(found)}: rename the one that holds the text"
+                    )
+                for rows in file.iter_batches(_PARQUET_ROWS, columns=["text"]):
+                    done += len(rows)
+                    self.share = done / total
+                    yield from rows["text"].to_pylist()
+        except (OSError, ArrowInvalid) as error:
+            raise UserError(f"{path}: it can't be read ({one_line(error)}): fetch it again") from error

@@ -19,15 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kvfold.cache.allocator import CacheFull
-from kvfold.engine.answers import Answer, Deliver, Live, Piece
+from kvfold.engine.answers import Answer, Deliver, Live, Piece, TextStream
 from kvfold.engine.budget import Budget, KeptRatios
-from kvfold.engine.params import Question, SamplingParams, parse_question
-from kvfold.engine.request import FinishReason, Request
+from kvfold.engine.request import FinishReason, Question, Request, SamplingParams, parse_question
 from kvfold.engine.runner import Runner
-from kvfold.engine.sampler import SamplingState, sample, token_logprobs
+from kvfold.engine.sampler import Grammars, SamplingState, sample, token_logprobs
 from kvfold.engine.scheduler import PREFILL_TOKENS, Scheduler
-from kvfold.engine.structured import Grammars
-from kvfold.engine.text import TextStream
 from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.units import parse_size
@@ -35,7 +32,7 @@ from kvfold.models.decoder import FoldForCausalLM
 from kvfold.ops.native import free_openmp_threads
 
 Asked = str | Sequence[int] | Mapping[str, Any]
-"""A request: a text, token ids, or an object with OpenAI's field names (`params.SamplingParams`, `params.Question`)."""
+"""A request: a text, token ids, or an object with OpenAI's field names (`request.SamplingParams`, `request.Question`)."""
 
 
 class Engine:

@@ -15,7 +15,7 @@ import lm_eval.tasks
 from datasets import Dataset
 from lm_eval.tasks import TaskManager
 
-from kvfold.data.choices import QuestionFile, is_question_file, read_question_file
+from kvfold.data.texts import QuestionFile, is_question_file, read_question_file
 from kvfold.errors import UserError
 
 _WORDING = 1

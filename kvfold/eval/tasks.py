@@ -55,7 +55,7 @@ def measure_tasks(
 ) -> list[dict[str, Any]]:
     """One row for each task and method, the unfolded model first; those of the models `beside` come last, each under its own.
 
-    `tasks`: names of lm-eval's tasks, also of those in `folder`, and files of questions (`data/choices.py`). `limit`:
+    `tasks`: names of lm-eval's tasks, also of those in `folder`, and files of questions (`data/texts.py`). `limit`:
     questions of a task, its first. `lengths`: tokens of the prompts of synthetic tasks, each a row. `rows`: requests read
     side by side. `peer` loads the same checkpoint as transformers' own class: it is scored by lm-eval's own `hf`, in the last
     row of each task. All names and methods are checked before the first is measured. Raises `UserError` for what is wrong

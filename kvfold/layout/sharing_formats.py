@@ -1,4 +1,4 @@
-"""The grammars in which other projects write down which layers share KV: read from a raw config.json, and written.
+"""The grammars in which other projects write down which layers share KV: read from a raw config.json.
 
 - transformers: `kv_source_layers` (one owner per layer) and `num_kv_shared_layers` (the last N layers read the nearest
   earlier owner of their own attention type);
@@ -14,8 +14,7 @@ from typing import Any
 
 from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
-from kvfold.layout.patterns import OwnerMap, explicit_text, owner_map, trailing
-from kvfold.methods.names import unknown_name
+from kvfold.layout.patterns import owner_map
 
 
 def read_sharing(config: Mapping[str, Any], plain: KVLayout) -> KVLayout:
@@ -37,20 +36,6 @@ def read_sliding(config: Mapping[str, Any]) -> list[bool] | None:
     """Which layers an LCKV text marks as sliding; None where the config holds no such text."""
     text = config.get("layer_types")
     return [part.endswith("s") for part in text.split("_")] if isinstance(text, str) else None
-
-
-def write_sharing(layout: KVLayout, grammar: str) -> dict[str, Any]:
-    """The layout's owner map as config.json keys of `grammar`, a key of `GRAMMARS`.
-
-    Raises `UserError` where the grammar can't say it.
-    """
-    if grammar not in GRAMMARS:
-        raise unknown_name("sharing grammar", grammar, GRAMMARS)
-    return GRAMMARS[grammar](layout)
-
-
-def _owners(layout: KVLayout) -> OwnerMap:
-    return tuple(layer.owner for layer in layout.layers)
 
 
 def _read_list(key: str) -> Callable[[Mapping[str, Any], KVLayout], KVLayout]:
@@ -91,57 +76,3 @@ _READERS: dict[str, Callable[[Mapping[str, Any], KVLayout], KVLayout]] = {
     "sharing_pattern": _read_list("sharing_pattern"),
     "use_cla": _read_hunyuan,
 }
-
-
-def _write_source_layers(layout: KVLayout) -> dict[str, Any]:
-    return {"kv_source_layers": list(_owners(layout))}
-
-
-def _write_trailing(layout: KVLayout) -> dict[str, Any]:
-    owners, num_owners = _owners(layout), len(layout.owners)
-    num_readers, (kinds, _) = layout.num_layers - num_owners, _attention_types(layout)
-    readers_last = layout.owners == tuple(range(num_owners))
-    if num_readers and not (readers_last and owners == trailing(kinds, num_readers)):
-        raise UserError(
-            f"layers '{layout.layers_text()}': num_kv_shared_layers can only say that the last layers read the nearest "
-            "earlier owner of their kind: write kv_source_layers instead, or convert with --layers trailing:N"
-        )
-    return {"num_kv_shared_layers": num_readers}
-
-
-def _write_lckv(layout: KVLayout) -> dict[str, Any]:
-    return {"layer_types": explicit_text(_owners(layout), [layer.window is not None for layer in layout.layers])}
-
-
-def _write_dolomite(layout: KVLayout) -> dict[str, Any]:
-    owners = _owners(layout)
-    for layer in range(1, len(owners)):
-        if owners[layer] < owners[layer - 1]:
-            text = explicit_text(owners, [False] * len(owners))
-            raise UserError(
-                f"layers '{text}': dolomite's sharing_pattern must not decrease, but layer {layer} reads "
-                f"{owners[layer]} after {owners[layer - 1]}: write kv_source_layers instead, or share neighbours only"
-            )
-    return {"sharing_pattern": list(owners)}
-
-
-def _write_hunyuan(layout: KVLayout) -> dict[str, Any]:
-    owners = _owners(layout)
-    # With one owner every factor from the number of layers on says the same: the smallest is written.
-    factor = layout.owners[1] if len(layout.owners) > 1 else layout.num_layers
-    if owners != tuple(layer - layer % factor for layer in range(layout.num_layers)):
-        raise UserError(
-            f"layers '{layout.layers_text()}': cla_share_factor can only say groups of one size counted from layer 0: "
-            "write kv_source_layers instead, or convert with --layers cla2 on an even number of layers"
-        )
-    return {"use_cla": factor > 1, "cla_share_factor": factor}
-
-
-GRAMMARS: dict[str, Callable[[KVLayout], dict[str, Any]]] = {
-    "kv_source_layers": _write_source_layers,
-    "num_kv_shared_layers": _write_trailing,
-    "lckv": _write_lckv,
-    "dolomite": _write_dolomite,
-    "hunyuan": _write_hunyuan,
-}
-"""From the name of a grammar to what writes it."""

@@ -1,16 +1,20 @@
-"""One request from its checked fields to its response: a place in the queue, the engine, a stream or a whole answer."""
+"""One request from its checked fields to its response: a place in the queue, the engine, a stream or a whole answer; and what
+the answer cost, in OpenAI's counts and by what the cache saw and kept.
+"""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 from fastapi import Request
 from fastapi.responses import Response
+from openai.types import CompletionUsage
+from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 from pydantic import BaseModel
 
+from kvfold.engine.request import Usage
 from kvfold.serve.body import read
 from kvfold.serve.errors import ApiError, log_failure
-from kvfold.serve.jobs import Job
-from kvfold.serve.serving import Serving
+from kvfold.serve.serving import Job, Serving
 from kvfold.serve.streaming import DONE, Stream, error_event, unless_gone
 
 
@@ -67,3 +71,25 @@ async def _until_done(asked: Asked, job: Job) -> AsyncIterator[bytes]:
         log_failure(error)
         yield error_event(ApiError(500, "the server failed; its log says more"))
     yield DONE
+
+
+def usage_of(
+    prompt_tokens: int, completion_tokens: int, ended: Sequence[Usage] = (), *, reasoning_tokens: int | None = None
+) -> CompletionUsage:
+    """`ended`: of all answers to the request that have ended. Under `kvfold`: tokens seen, tokens kept (the mean over KV
+    heads) and bytes held at the end, summed over answers, and how many times fewer were kept than seen.
+    """
+    seen, kept = sum(one.seen_tokens for one in ended), sum(one.kept_tokens for one in ended)
+    details = None if reasoning_tokens is None else CompletionTokensDetails(reasoning_tokens=reasoning_tokens)
+    usage = CompletionUsage(
+        prompt_tokens=prompt_tokens, completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=max((one.cached_tokens for one in ended), default=0)),
+        completion_tokens_details=details,
+    )  # fmt: skip
+    if ended:
+        usage.kvfold = {
+            "seen_tokens": seen, "kept_tokens": round(kept, 2), "kv_bytes": sum(one.kv_bytes for one in ended),
+            "compression": round(seen / kept, 3) if kept else None,
+        }  # fmt: skip
+    return usage

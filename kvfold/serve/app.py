@@ -16,7 +16,7 @@ from kvfold.serve import chat, completions, live, responses, watch
 from kvfold.serve.body import read
 from kvfold.serve.errors import ApiError, add_handlers
 from kvfold.serve.fields import ChatRequest, CompletionRequest, DetokenizeRequest, ResponsesRequest, TokenizeRequest
-from kvfold.serve.guard import Guard
+from kvfold.serve.http import Guard
 from kvfold.serve.serving import Serving
 from kvfold.serve.settings import ServerSettings
 

@@ -2,7 +2,7 @@
 
 What may still turn out to be a marker or a call is held back. Formats read: `<think>...</think>`; `<tool_call>` around one
 JSON object a call; and an answer that is nothing but JSON, one object or a list of them, with the name of an offered
-function. Under a forced choice the grammar of `tools.py` leaves only JSON.
+function. Under a forced choice the grammar of `prompts.py` leaves only JSON.
 """
 
 import json
@@ -10,8 +10,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvfold.serve.prompts import REASONING
-from kvfold.serve.tools import ToolChoice
+from kvfold.serve.prompts import REASONING, ToolChoice
 
 CALL = ("<tool_call>", "</tool_call>")
 _ARGUMENTS = ("arguments", "parameters")

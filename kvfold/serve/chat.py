@@ -21,16 +21,13 @@ from openai.types.chat.chat_completion_message_function_tool_call import ChatCom
 
 from kvfold.engine.engine import Answer, Piece
 from kvfold.engine.request import Usage
-from kvfold.serve.answers import respond
+from kvfold.serve.answers import respond, usage_of
 from kvfold.serve.calls import AnswerReader, Part
 from kvfold.serve.errors import ApiError
 from kvfold.serve.fields import ChatRequest
-from kvfold.serve.jobs import LONG_CHARACTERS, Job
-from kvfold.serve.prompts import Prompt
-from kvfold.serve.serving import Serving, finish_reason
+from kvfold.serve.prompts import Prompt, tool_choice
+from kvfold.serve.serving import LONG_CHARACTERS, Job, Serving, finish_reason
 from kvfold.serve.streaming import PING, event, filled
-from kvfold.serve.tools import tool_choice
-from kvfold.serve.usage import usage_of
 
 
 @dataclass(kw_only=True, slots=True)

@@ -29,8 +29,8 @@ def serve(
     api_key: Sequence[str] = (), served_model_name: Sequence[str] = (), max_model_len: int | None = None,
     max_num_seqs: int = 256, max_num_batched_tokens: int = 512, chat_template: str | None = None,
     generation_config: str = "auto", dtype: str | None = None, device: str | None = None, kv_memory: str = "2GB",
-    method: Sequence[str] = (), adapter: str | None = None, device_map: str | None = None,
-    tensor_parallel_size: int = 1, log_requests: bool = False, say: Callable[[str], None] = print, **limits: Any,
+    method: Sequence[str] = (), adapter: str | None = None,
+    say: Callable[[str], None] = print, **limits: Any,
 ) -> None:  # fmt: skip
     """Serve until SIGINT or SIGTERM. The names are vLLM's.
 
@@ -41,7 +41,7 @@ def serve(
     fields of `ServerSettings`. `say` is told where the server listens. Raises `UserError`, in one line, for whatever can't
     be served.
     """
-    if device_map is not None or tensor_parallel_size != 1 or (device and "," in device):
+    if device and "," in device:
         raise UserError(
             "serving takes 1 device, got several: run a server on each device, or a layout that vLLM knows under vLLM"
         )
@@ -53,7 +53,7 @@ def serve(
     keys = tuple(api_key) or tuple(os.environ.get("KVFOLD_API_KEY", "").split())
     settings = ServerSettings(
         model_names=tuple(served_model_name) or (_name(source),), host=host, port=port, api_keys=keys,
-        max_model_len=max_model_len, chat_template=_template(chat_template), log_requests=log_requests,
+        max_model_len=max_model_len, chat_template=_template(chat_template),
         **{name: value for name, value in limits.items() if value is not None},
     )  # fmt: skip
     set_up_log()

@@ -12,13 +12,11 @@ from openai.types.completion_choice import Logprobs
 
 from kvfold.engine.engine import Answer, Piece
 from kvfold.engine.request import Usage
-from kvfold.serve.answers import respond
+from kvfold.serve.answers import respond, usage_of
 from kvfold.serve.errors import ApiError
 from kvfold.serve.fields import CompletionRequest
-from kvfold.serve.jobs import LONG_CHARACTERS, Job
-from kvfold.serve.serving import Serving, finish_reason
+from kvfold.serve.serving import LONG_CHARACTERS, Job, Serving, finish_reason
 from kvfold.serve.streaming import PING, event, filled
-from kvfold.serve.usage import usage_of
 
 DEFAULT_MAX_TOKENS = 16
 

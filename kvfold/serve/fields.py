@@ -1,6 +1,6 @@
 """What clients send, field by field: OpenAI's and vLLM's names, which of them the engine gets, and which are refused.
 
-Ranges are the engine's business (`kvfold.engine.params`); here is what a field may look like at all. A field that nobody
+Ranges are the engine's business (`kvfold.engine.request`); here is what a field may look like at all. A field that nobody
 knows is ignored, as OpenAI's servers do; one that would change the answer and can't be honoured is an error.
 """
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
-from kvfold.serve.errors import ApiError, unsupported
+from kvfold.serve.errors import unsupported
 
 MAX_STOPS = 64
 MAX_TOOLS = 128
@@ -222,10 +222,3 @@ class DetokenizeRequest(BaseModel):
     tokens: Any = Field(
         description="Token ids.", json_schema_extra={"type": "array", "items": {"type": "integer", "minimum": 0}}
     )
-
-
-def check_method(fields: KvfoldFields | None, methods: tuple[str, ...]) -> None:
-    """Raise `ApiError` for a method that was not loaded; the engine would say so too, without the field's name."""
-    time = fields.time if fields else None
-    if time is not None and not time.strip():
-        raise ApiError(400, f"kvfold.time must be one of the methods loaded: {', '.join(methods)}", param="kvfold.time")

@@ -13,15 +13,13 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response as HttpResponse
 from openai.types.responses import Response
 
-from kvfold.serve.answers import respond
+from kvfold.serve.answers import respond, usage_of
 from kvfold.serve.calls import AnswerReader, Part
 from kvfold.serve.chat import ChatCall
 from kvfold.serve.errors import ApiError, unsupported
 from kvfold.serve.fields import Base, ChatRequest, ResponsesRequest
-from kvfold.serve.jobs import Job
-from kvfold.serve.serving import Serving
+from kvfold.serve.serving import Job, Serving
 from kvfold.serve.streaming import PING, event
-from kvfold.serve.usage import usage_of
 
 _CALLS = ("function_call",)
 _ITEM_OF = {"reasoning": "reasoning", "content": "message", "call": "function_call", "arguments": "function_call"}

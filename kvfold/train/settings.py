@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 from pydantic import model_validator as validator
 
 from kvfold.errors import UserError
-from kvfold.layout.per_layer import split_per_owner
+from kvfold.layout.kvlayout import split_per_owner
 from kvfold.methods.base import Method
 from kvfold.methods.registry import parse_time
 from kvfold.train.schedules import LearningRate, Retention, Stages, learning_rate_factor

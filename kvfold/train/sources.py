@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from kvfold.data.streams import TextStream
+from kvfold.data.texts import TextStream
 from kvfold.errors import UserError, one_line
 
 _TEXT_ENDINGS = (".txt", ".md", ".json", ".jsonl", ".gz")

@@ -40,9 +40,9 @@ def raising(monkeypatch):
 
     def prepare(error: BaseException) -> None:
         code = compile("def plan_rows(*given, **named):\n    raise error", "somewhere.py", "exec")
-        scope = {"error": error, "__name__": "kvfold.layout.plan_rows"}
+        scope = {"error": error, "__name__": "kvfold.layout.planner"}
         exec(code, scope)
-        monkeypatch.setattr("kvfold.layout.plan_rows.plan_rows", scope["plan_rows"])
+        monkeypatch.setattr("kvfold.layout.planner.plan_rows", scope["plan_rows"])
 
     return prepare
 

@@ -4,8 +4,7 @@ import hashlib
 from dataclasses import dataclass, field
 
 from kvfold.engine.budget import SequenceCost, always_kept
-from kvfold.engine.params import SamplingParams
-from kvfold.engine.request import Request
+from kvfold.engine.request import Request, SamplingParams
 from kvfold.layout.kvlayout import KVLayout
 
 METHODS = ("full", "window:24+4", "h2o:16+16", "dms:8", "dmc:12")

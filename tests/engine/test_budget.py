@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfold.engine.budget import LENGTHS, Budget, KeptRatios, SequenceCost
-from kvfold.engine.params import SamplingParams
+from kvfold.engine.request import SamplingParams
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import layout_bytes
 from simulated import METHODS, costs, layout, make_request

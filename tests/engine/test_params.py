@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvfold.engine.params import SamplingParams, parse_question
+from kvfold.engine.request import SamplingParams, parse_question
 
 
 def test_a_text_and_token_ids_are_short_for_a_prompt():

@@ -8,8 +8,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
-from kvfold.engine.params import SamplingParams
-from kvfold.engine.request import Request
+from kvfold.engine.request import Request, SamplingParams
 from kvfold.engine.sampler import SamplingState, adjusted, sample, truncated, uniform
 from slow_sampler import slow_sample, slow_scores
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from byte_tokenizer import EOS, VOCAB_SIZE, byte_tokenizer
-from kvfold.engine.sampler import sample
-from kvfold.engine.structured import Grammars
+from kvfold.engine.sampler import Grammars, sample
 from test_sampler import make_state
 
 TOKENIZER = byte_tokenizer()

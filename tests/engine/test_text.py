@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from byte_tokenizer import EOS, byte_tokenizer
-from kvfold.engine.text import StopFinder, TextStream
+from kvfold.engine.answers import StopFinder, TextStream
 
 BYTES = byte_tokenizer()
 

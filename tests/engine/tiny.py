@@ -6,7 +6,7 @@ import torch
 
 from byte_tokenizer import EOS, VOCAB_SIZE, byte_tokenizer
 from kvfold.cache.hf import FoldCache
-from kvfold.engine.params import parse_question
+from kvfold.engine.request import parse_question
 from kvfold.engine.sampler import SamplingState, adjusted, sample, uniform
 from kvfold.methods.gates import GateConfig
 from kvfold.methods.registry import method_class

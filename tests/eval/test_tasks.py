@@ -104,7 +104,7 @@ def test_a_question_is_worded_without_doubled_spaces():
 
 
 def find_tasks_of(question):
-    from kvfold.data.choices import Question, QuestionFile
+    from kvfold.data.texts import Question, QuestionFile
 
     one = Question(**{**question, "choices": tuple(question["choices"])})
     return task_names._task_of_file(QuestionFile(name="one", questions=(one,), digest="")).load()["tasks"]["one"]

@@ -2,8 +2,7 @@
 
 import pytest
 
-from kvfold.layout.plan_rows import plan_rows
-from kvfold.layout.planner import plan
+from kvfold.layout.planner import plan, plan_rows
 
 
 def test_each_axis_alone_and_all_together():

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from kvfold.serve.calls import AnswerReader
-from kvfold.serve.tools import tool_choice
+from kvfold.serve.prompts import tool_choice
 
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("add", "say")]
 ADD = '{"name": "add", "arguments": {"a": [1, {"b": "}]\\" <tool_call> "}], "c": null}}'

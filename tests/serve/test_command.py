@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     ("wrong", "word"),
     [
-        ({"model": None}, "--demo"), ({"device_map": "auto"}, "1 device"), ({"tensor_parallel_size": 2}, "1 device"),
+        ({"model": None}, "--demo"),
         ({"device": "cuda:0,cuda:1"}, "1 device"), ({"model": "no/such-model"}, "no/such-model"), ({"port": -1}, "port"),
         ({"chat_template": "nowhere.jinja"}, "chat_template"), ({"max_model_len": 10**6}, "max_model_len"),
         ({"method": ["nonsense"]}, "nonsense"), ({"generation_config": "nowhere"}, "generation_config"),
