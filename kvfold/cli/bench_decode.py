@@ -46,8 +46,8 @@ def decode(
     Example: `kvfold bench decode my-model --batch 8 --prompt 256 --time full --time h2o:64+64`
     """
     from kvfold.bench.filled import bench_filled
-    from kvfold.bench.peers import load_theirs
-    from kvfold.report.tables import decode_table, table_of
+    from kvfold.eval.peer import load_theirs
+    from kvfold.report.sheets import decode_table, table_of
 
     named, points = _peers(peers), _points(batch, prompt, new)
     _check_filled(

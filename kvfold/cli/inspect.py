@@ -29,7 +29,7 @@ def inspect(
     """
     from kvfold.bench.document import check_heads, read_document
     from kvfold.data.windows import text_beginning
-    from kvfold.report.tables import document_table
+    from kvfold.report.sheets import document_table
 
     heads = [_head(one) for one in head or []]
     file = read_text_file(text or SAMPLE)
