@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 import kvfold
-from kvfold.bench.serve_requests import parse_lengths
+from kvfold.bench.serve import parse_lengths
 from kvfold.data.texts import read_text_file
 from kvfold.data.whole_file import write_whole_file
 from kvfold.engine.budget import KeptRatios, SequenceCost

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import kvfold
 from kvfold.cache.training import TrainingView
-from kvfold.convert.least_squares import LeastSquares
+from kvfold.convert.fitted_group import LeastSquares
 from kvfold.data.texts import read_text_file
 from kvfold.data.windows import text_windows
 from kvfold.eval.scoring import next_token_logits

@@ -1,7 +1,7 @@
 """What only a GPU can show, in one run of under ten minutes: kernels checked against the plain form, then timed.
 
 The run is a list of row functions, those that matter most first. Each takes the GPU, or None where there is none, and yields
-rows (gpu_rows.py). A row that fails stops nothing, and what the time did not reach is `not measured`.
+rows (gpu_kernels.py). A row that fails stops nothing, and what the time did not reach is `not measured`.
 Usage: `python -m kvfold.bench.gpu FILE.json`. The file is written anew after each row, so that a run that is cut short leaves
 what it had.
 """
@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from kvfold.bench import gpu_kernels
-from kvfold.bench.gpu_rows import Gpu, Row, RowFunction
+from kvfold.bench.gpu_kernels import Gpu, Row, RowFunction
 
 SECONDS = 540
 """After so long no further row is begun."""

@@ -1,19 +1,109 @@
 """Rows of a GPU run about the kernels of decode attention alone: checked against the plain form, then timed.
 
+A row has labels, which are known beforehand, and figures, or a `state` of `not measured` or `failed` with the reason. So a
+table has the same rows on a machine without a GPU, and no figure that was not measured.
 Letters: L layers, B sequences, K kv heads, D head dim.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvfold.bench.decode_calls import VARIANTS, Call, Variant, random_call
-from kvfold.bench.gpu_rows import Gpu, Row, measured
 from kvfold.ops.paged import DecodeBatch, decode_reference
+
+Row = dict[str, Any]
+
+
+@dataclass(kw_only=True, slots=True)
+class Gpu:
+    """The device, and how much time is left on it."""
+
+    device: torch.device
+    """A CUDA device; tests use the CPU and Triton's interpreter."""
+    attend: Callable[..., Tensor]
+    """`decode_triton`."""
+    deadline: float
+    """When, by `time.monotonic`, no further row is begun."""
+    bandwidth: float | None = None
+    """Bytes per second of a long read or copy; `bandwidth_rows` measures it."""
+    repeats: int = 20
+    """Timed runs behind each median."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """What row functions leave for those after them."""
+
+    def milliseconds(self, work: Callable[[], None]) -> Row:
+        """Median, least and most time of `work` on the device."""
+        work()
+        self._wait()
+        times = []
+        for _ in range(self.repeats):
+            if self.device.type == "cuda":
+                before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                before.record()
+                work()
+                after.record()
+                self._wait()
+                times.append(before.elapsed_time(after))
+            else:
+                start = time.perf_counter()
+                work()
+                times.append(1e3 * (time.perf_counter() - start))
+        return {"median": statistics.median(times), "min": min(times), "max": max(times)}
+
+    def host_microseconds(self, work: Callable[[], None], calls: int) -> float:
+        """Time that the host takes to put `work`, which makes so many calls, on the stream: each call's share."""
+        self._wait()
+        start = time.perf_counter()
+        work()
+        elapsed = time.perf_counter() - start
+        self._wait()
+        return 1e6 * elapsed / calls
+
+    def captured(self, work: Callable[[], None]) -> Callable[[], None]:
+        """`work` as a CUDA graph: its replay. On a CPU `work` itself."""
+        if self.device.type != "cuda":
+            return work
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            work()  # compiles, which can't be captured
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return graph.replay
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+RowFunction = Callable[[Gpu | None], Iterator[Row]]
+
+
+def measured(gpu: Gpu | None, labels: Row, figures: Callable[[], Row]) -> Row:
+    """A row with its figures, or with the reason why it has none."""
+    if gpu is None:
+        return labels | {"state": "not measured", "why": "no GPU"}
+    if time.monotonic() > gpu.deadline:
+        return labels | {"state": "not measured", "why": "out of time"}
+    try:
+        return labels | {"state": "measured", **figures()}
+    except Exception as problem:  # whatever it is, the other rows are still worth their time
+        return labels | {"state": "failed", "why": f"{type(problem).__name__}: {_first_line(problem)}"}
+
+
+def _first_line(problem: Exception) -> str:
+    return str(problem).partition("\n")[0]
+
 
 _BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Largest relative error of an output, as ||ours - theirs|| / ||theirs||, by q's dtype: weights and values are rounded to it."""

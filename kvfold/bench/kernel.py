@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.bench.reader import BUFFER_BYTES, Reader
+from kvfold.bench.roofline import BUFFER_BYTES, Reader
 from kvfold.ops import native
 from kvfold.ops.paged import DecodeBatch, decode_attention
 from kvfold.ops.quantised import page_width, quantise, scale_groups, storage_dtype

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from kvfold.bench.peers import load_theirs
-from kvfold.bench.serve import ServeRun, Side
-from kvfold.bench.serve_requests import Wanted
+from kvfold.bench.serve import ServeRun, Side, Wanted
 from kvfold.bench.vllm_peer import VllmPeer
 from kvfold.errors import UserError
+from kvfold.eval.peer import load_theirs
 from kvfold.models.decoder import FoldForCausalLM
 
 PEERS = ("generate", "transformers", "continuous", "vllm")

@@ -31,7 +31,7 @@ def prefill(
     Example: `kvfold bench prefill my-model --batch 8 --prompt 4096 --time full --time window:508+4`
     """
     from kvfold.bench.prefill import bench_prefill
-    from kvfold.report.tables import table_of
+    from kvfold.report.sheets import table_of
 
     ours, tokenizer = loading.load(model, times=time)
     ids = _prompts(text, tokenizer, batch, prompt)
@@ -71,7 +71,7 @@ def capacity(
     """
     from kvfold.bench.capacity import bench_capacity
     from kvfold.layout.units import parse_size
-    from kvfold.report.tables import table_of
+    from kvfold.report.sheets import table_of
 
     budget = parse_size(kv_memory)
     ours, tokenizer = loading.load(model, times=time)
@@ -121,7 +121,7 @@ def kernel(
 
     from kvfold.bench.kernel import KernelShape, measure_kernel
     from kvfold.ops.native import KINDS
-    from kvfold.report.tables import table_of
+    from kvfold.report.sheets import table_of
 
     unknown = sorted(set(storage or ()) - set(KINDS))
     if unknown:
@@ -154,7 +154,7 @@ def gpu(*, output: Output) -> None:
     Example: `kvfold bench gpu --out results/gpu/kernels.json`
     """
     from kvfold.bench.gpu import bench_gpu
-    from kvfold.report.tables import table_of
+    from kvfold.report.sheets import table_of
 
     result = bench_gpu()
     counted = Counter(row["state"] for row in result["rows"])
@@ -184,7 +184,7 @@ def train(
     need_packages("accelerate", "peft", extra="train", what="training")
     from kvfold.bench.train import METHODS, StepPoint, bench_train
     from kvfold.ops.denormals import flush_denormals
-    from kvfold.report.tables import step_table
+    from kvfold.report.sheets import step_table
 
     point = StepPoint(sequence_tokens=sequence, batch_sequences=batch, trains=train)
     flush_denormals()
@@ -240,8 +240,8 @@ def decode(
     Example: `kvfold bench decode my-model --batch 8 --prompt 256 --time full --time h2o:64+64`
     """
     from kvfold.bench.filled import bench_filled
-    from kvfold.bench.peers import load_theirs
-    from kvfold.report.tables import decode_table, table_of
+    from kvfold.eval.peer import load_theirs
+    from kvfold.report.sheets import decode_table, table_of
 
     named, points = _peers(peers), _points(batch, prompt, new)
     _check_filled(

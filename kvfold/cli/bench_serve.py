@@ -54,8 +54,8 @@ def serve(
     need_packages("httpx", extra="serve", what="bench serve")
     if picture is not None:
         need_packages("matplotlib", extra="report", what="--picture")
+    from kvfold.bench.serve import parse_lengths
     from kvfold.bench.serve_http import Load, bench_serve, draw_requests, read_trace, summary_lines
-    from kvfold.bench.serve_requests import parse_lengths
     from kvfold.data.whole_file import write_whole_file
     from kvfold.report.pictures import save_waits
 
@@ -118,11 +118,10 @@ def serve_offline(
 
     Example: `kvfold bench serve-offline my-model --time full --time h2o:64+64 --budget 4 --requests 16`
     """
-    from kvfold.bench.serve import bench_serve, budget_bytes
+    from kvfold.bench.serve import bench_serve, budget_bytes, drawn_requests, parse_lengths, trace_requests
     from kvfold.bench.serve_peers import check_peers, open_peers
-    from kvfold.bench.serve_requests import drawn_requests, parse_lengths, trace_requests
     from kvfold.record import write_result
-    from kvfold.report.tables import serve_table
+    from kvfold.report.sheets import serve_table
 
     check_peers(peers or ())
     bounds = parse_lengths(prompt), parse_lengths(new)

@@ -100,13 +100,13 @@ def evaluate(
 
     Example: `kvfold eval my-model --text notes.txt --time h2o:128+128 --time tova:256 --out results/notes.json`
     """
-    from kvfold.bench.peers import load_theirs
     from kvfold.eval.cells import Cells, model_about, model_key
+    from kvfold.eval.folding import Protocol
     from kvfold.eval.passkey import check_lengths, measure_passkey
+    from kvfold.eval.peer import load_theirs
     from kvfold.eval.perplexity import measure_quality
-    from kvfold.eval.protocol import Protocol
     from kvfold.eval.tasks import measure_tasks
-    from kvfold.report.tables import passkey_table, quality_table, tasks_table
+    from kvfold.report.sheets import passkey_table, quality_table, tasks_table
 
     _check_adapter(loading.adapter, tasks.peers)
     protocol = Protocol(windows=windows, context_tokens=context, batch=batch, call_tokens=chunk)

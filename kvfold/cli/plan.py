@@ -31,7 +31,7 @@ def plan(
     """
     from kvfold.layout.planner import plan_rows
     from kvfold.layout.units import parse_count
-    from kvfold.report.tables import plan_table
+    from kvfold.report.sheets import plan_table
 
     tokens = parse_count(context)
     memory_bytes, fits_in = _memory_of_cache(model, memory, kv_memory)

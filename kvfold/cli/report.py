@@ -44,7 +44,7 @@ def inspect(
     """
     from kvfold.bench.document import check_heads, read_document
     from kvfold.data.windows import text_beginning
-    from kvfold.report.tables import document_table
+    from kvfold.report.sheets import document_table
 
     heads = [_head(one) for one in head or []]
     file = read_text_file(text or SAMPLE)
@@ -71,11 +71,11 @@ def _head(text: str) -> tuple[int, int]:
 def demo(out: Annotated[Path, Option(help="The folder for result files and the page.")] = Path("demo-out")) -> None:
     """Everything on a small real model, in minutes: tables here, result files and a page with pictures in a folder."""
     from kvfold.demo import run_demo
-    from kvfold.report import tables
+    from kvfold.report import sheets
 
     def tables_of(kind: str, result: dict) -> None:
-        found = {"quality": [tables.quality_table], "decode": [tables.decode_table]}.get(kind, [])
-        show(*(table(result) for table in found), *([tables.passkey_table(result)] if "passkey" in result else []))
+        found = {"quality": [sheets.quality_table], "decode": [sheets.decode_table]}.get(kind, [])
+        show(*(table(result) for table in found), *([sheets.passkey_table(result)] if "passkey" in result else []))
 
     check_out(out / "index.html")
     quiet_transformers(bars=False)

@@ -132,7 +132,7 @@ def _run(source: str, out: Path, settings: Any, snapshot: Path | None, loading: 
         _check_snapshot(snapshot, folder)
     need_packages("peft", extra="train", what="training")
     from kvfold.train.retrofit import Retrofit
-    from kvfold.train.watch import watched_steps
+    from kvfold.train.run_folder import watched_steps
 
     model, tokenizer = loading.load(source)
     teacher = None if settings.teacher is None else loading.load(settings.teacher)[0]

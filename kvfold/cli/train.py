@@ -74,7 +74,7 @@ def _run(recipe: str, out: Path, settings: Any, factor: float | None, device: st
         _say_plan(recipe, settings)
     folder, name = RunFolder(out=out), recipe if factor is None else f"{recipe} --sweep-lr {factor:g}"
     if factor is not None:
-        from kvfold.train.sweep import rates
+        from kvfold.train.pretrain import rates
 
         rates(settings.learning_rate, factor)
     if leads():  # the others would meet it half begun
@@ -98,7 +98,7 @@ def _trainer_of(recipe: str, device: str | None, *, text: Path) -> Any:
     import torch
 
     from kvfold.train.pretrain import Pretrain
-    from kvfold.train.watch import watched_steps
+    from kvfold.train.run_folder import watched_steps
 
     where = torch.device(device or "cpu")
     about = begin_training(where)
@@ -117,10 +117,9 @@ def _trainer_of(recipe: str, device: str | None, *, text: Path) -> Any:
 
 def _swept(name: str, settings: Any, factor: float, folder: Any, train_one: Any) -> list[dict[str, Any]]:
     """The runs of a sweep; the best one's files become the result."""
-    from kvfold.train.pretrain import begin
+    from kvfold.train.pretrain import begin, copy_result, sweep
     from kvfold.train.results import pretrain_card
     from kvfold.train.run_folder import leads
-    from kvfold.train.sweep import copy_result, sweep
 
     if not leads():
         sweep(settings, factor, folder.out, train_one, say=lambda line: None)
@@ -154,7 +153,7 @@ def _say_plan(recipe: str, settings: Any) -> None:
 
 
 def _list(as_json: bool) -> None:
-    from kvfold.report.tables import table_of
+    from kvfold.report.sheets import table_of
     from kvfold.train.design_space import recipes
 
     rows = [

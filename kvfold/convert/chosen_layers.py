@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from kvfold.convert.conversion import Conversion, converted_model, new_config
-from kvfold.convert.fitted import Fit, Report, do_layer
-from kvfold.convert.fitted_state import fingerprint_of
+from kvfold.convert.fitted import Fit, Report, do_layer, fingerprint_of
 from kvfold.convert.fitted_streams import Streams
 from kvfold.errors import UserError
 from kvfold.eval.scoring import score

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from kvfold.convert.export import export_model, family_config
 from kvfold.convert.fitted import Fit, Report, fit
-from kvfold.convert.heads import like_heads_together, merge_heads, reorder_heads
-from kvfold.convert.layers import average_groups, drop_readers
+from kvfold.convert.heads import average_groups, drop_readers, like_heads_together, merge_heads, reorder_heads
 from kvfold.errors import UserError
 from kvfold.integrations import vllm
 from kvfold.layout.kvlayout import KVLayout

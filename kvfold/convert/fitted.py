@@ -6,27 +6,106 @@ good above as far as it can be. In each layer: keys and values of a group (fitte
 feed-forward block's last projection, both by ridge regression towards what they were. Each token's error counts relative to
 the size of the original's stream, as every norm above will see it: a few tokens with massive activations would rule
 everything else. How strong a ridge is, held-out calibration text decides: in sample weak ones always look better, and on any
-other text they are far worse.
+other text they are far worse. Queries are turned towards their new keys by a few gradient steps on their projection. Each
+finished layer is a file of weights in a folder, so that fitting goes on where it was.
 
 Source: ours.
 Differs: none.
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kvfold.convert.fitted_group import Part, fit_keys, fit_values, matching_order, put_in_order
-from kvfold.convert.fitted_queries import refit_queries
-from kvfold.convert.fitted_state import FitState, fingerprint_of
-from kvfold.convert.fitted_streams import Streams
-from kvfold.convert.layer_halves import Half, feed_half, stream_behind, wanted_raw
-from kvfold.convert.least_squares import LeastSquares
+from kvfold.convert.fitted_group import LeastSquares, Part, fit_keys, fit_values, matching_order, put_in_order
+from kvfold.convert.fitted_streams import Half, Streams, feed_half, stream_behind, wanted_raw
 from kvfold.errors import UserError
 from kvfold.models.decoder import FoldForCausalLM
+
+
+class FitState:
+    """The finished layers of one fit. A folder of another model, text or setting is begun anew. `None`: nothing is kept."""
+
+    def __init__(self, folder: Path | None, fingerprint: str):
+        self._folder, self._fingerprint = folder, fingerprint
+
+    def read(self, layer: int) -> dict[str, Tensor] | None:
+        """The weights that this layer's turn changed; None where it isn't finished, or was for something else."""
+        if self._folder is None:
+            return None
+        try:
+            with safe_open(self._path(layer), framework="pt") as file:
+                if (file.metadata() or {}).get("fingerprint") != self._fingerprint:
+                    return None
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        except (OSError, SafetensorError):
+            return None
+
+    def write(self, layer: int, weights: Mapping[str, Tensor]) -> None:
+        """Keep what this layer's turn changed; found whole or not at all."""
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial = self._path(layer).with_suffix(".partial")
+        tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+        save_file(tensors, partial, metadata={"fingerprint": self._fingerprint})
+        os.replace(partial, self._path(layer))
+
+    def _path(self, layer: int) -> Path:
+        return self._folder / f"layer-{layer:04d}.safetensors"
+
+
+def fingerprint_of(original: FoldForCausalLM, converted: FoldForCausalLM, ids_WT: Tensor, options: object) -> str:
+    """What decides a fit's result: weights (by their sums), both layouts, the text, the options."""
+    digest = hashlib.sha256(ids_WT.to(torch.int64).cpu().numpy().tobytes())
+    for model in (original, converted):
+        digest.update(repr(model.config.layout.to_json()).encode())
+        for name, weight in model.state_dict().items():
+            digest.update(f"{name} {weight.double().sum().item()!r}".encode())
+    digest.update(repr(options).encode())
+    return digest.hexdigest()
+
+
+def refit_queries(
+    layer: nn.Module,
+    given: Callable[[int], Tensor],
+    wanted: Sequence[tuple[Tensor, Tensor]],
+    *,
+    steps: int,
+    rate: float,
+) -> None:
+    """`steps` Adam steps on W_q, one batch each, so that the attention block gives what is wanted of it.
+
+    `given(place)`: what the output projection gives for a batch, [B, T, C]; `wanted[place]`: what it should give, and how
+    much each token's squared error counts, [B, T]. `rate` is the first step's size as a share of the weights' own; it falls
+    to zero along a cosine.
+    """
+    projection, asked = layer.self_attn.q_proj, [one for one in layer.parameters() if one.requires_grad]
+    for one in asked:
+        one.requires_grad_(False)
+    projection.weight = nn.Parameter(projection.weight.detach().clone())
+    start = rate * float(projection.weight.detach().square().mean().sqrt())
+    adam = torch.optim.Adam([projection.weight], lr=start, betas=(0.9, 0.95))
+    with torch.enable_grad():
+        for step in range(steps):
+            adam.param_groups[0]["lr"] = start * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+            place = step % len(wanted)
+            goal, weight = wanted[place]
+            loss = ((given(place) - goal).square().sum(dim=-1) * weight).mean()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+    for one in asked:
+        one.requires_grad_(True)
+
 
 Report = Callable[[str, int, int], None]
 """Takes what is being done, how much of it is done, and how much there is."""

@@ -22,8 +22,8 @@ from kvfold.eval.beside import Beside, about_beside, opened
 from kvfold.eval.cells import Cells, layout_key, model_key
 from kvfold.eval.folding import method_about, method_layouts, with_unfolded
 from kvfold.eval.peer import PEER, Peer, largest_difference, likelihoods
+from kvfold.eval.perplexity import paired_difference
 from kvfold.eval.progress import Report
-from kvfold.eval.rows import paired_difference
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 

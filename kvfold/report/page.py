@@ -19,7 +19,7 @@ from kvfold.data.whole_file import write_whole_file
 from kvfold.errors import need_packages
 from kvfold.methods.base import Method
 from kvfold.methods.registry import method_class
-from kvfold.report import design, heads, maps, numbers, pictures, series, sheets
+from kvfold.report import design, heads, numbers, pictures, series, sheets
 from kvfold.report.drawing import COLOURS, svg
 from kvfold.report.numbers import MISSING, amount, count, difference, percent, size
 from kvfold.report.results import Group, Result, group_results, number, read_results, rows_of, words
@@ -78,7 +78,7 @@ def _templates() -> Environment:
     environment = Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    rooms = {one.__name__.rpartition(".")[2]: one for one in (design, heads, maps, numbers, pictures, series, sheets)}
+    rooms = {one.__name__.rpartition(".")[2]: one for one in (design, heads, numbers, pictures, series, sheets)}
     asked = (best_way, draw, number, other_commits, passkey_grids, protocol_text, side_by_side, summary, words)
     environment.globals |= rooms | {one.__name__: one for one in asked} | {"MISSING": MISSING}
     environment.filters |= {"head_map": heads.head_map, "compression_map": heads.compression_map}
@@ -102,7 +102,7 @@ class Panel:
 def draw(
     picture: Callable[..., Any], *about: Any, spoken: str, wide: float = WIDE, title: str = "", **options: Any
 ) -> list[Panel]:
-    """A picture of pictures.py or maps.py, as a list of one; none where there is nothing to draw. `spoken`: what it shows."""
+    """A picture of pictures.py or heads.py, as a list of one; none where there is nothing to draw. `spoken`: what it shows."""
     of_width = partial(picture, *about, **options)
     figure = of_width(width=wide)
     if figure is None:

@@ -22,9 +22,8 @@ from kvfold.data.whole_file import write_whole_file
 from kvfold.data.windows import opening_tokens
 from kvfold.errors import UserError
 from kvfold.eval.progress import Report
-from kvfold.train.data import CHARACTERS_A_TOKEN, PIECE_SEQUENCES, blocks_of
+from kvfold.train.data import CHARACTERS_A_TOKEN, PIECE_SEQUENCES, blocks_of, training_texts
 from kvfold.train.pretrain_settings import PretrainSettings
-from kvfold.train.sources import training_texts
 
 END_OF_TEXT = "<|endoftext|>"
 _MOST_CHARACTERS = 20_000_000

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from kvfold.data.whole_file import write_whole_file
 from kvfold.errors import UserError
+from kvfold.eval.folding import Protocol
 from kvfold.eval.perplexity import measure_quality
 from kvfold.eval.progress import Report, silent
-from kvfold.eval.protocol import Protocol
 from kvfold.models.adapters import Base
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.train.calibrate import calibrate, least_missed_channel, measure_kept_ratios

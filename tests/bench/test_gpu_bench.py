@@ -14,7 +14,7 @@ import torch
 
 from kvfold.bench import gpu, gpu_kernels
 from kvfold.bench.decode_calls import VARIANTS, Variant, random_call
-from kvfold.bench.gpu_rows import Gpu, measured
+from kvfold.bench.gpu_kernels import Gpu, measured
 from kvfold.ops.paged import decode_reference
 
 NEEDS_TRITON = pytest.mark.skipif(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvfold.bench import kernel
-from kvfold.bench.reader import Reader
+from kvfold.bench.roofline import Reader
 from kvfold.methods.bits import storage_bytes
 from kvfold.ops import native
 

@@ -5,9 +5,16 @@ import json
 import pytest
 
 from byte_tokenizer import byte_tokenizer
-from kvfold.bench.serve import bench_serve, budget_bytes, run_engine
+from kvfold.bench.serve import (
+    Wanted,
+    bench_serve,
+    budget_bytes,
+    drawn_requests,
+    parse_lengths,
+    run_engine,
+    trace_requests,
+)
 from kvfold.bench.serve_peers import batch_side
-from kvfold.bench.serve_requests import Wanted, drawn_requests, parse_lengths, trace_requests
 from kvfold.data.texts import TextFile
 from tiny import tiny_model
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kvfold.bench import kernel, roofline
-from kvfold.bench.reader import Reader
+from kvfold.bench.roofline import Reader
 
 FILLED = "bench decode tiny --batch 2 --prompt 48 --new 2 --repeats 1 --filled"
 

@@ -5,7 +5,7 @@ import torch
 
 from kvfold.convert.conversion import Conversion, convert, converted_model, new_config
 from kvfold.convert.fitted import Fit, fit, held_places
-from kvfold.convert.least_squares import LeastSquares
+from kvfold.convert.fitted_group import LeastSquares
 from kvfold.models.decoder import FoldForCausalLM
 
 FAMILIES = [

@@ -312,5 +312,5 @@ def test_what_was_not_measured_reads_so(page_of):
 
 def test_reading_and_tables_need_neither_torch_nor_matplotlib():
     heavy = "{'torch', 'transformers', 'matplotlib', 'numpy'}"
-    code = f"import kvfold.report.page, kvfold.report.tables, sys; assert not {heavy} & set(sys.modules)"
+    code = f"import kvfold.report.page, kvfold.report.sheets, sys; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -3,7 +3,7 @@ import io
 from rich.console import Console
 
 import report_samples as samples
-from kvfold.report.tables import decode_table, passkey_table, plan_table, quality_table, tasks_table
+from kvfold.report.sheets import decode_table, passkey_table, plan_table, quality_table, tasks_table
 
 
 def _printed(table, width=200) -> str:

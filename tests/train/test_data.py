@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from byte_tokenizer import BOS, byte_tokenizer
-from kvfold.train.data import TrainingOrder, draw_text
-from kvfold.train.sources import training_texts
+from kvfold.train.data import TrainingOrder, draw_text, training_texts
 
 
 @pytest.fixture

@@ -13,10 +13,9 @@ from kvfold.train import objectives
 from kvfold.train.design_space import recipes
 from kvfold.train.loop import DivergedError
 from kvfold.train.packing import packed
-from kvfold.train.pretrain import Pretrain
+from kvfold.train.pretrain import Pretrain, copy_result, sweep
 from kvfold.train.pretrain_settings import PretrainSettings
 from kvfold.train.run_folder import RunFolder, read_curve
-from kvfold.train.sweep import copy_result, sweep
 
 SMALL = {
     "num_layers": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
