@@ -220,7 +220,8 @@ class FoldModel(FoldPreTrainedModel):
         self, given: FoldCache | None, use_cache: bool | None, rows: int, options: CallOptions
     ) -> FoldCache | None:
         """The cache of this call: the one given, a fresh one where one is to come back, or None for the training view."""
-        self._check_layout()
+        if self.config.layout.layers is not self._layers:
+            self._check_layout()
         if given is not None:
             return self._checked(given, options)
         if options.sharing is not None:
