@@ -78,7 +78,7 @@ def run_demo(
         methods = QUICK_METHODS + SLOW_METHODS
         quality = measure_quality(model, tokenizer, [SAMPLE], methods, **settings_of_text)
     say(f"passkeys: a number hidden in {tokens} tokens of filler")
-    quality["passkey"] = measure_passkey(model, tokenizer, HELD_METHODS, lengths=(tokens,), tries=2, **settings)
+    quality["passkey"] = measure_passkey(model, tokenizer, HELD_METHODS, lengths=(tokens,), tries=1, **settings)
     keep("quality", "quality", quality)
     say(f"memory: what the cache holds while {tokens} tokens come in, and which tokens the heads keep")
     ids, pieces = text_beginning(read_text_file(SAMPLE), tokenizer, tokens=tokens)
