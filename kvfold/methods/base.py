@@ -110,7 +110,8 @@ class Method(ABC):
     allows_window: ClassVar[bool] = True
     """Whether owners whose architecture has a sliding window may be under it."""
     places_at_layer: ClassVar[bool] = False
-    """Whether the place of a new token is known only when its owner's layer is reached (a merge), not before."""
+    """Whether the place of a new token is known only when its owner's layer is reached (a merge): it gets keys before rotary
+    positions."""
     gate_form: ClassVar[GateForm | None] = None
     """The gates of a learned method; None = nothing is learned."""
 

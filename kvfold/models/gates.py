@@ -116,15 +116,17 @@ class GateTable:
     freed: tuple[GateConfig | None, ...]
     """Of each layer whose channel carries nothing but decisions: it stays zeroed where gates are off or another method rules.
     Empty where no channel does."""
+    merging: tuple[bool, ...] = ()
+    """Of each layer, whether its method merges keys, which it does before they are rotated; empty = none does."""
 
     is_empty: bool = field(init=False, repr=False, compare=False)
-    """Whether no layer has anything to do with gates."""
+    """Whether no layer has anything to do with gates, or needs its keys as they were before rotary positions."""
     masked: tuple[int | None, ...] = field(init=False, repr=False, compare=False)
     """Of each layer, the channel in which what the base weights write is masked out; None = none."""
 
     def __post_init__(self) -> None:
         # Once, not once a call.
-        object.__setattr__(self, "is_empty", not any(self.configs) and not self.freed)
+        object.__setattr__(self, "is_empty", not any(self.configs) and not self.freed and not any(self.merging))
         masked = tuple(one.channel if one is not None and one.base_masked else None for one in self.configs)
         object.__setattr__(self, "masked", masked)
 
@@ -141,7 +143,8 @@ def gate_table(given: GateConfig | None, layout: KVLayout, *, freed_owners: tupl
     freed: tuple[GateConfig | None, ...] = ()
     if freed_owners and given is not None and given.form.zero_out:
         freed = tuple(given if owner in freed_owners else None for owner in owners)
-    return GateTable(configs=configs, freed=freed)
+    merging = tuple(layout.time_of(owner).places_at_layer for owner in owners)
+    return GateTable(configs=configs, freed=freed, merging=merging)
 
 
 @dataclass(slots=True)
@@ -166,8 +169,10 @@ class GateCall:
         self.off = self.options.gates == "off" or self.options.channel_factor is not None
 
     def sees_heads(self, layer: int) -> bool:
-        """Whether what a layer's gates do depends on its q or k before they are rotated."""
+        """Whether what a layer's gates or its method do depends on its q or k before they are rotated."""
         config = self.table.configs[layer]
+        if self.table.merging and self.table.merging[layer]:
+            return True
         if config is None:
             return bool(self.table.freed)
         return config.source != "adapter" or config.form.with_weights

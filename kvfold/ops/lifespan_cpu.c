@@ -11,12 +11,6 @@
 
 #include "paged_simd.h"
 
-#if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
 #define ROWS 6
 #define COLUMNS (LANES == 16 || REGISTERS > 16 ? 4 : 2)
 #define PANEL (COLUMNS * LANES)
@@ -25,8 +19,6 @@
 #define ROW_BLOCK 96
 #define LEAST -1e30f /* where a softmax begins */
 #define NEVER INT32_MAX
-
-typedef void (*parallel_fn)(void (*work)(void *), void *argument, unsigned threads, unsigned flags);
 
 typedef struct {
   const float *q, *k, *v;        /* [B, T, H, D], [B, E, K, D] twice: strides below, in floats, channels side by side */

@@ -11,20 +11,12 @@
 
 #include "paged_simd.h"
 
-#if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
 #define COLUMNS 3
 #define PANEL (COLUMNS * LANES)
 #define ROWS (REGISTERS > 16 ? 8 : 4)
 #define FEW 192  /* rows */
 #define BLOCK 96 /* rows of a prompt that one thread takes at a time */
 #define NEAR 16 /* input channels: so far ahead weights are asked into the first cache */
-
-typedef void (*parallel_fn)(void (*work)(void *), void *argument, unsigned threads, unsigned flags);
 
 typedef struct {
   const float *x; /* [R, C] */

@@ -93,19 +93,15 @@ class LifespanLibrary:
 @functools.cache
 def library(k_kind: str = "fp32", v_kind: str = "fp32") -> Library | None:
     """The compiled library for two of `KINDS`, or None where it is switched off or can't be built."""
-    if os.environ.get("KVFOLD_NATIVE", "1") == "0":
+    built = _built("driver", k_kind, v_kind)
+    if built is None:
         return None
-    isa = instruction_set()
-    try:
-        driver, *tiles = _loaded(isa, ("driver", k_kind, v_kind))
-    except (OSError, subprocess.SubprocessError) as problem:
-        _warn(str(problem).splitlines()[0])
-        return None
+    driver, *tiles = built
     driver.kvfold_decode.argtypes = (ctypes.c_char_p,)
     driver.kvfold_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
     driver.kvfold_read.restype = ctypes.c_float
     return Library(
-        isa=isa, decode=driver.kvfold_decode, read=driver.kvfold_read, products=_address(tiles[0].kvfold_products),
+        isa=instruction_set(), decode=driver.kvfold_decode, read=driver.kvfold_read, products=_address(tiles[0].kvfold_products),
         sums=_address(tiles[-1].kvfold_sums), parallel=_openmp(),
     )  # fmt: skip
 
@@ -141,14 +137,20 @@ def lifespan_library() -> LifespanLibrary | None:
 
 
 def _products(part: str) -> ctypes.CDLL | None:
-    """One of the files whose work is products; None where they are switched off, can't be built, or would run without an
-    instruction set of their own, slower than torch.
+    """One of the files whose work is products; None as in `_built`, or where it would run without an instruction set of its
+    own, slower than torch.
     """
-    isa = instruction_set()
-    if os.environ.get("KVFOLD_NATIVE", "1") == "0" or isa == "generic":
+    built = None if instruction_set() == "generic" else _built(part)
+    return None if built is None else built[0]
+
+
+def _built(*parts: str) -> list[ctypes.CDLL] | None:
+    """Files by their parts; None, with one warning, where they can't be built, and None where they are switched off."""
+    if os.environ.get("KVFOLD_NATIVE", "1") == "0":
         return None
+    isa = instruction_set()
     try:
-        return _loaded(isa, (part,))[0]
+        return _loaded(isa, parts)
     except (OSError, subprocess.SubprocessError) as problem:
         _warn(str(problem).splitlines()[0])
         return None

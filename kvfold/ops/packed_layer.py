@@ -70,11 +70,12 @@ class PackedFront(_PackedPart):
         """Whether the function can stand for an adapter too: a norm with a gain alone and the same eps, and a projection."""
         if adapter is None:
             return True
-        norm, projection = adapter
-        return not (
-            norm.offset or norm.eps != self._eps or norm._forward_hooks or norm._forward_pre_hooks
-            or projection._forward_hooks or projection._forward_pre_hooks
-        )  # fmt: skip
+        for module in adapter:
+            weight = module._parameters.get("weight")  # none where something is wrapped around the module
+            if weight is None or not weight.is_contiguous() or module._forward_hooks or module._forward_pre_hooks:
+                return False
+        norm = adapter[0]
+        return not norm.offset and norm.eps == self._eps
 
     def __call__(
         self, hidden_BTC: Tensor, rotation: Rotation | None, adapter: tuple[nn.Module, nn.Module] | None = None

@@ -17,8 +17,6 @@
 
 static const int64_t BITS[] = {32, 16, 16, 8, 8, 4};
 
-typedef void (*parallel_fn)(void (*work)(void *), void *argument, unsigned threads, unsigned flags);
-
 typedef struct {
   uint8_t *k, *v;              /* pools [P, N, width] */
   uint16_t *k_scale, *v_scale; /* fp16 [P, N, S] of int8 and int4 pools, else NULL */

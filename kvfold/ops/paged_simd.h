@@ -251,6 +251,15 @@ INLINE void pair_int4(const uint8_t *p, vec part[2]) {
 }
 #endif
 
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+/* GOMP_parallel of the OpenMP that torch uses. */
+typedef void (*parallel_fn)(void (*work)(void *), void *argument, unsigned threads, unsigned flags);
+
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 
 INLINE void pair_fp32(const uint8_t *p, vec part[2]) {

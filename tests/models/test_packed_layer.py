@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from kvfold.methods.gates import GateConfig
 from kvfold.models.blocks import FoldLayer
-from kvfold.models.gates import GateNorm, GateProjection
+from kvfold.models.gates import GateCall, GateNorm, GateProjection, GateTable, gate_table
 from kvfold.models.packing import pack, unpack
 from kvfold.ops import native
 from kvfold.ops.rotation import Rotation
@@ -189,8 +190,39 @@ def test_front_tells_what_an_adapter_does(model, rows, tokens, outputs, bias):
         *heads, told = layer.front(hidden, None, adapter)
         torch.testing.assert_close(told, adapter[1](adapter[0](hidden)), atol=1e-4, rtol=1e-4)
         assert all(torch.equal(*pair) for pair in zip(heads, layer.front(hidden, None), strict=False))
-    adapter[1].register_forward_hook(lambda *_: None)
-    assert not layer.front.tells(adapter)
+    for edit in (hooked, transposed, wrapped):
+        assert not layer.front.tells(edit(*adapter_of(outputs, bias), layer.input_layernorm.eps)), edit
+
+
+def hooked(norm, projection, eps):
+    norm.eps = eps
+    projection.register_forward_hook(lambda *_: None)
+    return norm, projection
+
+
+def transposed(norm, projection, eps):
+    norm.eps = eps
+    projection.weight = nn.Parameter(torch.randn(128, 2).t())
+    return norm, projection
+
+
+def wrapped(norm, projection, eps):
+    norm.eps = eps
+    return norm, nn.Sequential(projection)
+
+
+def test_a_method_that_merges_keys_gets_them_before_they_are_rotated(model):
+    layers = model.config.num_hidden_layers
+    dmc = gate_table(GateConfig(method="dmc"), model.config.layout.with_time("dmc"), freed_owners=())
+    assert dmc.merging == (True,) * layers
+    plain = GateTable(configs=(None,) * layers, freed=(), merging=(False,) * layers)
+    merges = GateTable(configs=(None,) * layers, freed=(), merging=(True,) * layers)
+    assert plain.is_empty and not merges.is_empty
+    pack(model)
+    layer, hidden = layer_of(model), torch.randn(2, 1, 128)
+    with torch.no_grad():
+        assert layer._front_serves(hidden, angles(2, 16), GateCall(plain, False))
+        assert not layer._front_serves(hidden, angles(2, 16), GateCall(merges, False))
 
 
 def hook_on_norm(layer):
