@@ -53,7 +53,8 @@ class Engine:
         own = model.config.layout
         layouts = [own] if methods is None else [own.with_time(text) for text in methods]
         self._layouts = {layout.time_text(): layout for layout in layouts}
-        self._default = layouts[0].time_text()
+        self.methods = tuple(self._layouts)
+        """Text forms, the default first."""
         self._runner = Runner(
             model, self._layouts, memory_bytes, max_sequences=2 * max_running, page_slots=page_slots, poison=poison,
             ratios=_kept_ratios(model, self._layouts),
@@ -61,9 +62,13 @@ class Engine:
         self._budget = Budget(
             self._runner.costs, self._runner.pool_bytes, prefill_tokens=prefill_tokens, scale=estimate_scale
         )
-        most = min(max_running, self._runner.max_sequences)
-        self._scheduler = Scheduler(self._budget, self._runner, max_running=most, prefill_tokens=prefill_tokens)
-        self._context = getattr(model.config, "max_position_embeddings", None) or math.inf
+        self.max_running = min(max_running, self._runner.max_sequences)
+        """Answers that can run at once."""
+        self._scheduler = Scheduler(
+            self._budget, self._runner, max_running=self.max_running, prefill_tokens=prefill_tokens
+        )
+        self.context = model.config.max_position_embeddings
+        """Tokens that the model's positions reach."""
         self._vocab_size, self._eos_ids = model.config.vocab_size, _end_tokens(model, tokenizer)
         self._grammars = None if tokenizer is None else Grammars(tokenizer, self._vocab_size, list(self._eos_ids))
         self._live: dict[Request, Live] = {}
@@ -72,8 +77,8 @@ class Engine:
         self._seconds = {"step_s": 0.0, "forward_s": 0.0}
         self._inbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._stopped: str | None = None
-        """Why nothing is taken any more."""
+        self.stopped: str | None = None
+        """Why nothing is taken any more; None while requests are."""
         self._thread: threading.Thread | None = None
         free_openmp_threads()  # of the thread that made the model; from here on the engine's own is the one that computes
 
@@ -86,7 +91,7 @@ class Engine:
     def close(self) -> None:
         """Stop. What still runs ends as `abort`, and all pages are free."""
         with self._lock:
-            thread, self._stopped = self._thread, self._stopped or "it is closed"
+            thread, self.stopped = self._thread, self.stopped or "it is closed"
             self._inbox.put(None)
         if thread is not None:
             thread.join()
@@ -220,10 +225,8 @@ class Engine:
             raise UserError("prompt must have 1 token or more, got none")
         if max(ids) >= self._vocab_size:
             raise UserError(f"prompt must hold token ids below {self._vocab_size}, got {max(ids)}")
-        if len(ids) >= self._context:
-            raise UserError(
-                f"prompt must be shorter than the model's context of {self._context} tokens, got {len(ids)}"
-            )
+        if len(ids) >= self.context:
+            raise UserError(f"prompt must be shorter than the model's context of {self.context} tokens, got {len(ids)}")
         return ids
 
     def _check_ids(self, params: SamplingParams) -> None:
@@ -235,7 +238,7 @@ class Engine:
 
     def _method(self, time_text: str | None) -> str:
         if time_text is None:
-            return self._default
+            return self.methods[0]
         name = self.model.config.layout.with_time(time_text).time_text()
         if name not in self._layouts:
             raise UserError(f"time must be one of the methods loaded, {', '.join(self._layouts)}, got '{time_text}'")
@@ -246,7 +249,7 @@ class Engine:
         wanted = math.inf if params.max_tokens is None else params.max_tokens
         request = Request(
             id=f"{next(self._numbers):012d}", tokens=list(ids), prompt_tokens=len(ids), params=params, method=method,
-            max_tokens=int(min(wanted, self._context - len(ids), 2**31)), priority=question.priority, arrival=now,
+            max_tokens=int(min(wanted, self.context - len(ids), 2**31)), priority=question.priority, arrival=now,
             deadline=math.inf if question.timeout is None else now + question.timeout,
             reuse=params.prompt_logprobs is None,
         )  # fmt: skip
@@ -269,8 +272,8 @@ class Engine:
 
     def _send(self, lives: list[Live]) -> None:
         with self._lock:
-            if self._stopped:
-                raise RuntimeError(f"the engine can't take requests: {self._stopped}")
+            if self.stopped:
+                raise RuntimeError(f"the engine can't take requests: {self.stopped}")
             if self._thread is None:
                 free_openmp_threads()
                 self._thread = threading.Thread(target=self._run, name="kvfold engine", daemon=True)
@@ -287,7 +290,7 @@ class Engine:
         except BaseException as error:  # a mistake of ours: nobody may wait for an answer that never comes
             reason, said = "error", _one_line(error)
         with self._lock:
-            self._stopped = self._stopped or said
+            self.stopped = self.stopped or said
             while not self._inbox.empty():
                 message = self._inbox.get()
                 if message is not None:

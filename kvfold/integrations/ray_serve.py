@@ -31,9 +31,8 @@ from kvfold.models.adapters import read_adapter
 from kvfold.models.load import load, load_config, load_tokenizer
 from kvfold.serve import watch
 from kvfold.serve.app import create_app
-from kvfold.serve.errors import ApiError
-from kvfold.serve.settings import ServerSettings
-from kvfold.serve.streaming import DONE, error_event
+from kvfold.serve.replies import DONE, ApiError, error_event
+from kvfold.serve.serving import ServerSettings
 
 TESTED = ("2.60", "2.61")
 """Ray versions that this is tested with: from the first, below the second. Routers and policies are alpha there."""
@@ -179,9 +178,8 @@ class Replica:
 
     def check_health(self) -> None:
         """Ray asks from time to time, and puts another in the place of a replica that raises."""
-        broken = watch.failure(self.engine)
-        if broken is not None:
-            raise RuntimeError(f"the engine takes no requests: {broken}")
+        if self.engine.stopped is not None:
+            raise RuntimeError(f"the engine takes no requests: {self.engine.stopped}")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """For `FreePages`: bytes held by running requests and wanted by waiting ones, as a share of the pool."""
