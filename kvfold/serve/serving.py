@@ -1,4 +1,4 @@
-"""What all endpoints share: how the server is set up, one engine, its tokenizer and template, requests in flight and their checks.
+"""What all endpoints share: how the server is set up, one engine, its tokenizer and template, requests in flight, their checks.
 
 The engine delivers pieces on its own thread. They are collected, and one wake-up of the event loop brings all that a step
 has made. Preparing a request (template, tokens, grammar) runs on worker threads, long ones apart from short ones, so that
