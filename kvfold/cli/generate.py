@@ -88,8 +88,8 @@ def _answer_file(
     loaded: tuple, source: Path, target: Path, *, kv_memory: str, defaults: dict[str, Any], seed: int, as_json: bool
 ) -> None:
     """All requests of a file on one engine, with a bar."""
+    from kvfold.engine.answers import answer_file
     from kvfold.engine.engine import Engine
-    from kvfold.engine.offline import answer_file
 
     weights, tokenizer = loaded
     if defaults["temperature"]:

@@ -6,12 +6,13 @@ go on. What runs when is the scheduler's business, what a token is the sampler's
 """
 
 import asyncio
-import itertools
 import math
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import count, islice
 from typing import Any, Self
 
 import torch
@@ -20,13 +21,12 @@ from transformers import PreTrainedTokenizerBase
 
 from kvfold.cache.allocator import CacheFull
 from kvfold.engine.answers import Answer, Deliver, Live, Piece, TextStream
-from kvfold.engine.budget import Budget, KeptRatios
+from kvfold.engine.budget import Budget
 from kvfold.engine.request import FinishReason, Question, Request, SamplingParams, parse_question
 from kvfold.engine.runner import Runner
 from kvfold.engine.sampler import Grammars, SamplingState, sample, token_logprobs
 from kvfold.engine.scheduler import PREFILL_TOKENS, Scheduler
 from kvfold.errors import UserError
-from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.units import parse_size
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.ops.native import free_openmp_threads
@@ -57,7 +57,7 @@ class Engine:
         """Text forms, the default first."""
         self._runner = Runner(
             model, self._layouts, memory_bytes, max_sequences=2 * max_running, page_slots=page_slots, poison=poison,
-            ratios=_kept_ratios(model, self._layouts),
+            ratios=_kept_ratios(model),
         )  # fmt: skip
         self._budget = Budget(
             self._runner.costs, self._runner.pool_bytes, prefill_tokens=prefill_tokens, scale=estimate_scale
@@ -72,7 +72,7 @@ class Engine:
         self._vocab_size, self._eos_ids = model.config.vocab_size, _end_tokens(model, tokenizer)
         self._grammars = None if tokenizer is None else Grammars(tokenizer, self._vocab_size, list(self._eos_ids))
         self._live: dict[Request, Live] = {}
-        self._numbers = itertools.count(1)
+        self._numbers = count(1)
         self._counts = {"prompt_tokens": 0, "completion_tokens": 0, "finished": 0, "steps": 0}
         self._seconds = {"step_s": 0.0, "forward_s": 0.0}
         self._inbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
@@ -119,31 +119,44 @@ class Engine:
 
     def generate(self, asked: Iterable[Asked]) -> list[Answer]:
         """Answers in the order of the requests. What is wrong with one of them stands in its answer's `error`."""
-        outbox: queue.SimpleQueue[tuple[int, Piece]] = queue.SimpleQueue()
-        answers: list[list[Answer]] = []
-        lives: list[Live] = []
-        for number, one in enumerate(asked):
-            try:
-                more = self._prepare(one, lambda piece, number=number: outbox.put((number, piece)), streams=False)
-            except ValueError as error:
-                answers.append([Answer(finish_reason="error", error=str(error))])
-                continue
-            answers.append([Answer() for _ in more])
-            lives += more
-        left = len(lives)
-        try:
-            if lives:
-                self._send(lives)  # all at once, so that the first one's reading knows where others part from it
-            while left:
-                number, piece = outbox.get()
-                answers[number][piece.index].add(piece)
-                left -= 1
-        finally:
-            if left:
-                self.cancel([live.request for live in lives])
-        for group in answers:
+        groups = list(self.in_order(asked))
+        for group in groups:
             group[0].others = group[1:]
-        return [group[0] for group in answers]
+        return [group[0] for group in groups]
+
+    def in_order(self, asked: Iterable[Asked | UserError], ahead: int | None = None) -> Iterator[list[Answer]]:
+        """The `n` answers to each request, in the order of the requests, so many of which are under way at once; None = all.
+        What is wrong with a request, an error in its place included, stands in its answer's `error`.
+        """
+        waiting: deque[tuple[list[Request], queue.SimpleQueue[Piece], list[Answer]]] = deque()
+        asked = iter(asked)
+        try:
+            while True:
+                fresh: list[Live] = []
+                for one in islice(asked, None if ahead is None else ahead - len(waiting)):
+                    outbox: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+                    try:
+                        if isinstance(one, UserError):
+                            raise one
+                        lives = self._prepare(one, outbox.put, streams=False)
+                        answers = [Answer() for _ in lives]
+                    except ValueError as error:
+                        lives, answers = [], [Answer(finish_reason="error", error=str(error))]
+                    waiting.append(([live.request for live in lives], outbox, answers))
+                    fresh += lives
+                if fresh:
+                    self._send(fresh)  # all at once, so that the first one's reading knows where others part from it
+                if not waiting:
+                    return
+                job, outbox, answers = waiting[0]
+                for _ in job:
+                    piece = outbox.get()
+                    answers[piece.index].add(piece)
+                waiting.popleft()
+                yield answers
+        finally:
+            for job, *_ in waiting:
+                self.cancel(job)
 
     async def stream(self, asked: Asked) -> AsyncIterator[Piece]:
         """One request's pieces as they come; left early, the request is cancelled. Raises `UserError` for a bad request."""
@@ -409,13 +422,10 @@ def _note_prompt(live: Live, logits_TV: Tensor, before: int) -> None:
         live.prompt_logprobs += token_logprobs(rows, targets, request.params.prompt_logprobs)
 
 
-def _kept_ratios(model: FoldForCausalLM, layouts: Mapping[str, KVLayout]) -> dict[str, KeptRatios]:
-    """As calibration wrote them for one method and one set of gates; nothing where that method is not among those loaded."""
+def _kept_ratios(model: FoldForCausalLM) -> dict[str, Mapping[str, Any]]:
+    """As calibration wrote them for one method and one set of gates."""
     ratios = model.config.kept_ratios
-    if ratios is None:
-        return {}
-    name = model.config.layout.base().with_time(ratios["time"]).time_text()
-    return {name: KeptRatios.from_json(ratios)} if name in layouts else {}
+    return {} if ratios is None else {model.config.layout.base().with_time(ratios["time"]).time_text(): ratios}
 
 
 def _one_line(error: BaseException) -> str:

@@ -317,9 +317,8 @@ def _bits(positions: Sequence[int], tokens: int) -> str:
 
 
 def add_routes(router: APIRouter, serving: "Serving") -> None:
-    """Metrics; the live page where the settings want it, and its two sources."""
-    engine, looker, page = serving.engine, _Looker(serving), PAGE.read_text(encoding="utf-8")
-    full = kvfold.plan(engine.model, time="full", bits="model").bytes_per_token
+    """Numbers for Prometheus, and the live page."""
+    engine = serving.engine
 
     @router.get("/metrics", response_model=None, tags=["server"])
     async def metrics() -> Response:
@@ -333,6 +332,14 @@ def add_routes(router: APIRouter, serving: "Serving") -> None:
         """Forget all stored prefixes."""
         await on_engine(engine, engine._scheduler.drop_prefixes, timeout_s=30.0)
         return Response(status_code=200)
+
+    _add_live_routes(router, serving)
+
+
+def _add_live_routes(router: APIRouter, serving: "Serving") -> None:
+    """The page where the settings want it, and its two sources."""
+    engine, looker, page = serving.engine, _Looker(serving), PAGE.read_text(encoding="utf-8")
+    full = kvfold.plan(engine.model, time="full", bits="model").bytes_per_token
 
     if serving.settings.page:
 
