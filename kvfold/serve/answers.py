@@ -22,8 +22,19 @@ from kvfold.engine.engine import Answer, Piece
 from kvfold.engine.request import Usage
 from kvfold.serve.calls import AnswerReader, Part
 from kvfold.serve.fields import Base, ChatRequest, CompletionRequest, read
-from kvfold.serve.prompts import Prompt, tool_choice
-from kvfold.serve.replies import DONE, PING, ApiError, Stream, error_event, event, filled, log_failure, unless_gone
+from kvfold.serve.prompts import tool_choice
+from kvfold.serve.replies import (
+    DONE,
+    PING,
+    ApiError,
+    Stream,
+    error_event,
+    event,
+    filled,
+    invalid,
+    log_failure,
+    unless_gone,
+)
 from kvfold.serve.serving import LONG_CHARACTERS, Job, Serving
 
 DEFAULT_MAX_TOKENS = 16
@@ -268,7 +279,7 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
             return [prompt]
         if isinstance(first, str | list) and all(isinstance(one, type(first)) for one in prompt):
             return prompt
-    raise ApiError(400, "prompt must be a text, token ids, or a list of 1 or more of either", param="prompt")
+    raise invalid("prompt", "prompt must be a text, token ids, or a list of 1 or more of either")
 
 
 # -- chats -----------------------------------------------------------------------------------------------------------
@@ -278,17 +289,16 @@ class ChatCall(Call):
     """One chat answered by the engine: what chat completions and responses have in common."""
 
     body: ChatRequest
-    prompt: Prompt
+    prompt_ids: list[int]
 
     def __init__(self, serving: Serving, body: ChatRequest, model: str, name: str):
         super().__init__(serving, body, model, name)
         self.answers = self.n
         self.tools = tool_choice(body.tools, body.tool_choice, body.parallel_tool_calls)
         if self.tools.forced and self.structured:
-            raise ApiError(
-                400, "tool_choice and response_format can't both say what the answer is: leave one out",
-                param="tool_choice",
-            )  # fmt: skip
+            raise invalid(
+                "tool_choice", "tool_choice and response_format can't both say what the answer is: leave one out"
+            )
         self.structured |= self.tools.forced
         texts = (message.get("content") for message in body.messages)
         length = sum(len(text) if isinstance(text, str | list) else 0 for text in texts)
@@ -297,29 +307,21 @@ class ChatCall(Call):
     def submit(self, job: Job) -> None:
         """See `Call`."""
         serving, body = self.serving, self.body
-        kwargs = dict(body.chat_template_kwargs or {})
-        if body.reasoning_effort is not None:
-            kwargs.setdefault("reasoning_effort", body.reasoning_effort)
-        self.prompt = serving.template.render(
-            body.messages, tools=self.tools.tools, documents=body.documents or (), kwargs=kwargs,
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=bool(body.continue_final_message),
-            add_special_tokens=bool(body.add_special_tokens), structured=self.structured,
-        )  # fmt: skip
+        ids, in_reasoning = serving.template.render(body, self.tools.tools, structured=self.structured)
+        self.prompt_ids, self._in_reasoning = ids, in_reasoning
         sampling = body.sampling(serving.settings.defaults)
         if self.tools.forced:
             sampling["structured_outputs"] = {"json": self.tools.schema()}
         if body.logprobs:
             sampling["logprobs"] = body.top_logprobs or 0
         serving.log_text(self.id, "messages", body.messages)
-        asked = serving.asked(sampling, self.prompt.ids, default_max_tokens=None)
-        job.prompt_tokens = len(self.prompt.ids)
-        job.submit([asked])
+        job.prompt_tokens = len(ids)
+        job.submit([serving.asked(sampling, ids, default_max_tokens=None)])
 
     def reader(self) -> AnswerReader:
         """For one answer."""
-        reasons = self.prompt.reasons and not self.structured
-        return AnswerReader(choice=self.tools, reasons=reasons, in_reasoning=self.prompt.in_reasoning)
+        reasons = self.serving.template.reasons and not self.structured
+        return AnswerReader(choice=self.tools, reasons=reasons, in_reasoning=self._in_reasoning)
 
     def logprobs(self, piece: Piece | Answer) -> list[Any]:
         """As chat completions have them; none where none were asked for."""
@@ -348,7 +350,7 @@ class MessageCall(ChatCall):
     def __init__(self, serving: Serving, body: ChatRequest, model: str, name: str):
         super().__init__(serving, body, model, name)
         if body.top_logprobs and not body.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs: set logprobs to true", param="top_logprobs")
+            raise invalid("top_logprobs", "top_logprobs needs logprobs: set logprobs to true")
         self.messages: list[_Message] = []
 
     def submit(self, job: Job) -> None:
@@ -373,7 +375,7 @@ class MessageCall(ChatCall):
         if self.body.prompt_logprobs is not None:
             answer.prompt_logprobs = self.serving.tokens.prompt_logprobs(answers[0].prompt_logprobs)
         if self.body.return_token_ids:
-            answer.prompt_token_ids = self.prompt.ids
+            answer.prompt_token_ids = self.prompt_ids
         self.serving.log_text(self.id, "answer", [one.text for one in answers])
         return answer
 

@@ -34,7 +34,7 @@ from kvfold.serve.fields import (
     read,
 )
 from kvfold.serve.http import Guard, Server
-from kvfold.serve.replies import ApiError, add_handlers
+from kvfold.serve.replies import ApiError, add_handlers, invalid
 from kvfold.serve.responses import ResponseCall
 from kvfold.serve.serving import ServerSettings, Serving
 
@@ -152,12 +152,7 @@ def _add_tokens(router: APIRouter, serving: Serving) -> None:
         def ids() -> list[int]:
             if body.prompt is not None:
                 return serving.tokens.encode(body.prompt, special=body.add_special_tokens is not False)
-            return serving.template.render(
-                body.messages, tools=body.tools or (), kwargs=body.chat_template_kwargs,
-                add_generation_prompt=body.add_generation_prompt,
-                continue_final_message=bool(body.continue_final_message),
-                add_special_tokens=bool(body.add_special_tokens),
-            ).ids  # fmt: skip
+            return serving.template.render(body, body.tools or ())[0]
 
         found = await serving.jobs.prepare(ids, characters=len(body.prompt or "") or 1 << 20)
         texts = [serving.tokens.text_of(one) for one in found] if body.return_token_strs else None
@@ -171,9 +166,9 @@ def _add_tokens(router: APIRouter, serving: Serving) -> None:
         serving.model_name(body.model)
         most, vocab = serving.max_model_len, serving.tokens.vocab_size
         if not isinstance(body.tokens, list) or len(body.tokens) > most:
-            raise ApiError(400, f"tokens must be a list of at most {most} token ids", param="tokens")
+            raise invalid("tokens", f"tokens must be a list of at most {most} token ids")
         if not all(type(one) is int and 0 <= one < vocab for one in body.tokens):
-            raise ApiError(400, f"tokens must hold token ids from 0 to {vocab - 1}", param="tokens")
+            raise invalid("tokens", f"tokens must hold token ids from 0 to {vocab - 1}")
         return JSONResponse({"prompt": serving.tokens.decode(body.tokens)})
 
 

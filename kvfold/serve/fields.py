@@ -1,10 +1,8 @@
-"""What clients send, field by field: OpenAI's and vLLM's names, which of them the engine gets, and which are refused.
+"""What clients send, from the bytes of a request to checked fields: OpenAI's and vLLM's names, which of them the engine gets, and
+which are refused.
 
 Ranges are the engine's business (`kvfold.engine.request`); here is what a field may look like at all. A field that nobody
-knows is ignored, as OpenAI's servers do; one that would change the answer and can't be honoured is an error.
-
-
-From the bytes of a request to checked fields. What is malformed is refused before anything else looks at it, and so is an
+knows is ignored, as OpenAI's servers do; one that would change the answer and can't be honoured is an error. So is an
 answer's form whose grammar takes too long to compile: the time grows with the square of a schema's size.
 """
 
@@ -18,7 +16,7 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 from pydantic_core import from_json
 
-from kvfold.serve.replies import ApiError, unsupported
+from kvfold.serve.replies import ApiError, invalid, unsupported
 
 MAX_STOPS = 64
 MAX_TOOLS = 128
@@ -87,12 +85,15 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = Field(None, description="Put the usage so far into every chunk.")
 
 
-class Base(BaseModel):
-    """Fields of every request for an answer."""
-
+class _Body(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str | None = Field(None, description="One of the names under /v1/models; none = the first.")
+
+
+class Base(_Body):
+    """Fields of every request for an answer."""
+
     stream: bool | None = Field(None, description="Send the answer as it is made, as server-sent events.")
     temperature: Number | None = Field(None, description="0 = the likeliest token.")
     top_p: Number | None = Field(
@@ -162,18 +163,23 @@ class CompletionRequest(Base):
     add_special_tokens: bool | None = Field(None, description="Add the tokenizer's own special tokens; default true.")
 
 
-class ChatRequest(Base):
+class _Chat(Base):
+    """What both APIs for chats have."""
+
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, description="Functions the model may call.")
+    tool_choice: str | dict[str, Any] | None = Field(None, description="auto, none, required, or one function.")
+    parallel_tool_calls: bool | None = Field(None, description="Whether several calls may come in one answer.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="More variables for the chat template.")
+    top_logprobs: Int | None = Field(None, description="Of so many likeliest tokens at each position.")
+
+
+class ChatRequest(_Chat):
     """Body of /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=4096, description="The conversation so far.")
     max_tokens: Int | None = Field(None, description="Tokens of the answer at most; default: all that fit.")
     max_completion_tokens: Int | None = Field(None, description="OpenAI's newer name of max_tokens.")
     logprobs: bool | None = Field(None, description="Give log probabilities.")
-    top_logprobs: Int | None = Field(None, description="Of so many likeliest tokens at each position.")
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, description="Functions the model may call.")
-    tool_choice: str | dict[str, Any] | None = Field(None, description="auto, none, required, or one function.")
-    parallel_tool_calls: bool | None = Field(None, description="Whether several calls may come in one answer.")
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="More variables for the chat template.")
     documents: list[dict[str, Any]] | None = Field(None, max_length=256, description="For templates that read them.")
     reasoning_effort: str | None = Field(None, max_length=32, description="For templates that read it.")
     add_generation_prompt: bool | None = Field(None, description="Open the assistant's turn; default true.")
@@ -189,29 +195,21 @@ class ChatRequest(Base):
         return values
 
 
-class ResponsesRequest(Base):
+class ResponsesRequest(_Chat):
     """Body of /v1/responses. Nothing is stored: each request carries the whole conversation."""
 
     input: str | list[dict[str, Any]] = Field(description="A text, or the items of the conversation so far.")
     instructions: str | None = Field(None, description="What a system message would say.")
     max_output_tokens: Int | None = Field(None, description="Tokens of the answer at most; default: all that fit.")
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, description="Functions the model may call.")
-    tool_choice: str | dict[str, Any] | None = Field(None, description="auto, none, required, or one function.")
-    parallel_tool_calls: bool | None = Field(None, description="Whether several calls may come in one answer.")
     text: dict[str, Any] | None = Field(None, description="format: text, json_object or json_schema.")
     reasoning: dict[str, Any] | None = Field(None, description="effort, for templates that read it.")
     include: list[str] | None = Field(None, max_length=32)
-    top_logprobs: Int | None = Field(None, description="Of so many likeliest tokens at each position.")
     metadata: dict[str, Any] | None = None
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="More variables for the chat template.")
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(_Body):
     """Body of /tokenize: a prompt, or messages."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-    model: str | None = None
     prompt: str | None = Field(None, description="The text.")
     messages: list[dict[str, Any]] | None = Field(None, min_length=1, max_length=4096)
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
@@ -219,15 +217,14 @@ class TokenizeRequest(BaseModel):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = Field(None, max_length=256)
+    reasoning_effort: str | None = Field(None, max_length=32)
     return_token_strs: bool | None = Field(None, description="Give the tokens as texts too.")
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(_Body):
     """Body of /detokenize."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-    model: str | None = None
     tokens: Any = Field(
         description="Token ids.", json_schema_extra={"type": "array", "items": {"type": "integer", "minimum": 0}}
     )
@@ -253,34 +250,28 @@ async def read(request: Request, kind: type[Fields], timeout_s: float) -> Fields
         async with asyncio.timeout(timeout_s):
             body = await request.body()
     except TimeoutError:
-        raise ApiError(
-            408, f"the body must arrive within {timeout_s:g} seconds", headers={"Connection": "close"}
-        ) from None
-    if len(body) > LONG_BYTES:
-        return await asyncio.to_thread(fields_of, body, kind)
-    return fields_of(body, kind)
+        message = f"the body must arrive within {timeout_s:g} seconds"
+        raise ApiError(408, message, headers={"Connection": "close"}) from None
+    return await asyncio.to_thread(_fields, body, kind) if len(body) > LONG_BYTES else _fields(body, kind)
 
 
-def fields_of(body: bytes, kind: type[Fields]) -> Fields:
+def _fields(body: bytes, kind: type[Fields]) -> Fields:
     """Checked fields from JSON."""
     try:
         data = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise ApiError(400, f"the body must be valid JSON in UTF-8: {error}") from None
     if not isinstance(data, dict):
-        raise ApiError(400, f"the body must be a JSON object, got {_kind(data)}")
+        raise ApiError(400, f"the body must be a JSON object, got {type(data).__name__}")
     _check(data)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(
-            str(part) for part in first["loc"] if not str(part).startswith(("list[", "str", "constrained"))
-        )
-        if first["type"] == "missing":
-            raise ApiError(400, f"{place} is missing", param=place) from None
-        message = first["msg"][:1].lower() + first["msg"][1:]
-        raise ApiError(400, f"{place}: {message}", param=place.partition(".")[0]) from None
+        parts = [str(part) for part in first["loc"]]
+        place = ".".join(part for part in parts if not part.startswith(("list[", "str", "constrained")))
+        what = " is missing" if first["type"] == "missing" else f": {first['msg'][:1].lower()}{first['msg'][1:]}"
+        raise invalid(place.partition(".")[0], place + what) from None
 
 
 def _check(data: dict[str, Any]) -> None:
@@ -305,10 +296,6 @@ def _check(data: dict[str, Any]) -> None:
     raise ApiError(400, f"the body must be nested at most {MAX_DEPTH} deep")
 
 
-def _kind(value: Any) -> str:
-    return {list: "a list", str: "a text", bool: "a truth value", type(None): "null"}.get(type(value), "a number")
-
-
 MAX_CHARACTERS = 128 << 10
 """Of a schema, a regex, a grammar or a list of choices."""
 MAX_PROPERTIES = 1000
@@ -319,44 +306,31 @@ MAX_PATTERN_CHARACTERS = 16 << 10
 
 def check_structured(asked: Mapping[str, Any]) -> None:
     """Raise `ApiError` where an engine's request asks for an answer that takes too long to prepare."""
-    outputs, form = asked.get("structured_outputs"), asked.get("response_format")
-    if isinstance(outputs, Mapping):
-        for kind, value in outputs.items():
-            field = f"structured_outputs.{kind}"
-            if kind in ("regex", "grammar") and isinstance(value, str) and len(value) > MAX_PATTERN_CHARACTERS:
-                raise ApiError(
-                    400, f"{field} must have at most {MAX_PATTERN_CHARACTERS} characters, got {len(value)}",
-                    param="structured_outputs",
-                )  # fmt: skip
-            _check_form(field, value, "structured_outputs")
-    if isinstance(form, Mapping):
-        _check_form("response_format", form, "response_format")
-
-
-def _check_form(field: str, value: Any, param: str) -> None:
-    text = value if isinstance(value, str) else json.dumps(value)
-    if len(text) > MAX_CHARACTERS:
-        raise ApiError(400, f"{field} must have at most {MAX_CHARACTERS} characters, got {len(text)}", param=param)
-    # A name is followed by a colon: at most so many properties, without reading the schema.
-    if text.count(":") > MAX_PROPERTIES:
-        try:
-            number = _num_properties(json.loads(text))
-        except ValueError:
-            return  # no JSON: the engine says so
+    outputs = asked.get("structured_outputs")
+    forms = {f"structured_outputs.{kind}": form for kind, form in (outputs or {}).items()}
+    for field, form in (forms | {"response_format": asked.get("response_format")}).items():
+        param, _, kind = field.partition(".")
+        text = form if isinstance(form, str) else json.dumps(form)
+        most = MAX_PATTERN_CHARACTERS if kind in ("regex", "grammar") else MAX_CHARACTERS
+        if len(text) > most:
+            raise invalid(param, f"{field} must have at most {most} characters, got {len(text)}")
+        # A name is followed by a colon: at most so many properties, without reading the schema.
+        number = _num_properties(text) if text.count(":") > MAX_PROPERTIES else 0
         if number > MAX_PROPERTIES:
-            raise ApiError(400, f"{field} must have at most {MAX_PROPERTIES} properties, got {number}", param=param)
+            raise invalid(param, f"{field} must have at most {MAX_PROPERTIES} properties, got {number}")
 
 
-def _num_properties(schema: Any) -> int:
-    number, level = 0, [schema]
-    while level:
-        deeper: list[Any] = []
-        for one in level:
-            if isinstance(one, dict):
-                for key in ("properties", "patternProperties", "$defs", "definitions"):
-                    number += len(one[key]) if isinstance(one.get(key), dict) else 0
-                deeper += one.values()
-            elif isinstance(one, list):
-                deeper += one
-        level = deeper
+def _num_properties(text: str) -> int:
+    try:
+        number, open_ones = 0, [json.loads(text)]
+    except (ValueError, RecursionError):
+        return 0  # no JSON: the engine says so
+    while open_ones:
+        one = open_ones.pop()
+        if isinstance(one, dict):
+            named = (one.get(key) for key in ("properties", "patternProperties", "$defs", "definitions"))
+            number += sum(len(found) for found in named if isinstance(found, dict))
+            open_ones += one.values()
+        elif isinstance(one, list):
+            open_ones += one
     return number

@@ -53,6 +53,11 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers=dict(self.headers or {}))
 
 
+def invalid(field: str | None, message: str) -> ApiError:
+    """For a field that holds what can't be meant."""
+    return ApiError(400, message, param=field)
+
+
 def unsupported(field: str, remedy: str) -> ApiError:
     """For a field that would change the answer's meaning and can't be honoured."""
     return ApiError(400, f"{field} is not supported: {remedy}", param=field, code="unsupported_parameter")

@@ -13,7 +13,7 @@ from openai.types.responses import Response
 from kvfold.serve.answers import ChatCall, held
 from kvfold.serve.calls import Part
 from kvfold.serve.fields import ChatRequest, ResponsesRequest
-from kvfold.serve.replies import PING, ApiError, event, unsupported
+from kvfold.serve.replies import PING, event, invalid, unsupported
 from kvfold.serve.serving import Job, Serving
 
 _ITEM_OF = {"reasoning": "reasoning", "content": "message", "call": "function_call", "arguments": "function_call"}
@@ -168,7 +168,7 @@ def _chat(body: ResponsesRequest) -> ChatRequest:
     for place, item in enumerate(items):
         _add_item(messages, place, item)
     if not messages:
-        raise ApiError(400, "input must hold 1 item or more, got none", param="input")
+        raise invalid("input", "input must hold 1 item or more, got none")
     both = ChatRequest.model_fields.keys() & ResponsesRequest.model_fields.keys()
     values = {name: value for name in both if (value := getattr(body, name)) is not None}
     values |= {"messages": messages, "max_tokens": body.max_output_tokens, "logprobs": body.top_logprobs is not None}
@@ -181,7 +181,7 @@ def _chat(body: ResponsesRequest) -> ChatRequest:
     try:
         return ChatRequest.model_validate(values)
     except ValueError:
-        raise ApiError(400, "reasoning.effort must be a short text", param="reasoning") from None
+        raise invalid("reasoning", "reasoning.effort must be a short text") from None
 
 
 def _add_item(messages: list[dict[str, Any]], place: int, item: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ from kvfold.engine.request import Request
 from kvfold.errors import UserError
 from kvfold.serve.fields import Base, check_structured
 from kvfold.serve.prompts import ChatTemplate, Tokens
-from kvfold.serve.replies import ApiError
+from kvfold.serve.replies import ApiError, invalid
 from kvfold.serve.watch import Metrics
 
 _LEAST = {
@@ -297,7 +297,7 @@ class Serving:
         for param in ("logprobs", "top_logprobs", "prompt_logprobs"):
             value = getattr(body, param, None)
             if value is not None and value is not True and not 0 <= value <= most:
-                raise ApiError(400, f"{param} must be at least 0 and at most {most}, got {value}", param=param)
+                raise invalid(param, f"{param} must be at least 0 and at most {most}, got {value}")
         return name
 
     def model_name(self, name: str | None) -> str:
