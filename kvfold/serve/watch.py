@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fastapi import APIRouter
+from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -281,39 +281,39 @@ def _bits(positions: Sequence[int], tokens: int) -> str:
     return base64.b64encode(packed).decode()
 
 
-def add_routes(router: APIRouter, serving: "Serving") -> None:
+def add_routes(app: FastAPI, serving: "Serving") -> None:
     """Numbers for Prometheus, and the live page."""
     engine = serving.engine
 
-    @router.get("/metrics", response_model=None, tags=["server"])
+    @app.get("/metrics", response_model=None, tags=["server"])
     async def metrics() -> Response:
         """Numbers for Prometheus."""
         use, holdings = await _looked(engine, lambda: engine._scheduler.running)
         text = serving.metrics.text(engine, use, holdings)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @router.post("/reset_prefix_cache", response_model=None, tags=["server"])
+    @app.post("/reset_prefix_cache", response_model=None, tags=["server"])
     async def reset_prefix_cache() -> Response:
         """Forget all stored prefixes."""
         await on_engine(engine, engine._scheduler.drop_prefixes, timeout_s=30.0)
         return Response(status_code=200)
 
-    _add_live_routes(router, serving)
+    _add_live_routes(app, serving)
 
 
-def _add_live_routes(router: APIRouter, serving: "Serving") -> None:
+def _add_live_routes(app: FastAPI, serving: "Serving") -> None:
     """The page where the settings want it, and its two sources."""
     engine, looker, page = serving.engine, _Looker(serving), PAGE.read_text(encoding="utf-8")
     full = kvfold.plan(engine.model, time="full", bits="model").bytes_per_token
 
     if serving.settings.page:
 
-        @router.get("/", response_class=HTMLResponse, include_in_schema=False)
+        @app.get("/", response_class=HTMLResponse, include_in_schema=False)
         async def index() -> Response:
             """The live page."""
             return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"})
 
-    @router.get("/kvfold/model", tags=["live"])
+    @app.get("/kvfold/model", tags=["live"])
     async def model() -> dict[str, Any]:
         """The model's layers and heads, and the methods loaded."""
         return {
@@ -323,7 +323,7 @@ def _add_live_routes(router: APIRouter, serving: "Serving") -> None:
             "pool_bytes": engine.stats()["pool_bytes"],
         }  # fmt: skip
 
-    @router.get("/kvfold/live", response_model=None, tags=["live"])
+    @app.get("/kvfold/live", response_model=None, tags=["live"])
     async def live(once: bool = False, maps: str | None = None) -> Response:
         """Events: the engine's state, four times a second. `maps`: ids of requests, comma separated, whose kept tokens are
         told too. `once`: one JSON object instead.
