@@ -21,7 +21,7 @@ import kvfold
 from kvfold.engine.engine import Engine, Piece
 from kvfold.engine.request import Request
 from kvfold.engine.runner import SequenceView
-from kvfold.serve.replies import ApiError, Stream, event
+from kvfold.serve.replies import Stream, busy, event
 
 if TYPE_CHECKING:
     from kvfold.serve.serving import Job, Serving
@@ -92,7 +92,6 @@ def demand_bytes(engine: Engine) -> int:
     return _pool_use(engine)["requests"] + waiting
 
 
-# -- Prometheus ------------------------------------------------------------------------------------------------------
 # Counters and histograms are kept here, on the event loop; gauges are read from the engine when somebody looks.
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -202,8 +201,6 @@ class Metrics:
             every["kv_owner_compression"].labels(self._model, str(owner)).set(seen / kept if kept else 1.0)
         return generate_latest(self._registry)
 
-
-# -- the live page ---------------------------------------------------------------------------------------------------
 
 PAGE = Path(__file__).with_name("page.html")
 LOOK_S = 0.25
@@ -325,7 +322,7 @@ def _add_live_routes(app: FastAPI, serving: "Serving") -> None:
         if once:
             return Response(event(await state())[6:].strip(), media_type="application/json")
         if looker.watchers >= MAX_WATCHERS:
-            raise ApiError(429, "too many pages are watching: try again later", headers={"Retry-After": "10"})
+            raise busy(429, "too many pages are watching: try again later", 10)
         looker.watchers += 1
 
         async def events() -> AsyncIterator[bytes]:
