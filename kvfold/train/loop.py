@@ -73,6 +73,7 @@ class Loop:
         if settings.gradient_checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
         self._weights, self._optimizer = list(trained_weights(self._model).values()), _adamw(self._model, settings)
+        self._average = averages(self._model) if settings.weight_average else {}
         self._device, precision = self._model.device, settings.mixed_precision
         self._bf16 = self._device.type == "cuda" if precision == "auto" else precision == "bfloat16"
         self._rates = [settings.learning_rate * settings.rate_factor(step) for step in range(settings.total_steps)]
@@ -83,7 +84,7 @@ class Loop:
         """Train from the newest checkpoint on, or from the beginning."""
         settings, checkpoint = self._settings, newest_whole(self._folder)
         if checkpoint is not None:
-            load_checkpoint(checkpoint, self._model, self._optimizer)
+            load_checkpoint(checkpoint, self._model, self._optimizer, average=self._average)
         first = 0 if checkpoint is None else step_of(checkpoint)
         tokens, total, save_steps = settings.step_tokens, settings.total_steps, settings.save_steps
         with Curve(self._folder, done_steps=first) if self._leads else nullcontext() as curve:
@@ -100,6 +101,7 @@ class Loop:
                 self._objective.end(done)
                 if done % save_steps == 0 or done == total:
                     self._save(done)
+        put_averages(self._model, self._average)
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step. Gives its loss and the objective's other sums, as plain numbers. Raises `DivergedError`, in all
@@ -124,6 +126,11 @@ class Loop:
             group["lr"] = self._rates[step]
         self._optimizer.step()
         self._optimizer.zero_grad()
+        if self._average:
+            # The first steps, of a large rate, are soon forgotten.
+            share = max(1 - self._settings.weight_average, 1 / (step + 2))
+            for mean, weight in zip(self._average.values(), self._weights, strict=True):
+                mean.lerp_(weight.detach(), share)
         return figures
 
     def _stop(self, step: int, what: str) -> NoReturn:
@@ -141,7 +148,7 @@ class Loop:
                 self._stop(done, f"{name} is no longer finite")
         partial = Path(leaders(lambda: str(self._folder / f"{PARTIAL}{os.getpid()}")))
         try:
-            save_checkpoint(partial, self._model, self._optimizer)
+            save_checkpoint(partial, self._model, self._optimizer, self._average)
             if self._leads:
                 seal(partial, self._folder / f"checkpoint-{done}")
                 drop_old(self._folder, keep=_KEPT_CHECKPOINTS)
@@ -188,22 +195,52 @@ class Curve:
             self._board.close()
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """What learns, and the optimizer's state: each process writes its part."""
+def averages(model: nn.Module) -> dict[str, Tensor]:
+    """Room for a moving average of what learns, by name; at first what it is now."""
+    return {name: weight.detach().clone() for name, weight in trained_weights(model).items()}
+
+
+@torch.no_grad()
+def put_averages(model: nn.Module, average: Mapping[str, Tensor]) -> None:
+    """Put a moving average in the place of what learns; an empty one changes nothing."""
+    weights = trained_weights(model)
+    for name, value in average.items():
+        weights[name].copy_(value)
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor]
+) -> None:
+    """What learns, its moving average (empty = none), and the optimizer's state: each process writes its part."""
     state = {"weights": trained_weights(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     with _one_process_is_enough():
-        dcp.save(state, checkpoint_id=folder, no_dist=place()[1] == 1)
+        dcp.save(state | ({"average": average} if average else {}), checkpoint_id=folder, no_dist=place()[1] == 1)
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Put a checkpoint's weights in their places, and the optimizer's state where one is given."""
+def load_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    average: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Put a checkpoint's weights in their places, and the optimizer's state and the moving average where one is given."""
     state: dict[str, Any] = {"weights": trained_weights(model)}
+    if average:
+        state["average"] = average
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
     with _one_process_is_enough():
         dcp.load(state, checkpoint_id=folder, no_dist=place()[1] == 1)
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+def load_result(folder: Path, model: nn.Module, settings: TrainSettings) -> None:
+    """Put what a run gives into the model: a checkpoint's weights, or their moving average where the settings ask for one."""
+    average = averages(model) if settings.weight_average else {}
+    load_checkpoint(folder, model, average=average)
+    put_averages(model, average)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.train.data import TrainingOrder
 from kvfold.train.design_space import recipes
-from kvfold.train.loop import DivergedError, Loop, OnStep, load_checkpoint
+from kvfold.train.loop import DivergedError, Loop, OnStep, load_result
 from kvfold.train.losses import next_token_loss
 from kvfold.train.objectives import NextToken
 from kvfold.train.packing import prepare_text, read_text
@@ -80,7 +80,7 @@ class Pretrain:
     def _train(self, model: torch.nn.Module, train_NT: Tensor, held_out_NT: Tensor) -> None:
         settings, checkpoint, done = self.settings, self.folder.checkpoint, self.folder.done_steps
         if done >= settings.total_steps:
-            load_checkpoint(checkpoint, model)
+            load_result(checkpoint, model, settings)
             return
         samples = TrainingOrder(
             train_NT, steps=settings.total_steps, batch=settings.global_batch_size, seed=settings.seed

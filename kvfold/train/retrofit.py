@@ -24,7 +24,7 @@ from kvfold.models.adapters import Base
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.train.calibrate import calibrate, least_missed_channel, measure_kept_ratios
 from kvfold.train.data import TrainingOrder, TrainingText, draw_text
-from kvfold.train.loop import Loop, OnStep, load_checkpoint
+from kvfold.train.loop import Loop, OnStep, load_result
 from kvfold.train.objectives import Distillation, ignored_tokens
 from kvfold.train.processes import check_processes, join, shard, unsharded
 from kvfold.train.results import write_card, write_trained
@@ -146,7 +146,7 @@ class Retrofit:
 
     def _load(self, checkpoint: Path) -> None:
         settings = self.settings
-        load_checkpoint(checkpoint, self.model)
+        load_result(checkpoint, self.model, settings)
         if settings.compresses and settings.trains == "full" and settings.spec.gate_form.zero_out:
             # The rows go before the step after.
             self.model.free_channel(write=step_of(checkpoint) <= settings.stages.zero_out_steps)

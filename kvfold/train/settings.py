@@ -68,6 +68,8 @@ class TrainSettings(BaseModel):
     """AdamW's."""
     beta2: Beta = 0.95
     """AdamW's."""
+    weight_average: Beta = 0.0
+    """Decay a step of a moving average of the trained weights, which is what is written in the end; 0 = the last weights."""
     max_grad_norm: AboveZero = Field(1.0, validation_alias="clip")
     """A gradient whose norm is larger is scaled down to it."""
     seed: Whole = 0

@@ -1,5 +1,7 @@
 """What a step minimises, and that it does not depend on how its samples are spread."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -186,3 +188,22 @@ def test_a_step_taken_by_hand_is_a_step_of_a_run(retrofit, tmp_path):
     Loop(objective, samples, settings, tmp_path, on_step=print).step(0)
     for name, weight in run.model.named_parameters():
         torch.testing.assert_close(dict(model.named_parameters())[name], weight, msg=name)
+
+
+def test_what_is_written_in_the_end_is_the_moving_average(retrofit):
+    given = {"trains": "full", "kl": "none", "time": None, "learning_rate": 1e-2}
+    last, mean = retrofit("last", **given), retrofit("mean", weight_average=0.75, **given)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    seen = [last.model.get_parameter(name).detach().clone()]
+
+    def keep(point):
+        seen.append(last.model.get_parameter(name).detach().clone())
+
+    replace(last, on_step=keep).run()
+    mean.run()
+    expected = seen[0]
+    for step, weight in enumerate(seen[1:]):
+        share = max(0.25, 1 / (step + 2))
+        expected = (1 - share) * expected + share * weight
+    assert not torch.allclose(expected, seen[-1], atol=1e-4)
+    torch.testing.assert_close(mean.model.get_parameter(name).detach(), expected)
