@@ -33,6 +33,7 @@ from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import layout_bytes, page_bytes, page_class, page_classes
 from kvfold.models.adapters import Base, apply_adapter
 from kvfold.models.decoder import FoldForCausalLM
+from kvfold.ops.denormals import flush_denormals
 from kvfold.record import made
 from kvfold.train.calibrate import calibrate
 from kvfold.train.data import Batch, TrainingOrder, draw_text
@@ -398,6 +399,7 @@ def main() -> None:
     one.add_argument("--arm", required=True)
     one.add_argument("--against", action="append", required=True)
     args = parser.parse_args()
+    flush_denormals()
     args.run(args)
 
 
