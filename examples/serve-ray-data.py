@@ -10,7 +10,7 @@ import sys
 
 import ray.data
 
-from kvfold.integrations.ray_data import answered_dataset
+from kvfold.integrations.ray_serve import answered_dataset
 
 
 def main() -> None:

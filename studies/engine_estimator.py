@@ -27,7 +27,7 @@ import kvfold
 from kvfold.bench.serve import parse_lengths
 from kvfold.data.texts import read_text_file
 from kvfold.data.whole_file import write_whole_file
-from kvfold.engine.budget import KeptRatios, SequenceCost
+from kvfold.engine.budget import SequenceCost
 from kvfold.layout.planner import PAGE_SLOTS
 from kvfold.record import cpu_name, git_commit, made, with_record
 from kvfold.train.calibrate import CALL_TOKENS, kept_streams
@@ -77,7 +77,7 @@ def main() -> None:
 
 def new_cost(model, *, calibrated: bool) -> SequenceCost:
     """The engine's own estimate of the model's method."""
-    ratios = KeptRatios.from_json(model.config.kept_ratios) if calibrated else None
+    ratios = model.config.kept_ratios if calibrated else None
     return SequenceCost(model.config.layout, model_bytes=model.dtype.itemsize, page_slots=PAGE_SLOTS, ratios=ratios)
 
 

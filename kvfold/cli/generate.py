@@ -9,7 +9,18 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from kvfold.cli.console import progress, say, show_json
-from kvfold.cli.options import Adapter, Device, Dtype, Json, KvMemory, Loading, Model, Time, quiet_transformers
+from kvfold.cli.options import (
+    Adapter,
+    Device,
+    Dtype,
+    Json,
+    KvMemory,
+    Loading,
+    Model,
+    Time,
+    model_name,
+    quiet_transformers,
+)
 from kvfold.errors import UserError, need_packages
 
 
@@ -77,8 +88,8 @@ def _answer_file(
     loaded: tuple, source: Path, target: Path, *, kv_memory: str, defaults: dict[str, Any], seed: int, as_json: bool
 ) -> None:
     """All requests of a file on one engine, with a bar."""
+    from kvfold.engine.answers import answer_file
     from kvfold.engine.engine import Engine
-    from kvfold.engine.offline import answer_file
 
     weights, tokenizer = loaded
     if defaults["temperature"]:
@@ -131,12 +142,13 @@ def serve(
     """
     need_packages("fastapi", "uvicorn", "openai", "prometheus_client", "llguidance", extra="serve", what="serving")
     from kvfold.demo import bundled_model
-    from kvfold.serve.command import serve as run
+    from kvfold.serve.app import serve as run
 
     quiet_transformers()
+    small = bundled_model() if demo else None
     run(
-        model, demo=bundled_model() if demo else None, host=host, port=port, api_key=api_key or (),
-        served_model_name=served_model_name or (), max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+        model, demo=small, host=host, port=port, api_key=api_key or (), max_model_len=max_model_len,
+        served_model_name=served_model_name or [model_name(str(model or small))], max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, chat_template=chat_template, generation_config=generation_config,
         dtype=dtype, device=device, kv_memory=kv_memory, method=method or (), adapter=adapter, say=say,
     )  # fmt: skip

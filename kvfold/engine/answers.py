@@ -1,15 +1,31 @@
 """From tokens to what a caller gets: text as it comes, without stop strings or halves of characters; pieces of an answer, or
-the whole; and an answer while it is being made.
+the whole; an answer while it is being made; and a file of requests answered into a file, one line for each line, in order.
+
+A record of such a file holds the number of its line and a fingerprint of what was asked, so that a second run goes on
+behind what is there, and refuses an output that belongs to another input. A line that can't be read or answered becomes
+a record with an `error`; the others go on.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from kvfold.engine.request import FinishReason, Request, Usage
 from kvfold.engine.sampler import Sampled, SamplingState, TokenLogprob
+from kvfold.errors import UserError
+
+if TYPE_CHECKING:
+    from kvfold.engine.engine import Engine
 
 CONTEXT_TOKENS = 8
 """Last tokens of the prompt that the first of the answer are decoded behind: some decoders drop a text's leading space."""
@@ -209,3 +225,124 @@ class Live:
         for new in (self.token_ids, self.shown, self.logprobs, self.prompt_logprobs):
             new.clear()
         return piece
+
+
+# -- files of requests -----------------------------------------------------------------------------------------------
+
+LOOKAHEAD = 1024
+"""Lines that are read and submitted ahead of the first one that is not answered yet."""
+REPORT_SECONDS = 0.5
+
+Report = Callable[[dict[str, Any]], None]
+"""Is told `done` and `total` lines, `tokens_per_s` of answers and `running` requests."""
+
+
+def answer_file(
+    engine: "Engine", source: str | Path, target: str | Path, *, defaults: Mapping[str, Any] | None = None,
+    report: Report = lambda facts: None,
+) -> dict[str, int]:  # fmt: skip
+    """Answer every line of `source`, a JSON object of OpenAI's field names, into `target`. `defaults` hold where a line says
+    nothing. Gives the numbers of lines answered now, of those among them that are errors, and of lines that were there already.
+    """
+    source, target = Path(source), Path(target)
+    if not source.is_file():
+        raise UserError(f"input {source} must be a file of JSON lines, got none: give one that is there")
+    with source.open("rb") as file:
+        total = sum(1 for line in file if line.strip())
+    there = _lines_done(source, target)
+    counts = {"answered": 0, "errors": 0, "skipped": there}
+    began, tokens, reported = time.monotonic(), 0, 0.0
+    under_way: deque[tuple[int, bytes]] = deque()
+
+    def asked() -> Iterator[Any]:
+        for number, line in islice(_lines(source), there, None):
+            under_way.append((number, line))
+            yield _asked(line, defaults or {})
+
+    with target.open("ab") as out:
+        for answers in engine.in_order(asked(), LOOKAHEAD):
+            record = _record(*under_way.popleft(), answers)
+            out.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            out.flush()
+            counts["answered"] += 1
+            counts["errors"] += any("error" in choice for choice in record["choices"])
+            tokens += record["usage"]["completion_tokens"]
+            now = time.monotonic()
+            if now - reported > REPORT_SECONDS or there + counts["answered"] == total:
+                reported, speed = now, tokens / max(1e-9, now - began)
+                report({
+                    "done": there + counts["answered"], "total": total, "tokens_per_s": speed,
+                    "running": engine.stats()["running"],
+                })  # fmt: skip
+    return counts
+
+
+def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not empty, numbered from 1 as an editor does."""
+    with source.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line.strip()
+
+
+def _fingerprint(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest()[:16]
+
+
+def _lines_done(source: Path, target: Path) -> int:
+    """Lines of the output that are whole; a last one that was cut off is removed."""
+    if not target.exists():
+        return 0
+    done, end = 0, 0
+    with target.open("rb") as file:
+        for line, asked in zip(file, _lines(source), strict=False):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                record = json.loads(line)
+                same = (record["line"], record["asked"]) == (asked[0], _fingerprint(asked[1]))
+            except (ValueError, KeyError, TypeError):
+                same = False
+            if not same:
+                raise UserError(
+                    f"output {target} line {done + 1} must answer line {asked[0]} of {source}, got another: give a new file"
+                )
+            done, end = done + 1, end + len(line)
+        file.seek(end)
+        rest = file.read(1 << 20)
+    if b"\n" in rest:
+        raise UserError(f"output {target} must not be longer than {source}, got more lines: give a new file")
+    if rest:
+        with target.open("r+b") as file:
+            file.truncate(end)
+    return done
+
+
+def _asked(line: bytes, defaults: Mapping[str, Any]) -> dict[str, Any] | UserError:
+    """What one line asks of the engine, or why it can't be read."""
+    try:
+        asked = json.loads(line)
+    except ValueError as error:
+        return UserError(f"the line must be a JSON object, got none ({error})")
+    asked = {**defaults, **(asked if isinstance(asked, Mapping) else {"prompt": asked})}
+    return {name: value for name, value in asked.items() if name != "id"}
+
+
+def _record(number: int, line: bytes, answers: list[Answer]) -> dict[str, Any]:
+    """What stands in the output for one line."""
+    record: dict[str, Any] = {"line": number, "asked": _fingerprint(line)}
+    with suppress(ValueError, KeyError, TypeError):
+        record["id"] = json.loads(line)["id"]
+    record["choices"] = []
+    for index, answer in enumerate(answers):
+        choice = {"index": index} | {name: getattr(answer, name) for name in ("text", "token_ids", "finish_reason")}
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(answer, name):
+                choice[name] = [asdict(one) for one in getattr(answer, name)]
+        if answer.error:
+            choice["error"] = answer.error
+        record["choices"].append(choice)
+    record["usage"] = {"completion_tokens": sum(len(answer.token_ids) for answer in answers)}
+    if answers[0].usage is not None:
+        record["usage"] = asdict(answers[0].usage) | record["usage"]
+    return record

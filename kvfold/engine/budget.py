@@ -8,8 +8,7 @@ everything until the first sequence has told better. No torch here; the bytes th
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from kvfold.engine.request import Request
 from kvfold.errors import UserError
@@ -38,37 +37,16 @@ def always_kept(spec: Method, seen: int) -> int:
     return spec.expected_kept(seen, max(1, seen)) if spec.trained else spec.max_kept(seen)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KeptRatios:
-    """Tokens kept over tokens seen, by length and KV stream (owners ascending, then heads), as calibration writes them."""
-
-    lengths: tuple[int, ...]
-    """Tokens seen, ascending."""
-    median: tuple[tuple[float, ...], ...]
-    """By length, then by stream."""
-    p95: tuple[tuple[float, ...], ...]
-    """The 95 % quantile, likewise."""
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """From plain values."""
-        rows = {name: tuple(tuple(row) for row in data[name]) for name in ("median", "p95")}
-        return cls(lengths=tuple(data["lengths"]), **rows)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"lengths": list(self.lengths), "median": [*map(list, self.median)], "p95": [*map(list, self.p95)]}
-
-
 class SequenceCost:
     """Bytes that one sequence holds under one method."""
 
     def __init__(
         self, layout: KVLayout, *, model_bytes: int, page_slots: int, slot_state: Mapping[Any, int] | None = None,
-        ratios: KeptRatios | None = None,
+        ratios: Mapping[str, Any] | None = None,
     ):  # fmt: skip
         """`model_bytes`: one number in the model's dtype. `slot_state`: bytes a slot by page class, where classes are shared
-        with other methods. `ratios`: of the learned method's calibration.
+        with other methods. `ratios`: as calibration writes those of the learned method: `lengths` (tokens seen, ascending), and
+        for each of them tokens kept over tokens seen of every KV stream, their `median` and their `p95`, the 95 % quantile.
         """
         states, streams = slot_state or page_classes(layout), []
         self.page_slots, self.state_bytes = page_slots, SEQUENCE_BYTES
@@ -83,7 +61,7 @@ class SequenceCost:
         self.chunk_invariant = all(spec.chunk_invariant for spec, _ in streams)
         self._learned = [place for place, (spec, _) in enumerate(streams) if spec.trained]
         # Mean and mean absolute deviation of what is kept beyond `always_kept`, as a share; by length, then learned stream.
-        self._lengths = LENGTHS if ratios is None else ratios.lengths
+        self._lengths = LENGTHS if ratios is None else ratios["lengths"]
         self._mean = [[1.0] * len(self._learned) for _ in self._lengths]
         self._spread = [[0.0] * len(self._learned) for _ in self._lengths]
         self._observed = [0] * len(self._lengths)
@@ -134,19 +112,18 @@ class SequenceCost:
             shares.append(min(1.0, (1 - weight) * one + weight * two))
         return shares
 
-    def _take(self, ratios: KeptRatios) -> None:
+    def _take(self, ratios: Mapping[str, Any]) -> None:
         """Shares beyond `always_kept` from plain ratios."""
-        for place, length in enumerate(ratios.lengths):
-            if len(ratios.median[place]) != len(self.streams):
-                raise UserError(
-                    f"kept ratios must be of {len(self.streams)} KV streams, got {len(ratios.median[place])}: calibrate again"
-                )
+        for place, length in enumerate(ratios["lengths"]):
+            given = len(ratios["median"][place])
+            if given != len(self.streams):
+                raise UserError(f"kept ratios must be of {len(self.streams)} KV streams, got {given}: calibrate again")
             for number, stream in enumerate(self._learned):
                 least = always_kept(self.streams[stream][0], length)
                 if length > least:
                     mean, top = (
                         min(1.0, max(0.0, (row[place][stream] * length - least) / (length - least)))
-                        for row in (ratios.median, ratios.p95)
+                        for row in (ratios["median"], ratios["p95"])
                     )
                     self._mean[place][number], self._spread[place][number] = mean, max(0.0, top - mean) / DEVIATIONS
             self._observed[place] = 10
@@ -176,14 +153,14 @@ class Budget:
 
     def __init__(
         self, costs: Mapping[str, SequenceCost], pool_bytes: int, *, prefill_tokens: int, horizon: int = HORIZON,
-        watermark: float = WATERMARK, scale: float = 1.0,
+        scale: float = 1.0,
     ):  # fmt: skip
         """`costs` by method. `prefill_tokens`: of one prefill group, at most. `scale`: what estimates are multiplied by, to see
         what happens where they are wrong.
         """
         self.costs, self.pool_bytes, self.prefill_tokens, self.horizon = costs, pool_bytes, prefill_tokens, horizon
         self.scale, self.safety = scale, 1.0
-        self._reserve = int(watermark * pool_bytes)
+        self._reserve = int(WATERMARK * pool_bytes)
         self.estimates = 0
         self.mean_error = 0.0
         """Mean of |estimated / held - 1| over prompts, of learned methods."""

@@ -6,12 +6,13 @@ go on. What runs when is the scheduler's business, what a token is the sampler's
 """
 
 import asyncio
-import itertools
 import math
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import count, islice
 from typing import Any, Self
 
 import torch
@@ -20,13 +21,12 @@ from transformers import PreTrainedTokenizerBase
 
 from kvfold.cache.allocator import CacheFull
 from kvfold.engine.answers import Answer, Deliver, Live, Piece, TextStream
-from kvfold.engine.budget import Budget, KeptRatios
+from kvfold.engine.budget import Budget
 from kvfold.engine.request import FinishReason, Question, Request, SamplingParams, parse_question
 from kvfold.engine.runner import Runner
 from kvfold.engine.sampler import Grammars, SamplingState, sample, token_logprobs
 from kvfold.engine.scheduler import PREFILL_TOKENS, Scheduler
 from kvfold.errors import UserError
-from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.units import parse_size
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.ops.native import free_openmp_threads
@@ -53,27 +53,32 @@ class Engine:
         own = model.config.layout
         layouts = [own] if methods is None else [own.with_time(text) for text in methods]
         self._layouts = {layout.time_text(): layout for layout in layouts}
-        self._default = layouts[0].time_text()
+        self.methods = tuple(self._layouts)
+        """Text forms, the default first."""
         self._runner = Runner(
             model, self._layouts, memory_bytes, max_sequences=2 * max_running, page_slots=page_slots, poison=poison,
-            ratios=_kept_ratios(model, self._layouts),
+            ratios=_kept_ratios(model),
         )  # fmt: skip
         self._budget = Budget(
             self._runner.costs, self._runner.pool_bytes, prefill_tokens=prefill_tokens, scale=estimate_scale
         )
-        most = min(max_running, self._runner.max_sequences)
-        self._scheduler = Scheduler(self._budget, self._runner, max_running=most, prefill_tokens=prefill_tokens)
-        self._context = getattr(model.config, "max_position_embeddings", None) or math.inf
+        self.max_running = min(max_running, self._runner.max_sequences)
+        """Answers that can run at once."""
+        self._scheduler = Scheduler(
+            self._budget, self._runner, max_running=self.max_running, prefill_tokens=prefill_tokens
+        )
+        self.context = model.config.max_position_embeddings
+        """Tokens that the model's positions reach."""
         self._vocab_size, self._eos_ids = model.config.vocab_size, _end_tokens(model, tokenizer)
         self._grammars = None if tokenizer is None else Grammars(tokenizer, self._vocab_size, list(self._eos_ids))
         self._live: dict[Request, Live] = {}
-        self._numbers = itertools.count(1)
+        self._numbers = count(1)
         self._counts = {"prompt_tokens": 0, "completion_tokens": 0, "finished": 0, "steps": 0}
         self._seconds = {"step_s": 0.0, "forward_s": 0.0}
         self._inbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._stopped: str | None = None
-        """Why nothing is taken any more."""
+        self.stopped: str | None = None
+        """Why nothing is taken any more; None while requests are."""
         self._thread: threading.Thread | None = None
         free_openmp_threads()  # of the thread that made the model; from here on the engine's own is the one that computes
 
@@ -86,7 +91,7 @@ class Engine:
     def close(self) -> None:
         """Stop. What still runs ends as `abort`, and all pages are free."""
         with self._lock:
-            thread, self._stopped = self._thread, self._stopped or "it is closed"
+            thread, self.stopped = self._thread, self.stopped or "it is closed"
             self._inbox.put(None)
         if thread is not None:
             thread.join()
@@ -114,31 +119,44 @@ class Engine:
 
     def generate(self, asked: Iterable[Asked]) -> list[Answer]:
         """Answers in the order of the requests. What is wrong with one of them stands in its answer's `error`."""
-        outbox: queue.SimpleQueue[tuple[int, Piece]] = queue.SimpleQueue()
-        answers: list[list[Answer]] = []
-        lives: list[Live] = []
-        for number, one in enumerate(asked):
-            try:
-                more = self._prepare(one, lambda piece, number=number: outbox.put((number, piece)), streams=False)
-            except ValueError as error:
-                answers.append([Answer(finish_reason="error", error=str(error))])
-                continue
-            answers.append([Answer() for _ in more])
-            lives += more
-        left = len(lives)
-        try:
-            if lives:
-                self._send(lives)  # all at once, so that the first one's reading knows where others part from it
-            while left:
-                number, piece = outbox.get()
-                answers[number][piece.index].add(piece)
-                left -= 1
-        finally:
-            if left:
-                self.cancel([live.request for live in lives])
-        for group in answers:
+        groups = list(self.in_order(asked))
+        for group in groups:
             group[0].others = group[1:]
-        return [group[0] for group in answers]
+        return [group[0] for group in groups]
+
+    def in_order(self, asked: Iterable[Asked | UserError], ahead: int | None = None) -> Iterator[list[Answer]]:
+        """The `n` answers to each request, in the order of the requests, so many of which are under way at once; None = all.
+        What is wrong with a request, an error in its place included, stands in its answer's `error`.
+        """
+        waiting: deque[tuple[list[Request], queue.SimpleQueue[Piece], list[Answer]]] = deque()
+        asked = iter(asked)
+        try:
+            while True:
+                fresh: list[Live] = []
+                for one in islice(asked, None if ahead is None else ahead - len(waiting)):
+                    outbox: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+                    try:
+                        if isinstance(one, UserError):
+                            raise one
+                        lives = self._prepare(one, outbox.put, streams=False)
+                        answers = [Answer() for _ in lives]
+                    except ValueError as error:
+                        lives, answers = [], [Answer(finish_reason="error", error=str(error))]
+                    waiting.append(([live.request for live in lives], outbox, answers))
+                    fresh += lives
+                if fresh:
+                    self._send(fresh)  # all at once, so that the first one's reading knows where others part from it
+                if not waiting:
+                    return
+                job, outbox, answers = waiting[0]
+                for _ in job:
+                    piece = outbox.get()
+                    answers[piece.index].add(piece)
+                waiting.popleft()
+                yield answers
+        finally:
+            for job, *_ in waiting:
+                self.cancel(job)
 
     async def stream(self, asked: Asked) -> AsyncIterator[Piece]:
         """One request's pieces as they come; left early, the request is cancelled. Raises `UserError` for a bad request."""
@@ -220,10 +238,8 @@ class Engine:
             raise UserError("prompt must have 1 token or more, got none")
         if max(ids) >= self._vocab_size:
             raise UserError(f"prompt must hold token ids below {self._vocab_size}, got {max(ids)}")
-        if len(ids) >= self._context:
-            raise UserError(
-                f"prompt must be shorter than the model's context of {self._context} tokens, got {len(ids)}"
-            )
+        if len(ids) >= self.context:
+            raise UserError(f"prompt must be shorter than the model's context of {self.context} tokens, got {len(ids)}")
         return ids
 
     def _check_ids(self, params: SamplingParams) -> None:
@@ -235,7 +251,7 @@ class Engine:
 
     def _method(self, time_text: str | None) -> str:
         if time_text is None:
-            return self._default
+            return self.methods[0]
         name = self.model.config.layout.with_time(time_text).time_text()
         if name not in self._layouts:
             raise UserError(f"time must be one of the methods loaded, {', '.join(self._layouts)}, got '{time_text}'")
@@ -246,7 +262,7 @@ class Engine:
         wanted = math.inf if params.max_tokens is None else params.max_tokens
         request = Request(
             id=f"{next(self._numbers):012d}", tokens=list(ids), prompt_tokens=len(ids), params=params, method=method,
-            max_tokens=int(min(wanted, self._context - len(ids), 2**31)), priority=question.priority, arrival=now,
+            max_tokens=int(min(wanted, self.context - len(ids), 2**31)), priority=question.priority, arrival=now,
             deadline=math.inf if question.timeout is None else now + question.timeout,
             reuse=params.prompt_logprobs is None,
         )  # fmt: skip
@@ -269,8 +285,8 @@ class Engine:
 
     def _send(self, lives: list[Live]) -> None:
         with self._lock:
-            if self._stopped:
-                raise RuntimeError(f"the engine can't take requests: {self._stopped}")
+            if self.stopped:
+                raise RuntimeError(f"the engine can't take requests: {self.stopped}")
             if self._thread is None:
                 free_openmp_threads()
                 self._thread = threading.Thread(target=self._run, name="kvfold engine", daemon=True)
@@ -287,7 +303,7 @@ class Engine:
         except BaseException as error:  # a mistake of ours: nobody may wait for an answer that never comes
             reason, said = "error", _one_line(error)
         with self._lock:
-            self._stopped = self._stopped or said
+            self.stopped = self.stopped or said
             while not self._inbox.empty():
                 message = self._inbox.get()
                 if message is not None:
@@ -406,13 +422,10 @@ def _note_prompt(live: Live, logits_TV: Tensor, before: int) -> None:
         live.prompt_logprobs += token_logprobs(rows, targets, request.params.prompt_logprobs)
 
 
-def _kept_ratios(model: FoldForCausalLM, layouts: Mapping[str, KVLayout]) -> dict[str, KeptRatios]:
-    """As calibration wrote them for one method and one set of gates; nothing where that method is not among those loaded."""
+def _kept_ratios(model: FoldForCausalLM) -> dict[str, Mapping[str, Any]]:
+    """As calibration wrote them for one method and one set of gates."""
     ratios = model.config.kept_ratios
-    if ratios is None:
-        return {}
-    name = model.config.layout.base().with_time(ratios["time"]).time_text()
-    return {name: KeptRatios.from_json(ratios)} if name in layouts else {}
+    return {} if ratios is None else {model.config.layout.base().with_time(ratios["time"]).time_text(): ratios}
 
 
 def _one_line(error: BaseException) -> str:

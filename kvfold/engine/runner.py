@@ -19,7 +19,7 @@ from kvfold.cache.group import CacheGroup
 from kvfold.cache.hf import FoldCache
 from kvfold.cache.pages import PagePool
 from kvfold.cache.store import Store
-from kvfold.engine.budget import KeptRatios, SequenceCost
+from kvfold.engine.budget import SequenceCost
 from kvfold.engine.scheduler import Call
 from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
@@ -48,7 +48,7 @@ class Runner:
 
     def __init__(
         self, model: FoldForCausalLM, layouts: Mapping[str, KVLayout], memory_bytes: int, *, max_sequences: int,
-        page_slots: int = PAGE_SLOTS, ratios: Mapping[str, KeptRatios] | None = None, poison: bool = False,
+        page_slots: int = PAGE_SLOTS, ratios: Mapping[str, Mapping] | None = None, poison: bool = False,
     ):  # fmt: skip
         """`layouts` by method. `max_sequences`: running ones and snapshots, of each method. `ratios` as calibrated."""
         self.model, self.layouts, self._poison = model, dict(layouts), poison
@@ -60,14 +60,11 @@ class Runner:
         states = {one: sum(DTYPE_BYTES[dtype] for dtype in arrays.values()) for one, arrays in self._arrays.items()}
         self.costs = {
             name: SequenceCost(
-                layout,
-                model_bytes=self._itemsize,
-                page_slots=page_slots,
-                slot_state=states,
+                layout, model_bytes=self._itemsize, page_slots=page_slots, slot_state=states,
                 ratios=(ratios or {}).get(name),
             )
             for name, layout in layouts.items()
-        }
+        }  # fmt: skip
         state_bytes = sum(cost.state_bytes for cost in self.costs.values())
         self.max_sequences = max(2, min(max_sequences, memory_bytes // STATE_SHARE // state_bytes))
         self._pools = self._make_pools(states, memory_bytes - self.max_sequences * state_bytes)

@@ -1,42 +1,49 @@
-"""kvfold under plain Ray Serve: a front that speaks HTTP, and as many engines behind it as there is room and need for.
+"""kvfold under plain Ray. For Ray Serve: a front that speaks HTTP, and as many engines behind it as there is room and need for.
+For Ray Data: a dataset of requests, answered by a pool of engines.
 
-The front reads a request, names its prompt for the router (ray_router.py) and passes on what the chosen replica answers.
-A replica is an engine with the whole application of kvfold.serve mounted on it, called without a socket (asgi_calls.py).
-`serve run` builds it from a file: examples/serve-ray.yaml. Nothing here is imported unless Ray is there.
+The front reads a request, names its prompt for the router and passes on what the chosen replica answers. A replica is an
+engine with the whole application of kvfold.serve mounted on it, called without a socket (replicas.py). `serve run` builds it
+from a file: examples/serve-ray.yaml. Routers and policies are alpha in Ray; the policy is loaded in Serve's controller and
+lives in replicas.py, where it brings no torch. Nothing here is imported unless Ray is there.
 """
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_origin
 
+from pydantic import ConfigDict, ValidationError, create_model
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
 from kvfold.engine.engine import Engine
 from kvfold.errors import UserError
-from kvfold.integrations.asgi_calls import Call, Part, answered
-from kvfold.integrations.prefix_routing import prompt_bytes
-from kvfold.integrations.ray_router import SLACK, FreePages, PrefixRouter
-from kvfold.integrations.versions import installed_version, warn_untested
+from kvfold.integrations.replicas import Call, FreePages, Part, PrefixMemory, answered, chain, prompt_bytes, ranked
+from kvfold.integrations.vllm import warn_untested
 from kvfold.layout.units import parse_size
 from kvfold.models.adapters import read_adapter
 from kvfold.models.load import load, load_config, load_tokenizer
 from kvfold.serve import watch
 from kvfold.serve.app import create_app
-from kvfold.serve.errors import ApiError
-from kvfold.serve.settings import ServerSettings
-from kvfold.serve.streaming import DONE, error_event
+from kvfold.serve.replies import DONE, ApiError, error_event
+from kvfold.serve.serving import ServerSettings
+
+if TYPE_CHECKING:
+    from pyarrow import Table
+    from ray.data import Dataset
 
 TESTED = ("2.60", "2.61")
-"""Ray versions that this is tested with: from the first, below the second. Routers and policies are alpha there."""
+"""Ray versions that this is tested with: from the first, below the second."""
+
+SLACK = 8
+"""A replica with so many requests more than the least loaded is not sent more for its prefixes' sake."""
 
 FORWARDED = ("/v1/", "/tokenize", "/detokenize", "/health", "/ping", "/version")
 """Paths that mean the same whichever replica answers. The others tell of one replica alone."""
@@ -116,38 +123,23 @@ def _understood(kind: type, given: Mapping[str, Any], where: str) -> dict[str, A
     another kind than the field's.
     """
     known = {one.name: one.type for one in fields(kind)}
-    if unknown := sorted(set(given) - set(known)):
-        raise UserError(
-            f"{where} of kvfold under Ray Serve: unknown {', '.join(unknown)}: use {', '.join(sorted(known))}"
-        )
-    found = dict(given)
+    values = dict(given)
     for name, value in given.items():
-        origin = get_origin(known[name])
-        if origin is tuple:
-            found[name] = (
-                (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else value
-            )
-            fits = isinstance(found[name], tuple) and all(isinstance(one, str) for one in found[name])
-        else:
-            wanted = origin if origin is Mapping else int | float if known[name] is float else known[name]
-            # For Python a bool is an int.
-            fits = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
-        if not fits:
-            raise UserError(
-                f"{where} of kvfold under Ray Serve: {name} can't be {value!r}: it is {_words(known[name])}"
-            )
-    return found
-
-
-def _words(kind: Any) -> str:
-    """The kind of a field, for a line that a user reads."""
-    if get_origin(kind) is tuple:
-        return "a list of texts"
-    if get_origin(kind) is UnionType:
-        return " or ".join(_words(one) for one in get_args(kind))
-    return {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "left out"}.get(
-        kind, "a mapping"
-    )
+        if get_origin(known.get(name)) is tuple and isinstance(value, str | list):
+            values[name] = (value,) if isinstance(value, str) else tuple(value)
+    rules = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    shape = create_model(kind.__name__, __config__=rules, **{name: (one, None) for name, one in known.items()})
+    try:
+        shape.model_validate(values)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        remedy = (
+            f": use {', '.join(sorted(known))}" if wrong["type"] == "extra_forbidden" else f", got {wrong['input']!r}"
+        )
+        raise UserError(
+            f"{where} of kvfold under Ray Serve: {wrong['loc'][0]}: {wrong['msg'].lower()}{remedy}"
+        ) from None
+    return values
 
 
 class Replica:
@@ -179,9 +171,8 @@ class Replica:
 
     def check_health(self) -> None:
         """Ray asks from time to time, and puts another in the place of a replica that raises."""
-        broken = watch.failure(self.engine)
-        if broken is not None:
-            raise RuntimeError(f"the engine takes no requests: {broken}")
+        if self.engine.stopped is not None:
+            raise RuntimeError(f"the engine takes no requests: {self.engine.stopped}")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """For `FreePages`: bytes held by running requests and wanted by waiting ones, as a share of the pool."""
@@ -273,13 +264,51 @@ def lost(error: Exception) -> ApiError:
     )  # fmt: skip
 
 
+class PrefixRouter(RequestRouter):
+    """Sends a request where most of its prompt was sent before, unless that replica is crowded.
+
+    Each router knows what it sent itself. Where it knows nothing, a hash decides, the same in all routers.
+    """
+
+    def initialize_state(self, slack: int = SLACK) -> None:
+        """See Ray."""
+        self._slack, self._memory = slack, PrefixMemory()
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """See Ray. A replica that is gone took its prefixes along."""
+        super().update_replicas(replicas)
+        self._memory.keep_only(replica.replica_id.unique_id for replica in replicas)
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """See Ray: one replica a rank, so that the next is asked only when the one before is full."""
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True
+        loads = {
+            replica.replica_id.unique_id: self.replica_queue_len_cache.get(replica.replica_id) or 0
+            for replica in candidate_replicas
+        }
+        by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        return [[by_id[name]] for name in ranked(self._chain(pending_request), self._memory, loads, self._slack)]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """See Ray."""
+        self._memory.note(self._chain(pending_request), replica_id.unique_id)
+
+    def _chain(self, request: PendingRequest | None) -> tuple[bytes, ...]:
+        """Keys of what the front named as the request's prompt; none for calls of another kind."""
+        call = request.args[0] if request is not None and request.args else None
+        return chain(getattr(call, "prompt", b""))
+
+
 def build(args: Mapping[str, Any]) -> serve.Application:
     """The application, as `import_path: kvfold.integrations.ray_serve:build` names it in a file for `serve run`.
 
     `args`: fields of `RaySettings`. Raises `UserError`, in one line, for settings that can't be meant and for a model
     or an adapter that can't be read.
     """
-    warn_untested("Ray", installed_version(("ray",)), TESTED)
+    warn_untested("Ray", ("ray",), TESTED)
     wanted = RaySettings.parse(args)
     layout = load_config(wanted.model).layout
     if wanted.adapter is not None:
@@ -310,3 +339,49 @@ def build(args: Mapping[str, Any]) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
     )  # fmt: skip
     return front.bind(replica.bind(given), given)
+
+
+def answered_dataset(
+    requests: "Dataset", model: str, *, engines: int = 1, batch_rows: int = 256, kv_memory: str = "2GB",
+    methods: Sequence[str] = (), adapter: str | None = None, max_running: int = 256, cpus: float = 1.0, gpus: float = 0.0,
+) -> "Dataset":  # fmt: skip
+    """`requests`: a column for each of OpenAI's field names (`prompt` or `messages`, `max_tokens`, ...); a field that a row
+    leaves empty is not said. Gives all columns and `text`, `finish_reason`, `error`, `prompt_tokens`, `completion_tokens`; what
+    is wrong with a row stands in its `error`, and the others go on.
+
+    `batch_rows`: requests that an engine gets at once; more than `max_running`, so that it is never short of work. A batch of
+    an engine that dies is answered again by another.
+    """
+    from ray.data import ActorPoolStrategy
+
+    options = {"kv_memory": kv_memory, "methods": tuple(methods) or None, "max_running": max_running}
+    return requests.map_batches(
+        _Answering, batch_format="pyarrow", batch_size=batch_rows, num_cpus=cpus, num_gpus=gpus,
+        compute=ActorPoolStrategy(size=engines), fn_constructor_args=(model, adapter, "cuda" if gpus else None, options),
+    )  # fmt: skip
+
+
+class _Answering:
+    """One engine of the pool."""
+
+    def __init__(self, model: str, adapter: str | None, device: str | None, options: dict[str, Any]):
+        self._engine = Engine(load(model, adapter=adapter, device=device), load_tokenizer(model), **options)
+
+    def __call__(self, batch: "Table") -> "Table":
+        from pyarrow import array, table
+
+        answers = self._engine.generate([_said(row) for row in batch.to_pylist()])
+        columns = {name: batch[name] for name in batch.column_names}
+        # Columns that may be empty in all rows of a batch have their type all the same, so that batches fit together.
+        for name in ("text", "finish_reason", "error"):
+            columns[name] = array([getattr(one, name) for one in answers], "string")
+        for name in ("prompt_tokens", "completion_tokens"):
+            columns[name] = array([getattr(one.usage, name, 0) for one in answers], "int64")
+        return table(columns)
+
+
+def _said(value: Any) -> Any:
+    """Without the fields that are empty: a table has them in every row, and in every message of it."""
+    if isinstance(value, dict):
+        return {name: _said(one) for name, one in value.items() if one is not None}
+    return [_said(one) for one in value] if isinstance(value, list) else value

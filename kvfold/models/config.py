@@ -75,8 +75,8 @@ class FoldConfig(PreTrainedConfig):
     gates: dict[str, Any] | None = None
     """Where the decisions of a learned method come from (a `GateConfig` as plain values); None = the model has no gates."""
     kept_ratios: dict[str, Any] | None = None
-    """What the gates keep of text, per KV stream, as calibration measured it (`engine.budget.KeptRatios` with the method's
-    `time`); None = not measured."""
+    """What the gates keep of text, per KV stream, as calibration measured it (read by `engine.budget.SequenceCost`, beside
+    the method's `time`); None = not measured."""
     trained_tokens: int | None = None
     """Tokens that the weights were trained or fitted on since they left their own family's checkpoint; None = none noted."""
     channel_freed: bool = False

@@ -1,30 +1,67 @@
-"""One request from its checked fields to its response: a place in the queue, the engine, a stream or a whole answer; and what
-the answer cost, in OpenAI's counts and by what the cache saw and kept.
+"""One request from its checked fields to its response: a place in the queue, the engine, a stream or a whole answer, and what
+the answer cost, in OpenAI's counts and by what the cache saw and kept. Here are the two completions endpoints, of texts and of
+chats; `responses.py` has the third.
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Protocol
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
-from openai.types import CompletionUsage
-from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
+from openai.types import Completion, CompletionChoice, CompletionUsage
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage, chat_completion
+from openai.types.chat import chat_completion_chunk as chunks
+from openai.types.chat import chat_completion_message_function_tool_call as tool_calls
+from openai.types.completion_choice import Logprobs
+from openai.types.completion_usage import PromptTokensDetails
 from pydantic import BaseModel
 
+from kvfold.engine.engine import Answer, Piece
 from kvfold.engine.request import Usage
-from kvfold.serve.body import read
-from kvfold.serve.errors import ApiError, log_failure
-from kvfold.serve.serving import Job, Serving
-from kvfold.serve.streaming import DONE, Stream, error_event, unless_gone
+from kvfold.serve.calls import AnswerReader, Part
+from kvfold.serve.fields import Base, ChatRequest, CompletionRequest, read
+from kvfold.serve.prompts import tool_choice
+from kvfold.serve.replies import (
+    DONE,
+    PING,
+    ApiError,
+    Stream,
+    error_event,
+    event,
+    filled,
+    invalid,
+    log_failure,
+    unless_gone,
+)
+from kvfold.serve.serving import LONG_CHARACTERS, Job, Serving
+
+DEFAULT_MAX_TOKENS = 16
+"""Of completions; a chat goes on as long as there is room."""
 
 
-class Asked(Protocol):
+class Call:
     """One request to one endpoint."""
 
+    prefix = ""
+    """Of its id."""
     answers: int
     """Its prompts times its `n`."""
     characters: int
     """How much there is to prepare, roughly."""
+
+    def __init__(self, serving: Serving, body: Base, model: str, name: str):
+        """`model`: as the client calls it. `name`: of the request."""
+        self.serving, self.body, self.model = serving, body, model
+        self.id, self.created = self.prefix + name, int(time.time())
+        self.n = max(1, body.n or 1)  # the engine refuses what is less
+        form = body.response_format or {"type": "text"}
+        self.structured = bool(body.structured_outputs) or form.get("type") != "text"
+        self.num_tokens = 0
+        """Sent so far."""
+        self.ended: list[Usage] = []
+        """Of all answers that have ended."""
 
     def submit(self, job: Job) -> None:
         """Make token ids and hand them to the engine; on a worker thread."""
@@ -32,19 +69,65 @@ class Asked(Protocol):
     async def answer(self, job: Job) -> BaseModel:
         """The whole answer."""
 
-    def events(self, job: Job) -> AsyncIterator[bytes]:
+    def news(self, index: int, piece: Piece) -> Sequence[BaseModel]:
+        """What is new of one answer, as choices."""
+
+    def chunk(self, choices: Sequence[BaseModel], **extra: Any) -> BaseModel:
+        """What a stream carries at once."""
+
+    async def events(self, job: Job) -> AsyncIterator[bytes]:
         """The answer as events."""
+        options = self.body.stream_options
+        always = bool(options and options.continuous_usage_stats)
+        async for batch in self.serving.batches(job, self.serving.settings.ping_s):
+            if not batch:
+                yield PING
+            for index, piece in batch:
+                for choice in self.news(index, piece):
+                    chunk = self.chunk([choice])
+                    if always:
+                        chunk.usage = self.usage(job)
+                    yield event(chunk)
+        if options and options.include_usage:
+            yield event(self.chunk([], usage=self.usage(job)))
+
+    async def whole_answers(self, job: Job) -> list[Answer]:
+        """All of them, once they have ended."""
+        answers = [Answer() for _ in range(self.answers)]
+        async for batch in self.serving.batches(job):
+            for index, piece in batch:
+                answers[index].add(piece)
+        return answers
+
+    def usage(self, job: Job) -> CompletionUsage:
+        """So far."""
+        cached = max((one.cached_tokens for one in self.ended), default=0)
+        usage = CompletionUsage(
+            prompt_tokens=job.prompt_tokens, completion_tokens=self.num_tokens,
+            total_tokens=job.prompt_tokens + self.num_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached), completion_tokens_details=None,
+        )  # fmt: skip
+        if self.ended:
+            usage.kvfold = held(self.ended)
+        return usage
 
 
-async def respond(
-    serving: Serving, request: Request, kind: type[BaseModel], asked_of: Callable[[Serving, Any, str, str], Asked]
-) -> Response:
-    """The response to a body of one kind, whole or as a stream. `asked_of`: from the body, the model's name and the request's id
-    what is asked. Raises `ApiError` for what is refused before an answer begins.
+def held(ended: Sequence[Usage]) -> dict[str, Any]:
+    """Tokens seen, tokens kept (the mean over KV heads) and bytes held at the end, summed over answers, and how many times fewer
+    were kept than seen.
     """
+    seen, kept = sum(one.seen_tokens for one in ended), sum(one.kept_tokens for one in ended)
+    return {
+        "seen_tokens": seen, "kept_tokens": round(kept, 2), "kv_bytes": sum(one.kv_bytes for one in ended),
+        "compression": round(seen / kept, 3) if kept else None,
+    }  # fmt: skip
+
+
+async def respond(serving: Serving, request: Request, kind: type[Base], call: type[Call]) -> Response:
+    """The response to a body of one kind, whole or as a stream. Raises `ApiError` for what is refused before an answer begins."""
     body = await read(request, kind, serving.settings.body_timeout_s)
     model, name, stream = serving.check(body), serving.request_id(request, body), bool(body.stream)
-    asked = asked_of(serving, body, model, name)
+    asked = call(serving, body, model, name)
     job = serving.jobs.open(name, asked.answers, streams=stream)
     headers = {"X-Request-Id": name}
     handed_over = False
@@ -61,7 +144,7 @@ async def respond(
             serving.jobs.leave(job)
 
 
-async def _until_done(asked: Asked, job: Job) -> AsyncIterator[bytes]:
+async def _until_done(asked: Call, job: Job) -> AsyncIterator[bytes]:
     try:
         async for one in asked.events(job):
             yield one
@@ -73,23 +156,306 @@ async def _until_done(asked: Asked, job: Job) -> AsyncIterator[bytes]:
     yield DONE
 
 
-def usage_of(
-    prompt_tokens: int, completion_tokens: int, ended: Sequence[Usage] = (), *, reasoning_tokens: int | None = None
-) -> CompletionUsage:
-    """`ended`: of all answers to the request that have ended. Under `kvfold`: tokens seen, tokens kept (the mean over KV
-    heads) and bytes held at the end, summed over answers, and how many times fewer were kept than seen.
-    """
-    seen, kept = sum(one.seen_tokens for one in ended), sum(one.kept_tokens for one in ended)
-    details = None if reasoning_tokens is None else CompletionTokensDetails(reasoning_tokens=reasoning_tokens)
-    usage = CompletionUsage(
-        prompt_tokens=prompt_tokens, completion_tokens=completion_tokens,
-        total_tokens=prompt_tokens + completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=max((one.cached_tokens for one in ended), default=0)),
-        completion_tokens_details=details,
-    )  # fmt: skip
-    if ended:
-        usage.kvfold = {
-            "seen_tokens": seen, "kept_tokens": round(kept, 2), "kv_bytes": sum(one.kv_bytes for one in ended),
-            "compression": round(seen / kept, 3) if kept else None,
+def _finish_reason(piece: Piece | Answer) -> str:
+    """As OpenAI's API says it: an answer whose time was over was cut off like one whose tokens were."""
+    return "stop" if piece.finish_reason == "stop" else "length"
+
+
+# -- texts -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True, slots=True)
+class _Text:
+    """One answer to one prompt, as far as it was sent."""
+
+    ids: list[int]
+    """The prompt."""
+    echo: str = ""
+    """What is put before the answer."""
+    offset: int = 0
+    """Characters before the next token, for log probabilities."""
+    begun: bool = False
+
+
+class TextCall(Call):
+    """/v1/completions: texts or token ids in, texts out; several prompts and several answers each."""
+
+    prefix = "cmpl-"
+    body: CompletionRequest
+
+    def __init__(self, serving: Serving, body: CompletionRequest, model: str, name: str):
+        super().__init__(serving, body, model, name)
+        self.prompts = _prompts(body.prompt)
+        self.answers = len(self.prompts) * self.n
+        self.characters = sum(map(len, self.prompts)) + LONG_CHARACTERS * self.structured
+        self.texts: list[_Text] = []
+
+    def submit(self, job: Job) -> None:
+        """See `Call`."""
+        serving, body = self.serving, self.body
+        sampling = body.sampling(serving.settings.defaults)
+        if body.max_tokens == 0:
+            sampling["max_tokens"] = 1  # the engine makes one, which is then left out
+        if body.logprobs is not None:
+            sampling["logprobs"] = body.logprobs
+            if body.echo:
+                sampling.setdefault("prompt_logprobs", body.logprobs)
+        asked = []
+        for prompt in self.prompts:
+            ids, text = prompt, prompt
+            if isinstance(prompt, str):
+                ids = serving.tokens.encode(prompt, special=body.add_special_tokens is not False)
+            elif body.echo:
+                text = serving.tokens.decode(ids)
+            asked.append(serving.asked(sampling, ids, default_max_tokens=DEFAULT_MAX_TOKENS))
+            self.texts += [_Text(ids=list(ids), echo=text if body.echo else "") for _ in range(self.n)]
+            serving.log_text(self.id, "prompt", prompt)
+        job.prompt_tokens = sum(len(one["prompt"]) for one in asked)
+        job.submit(asked)
+
+    def _choice(self, index: int, piece: Piece | Answer) -> CompletionChoice:
+        """What is new of one answer, or the whole."""
+        state, body = self.texts[index], self.body
+        silent = body.max_tokens == 0
+        text = "" if silent else piece.text
+        fields: dict[str, Any] = {
+            "index": index, "text": text if state.begun else state.echo + text, "logprobs": None, "finish_reason": None,
         }  # fmt: skip
-    return usage
+        if body.logprobs is not None:
+            fields["logprobs"] = self._logprobs(state, piece, silent)
+        if body.prompt_logprobs is not None and not state.begun:
+            fields["prompt_logprobs"] = self.serving.tokens.prompt_logprobs(piece.prompt_logprobs)
+        if body.return_token_ids:
+            fields["token_ids"] = [] if silent else list(piece.token_ids)
+            if not state.begun:
+                fields["prompt_token_ids"] = state.ids
+        state.begun = True
+        self.num_tokens += 0 if silent else len(piece.token_ids)
+        if piece.finish_reason is not None:
+            fields["finish_reason"] = "length" if silent else _finish_reason(piece)
+            if piece.finish_reason == "timeout":
+                fields["stop_reason"] = "timeout"
+            self.ended.append(piece.usage)
+        return filled(CompletionChoice, **fields)
+
+    def _logprobs(self, state: _Text, piece: Piece | Answer, silent: bool) -> Logprobs:
+        tokens, as_ids = self.serving.tokens, bool(self.body.return_tokens_as_token_ids)
+        of_tokens = [] if silent else list(piece.logprobs)
+        first = None
+        if self.body.echo and not state.begun:
+            of_tokens = [*piece.prompt_logprobs, *of_tokens]
+            first = state.ids[0]
+        logprobs = tokens.completion_logprobs(of_tokens, state.offset, first=first, as_ids=as_ids)
+        if of_tokens or first is not None:
+            last = of_tokens[-1].token if of_tokens else first
+            state.offset = logprobs.text_offset[-1] + len(tokens.text_of(last))
+        return logprobs
+
+    def news(self, index: int, piece: Piece) -> list[CompletionChoice]:
+        """See `Call`."""
+        return [self._choice(index, piece)]
+
+    def chunk(self, choices: Sequence[CompletionChoice], **extra: Any) -> Completion:
+        """See `Call`."""
+        return filled(
+            Completion, id=self.id, object="text_completion", created=self.created, model=self.model,
+            choices=list(choices), **extra,
+        )  # fmt: skip
+
+    async def answer(self, job: Job) -> Completion:
+        """See `Call`."""
+        choices = [self._choice(index, one) for index, one in enumerate(await self.whole_answers(job))]
+        self.serving.log_text(self.id, "answer", [one.text for one in choices])
+        return self.chunk(choices, usage=self.usage(job))
+
+
+def _prompts(prompt: Any) -> list[str | list[int]]:
+    """The prompts of a request, each a text or token ids. Raises `ApiError`."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        first = prompt[0]
+        if isinstance(first, int) and not isinstance(first, bool):
+            return [prompt]
+        if isinstance(first, str | list) and all(isinstance(one, type(first)) for one in prompt):
+            return prompt
+    raise invalid("prompt", "prompt must be a text, token ids, or a list of 1 or more of either")
+
+
+# -- chats -----------------------------------------------------------------------------------------------------------
+
+
+class ChatCall(Call):
+    """One chat answered by the engine: what chat completions and responses have in common."""
+
+    body: ChatRequest
+    prompt_ids: list[int]
+
+    def __init__(self, serving: Serving, body: ChatRequest, model: str, name: str):
+        super().__init__(serving, body, model, name)
+        self.answers = self.n
+        self.tools = tool_choice(body.tools, body.tool_choice, body.parallel_tool_calls)
+        if self.tools.forced and self.structured:
+            raise invalid(
+                "tool_choice", "tool_choice and response_format can't both say what the answer is: leave one out"
+            )
+        self.structured |= self.tools.forced
+        texts = (message.get("content") for message in body.messages)
+        length = sum(len(text) if isinstance(text, str | list) else 0 for text in texts)
+        self.characters = length + LONG_CHARACTERS * (self.structured or bool(body.tools))
+
+    def submit(self, job: Job) -> None:
+        """See `Call`."""
+        serving, body = self.serving, self.body
+        ids, in_reasoning = serving.template.render(body, self.tools.tools, structured=self.structured)
+        self.prompt_ids, self._in_reasoning = ids, in_reasoning
+        sampling = body.sampling(serving.settings.defaults)
+        if self.tools.forced:
+            sampling["structured_outputs"] = {"json": self.tools.schema()}
+        if body.logprobs:
+            sampling["logprobs"] = body.top_logprobs or 0
+        serving.log_text(self.id, "messages", body.messages)
+        job.prompt_tokens = len(ids)
+        job.submit([serving.asked(sampling, ids, default_max_tokens=None)])
+
+    def reader(self) -> AnswerReader:
+        """For one answer."""
+        reasons = self.serving.template.reasons and not self.structured
+        return AnswerReader(choice=self.tools, reasons=reasons, in_reasoning=self._in_reasoning)
+
+    def logprobs(self, piece: Piece | Answer) -> list[Any]:
+        """As chat completions have them; none where none were asked for."""
+        if not self.body.logprobs:
+            return []
+        as_ids = bool(self.body.return_tokens_as_token_ids)
+        return self.serving.tokens.chat_logprobs(piece.logprobs, as_ids=as_ids)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Message:
+    """One answer, as far as it was sent."""
+
+    reader: AnswerReader
+    logprobs: list[Any] = field(default_factory=list)
+    """Those of text that is held back."""
+    token_ids: list[int] = field(default_factory=list)
+    begun: bool = False
+
+
+class MessageCall(ChatCall):
+    """/v1/chat/completions: messages in; content, reasoning and tool calls out, whole or as they come."""
+
+    prefix = "chatcmpl-"
+
+    def __init__(self, serving: Serving, body: ChatRequest, model: str, name: str):
+        super().__init__(serving, body, model, name)
+        if body.top_logprobs and not body.logprobs:
+            raise invalid("top_logprobs", "top_logprobs needs logprobs: set logprobs to true")
+        self.messages: list[_Message] = []
+
+    def submit(self, job: Job) -> None:
+        """See `Call`."""
+        super().submit(job)
+        self.messages = [_Message(reader=self.reader()) for _ in range(self.answers)]
+
+    def _finish_reason(self, piece: Piece | Answer, num_calls: int) -> str:
+        """With calls made of the model's own will, or required ones, that is the reason."""
+        reason = _finish_reason(piece)
+        return "tool_calls" if reason == "stop" and num_calls and self.tools.mode != "named" else reason
+
+    async def answer(self, job: Job) -> ChatCompletion:
+        """See `Call`."""
+        answers = await self.whole_answers(job)
+        self.ended = [one.usage for one in answers]
+        self.num_tokens = sum(len(one.token_ids) for one in answers)
+        answer = filled(
+            ChatCompletion, id=self.id, object="chat.completion", created=self.created, model=self.model,
+            choices=[self._whole(index, one) for index, one in enumerate(answers)], usage=self.usage(job),
+        )  # fmt: skip
+        if self.body.prompt_logprobs is not None:
+            answer.prompt_logprobs = self.serving.tokens.prompt_logprobs(answers[0].prompt_logprobs)
+        if self.body.return_token_ids:
+            answer.prompt_token_ids = self.prompt_ids
+        self.serving.log_text(self.id, "answer", [one.text for one in answers])
+        return answer
+
+    def _whole(self, index: int, answer: Answer) -> chat_completion.Choice:
+        reader = self.messages[index].reader
+        parts = reader.feed(answer.text) + reader.finish()
+
+        def text(kind: str, call: int = 0) -> str:
+            return "".join(part.text for part in parts if part.kind == kind and part.index == call)
+
+        content = text("content")
+        message = filled(
+            ChatCompletionMessage, role="assistant", content=content if content or not reader.num_calls else None,
+            refusal=None,
+        )  # fmt: skip
+        if reasoning := text("reasoning"):
+            message.reasoning_content = message.reasoning = reasoning
+        if reader.num_calls:
+            message.tool_calls = [
+                tool_calls.ChatCompletionMessageFunctionToolCall(
+                    id=part.id, type="function",
+                    function=tool_calls.Function(name=part.text, arguments=text("arguments", part.index)),
+                )
+                for part in parts if part.kind == "call"
+            ]  # fmt: skip
+        reason = self._finish_reason(answer, reader.num_calls)
+        choice = filled(chat_completion.Choice, index=index, message=message, finish_reason=reason, logprobs=None)
+        if self.body.logprobs:
+            choice.logprobs = chat_completion.ChoiceLogprobs(content=self.logprobs(answer))
+        if self.body.return_token_ids:
+            choice.token_ids = answer.token_ids
+        if answer.finish_reason == "timeout":
+            choice.stop_reason = "timeout"
+        return choice
+
+    def chunk(self, choices: Sequence[chunks.Choice], **extra: Any) -> ChatCompletionChunk:
+        """See `Call`."""
+        return filled(
+            ChatCompletionChunk, id=self.id, object="chat.completion.chunk", created=self.created, model=self.model,
+            choices=list(choices), **extra,
+        )  # fmt: skip
+
+    def news(self, index: int, piece: Piece) -> list[chunks.Choice]:
+        """See `Call`."""
+        state, last = self.messages[index], piece.finish_reason is not None
+        self.num_tokens += len(piece.token_ids)
+        deltas: list[chunks.ChoiceDelta] = []
+        if not state.begun:
+            state.begun = True
+            deltas.append(filled(chunks.ChoiceDelta, role="assistant", content=""))
+        parts = state.reader.feed(piece.text) + (state.reader.finish() if last else [])
+        deltas += [_delta(part) for part in parts]
+        state.logprobs += self.logprobs(piece)
+        if self.body.return_token_ids:
+            state.token_ids += piece.token_ids
+        if last and not parts:
+            deltas.append(filled(chunks.ChoiceDelta))
+        choices = [filled(chunks.Choice, index=index, delta=delta, finish_reason=None) for delta in deltas]
+        if parts or last:
+            if self.body.logprobs:
+                choices[-1].logprobs, state.logprobs = filled(chunks.ChoiceLogprobs, content=state.logprobs), []
+            if self.body.return_token_ids:
+                choices[-1].token_ids, state.token_ids = state.token_ids, []
+        if last:
+            choices[-1].finish_reason = self._finish_reason(piece, state.reader.num_calls)
+            if piece.finish_reason == "timeout":
+                choices[-1].stop_reason = "timeout"
+            self.ended.append(piece.usage)
+        return choices
+
+
+def _delta(part: Part) -> chunks.ChoiceDelta:
+    """One part as a piece of a message."""
+    if part.kind == "content":
+        return filled(chunks.ChoiceDelta, content=part.text)
+    if part.kind == "reasoning":
+        return filled(chunks.ChoiceDelta, reasoning_content=part.text, reasoning=part.text)
+    function = {"name": part.text, "arguments": ""} if part.kind == "call" else {"arguments": part.text}
+    begun = {"id": part.id, "type": "function"} if part.kind == "call" else {}
+    call = chunks.ChoiceDeltaToolCall(
+        index=part.index, function=chunks.ChoiceDeltaToolCallFunction(**function), **begun
+    )
+    return filled(chunks.ChoiceDelta, tool_calls=[call])

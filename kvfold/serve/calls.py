@@ -7,7 +7,6 @@ function. Under a forced choice the grammar of `prompts.py` leaves only JSON.
 
 import json
 import secrets
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvfold.serve.prompts import REASONING, ToolChoice
@@ -30,43 +29,31 @@ class Part:
     """A new call's id."""
 
 
-def held_back(text: str, marker: str) -> int:
+def _held_back(text: str, marker: str) -> int:
     """Characters at the text's end that may be the beginning of `marker`."""
-    for length in range(min(len(text), len(marker) - 1), 0, -1):
-        if marker.startswith(text[-length:]):
-            return length
-    return 0
+    lengths = range(min(len(text), len(marker) - 1), 0, -1)
+    return next((length for length in lengths if marker.startswith(text[-length:])), 0)
 
 
 class AnswerReader:
-    """Reads one answer."""
+    """Reads one answer, in steps: each gives what is new, and says by `self._step` what is to be read next."""
 
     def __init__(self, *, choice: ToolChoice, reasons: bool = False, in_reasoning: bool = False):
         self._choice = choice
         self._text = ""
         self.num_calls = 0
         """Calls found so far."""
-        self._calls: JsonCalls | None = None
+        self._calls = JsonCalls(choice.name)
         if choice.forced:
             self._step = self._forced
-            self._calls = JsonCalls(choice.name)
         elif in_reasoning:
             self._step = self._in_reasoning
-        elif reasons:
-            self._step = self._before_reasoning
         else:
-            self._step = self._begin_content
+            self._step = self._before_reasoning if reasons else self._begin_content
 
-    def feed(self, text: str) -> list[Part]:
+    def feed(self, text: str, *, last: bool = False) -> list[Part]:
         """What is certain now that more text has come."""
         self._text += text
-        return self._run(last=False)
-
-    def finish(self) -> list[Part]:
-        """The rest, at the end."""
-        return self._run(last=True)
-
-    def _run(self, *, last: bool) -> list[Part]:
         parts: list[Part] = []
         while True:
             step = self._step
@@ -74,35 +61,43 @@ class AnswerReader:
             if self._step == step:
                 return parts
 
+    def finish(self) -> list[Part]:
+        """The rest, at the end."""
+        return self.feed("", last=True)
+
+    def _all(self) -> list[Part]:
+        """All text as content."""
+        text, self._text = self._text, ""
+        return [Part(kind="content", text=text)]
+
     # -- reasoning -----------------------------------------------------------------------------------------------
 
-    def _before_reasoning(self, last: bool) -> Iterator[Part]:
+    def _before_reasoning(self, last: bool) -> list[Part]:
         begun = self._text.lstrip()
         if begun.startswith(REASONING[0]):
             self._text, self._step = begun.removeprefix(REASONING[0]), self._in_reasoning
         elif last or (begun and not REASONING[0].startswith(begun)):
             self._step = self._begin_content
-        yield from ()
+        return []
 
-    def _in_reasoning(self, last: bool) -> Iterator[Part]:
+    def _in_reasoning(self, last: bool) -> list[Part]:
         before, marker, after = self._text.partition(REASONING[1])
         if marker:
             self._text, self._step = after, self._after_reasoning
-            yield Part(kind="reasoning", text=before)
-            return
-        certain = len(before) - (0 if last else held_back(before, REASONING[1]))
+            return [Part(kind="reasoning", text=before)]
+        certain = len(before) - (0 if last else _held_back(before, REASONING[1]))
         self._text = before[certain:]
-        yield Part(kind="reasoning", text=before[:certain])
+        return [Part(kind="reasoning", text=before[:certain])]
 
-    def _after_reasoning(self, last: bool) -> Iterator[Part]:
+    def _after_reasoning(self, last: bool) -> list[Part]:
         self._text = self._text.lstrip("\n")
         if self._text or last:
             self._step = self._begin_content
-        yield from ()
+        return []
 
     # -- content -------------------------------------------------------------------------------------------------
 
-    def _begin_content(self, last: bool) -> Iterator[Part]:
+    def _begin_content(self, last: bool) -> list[Part]:
         """Before the content's first letter, which decides whether it may be nothing but a call."""
         begun = self._text.lstrip()
         if self._choice.tools and begun[:1] in ("{", "["):
@@ -110,72 +105,63 @@ class AnswerReader:
         elif begun or last:
             self._step = self._content
         elif not self._choice.tools:
-            text, self._text = self._text, ""
-            yield Part(kind="content", text=text)
+            return self._all()
+        return []
 
-    def _content(self, last: bool) -> Iterator[Part]:
+    def _content(self, last: bool) -> list[Part]:
         if not self._choice.tools:
-            text, self._text = self._text, ""
-            yield Part(kind="content", text=text)
-            return
+            return self._all()
         before, marker, after = self._text.partition(CALL[0])
         if marker:
             self._text, self._calls, self._step = after, JsonCalls(), self._tagged
-            yield Part(kind="content", text=before.rstrip())
-            return
+            return [Part(kind="content", text=before.rstrip())]
         certain = len(before)
         if not last:  # blank lines before a call are no content
-            certain = len(before[: certain - held_back(before, CALL[0])].rstrip())
+            certain = len(before[: certain - _held_back(before, CALL[0])].rstrip())
         text, self._text = before[:certain], before[certain:]
-        if text.strip() or not self.num_calls:
-            yield Part(kind="content", text=text)
+        return [Part(kind="content", text=text)] if text.strip() or not self.num_calls else []
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
-    def _tagged(self, last: bool) -> Iterator[Part]:
+    def _tagged(self, last: bool) -> list[Part]:
         """Between the tags of one call."""
         before, marker, after = self._text.partition(CALL[1])
-        certain = len(before) if marker or last else len(before) - held_back(before, CALL[1])
+        certain = len(before) if marker or last else len(before) - _held_back(before, CALL[1])
         self._text = before[certain:]
-        yield from self._numbered(self._calls.feed(before[:certain]))
-        if marker:
-            yield from self._unread(CALL[0] + self._calls.raw + CALL[1])
-            self._text, self._step = after, self._content
-        elif last:
-            yield from self._unread(CALL[0] + self._calls.raw)
-            self._text, self._step = "", self._over
+        parts = self._numbered(self._calls.feed(before[:certain]))
+        if not (marker or last):
+            return parts
+        self._text, self._step = after, self._content if marker else self._over
+        if not self._calls.num_calls:  # a tagged text that was no call after all is content
+            parts.append(Part(kind="content", text=CALL[0] + self._calls.raw + marker))
+        return parts
 
-    def _bare(self, last: bool) -> Iterator[Part]:
+    def _bare(self, last: bool) -> list[Part]:
         """In an answer that may be nothing but JSON calls."""
         text, self._text = self._text, ""
-        found = self._calls.feed(text)
-        named = [part for part in found if part.kind == "call"]
-        foreign = named and not self.num_calls and named[0].text not in self._choice.names
+        new = self._calls.feed(text)
+        name = next((text for kind, text in new if kind == "call"), None)
+        foreign = name is not None and not self.num_calls and name not in self._choice.names
         if foreign or (not self._calls.num_calls and (self._calls.failed or last)):
             self._text, self._step = self._calls.raw, self._content
-        else:
-            yield from self._numbered(found)
+            return []
+        return self._numbered(new)
 
-    def _forced(self, last: bool) -> Iterator[Part]:
+    def _forced(self, last: bool) -> list[Part]:
         text, self._text = self._text, ""
-        yield from self._numbered(self._calls.feed(text))
+        return self._numbered(self._calls.feed(text))
 
-    def _over(self, last: bool) -> Iterator[Part]:
+    def _over(self, last: bool) -> list[Part]:
         self._text = ""
-        yield from ()
+        return []
 
-    def _unread(self, raw: str) -> Iterator[Part]:
-        """A tagged text that was no call after all is content."""
-        if not self._calls.num_calls:
-            yield Part(kind="content", text=raw)
-
-    def _numbered(self, parts: list[Part]) -> Iterator[Part]:
-        for part in parts:
-            if part.kind == "call":
-                self.num_calls += 1
-                yield Part(kind="call", text=part.text, index=self.num_calls - 1, id=f"call_{secrets.token_hex(12)}")
-            else:
-                yield Part(kind=part.kind, text=part.text, index=self.num_calls - 1)
+    def _numbered(self, new: list[list[str]]) -> list[Part]:
+        parts = []
+        for kind, text in new:
+            self.num_calls += kind == "call"
+            made = f"call_{secrets.token_hex(12)}" if kind == "call" else None
+            parts.append(Part(kind=kind, text=text, index=self.num_calls - 1, id=made))
+        return parts
 
 
 class JsonCalls:
@@ -189,101 +175,87 @@ class JsonCalls:
         self.failed = False
         """Whether what was read is no call."""
         self._name = name
-        self._value = ""
-        """The key or value that is being read."""
+        self._new: list[list[str]] = []
         self._key: str | None = None
-        self._known = name
+        """Of the value that is being read; None = the key itself is."""
+        self._value = ""
+        """The key or value, as far as it was read."""
+        self._known: str | None = None
         """Name of the call that is being read, once it was told."""
         self._waiting = ""
         """Arguments that came before the name."""
         self._depth = 0
         """Objects and lists that are open around the next letter, in the call; 0 = between calls."""
         self._in_text = self._escaped = False
-        self._expects_key = True
 
-    def feed(self, text: str) -> list[Part]:
-        """Calls and pieces of arguments in more text."""
+    def feed(self, text: str) -> list[list[str]]:
+        """Calls and pieces of arguments in more text, each `["call", name]` or `["arguments", text]`."""
         self.raw += text
-        if self._name is not None:
-            parts = [] if self.num_calls or not text.strip() else [Part(kind="call", text=self._name)]
-            self.num_calls += len(parts)
-            return [*parts, Part(kind="arguments", text=text)] if self.num_calls else []
-        parts: list[Part] = []
-        if not self.failed:
-            for letter in text:
-                self._read(letter, parts)
-        return _joined(parts)
+        self._new = []
+        if self._name is None:
+            for letter in "" if self.failed else text:
+                self._read(letter)
+        else:
+            if not self.num_calls and text.strip():
+                self._call(self._name)
+            if self.num_calls:
+                self._arguments(text)
+        return self._new
 
-    def _read(self, letter: str, parts: list[Part]) -> None:
+    def _call(self, name: str) -> None:
+        self.num_calls += 1
+        self._new.append(["call", name])
+
+    def _arguments(self, text: str) -> None:
+        if self._new and self._new[-1][0] == "arguments":
+            self._new[-1][1] += text
+        else:
+            self._new.append(["arguments", text])
+
+    def _read(self, letter: str) -> None:
         if self._depth == 0:
             if letter == "{":
-                self._depth, self._expects_key, self._key, self._known, self._value = 1, True, None, None, ""
+                self._depth, self._key, self._known, self._value = 1, None, None, ""
             elif not letter.isspace() and letter not in "[],":
                 self.failed = True
             return
         if self._in_text:
-            self._more(letter, parts)
-            if self._escaped:
-                self._escaped = False
-            elif letter == "\\":
-                self._escaped = True
-            elif letter == '"':
-                self._in_text = False
-            return
-        if self._depth == 1 and letter in ":,}":
+            self._in_text = self._escaped or letter != '"'
+            self._escaped = letter == "\\" and not self._escaped
+        elif self._depth == 1 and letter in ":,}":
             if letter == ":":
-                self._key, self._value, self._expects_key = self._plain(), "", False
+                self._key, self._value = self._plain(), ""
             else:
-                self._end_value(parts)
+                self._end_value()
                 self._depth -= letter == "}"
             return
-        if letter == '"':
-            self._in_text = True
-        elif letter in "{[":
-            self._depth += 1
-        elif letter in "}]":
-            self._depth -= 1
-        self._more(letter, parts)
-
-    def _more(self, letter: str, parts: list[Part]) -> None:
-        """One more letter of the key or value that is being read."""
-        if not self._value and letter.isspace():
-            return
-        self._value += letter
-        if not self._expects_key and self._key in _ARGUMENTS and self._known and self._value[0] != '"':
-            parts.append(Part(kind="arguments", text=letter))
+        else:
+            self._in_text = letter == '"'
+            self._depth += (letter in "{[") - (letter in "}]")
+        if self._value or not letter.isspace():
+            self._value += letter
+            if self._known and self._key in _ARGUMENTS and self._value[0] != '"':
+                self._arguments(letter)
 
     def _plain(self) -> object:
         try:
             return json.loads(self._value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
 
-    def _end_value(self, parts: list[Part]) -> None:
-        if self._key == "name" and self._known is None and isinstance(self._plain(), str):
-            self._known = self._plain()
-            self.num_calls += 1
-            parts.append(Part(kind="call", text=self._known))
+    def _end_value(self) -> None:
+        value = self._plain()
+        if self._key == "name" and self._known is None and isinstance(value, str):
+            self._known = value
+            self._call(value)
             if self._waiting:
-                parts.append(Part(kind="arguments", text=self._waiting))
+                self._arguments(self._waiting)
                 self._waiting = ""
         elif self._key in _ARGUMENTS:
             # Some models write the arguments as a text that holds JSON.
-            quoted = self._value.startswith('"')
-            value = self._plain() if quoted else self._value
+            quoted = isinstance(value, str)
             if not self._known:
-                self._waiting = value.strip() if isinstance(value, str) else self._value
-            elif quoted and isinstance(value, str):
-                parts.append(Part(kind="arguments", text=value))
-        self._key, self._value, self._expects_key = None, "", True
-
-
-def _joined(parts: list[Part]) -> list[Part]:
-    """Neighbouring pieces of arguments in one."""
-    found: list[Part] = []
-    for part in parts:
-        if found and part.kind == found[-1].kind == "arguments":
-            found[-1] = Part(kind="arguments", text=found[-1].text + part.text)
-        else:
-            found.append(part)
-    return found
+                self._waiting = value.strip() if quoted else self._value.strip()
+            elif quoted:
+                self._arguments(value)
+        self._key, self._value = None, ""

@@ -1,15 +1,22 @@
-"""What clients send, field by field: OpenAI's and vLLM's names, which of them the engine gets, and which are refused.
+"""What clients send, from the bytes of a request to checked fields: OpenAI's and vLLM's names, which of them the engine gets, and
+which are refused.
 
 Ranges are the engine's business (`kvfold.engine.request`); here is what a field may look like at all. A field that nobody
-knows is ignored, as OpenAI's servers do; one that would change the answer and can't be honoured is an error.
+knows is ignored, as OpenAI's servers do; one that would change the answer and can't be honoured is an error. So is an
+answer's form whose grammar takes too long to compile: the time grows with the square of a schema's size.
 """
 
+import asyncio
+import json
+import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic_core import from_json
 
-from kvfold.serve.errors import unsupported
+from kvfold.serve.replies import ApiError, invalid, unsupported
 
 MAX_STOPS = 64
 MAX_TOOLS = 128
@@ -78,12 +85,15 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = Field(None, description="Put the usage so far into every chunk.")
 
 
-class Base(BaseModel):
-    """Fields of every request for an answer."""
-
+class _Body(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str | None = Field(None, description="One of the names under /v1/models; none = the first.")
+
+
+class Base(_Body):
+    """Fields of every request for an answer."""
+
     stream: bool | None = Field(None, description="Send the answer as it is made, as server-sent events.")
     temperature: Number | None = Field(None, description="0 = the likeliest token.")
     top_p: Number | None = Field(
@@ -153,18 +163,23 @@ class CompletionRequest(Base):
     add_special_tokens: bool | None = Field(None, description="Add the tokenizer's own special tokens; default true.")
 
 
-class ChatRequest(Base):
+class _Chat(Base):
+    """What both APIs for chats have."""
+
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, description="Functions the model may call.")
+    tool_choice: str | dict[str, Any] | None = Field(None, description="auto, none, required, or one function.")
+    parallel_tool_calls: bool | None = Field(None, description="Whether several calls may come in one answer.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="More variables for the chat template.")
+    top_logprobs: Int | None = Field(None, description="Of so many likeliest tokens at each position.")
+
+
+class ChatRequest(_Chat):
     """Body of /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=4096, description="The conversation so far.")
     max_tokens: Int | None = Field(None, description="Tokens of the answer at most; default: all that fit.")
     max_completion_tokens: Int | None = Field(None, description="OpenAI's newer name of max_tokens.")
     logprobs: bool | None = Field(None, description="Give log probabilities.")
-    top_logprobs: Int | None = Field(None, description="Of so many likeliest tokens at each position.")
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, description="Functions the model may call.")
-    tool_choice: str | dict[str, Any] | None = Field(None, description="auto, none, required, or one function.")
-    parallel_tool_calls: bool | None = Field(None, description="Whether several calls may come in one answer.")
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="More variables for the chat template.")
     documents: list[dict[str, Any]] | None = Field(None, max_length=256, description="For templates that read them.")
     reasoning_effort: str | None = Field(None, max_length=32, description="For templates that read it.")
     add_generation_prompt: bool | None = Field(None, description="Open the assistant's turn; default true.")
@@ -180,29 +195,21 @@ class ChatRequest(Base):
         return values
 
 
-class ResponsesRequest(Base):
+class ResponsesRequest(_Chat):
     """Body of /v1/responses. Nothing is stored: each request carries the whole conversation."""
 
     input: str | list[dict[str, Any]] = Field(description="A text, or the items of the conversation so far.")
     instructions: str | None = Field(None, description="What a system message would say.")
     max_output_tokens: Int | None = Field(None, description="Tokens of the answer at most; default: all that fit.")
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, description="Functions the model may call.")
-    tool_choice: str | dict[str, Any] | None = Field(None, description="auto, none, required, or one function.")
-    parallel_tool_calls: bool | None = Field(None, description="Whether several calls may come in one answer.")
     text: dict[str, Any] | None = Field(None, description="format: text, json_object or json_schema.")
     reasoning: dict[str, Any] | None = Field(None, description="effort, for templates that read it.")
     include: list[str] | None = Field(None, max_length=32)
-    top_logprobs: Int | None = Field(None, description="Of so many likeliest tokens at each position.")
     metadata: dict[str, Any] | None = None
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="More variables for the chat template.")
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(_Body):
     """Body of /tokenize: a prompt, or messages."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-    model: str | None = None
     prompt: str | None = Field(None, description="The text.")
     messages: list[dict[str, Any]] | None = Field(None, min_length=1, max_length=4096)
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
@@ -210,15 +217,120 @@ class TokenizeRequest(BaseModel):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = Field(None, max_length=256)
+    reasoning_effort: str | None = Field(None, max_length=32)
     return_token_strs: bool | None = Field(None, description="Give the tokens as texts too.")
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(_Body):
     """Body of /detokenize."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-    model: str | None = None
     tokens: Any = Field(
         description="Token ids.", json_schema_extra={"type": "array", "items": {"type": "integer", "minimum": 0}}
     )
+
+
+MAX_DEPTH = 64
+"""Levels of lists and objects in a body."""
+LONG_BYTES = 1 << 16
+"""Bodies from this size on are parsed on a thread of their own: other clients' streams go on meanwhile."""
+MAX_INTEGER = 2**64
+"""No field needs a larger whole number."""
+
+Fields = TypeVar("Fields", bound=BaseModel)
+
+
+async def read(request: Request, kind: type[Fields], timeout_s: float) -> Fields:
+    """The body as fields. Raises `ApiError` for one that is no JSON, too deep, too slow to arrive, or of the wrong form."""
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    # A page of another origin can send text or forms to a server on this machine, but no JSON, without being let in first.
+    if media != "application/json" and not media.endswith("+json"):
+        raise ApiError(415, f"content-type must be application/json, got {media[:80] or 'none'}")
+    try:
+        async with asyncio.timeout(timeout_s):
+            body = await request.body()
+    except TimeoutError:
+        message = f"the body must arrive within {timeout_s:g} seconds"
+        raise ApiError(408, message, headers={"Connection": "close"}) from None
+    return await asyncio.to_thread(_fields, body, kind) if len(body) > LONG_BYTES else _fields(body, kind)
+
+
+def _fields(body: bytes, kind: type[Fields]) -> Fields:
+    """Checked fields from JSON."""
+    try:
+        data = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the body must be valid JSON in UTF-8: {error}") from None
+    if not isinstance(data, dict):
+        raise ApiError(400, f"the body must be a JSON object, got {type(data).__name__}")
+    _check(data)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        parts = [str(part) for part in first["loc"]]
+        place = ".".join(part for part in parts if not part.startswith(("list[", "str", "constrained")))
+        what = " is missing" if first["type"] == "missing" else f": {first['msg'][:1].lower()}{first['msg'][1:]}"
+        raise invalid(place.partition(".")[0], place + what) from None
+
+
+def _check(data: dict[str, Any]) -> None:
+    """Refuse what would only fail further in: deep nesting, numbers that no field needs."""
+    level: list[Any] = [data]
+    for _ in range(MAX_DEPTH):
+        deeper: list[Any] = []
+        for one in level:
+            values = one.values() if isinstance(one, dict) else one
+            kinds = set(map(type, values))  # a list of a million ids is looked at without a loop of Python's
+            if int in kinds:
+                numbers = [value for value in values if type(value) is int]
+                if not -MAX_INTEGER < min(numbers) <= max(numbers) < MAX_INTEGER:
+                    raise ApiError(400, "numbers must be smaller than 2^64 in magnitude, got a larger one")
+            if float in kinds and any(type(value) is float and math.isinf(value) for value in values):
+                raise ApiError(400, "numbers must fit into double precision, got a larger one")
+            if dict in kinds or list in kinds:
+                deeper += [value for value in values if isinstance(value, dict | list)]
+        if not deeper:
+            return
+        level = deeper
+    raise ApiError(400, f"the body must be nested at most {MAX_DEPTH} deep")
+
+
+MAX_CHARACTERS = 128 << 10
+"""Of a schema, a regex, a grammar or a list of choices."""
+MAX_PROPERTIES = 1000
+"""Of all objects of a schema together; a thousand compile in a quarter of a second."""
+MAX_PATTERN_CHARACTERS = 16 << 10
+"""Of a regex or a grammar."""
+
+
+def check_structured(asked: Mapping[str, Any]) -> None:
+    """Raise `ApiError` where an engine's request asks for an answer that takes too long to prepare."""
+    outputs = asked.get("structured_outputs")
+    forms = {f"structured_outputs.{kind}": form for kind, form in (outputs or {}).items()}
+    for field, form in (forms | {"response_format": asked.get("response_format")}).items():
+        param, _, kind = field.partition(".")
+        text = form if isinstance(form, str) else json.dumps(form)
+        most = MAX_PATTERN_CHARACTERS if kind in ("regex", "grammar") else MAX_CHARACTERS
+        if len(text) > most:
+            raise invalid(param, f"{field} must have at most {most} characters, got {len(text)}")
+        # A name is followed by a colon: at most so many properties, without reading the schema.
+        number = _num_properties(text) if text.count(":") > MAX_PROPERTIES else 0
+        if number > MAX_PROPERTIES:
+            raise invalid(param, f"{field} must have at most {MAX_PROPERTIES} properties, got {number}")
+
+
+def _num_properties(text: str) -> int:
+    try:
+        number, open_ones = 0, [json.loads(text)]
+    except (ValueError, RecursionError):
+        return 0  # no JSON: the engine says so
+    while open_ones:
+        one = open_ones.pop()
+        if isinstance(one, dict):
+            named = (one.get(key) for key in ("properties", "patternProperties", "$defs", "definitions"))
+            number += sum(len(found) for found in named if isinstance(found, dict))
+            open_ones += one.values()
+        elif isinstance(one, list):
+            open_ones += one
+    return number

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import h11
@@ -21,9 +21,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from kvfold.serve.errors import ApiError, log_failure
-from kvfold.serve.serving import Serving
-from kvfold.serve.settings import ServerSettings
+from kvfold.serve.replies import ApiError, log_failure
+from kvfold.serve.serving import ServerSettings, Serving
 
 log = logging.getLogger("kvfold.serve")
 
@@ -88,14 +87,8 @@ class Guard:
             log_failure(error)
         finally:
             if scope["path"] not in OPEN_PATHS:
-                seconds = time.monotonic() - began
-                log.info(
-                    "%s %s %d %.3f s",
-                    scope["method"],
-                    scope["path"].encode("ascii", "replace").decode(),
-                    status,
-                    seconds,
-                )
+                path = scope["path"].encode("ascii", "replace").decode()
+                log.info("%s %s %d %.3f s", scope["method"], path, status, time.monotonic() - began)
 
     def _refusal(self, scope: Scope, headers: Headers, origin: str | None, shares: bool) -> ApiError | None:
         if self._hosts is not None and _host(headers.get("host", "")) not in self._hosts:
@@ -141,12 +134,10 @@ class Guard:
 
 
 async def _read_rest(receive: Receive) -> None:
-    try:
+    with suppress(TimeoutError):
         async with asyncio.timeout(LINGER_S):
             while (await receive()).get("more_body"):
                 pass
-    except TimeoutError:
-        pass
 
 
 def _host(header: str) -> str:
@@ -239,28 +230,31 @@ class PatientProtocol(H11Protocol):
             super().timeout_keep_alive_handler()
 
 
-def protocol_for(settings: ServerSettings) -> type[H11Protocol]:
-    """The protocol with its settings: uvicorn makes one for each connection."""
-    return type("PatientProtocol", (PatientProtocol,), {"settings": settings})
-
-
 class Server(uvicorn.Server):
     """Told to stop, it takes no more requests, gives running ones `shutdown_timeout_s`, and ends the rest cleanly."""
 
-    def __init__(self, app: FastAPI, **options: Any):
-        """`options` of `uvicorn.Config`."""
+    def __init__(self, app: FastAPI, say: Callable[[str], None] = log.info):
+        """`say` is told where it listens, once it does."""
         self.serving: Serving = app.state.serving
-        settings = self.serving.settings
-        config = uvicorn.Config(
-            app, **{
-                "host": settings.host, "port": settings.port, "http": protocol_for(settings), "ws": "none",
-                "lifespan": "on", "log_config": None, "access_log": False, "server_header": False,
-                "limit_concurrency": settings.max_connections, "timeout_keep_alive": settings.idle_timeout_s,
-                "timeout_graceful_shutdown": round(settings.shutdown_timeout_s) + LAST_WORDS_S,
-                "h11_max_incomplete_event_size": MAX_HEADER_BYTES, "proxy_headers": False, "backlog": 512,
-            } | options,
-        )  # fmt: skip
-        super().__init__(config)
+        self._say, settings = say, self.serving.settings
+        super().__init__(uvicorn.Config(
+            app, host=settings.host, port=settings.port, ws="none", lifespan="on", log_config=None, access_log=False,
+            http=type("PatientProtocol", (PatientProtocol,), {"settings": settings}), server_header=False,
+            limit_concurrency=settings.max_connections, timeout_keep_alive=settings.idle_timeout_s,
+            timeout_graceful_shutdown=round(settings.shutdown_timeout_s) + LAST_WORDS_S,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES, proxy_headers=False, backlog=512,
+        ))  # fmt: skip
+
+    async def startup(self, sockets: list | None = None) -> None:
+        """See uvicorn."""
+        await super().startup(sockets)
+        if self.started:
+            settings = self.serving.settings
+            host = f"[{settings.host}]" if ":" in settings.host else settings.host
+            url = f"http://{host}:{self.bound_port}"
+            self._say(
+                f"{settings.model_names[0]} at {url}/v1 · methods {', '.join(self.serving.engine.methods)} · page {url}/"
+            )
 
     @property
     def bound_port(self) -> int:

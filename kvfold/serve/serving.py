@@ -1,4 +1,4 @@
-"""What all endpoints share: one engine, its tokenizer and template, the requests in flight, and the checks of each.
+"""What all endpoints share: how the server is set up, one engine, its tokenizer and template, requests in flight, their checks.
 
 The engine delivers pieces on its own thread. They are collected, and one wake-up of the event loop brings all that a step
 has made. Preparing a request (template, tokens, grammar) runs on worker threads, long ones apart from short ones, so that
@@ -6,6 +6,7 @@ one client's megabytes do not hold up another's line.
 """
 
 import asyncio
+import ipaddress
 import logging
 import math
 import re
@@ -14,6 +15,9 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
@@ -21,15 +25,88 @@ from fastapi import Request as HttpRequest
 from kvfold.engine.engine import Engine, Piece
 from kvfold.engine.request import Request
 from kvfold.errors import UserError
-from kvfold.serve import watch
-from kvfold.serve.body import check_structured
-from kvfold.serve.errors import ApiError
-from kvfold.serve.fields import Base
-from kvfold.serve.metrics import Metrics
-from kvfold.serve.prompts import ChatTemplate
-from kvfold.serve.settings import ServerSettings
-from kvfold.serve.tokens import Tokens
+from kvfold.serve.fields import Base, check_structured
+from kvfold.serve.prompts import ChatTemplate, Tokens
+from kvfold.serve.replies import ApiError, invalid
+from kvfold.serve.watch import Metrics
 
+_LEAST = {
+    "max_model_len": 1, "max_body_bytes": 1024, "max_queue": 0, "max_answers": 1, "max_connections": 1, "max_logprobs": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerSettings:
+    """Everything about a server that is not the engine's business."""
+
+    model_names: tuple[str, ...]
+    """Names under which clients may ask for the model; answers carry the first one."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Only this machine reaches a loopback address."""
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    """A client must send one of these as its bearer token; none = everybody may ask."""
+    allowed_origins: tuple[str, ...] = ()
+    """Web pages of other origins that may ask, e.g. `https://chat.example.org`; `*` = all."""
+    max_model_len: int | None = None
+    """Tokens of prompt and answer together, at most; None = the model's context."""
+    chat_template: str | None = None
+    """A Jinja template in place of the tokenizer's own."""
+    defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """Sampling fields that hold where a request names none, such as the generation config's temperature."""
+    max_body_bytes: int = 8 << 20
+    """Size of a request's body, at most."""
+    max_queue: int = 256
+    """Answers that may wait for a place in the engine; more requests get status 429."""
+    max_answers: int = 128
+    """Answers to one request at most: its prompts times its `n`."""
+    max_logprobs: int = 20
+    """Likeliest tokens that a request may ask for at each position."""
+    max_connections: int = 1024
+    """Connections that may be open at once; more get status 503."""
+    request_timeout_s: float = 600.0
+    """Seconds after which an answer ends with what it has."""
+    header_timeout_s: float = 10.0
+    """Seconds in which a client must have sent a request's headers."""
+    body_timeout_s: float = 30.0
+    """Seconds in which a client must have sent a request's body."""
+    send_timeout_s: float = 30.0
+    """Seconds that a client may take no byte of its answer before it is given up."""
+    idle_timeout_s: float = 60.0
+    """Seconds that a connection may stay open between two requests."""
+    ping_s: float = 15.0
+    """Seconds without a token after which a stream carries a comment, so that proxies keep it open."""
+    shutdown_timeout_s: float = 30.0
+    """Seconds that running requests have to finish once the server is told to stop."""
+    log_requests: bool = False
+    """Write prompts and answers to the log."""
+    page: bool = True
+    """Serve the live page at `/`."""
+
+    def __post_init__(self) -> None:
+        if not self.model_names or not all(self.model_names):
+            raise UserError("a server needs 1 name for its model or more, got none: give for example 'llama'")
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"port must be at least 0 and at most 65535, got {self.port} (for example 8000)")
+        if not all(key.strip() for key in self.api_keys):
+            raise UserError("api_key must have 1 character or more, got an empty one: leave it out for no key")
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if name.endswith("_s") and not value > 0:
+                raise UserError(f"{name} must be more than 0 seconds, got {value} (for example 30)")
+            if value is not None and name in _LEAST and value < _LEAST[name]:
+                raise UserError(f"{name} must be at least {_LEAST[name]}, got {value}")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the server."""
+        with suppress(ValueError):
+            return ipaddress.ip_address(self.host).is_loopback
+        return self.host == "localhost"
+
+
+log = logging.getLogger("kvfold.serve")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:+/=-]{1,128}")
 LONG_CHARACTERS = 32_768
 """Texts from this length on are prepared on threads of their own."""
 Result = TypeVar("Result")
@@ -60,7 +137,7 @@ class Job:
                 self.requests += engine.submit(one, self._jobs.deliver_to(self, first), streams=self.streams)
             except ValueError as error:
                 self.close()
-                raise refused(error) from None
+                raise _refused(error) from None
             except RuntimeError as error:
                 raise ApiError(503, str(error), headers={"Retry-After": "5"}) from None
             first += one.get("n", 1)
@@ -119,16 +196,14 @@ class Jobs:
         self.loop = self.loop or asyncio.get_running_loop()
         if self.stopping:
             raise ApiError(503, "the server is stopping", headers={"Retry-After": "10"})
-        broken = watch.failure(self.engine)
-        if broken is not None:
-            raise ApiError(503, f"the engine can't take requests: {broken}", headers={"Retry-After": "10"})
-        if answers > self.settings.max_answers:
-            raise ApiError(
-                400,
-                f"prompts times n must be at most {self.settings.max_answers}, got {answers}: send several requests",
-            )
+        if self.engine.stopped is not None:
+            message = f"the engine can't take requests: {self.engine.stopped}"
+            raise ApiError(503, message, headers={"Retry-After": "10"})
+        most = self.settings.max_answers
+        if answers > most:
+            raise ApiError(400, f"prompts times n must be at most {most}, got {answers}: send several requests")
         waiting = self.engine.stats()["waiting"]
-        room = watch.max_running(self.engine) + self.settings.max_queue
+        room = self.engine.max_running + self.settings.max_queue
         if self.answers + answers > room or (waiting and waiting + answers > self.settings.max_queue):
             wait = min(60, max(1, math.ceil(self.mean_duration_s)))
             raise ApiError(
@@ -185,16 +260,12 @@ class Jobs:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def refused(error: ValueError) -> ApiError:
+def _refused(error: ValueError) -> ApiError:
     """The engine's one-line refusal, with the field that it is about."""
     message = str(error)
     field = message.split(maxsplit=1)[0].strip(":'\"") if message else ""
     code = "context_length_exceeded" if "context" in message and "prompt" in message else None
     return ApiError(400, message, param=field if field.isidentifier() and field.islower() else None, code=code)
-
-
-log = logging.getLogger("kvfold.serve")
-_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:+/=-]{1,128}")
 
 
 class Serving:
@@ -205,18 +276,16 @@ class Serving:
         if engine.tokenizer is None:
             raise UserError("a server needs a tokenizer, and the engine has none: load one and give it to the engine")
         self.engine, self.settings = engine, settings
-        self.methods = watch.methods(engine)
-        context = watch.context_tokens(engine)
-        asked = settings.max_model_len
-        if asked is not None and context is not None and asked > context:
-            raise UserError(f"max_model_len must be at most the model's context of {context} tokens, got {asked}")
-        self.max_model_len = asked or context or 1 << 31
+        self.max_model_len = settings.max_model_len or engine.context
+        if self.max_model_len > engine.context:
+            raise UserError(
+                f"max_model_len must be at most the model's context of {engine.context} tokens, got {self.max_model_len}"
+            )
         self.tokens = Tokens(engine.tokenizer, self.max_model_len)
         self.template = ChatTemplate(self.tokens, settings.chat_template)
         self.metrics = Metrics(settings.model_names[0])
         self.jobs = Jobs(engine, settings, self.metrics.saw)
         self.created = int(time.time())
-        self.full_bytes_per_token = watch.full_bytes_per_token(engine)
 
     # -- one request ---------------------------------------------------------------------------------------------
 
@@ -224,31 +293,24 @@ class Serving:
         """The model's name as this client calls it. Raises `ApiError` for another model and for what can't be honoured."""
         body.refuse_unsupported()
         name = self.model_name(body.model)
-        for field in ("logprobs", "top_logprobs", "prompt_logprobs"):
-            value = getattr(body, field, None)
-            if value is not None and value is not True and not 0 <= value <= self.settings.max_logprobs:
-                raise ApiError(
-                    400,
-                    f"{field} must be at least 0 and at most {self.settings.max_logprobs}, got {value}",
-                    param=field,
-                )
+        most = self.settings.max_logprobs
+        for param in ("logprobs", "top_logprobs", "prompt_logprobs"):
+            value = getattr(body, param, None)
+            if value is not None and value is not True and not 0 <= value <= most:
+                raise invalid(param, f"{param} must be at least 0 and at most {most}, got {value}")
         return name
 
     def model_name(self, name: str | None) -> str:
         """A served name, the first where none is asked for. Raises `ApiError` for others."""
         names = self.settings.model_names
         if name is not None and name not in names:
-            raise ApiError(
-                404,
-                f"model must be one of {', '.join(names)}, got {name[:80]!r}",
-                param="model",
-                code="model_not_found",
-            )
+            message = f"model must be one of {', '.join(names)}, got {name[:80]!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
         return name or names[0]
 
-    def request_id(self, request: HttpRequest, body: Base | None = None) -> str:
+    def request_id(self, request: HttpRequest, body: Base) -> str:
         """The client's own name for its request, or a new one."""
-        for name in (body.request_id if body else None, request.headers.get("x-request-id")):
+        for name in (body.request_id, request.headers.get("x-request-id")):
             if name and _REQUEST_ID.fullmatch(name):
                 return name
         return secrets.token_hex(12)
@@ -262,10 +324,8 @@ class Serving:
             raise self.tokens.too_long(len(ids))
         asked = {"max_tokens": default_max_tokens, **sampling, "prompt": list(ids)}
         most = asked["max_tokens"]
-        if most is None and self.max_model_len == (watch.context_tokens(self.engine) or self.max_model_len):
-            pass  # all that context and memory allow is the engine's own reading
-        elif most is None:
-            asked["max_tokens"] = room
+        if most is None and self.max_model_len < self.engine.context:
+            asked["max_tokens"] = room  # the engine's own reading of none is all that context and memory allow
         elif isinstance(most, int) and most > room:
             raise ApiError(
                 400, f"max_tokens must be at most {room} behind a prompt of {len(ids)} tokens in a context of "
@@ -285,18 +345,13 @@ class Serving:
         async for batch in job.batches(ping_s):
             for _, piece in batch:
                 if piece.finish_reason in ("error", "abort"):
-                    raise self.failure(piece)
+                    raise self._failure(piece)
             yield batch
 
-    def failure(self, piece: Piece) -> ApiError:
+    def _failure(self, piece: Piece) -> ApiError:
         """Why an answer ended without being one."""
         if piece.finish_reason == "abort":
             return ApiError(503, "the server is stopping: the answer was cut off", headers={"Retry-After": "10"})
         message = piece.error or "the engine failed"
-        broken = message.startswith("the model failed") or watch.failure(self.engine) is not None
+        broken = message.startswith("the model failed") or self.engine.stopped is not None
         return ApiError(500 if broken else 400, message)
-
-
-def finish_reason(piece: Piece) -> str:
-    """As OpenAI's API says it: an answer whose time was over was cut off like one whose tokens were."""
-    return "stop" if piece.finish_reason == "stop" else "length"

@@ -1,79 +1,49 @@
-"""What the server asks of the engine besides answers: its methods and limits, and what running requests keep right now.
+"""What the server asks of the engine besides answers, and what it tells of it: numbers for Prometheus, under vLLM's names and
+with what only a compressed cache has to tell; and the live page, with which tokens each head keeps. No text of anybody's.
 
 All that this room knows of the engine's inside is here, so that the engine can change without the rest.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+import base64
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastapi import APIRouter
+from fastapi.responses import HTMLResponse, Response
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 import kvfold
-from kvfold.engine.engine import Engine
+from kvfold.engine.engine import Engine, Piece
 from kvfold.engine.request import Request
 from kvfold.engine.runner import SequenceView
+from kvfold.serve.replies import ApiError, Stream, event
 
-Found = TypeVar("Found")
+if TYPE_CHECKING:
+    from kvfold.serve.serving import Job, Serving
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Holding:
-    """What one running answer holds."""
-
-    method: str
-    seen_tokens: int
-    kept: tuple[tuple[int, ...], ...]
-    """Entries by owner, ascending, then by KV head; empty while the answer waits for its turn."""
-    kv_bytes: int
-    prompt_tokens: int
-    completion_tokens: int
+Result = TypeVar("Result")
 
 
-def methods(engine: Engine) -> tuple[str, ...]:
-    """Text forms of the methods loaded, the default first."""
-    names = list(engine._layouts)
-    return (engine._default, *(name for name in names if name != engine._default))
-
-
-def context_tokens(engine: Engine) -> int | None:
-    """Tokens that the model's positions reach; None = without a limit."""
-    return None if engine._context == float("inf") else int(engine._context)
-
-
-def max_running(engine: Engine) -> int:
-    """Answers that can run at once."""
-    return engine._scheduler.max_running
-
-
-def failure(engine: Engine) -> str | None:
-    """Why the engine takes no more requests; None while it does."""
-    return getattr(engine, "_stopped", None) or getattr(engine, "_broken", None)
-
-
-def owners(engine: Engine) -> tuple[tuple[int, int], ...]:
+def _owners(engine: Engine) -> list[tuple[int, int]]:
     """Layers that have KV of their own, with their number of KV heads."""
     layout = engine.model.config.layout
-    return tuple((owner, layout.layers[owner].num_kv_heads) for owner in layout.owners)
+    return [(owner, layout.layers[owner].num_kv_heads) for owner in layout.owners]
 
 
-def num_layers(engine: Engine) -> int:
-    """Layers of the model, readers included."""
-    return len(engine.model.config.layout.layers)
-
-
-def full_bytes_per_token(engine: Engine) -> int:
-    """Bytes of one token's keys and values if no token were dropped, merged or stored in fewer bits."""
-    return kvfold.plan(engine.model, time="full", bits="model").bytes_per_token
-
-
-async def on_engine(engine: Engine, ask: Callable[[], Found], timeout_s: float = 2.0) -> Found | None:
+async def on_engine(engine: Engine, ask: Callable[[], Result], timeout_s: float = 2.0) -> Result | None:
     """What `ask` gives when it is called between two steps on the engine's thread; None where the engine is too busy."""
-    if failure(engine) is not None or engine._thread is None:
+    if engine.stopped is not None or engine._thread is None:
         return None
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[Found] = loop.create_future()
+    future: asyncio.Future[Result] = loop.create_future()
 
-    def deliver(result: Found | None, error: Exception | None) -> None:
+    def deliver(result: Result | None, error: Exception | None) -> None:
         if not future.done():
             future.set_exception(error) if error is not None else future.set_result(result)
 
@@ -92,63 +62,325 @@ async def on_engine(engine: Engine, ask: Callable[[], Found], timeout_s: float =
         return None
 
 
-async def drop_prefixes(engine: Engine) -> None:
-    """Free the stored prefixes that nobody uses."""
-    await on_engine(engine, engine._scheduler.drop_prefixes, timeout_s=30.0)
+async def _looked(
+    engine: Engine, requests: Callable[[], Sequence[Request]]
+) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Bytes of the pool by use, and what each of these answers holds; nothing where the engine is too busy."""
+    looked = await on_engine(engine, lambda: (_pool_use(engine), [_holding(engine, one) for one in requests()]))
+    return looked or ({}, [])
 
 
-def holdings(engine: Engine, requests: Sequence[Request]) -> list[Holding]:
-    """What each of these answers holds; to be called through `on_engine`."""
-    heads = [number for _, number in owners(engine)]
-    found = []
-    for request in requests:
-        kept: list[tuple[int, ...]] = []
-        held = 0
-        if request.handle is not None and not request.is_finished:
-            streams, place = engine._runner.kept(request.method, request.handle), 0
-            for number in heads:
-                kept.append(tuple(streams[place : place + number]))
-                place += number
-            held = engine._runner.held_bytes(request.method, request.handle)
-        found.append(
-            Holding(
-                method=request.method, seen_tokens=request.seen, kept=tuple(kept), kv_bytes=held,
-                prompt_tokens=request.prompt_tokens, completion_tokens=request.num_outputs,
-            )
-        )  # fmt: skip
-    return found
+def _holding(engine: Engine, request: Request) -> dict[str, Any]:
+    """What one answer holds, in plain values. `kept`: entries by owner, ascending, then by KV head; empty while it waits."""
+    kept: list[list[int]] = []
+    held, runner = 0, engine._runner
+    if request.handle is not None and not request.is_finished:
+        streams = iter(runner.kept(request.method, request.handle))
+        kept = [list(islice(streams, number)) for _, number in _owners(engine)]
+        held = runner.held_bytes(request.method, request.handle)
+    return {
+        "method": request.method, "seen_tokens": request.seen, "kept": kept, "kv_bytes": held,
+        "prompt_tokens": request.prompt_tokens, "completion_tokens": request.num_outputs,
+    }  # fmt: skip
 
 
-def pool_use(engine: Engine) -> dict[str, int]:
-    """Bytes of the pool by use; to be called through `on_engine`."""
+def _pool_use(engine: Engine) -> dict[str, int]:
+    """Bytes of the pool by use."""
     stats, prefixes = engine.stats(), engine._scheduler.prefixes
     prefix_bytes = engine._runner.freeable_bytes(prefixes.snapshots) if len(prefixes) else 0
     used = stats["pool_bytes"] - stats["free_bytes"]
     return {"prefixes": prefix_bytes, "requests": max(0, used - prefix_bytes), "free": stats["free_bytes"]}
 
 
-def running(engine: Engine) -> list[Request]:
-    """Answers that hold a sequence; to be called through `on_engine`."""
-    return list(engine._scheduler.running)
-
-
-def as_plain(holding: Holding) -> dict[str, Any]:
-    """Plain values, for JSON."""
-    return {
-        "method": holding.method, "seen_tokens": holding.seen_tokens, "kept": [list(one) for one in holding.kept],
-        "kv_bytes": holding.kv_bytes, "prompt_tokens": holding.prompt_tokens,
-        "completion_tokens": holding.completion_tokens,
-    }  # fmt: skip
-
-
-def kept_positions(engine: Engine, request: Request) -> list[list[list[int]]]:
-    """Positions that each owner's heads hold for one answer; to be called through `on_engine`."""
-    if request.handle is None or request.is_finished:
-        return []
-    return [rows[0] for rows in SequenceView(engine._runner.stores[request.method], [request.handle]).kept_positions]
-
-
 def demand_bytes(engine: Engine) -> int:
     """Bytes that running requests hold and those that wait will take; to be called through `on_engine`."""
     waiting = sum(engine._budget.growth(request, 0) for request in engine._scheduler.waiting)
-    return pool_use(engine)["requests"] + waiting
+    return _pool_use(engine)["requests"] + waiting
+
+
+# -- Prometheus ------------------------------------------------------------------------------------------------------
+# Counters and histograms are kept here, on the event loop; gauges are read from the engine when somebody looks.
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+_HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
+    "time_to_first_token_seconds": ("From a request to its first token", _SECONDS),
+    "inter_token_latency_seconds": ("Between two tokens of a streamed answer", _SECONDS),
+    "e2e_request_latency_seconds": ("From a request to its last token", _SECONDS),
+    "request_prompt_tokens": ("Tokens of a prompt", _TOKENS),
+    "request_generation_tokens": ("Tokens of an answer", _TOKENS),
+}
+_COUNTERS = {
+    "prompt_tokens": "Tokens of prompts whose answers ended",
+    "generation_tokens": "Tokens generated",
+    "prompt_tokens_cached": "Tokens of prompts that a stored prefix saved from being read",
+    "seen_tokens": "Tokens that the cache saw, of answers that ended",
+    "kept_tokens": "Tokens that it still held at their end, the mean over KV heads",
+}
+_ENGINE = {
+    "num_requests_running": ("running", "Answers that hold a sequence"),
+    "num_requests_waiting": ("waiting", "Answers that wait for memory or a place"),
+    "kv_pool_bytes": ("pool_bytes", "Bytes reserved for the cache"),
+    "kv_estimate_error": ("estimate_error", "Mean of |estimated / held - 1| over prompts read, learned methods"),
+    "prefix_snapshots": ("prefixes", "Stored prefixes"),
+}
+_GAUGES = {
+    "kv_cache_usage_perc": "Share of the pool in use",
+    "kv_seen_tokens": "Tokens seen by running answers",
+    "kv_kept_tokens": "Tokens held for them, the mean over KV heads",
+}
+_ENGINE_COUNTERS = {
+    "num_preemptions": ("preemptions", "Answers that gave up their memory and were read again"),
+    "prefix_cache_queries": ("prefix_queries", "Answers that looked for a stored prefix"),
+    "prefix_cache_hits": ("prefix_hits", "Answers that found one"),
+    "read_tokens": ("prompt_tokens", "Tokens read as prompts, those read again after a preemption included"),
+}
+
+
+class _EngineCounters(Collector):
+    """Counters that the engine keeps itself."""
+
+    def __init__(self, model: str):
+        self._model = model
+        self.stats: Mapping[str, Any] = {}
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """See `Collector`."""
+        for name, (key, text) in _ENGINE_COUNTERS.items():
+            family = CounterMetricFamily(f"kvfold:{name}", text, labels=("model_name",))
+            family.add_metric((self._model,), self.stats.get(key, 0))
+            yield family
+
+
+class Metrics:
+    """The numbers of one server."""
+
+    def __init__(self, model: str):
+        """`model`: the label that all of them carry."""
+        self.registry = CollectorRegistry()
+        self._label = {"model_name": model}
+        self._histograms = {
+            name: self._make(Histogram, name, text, buckets=buckets) for name, (text, buckets) in _HISTOGRAMS.items()
+        }
+        self._counters = {name: self._make(Counter, name, text) for name, text in _COUNTERS.items()}
+        texts = {name: text for name, (_, text) in _ENGINE.items()} | _GAUGES
+        self._gauges = {name: self._make(Gauge, name, text) for name, text in texts.items()}
+        self._counted = _EngineCounters(model)
+        self.registry.register(self._counted)
+        self._success = self._make(Counter, "request_success", "Answers by how they ended", labels=("finished_reason",))
+        self._http = self._make(Counter, "http_responses", "Responses by status", labels=("status",))
+        self._pool = self._make(Gauge, "kv_pool_use_bytes", "Bytes of the pool by use", labels=("use",))
+        self._owner = self._make(
+            Gauge, "kv_owner_compression", "Tokens seen over tokens kept by running answers", labels=("owner",)
+        )
+        self._last: dict[tuple[int, int], float] = {}
+
+    def _make(self, kind: type, name: str, text: str, *, labels: Sequence[str] = (), **options: Any) -> Any:
+        metric = kind(f"kvfold:{name}", text, ("model_name", *labels), registry=self.registry, **options)
+        return metric if labels else metric.labels(**self._label)
+
+    def responded(self, status: int) -> None:
+        """A response was begun."""
+        self._http.labels(**self._label, status=str(status)).inc()
+
+    def saw(self, job: "Job", choice: int, piece: Piece) -> None:
+        """A piece of an answer came from the engine."""
+        now, key = time.monotonic(), (id(job), choice)
+        if piece.token_ids and job.streams:
+            before = self._last.get(key)
+            if before is None:
+                self._histograms["time_to_first_token_seconds"].observe(now - job.began)
+            else:
+                # Several tokens in one piece came together: each took its share.
+                for _ in piece.token_ids:
+                    self._histograms["inter_token_latency_seconds"].observe((now - before) / len(piece.token_ids))
+            self._last[key] = now
+        self._counters["generation_tokens"].inc(len(piece.token_ids))
+        if piece.finish_reason is None:
+            return
+        self._last.pop(key, None)
+        self._success.labels(**self._label, finished_reason=piece.finish_reason).inc()
+        self._histograms["e2e_request_latency_seconds"].observe(now - job.began)
+        usage = piece.usage
+        if usage is None:
+            return
+        self._histograms["request_prompt_tokens"].observe(usage.prompt_tokens)
+        self._histograms["request_generation_tokens"].observe(usage.completion_tokens)
+        for name, number in (
+            ("prompt_tokens", usage.prompt_tokens), ("prompt_tokens_cached", usage.cached_tokens),
+            ("seen_tokens", usage.seen_tokens), ("kept_tokens", usage.kept_tokens),
+        ):  # fmt: skip
+            self._counters[name].inc(number)
+
+    def text(
+        self,
+        stats: Mapping[str, Any],
+        use: Mapping[str, int],
+        holdings: Sequence[Mapping[str, Any]],
+        owners: Sequence[int],
+    ) -> bytes:
+        """Everything, in Prometheus' text form. `use`: bytes of the pool by use. `holdings`: of the running answers."""
+        for name, (key, _) in _ENGINE.items():
+            self._gauges[name].set(stats[key])
+        self._counted.stats = stats
+        self._gauges["kv_cache_usage_perc"].set(1 - stats["free_bytes"] / max(1, stats["pool_bytes"]))
+        for name, number in use.items():
+            self._pool.labels(**self._label, use=name).set(number)
+        seen = kept = 0.0
+        by_owner: dict[int, list[float]] = {owner: [0.0, 0.0] for owner in owners}
+        for one in holdings:
+            for owner, heads in zip(owners, one["kept"], strict=False):
+                by_owner[owner][0] += one["seen_tokens"]
+                by_owner[owner][1] += sum(heads) / len(heads)
+            if one["kept"]:
+                seen += one["seen_tokens"]
+                kept += sum(map(sum, one["kept"])) / sum(map(len, one["kept"]))
+        self._gauges["kv_seen_tokens"].set(seen)
+        self._gauges["kv_kept_tokens"].set(kept)
+        for owner, (owner_seen, owner_kept) in by_owner.items():
+            self._owner.labels(**self._label, owner=str(owner)).set(owner_seen / owner_kept if owner_kept else 1.0)
+        return generate_latest(self.registry)
+
+
+# -- the live page ---------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).with_name("page.html")
+LOOK_S = 0.25
+"""Seconds between two looks at the engine."""
+MAX_WATCHERS = 32
+MAX_LISTED = 64
+"""Answers that one event lists."""
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class _Looker:
+    """Looks at the engine for all watchers together, `LOOK_S` apart."""
+
+    def __init__(self, serving: "Serving"):
+        self._serving, self._lock = serving, asyncio.Lock()
+        self._state: dict[str, Any] = {}
+        self._at = -1.0
+        self.watchers = 0
+
+    async def state(self) -> dict[str, Any]:
+        """What all watchers see."""
+        async with self._lock:
+            if time.monotonic() - self._at >= LOOK_S:
+                self._state = await self._look()
+                self._at = time.monotonic()
+        return self._state
+
+    async def _look(self) -> dict[str, Any]:
+        jobs, engine = self._serving.jobs, self._serving.engine
+        listed = [
+            (job.name, choice, request)
+            for job in list(jobs.by_name.values())
+            for choice, request in enumerate(list(job.requests))
+        ][:MAX_LISTED]
+        use, holdings = await _looked(engine, lambda: [request for *_, request in listed])
+        stats = engine.stats()
+        rows = zip(listed, holdings, strict=False)
+        return {
+            "time": round(time.time(), 3), "pool": use, "in_flight": jobs.answers,
+            **{name: stats[name] for name in ("pool_bytes", "running", "waiting", "completion_tokens")},
+            "requests": [{"id": name, "choice": choice} | holding for (name, choice, _), holding in rows],
+        }  # fmt: skip
+
+    async def kept_map(self, name: str) -> dict[str, Any] | None:
+        """Which tokens each head of one running request keeps; None where it holds nothing."""
+        job, engine = self._serving.jobs.by_name.get(name), self._serving.engine
+        request = job.requests[0] if job is not None and job.requests else None
+        if request is None:
+            return None
+
+        def positions() -> list[list[list[int]]]:
+            if request.handle is None or request.is_finished:
+                return []
+            view = SequenceView(engine._runner.stores[request.method], [request.handle])
+            return [rows[0] for rows in view.kept_positions]
+
+        kept, tokens = await on_engine(engine, positions), request.seen
+        streams = [_bits(positions, tokens) for heads in kept or () for positions in heads]
+        return {"tokens": tokens, "streams": streams} if streams else None
+
+
+def _bits(positions: Sequence[int], tokens: int) -> str:
+    """Base64 of one bit a token, the first token in the lowest bit of the first byte."""
+    packed = bytearray((tokens + 7) // 8)
+    for position in positions:
+        if 0 <= position < tokens:
+            packed[position >> 3] |= 1 << (position & 7)
+    return base64.b64encode(packed).decode()
+
+
+def add_routes(router: APIRouter, serving: "Serving") -> None:
+    """Numbers for Prometheus, and the live page."""
+    engine = serving.engine
+
+    @router.get("/metrics", response_model=None, tags=["server"])
+    async def metrics() -> Response:
+        """Numbers for Prometheus."""
+        use, holdings = await _looked(engine, lambda: engine._scheduler.running)
+        text = serving.metrics.text(engine.stats(), use, holdings, [owner for owner, _ in _owners(engine)])
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @router.post("/reset_prefix_cache", response_model=None, tags=["server"])
+    async def reset_prefix_cache() -> Response:
+        """Forget all stored prefixes."""
+        await on_engine(engine, engine._scheduler.drop_prefixes, timeout_s=30.0)
+        return Response(status_code=200)
+
+    _add_live_routes(router, serving)
+
+
+def _add_live_routes(router: APIRouter, serving: "Serving") -> None:
+    """The page where the settings want it, and its two sources."""
+    engine, looker, page = serving.engine, _Looker(serving), PAGE.read_text(encoding="utf-8")
+    full = kvfold.plan(engine.model, time="full", bits="model").bytes_per_token
+
+    if serving.settings.page:
+
+        @router.get("/", response_class=HTMLResponse, include_in_schema=False)
+        async def index() -> Response:
+            """The live page."""
+            return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"})
+
+    @router.get("/kvfold/model", tags=["live"])
+    async def model() -> dict[str, Any]:
+        """The model's layers and heads, and the methods loaded."""
+        return {
+            "model": serving.settings.model_names[0], "methods": list(engine.methods),
+            "num_layers": engine.model.config.layout.num_layers, "owners": _owners(engine),
+            "full_bytes_per_token": full, "max_model_len": serving.max_model_len, "chat": serving.template.exists,
+            "pool_bytes": engine.stats()["pool_bytes"],
+        }  # fmt: skip
+
+    @router.get("/kvfold/live", response_model=None, tags=["live"])
+    async def live(once: bool = False, maps: str | None = None) -> Response:
+        """Events: the engine's state, four times a second. `maps`: ids of requests, comma separated, whose kept tokens are
+        told too. `once`: one JSON object instead.
+        """
+        names = [one for one in (maps or "").split(",") if one][:2]
+
+        async def state() -> dict[str, Any]:
+            kept = {name: one for name in names if (one := await looker.kept_map(name))}
+            return await looker.state() | {"maps": kept}
+
+        if once:
+            return Response(event(await state())[6:].strip(), media_type="application/json")
+        if looker.watchers >= MAX_WATCHERS:
+            raise ApiError(429, "too many pages are watching: try again later", headers={"Retry-After": "10"})
+        looker.watchers += 1
+
+        async def events() -> AsyncIterator[bytes]:
+            while not serving.jobs.stopping:
+                yield event(await state())
+                await asyncio.sleep(LOOK_S)
+
+        def left() -> None:
+            looker.watchers -= 1
+
+        return Stream(events(), leave=left, headers={})

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvfold.engine.budget import KeptRatios
 from kvfold.errors import UserError
 from kvfold.eval.progress import Report, silent
 from kvfold.layout.kvlayout import KVLayout
@@ -132,8 +131,8 @@ def measure_kept_ratios(
     seen, per owner and KV head, as the cache itself counts them. The ratios belong to the gates and hardly to the text; Tangram's
     authors (arXiv 2606.06302) find about 50 samples enough.
 
-    Plain values: the method's text form under `time`, and `KeptRatios`. `lengths`: tokens seen, ascending; None = a quarter, a
-    half and all of the sequences. Raises `UserError` where they are longer than the sequences.
+    Plain values: the method's text form under `time`, and what the engine's `SequenceCost` reads. `lengths`: tokens seen,
+    ascending; None = a quarter, a half and all of the sequences. Raises `UserError` where they are longer than the sequences.
     """
     layout, tokens = model.config.layout, blocks_NT.shape[1]
     lengths = sorted({max(1, tokens // part) for part in PARTS}) if lengths is None else list(lengths)
@@ -153,13 +152,13 @@ def measure_kept_ratios(
         cache.free()
     report("kept ratios", len(blocks_NT), len(blocks_NT))
     rows = {
-        name: tuple(
-            tuple(round(share, _DIGITS) for share in torch.cat(one).double().quantile(quantile, dim=0).tolist())
+        name: [
+            [round(share, _DIGITS) for share in torch.cat(one).double().quantile(quantile, dim=0).tolist()]
             for one in found
-        )
+        ]
         for name, quantile in (("median", 0.5), ("p95", 0.95))
     }
-    return {"time": layout.time_text(), **KeptRatios(lengths=tuple(lengths), **rows).to_json()}
+    return {"time": layout.time_text(), "lengths": list(lengths), **rows}
 
 
 def kept_streams(kept_ONK: Tensor) -> Tensor:

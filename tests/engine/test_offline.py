@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from kvfold.engine import offline
+from kvfold.engine import answers
+from kvfold.engine.answers import answer_file
 from kvfold.engine.engine import Engine
-from kvfold.engine.offline import answer_file
 from tiny import TOKENIZER, tiny_model
 
 LINES = [
@@ -73,7 +73,7 @@ def test_a_second_run_goes_on_where_the_first_was_cut_off(engine, source, tmp_pa
 
 
 def test_lines_are_answered_in_order_with_a_short_lookahead(engine, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(offline, "LOOKAHEAD", 2)
+    monkeypatch.setattr(answers, "LOOKAHEAD", 2)
     answer_file(engine, source, tmp_path / "out.jsonl", defaults=DEFAULTS)
     lines = [one["line"] for one in read(tmp_path / "out.jsonl")]
     assert lines == sorted(lines) and len(lines) == 14

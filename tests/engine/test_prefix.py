@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfold.engine.prefix import PrefixTree
+from kvfold.engine.scheduler import PrefixTree
 
 GRID = 4
 texts = st.lists(st.integers(0, 1), max_size=14)

@@ -11,8 +11,7 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from kvfold.integrations.ray_data import answered_dataset
-from kvfold.integrations.ray_serve import build
+from kvfold.integrations.ray_serve import answered_dataset, build
 
 PATIENCE_S = 300
 """Until a part counts as failed: a busy machine is slow, which is no failure."""

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-from kvfold.integrations.asgi_calls import Call, answered
+from kvfold.integrations.replicas import Call, answered
 
 left = []
 

@@ -5,7 +5,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfold.integrations.prefix_routing import MOST_BLOCKS, PrefixMemory, chain, prompt_bytes, ranked
+from kvfold.integrations.replicas import MOST_BLOCKS, PrefixMemory, chain, prompt_bytes, ranked
 
 CHAT = "/v1/chat/completions"
 
@@ -31,7 +31,7 @@ def test_a_long_prompt_is_looked_at_only_so_far():
 def test_a_conversation_that_goes_on_begins_with_the_same_bytes():
     first, more = prompt_bytes(CHAT, chat("a" * 50)), prompt_bytes(CHAT, chat("a" * 50, "b", "c"))
     assert more.startswith(first) and more != first
-    assert not prompt_bytes(CHAT, chat("a" * 50, time="full")).startswith(first)
+    assert not prompt_bytes(CHAT, chat("a" * 50, kvfold={"time": "full"})).startswith(first)
 
 
 def test_prompts_of_text_and_of_ids_and_lists_of_prompts():

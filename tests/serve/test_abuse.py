@@ -250,7 +250,7 @@ def test_the_log_holds_no_prompt(guarded, caplog):
 
 def test_a_failure_of_ours_is_a_500_that_says_nothing(monkeypatch):
     logged = []
-    monkeypatch.setattr("kvfold.serve.errors.log.error", lambda *words: logged.append(words))
+    monkeypatch.setattr("kvfold.serve.replies.log.error", lambda *words: logged.append(words))
     engine = new_engine()
     with running_server(engine) as server:
         server.serving.tokens.encode = lambda *_, **__: 1 / 0

@@ -11,7 +11,7 @@ import time
 import httpx
 import pytest
 
-from kvfold.serve.command import generation_defaults, serve
+from kvfold.serve.app import generation_defaults, serve
 from tiny import TOKENIZER, tiny_model
 
 
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 )  # fmt: skip
 def test_what_cannot_be_served_is_said_in_one_line(folder, wrong, word):
     with pytest.raises(ValueError, match=word) as refused:
-        serve(**({"model": str(folder), "port": 0} | wrong))
+        serve(**({"model": str(folder), "port": 0, "served_model_name": ["tiny"]} | wrong))
     assert "\n" not in str(refused.value)
 
 
@@ -52,9 +52,12 @@ def test_sampling_defaults_of_the_checkpoint(folder, tmp_path):
 
 SERVE = """
 import sys
-from kvfold.serve.command import serve
+from kvfold.serve.app import serve
 
-serve(sys.argv[1], port=int(sys.argv[2]), kv_memory="2MB", say=lambda line: print(line, flush=True))
+serve(
+    sys.argv[1], port=int(sys.argv[2]), served_model_name=["tiny-model"], kv_memory="2MB",
+    say=lambda line: print(line, flush=True),
+)
 """
 LISTEN = """
 import socket

@@ -21,7 +21,7 @@ def demo():
     from kvfold.demo import ADAPTER, bundled_model
     from kvfold.engine.engine import Engine
     from kvfold.models.load import load, load_tokenizer
-    from kvfold.serve.command import DEMO_METHODS
+    from kvfold.serve.app import DEMO_METHODS
 
     source = bundled_model()
     engine = Engine(load(source, adapter=ADAPTER), load_tokenizer(source), "500MB", list(DEMO_METHODS))

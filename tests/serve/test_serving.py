@@ -16,8 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
 from kvfold.engine.engine import Engine
-from kvfold.serve.settings import ServerSettings
-from kvfold.serve.streaming import filled
+from kvfold.serve.replies import filled
+from kvfold.serve.serving import ServerSettings
 from serving_kit import METHODS, new_engine, raw, running_server
 from tiny import TOKENIZER, tiny_model
 
