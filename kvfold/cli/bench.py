@@ -30,7 +30,7 @@ def prefill(
 
     Example: `kvfold bench prefill my-model --batch 8 --prompt 4096 --time full --time window:508+4`
     """
-    from kvfold.bench.prefill import bench_prefill
+    from kvfold.bench.reading import bench_prefill
     from kvfold.report.sheets import table_of
 
     ours, tokenizer = loading.load(model, times=time)
@@ -69,7 +69,7 @@ def capacity(
 
     Example: `kvfold bench capacity my-model --kv-memory 256MB --prompt 1024 --time full --time h2o:128+128`
     """
-    from kvfold.bench.capacity import bench_capacity
+    from kvfold.bench.reading import bench_capacity
     from kvfold.layout.units import parse_size
     from kvfold.report.sheets import table_of
 
@@ -130,8 +130,8 @@ def kernel(
         raise UserError("a size below 1: every size of a kernel's call is 1 or more: write a larger one")
     shape = KernelShape(batch=batch, kv_heads=kv_heads, group=group, head_dim=head_dim)
     rows = measure_kernel(
-        shape=shape, storages=storage or KINDS, tokens=tokens or (1024, 4096), spreads=spread or (1, 100), repeats=repeats
-    )  # fmt: skip
+        shape, storages=storage or KINDS, tokens=tokens or (1024, 4096), spreads=spread or (1, 100), repeats=repeats
+    )
     result = {"environment": {"device": "cpu", "threads": torch.get_num_threads()}, "rows": list(rows)}
     output.hand_over("kernel", result, table_of("Decode attention", _KERNEL_COLUMNS))
 
@@ -239,7 +239,7 @@ def decode(
 
     Example: `kvfold bench decode my-model --batch 8 --prompt 256 --time full --time h2o:64+64`
     """
-    from kvfold.bench.filled import bench_filled
+    from kvfold.bench.decode import bench_filled
     from kvfold.eval.peer import load_theirs
     from kvfold.report.sheets import decode_table, table_of
 
@@ -311,7 +311,7 @@ def _sides(
     compare_bits: list[str] | None, text: Any,
 ) -> tuple[list[Any], Any]:  # fmt: skip
     """The caches to be filled, and a text that shows what gates keep."""
-    from kvfold.bench.filled import Side
+    from kvfold.bench.decode import Side
     from kvfold.data.windows import text_beginning
     from kvfold.eval.folding import method_layouts
 

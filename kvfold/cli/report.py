@@ -1,4 +1,4 @@
-"""`kvfold report`: result files to a page; `kvfold inspect`: what heads keep of one text, read in bench/document.py; and
+"""`kvfold report`: result files to a page; `kvfold inspect`: what heads keep of one text, read in bench/reading.py; and
 `kvfold demo`: the whole road once.
 """
 
@@ -42,7 +42,7 @@ def inspect(
 
     Example: `kvfold inspect my-model --adapter my-adapter --text notes.txt --out results/notes-inside.json`
     """
-    from kvfold.bench.document import check_heads, read_document
+    from kvfold.bench.reading import check_heads, read_document
     from kvfold.data.windows import text_beginning
     from kvfold.report.sheets import document_table
 
