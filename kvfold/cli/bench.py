@@ -184,7 +184,7 @@ def train(
     need_packages("accelerate", "peft", extra="train", what="training")
     from kvfold.bench.train import METHODS, StepPoint, bench_train
     from kvfold.ops.denormals import flush_denormals
-    from kvfold.report.sheets import step_table
+    from kvfold.report.sheets import known_table
 
     point = StepPoint(sequence_tokens=sequence, batch_sequences=batch, trains=train)
     flush_denormals()
@@ -194,7 +194,7 @@ def train(
         result = bench_train(
             weights, name=model_name(model), methods=methods, point=point, repeats=repeats, report=report
         )
-    output.hand_over("step", result, step_table)
+    output.hand_over("step", result, known_table("step"))
 
 
 def _prompts(text: Path | None, tokenizer: Any, batch: int, tokens: int) -> Any:
@@ -241,7 +241,7 @@ def decode(
     """
     from kvfold.bench.decode import bench_filled
     from kvfold.eval.peer import load_theirs
-    from kvfold.report.sheets import decode_table, table_of
+    from kvfold.report.sheets import known_table, table_of
 
     named, points = _peers(peers), _points(batch, prompt, new)
     _check_filled(
@@ -261,7 +261,7 @@ def decode(
             padded = {"both": (False, True), "none": (False,), "left": (True,)}[padding]
             common |= {"methods": time or ["full"], "points": points, "padded": padded}
             result = _decoded(ours, theirs, model if "vllm" in named else None, tokenizer, file, common)
-            table = decode_table
+            table = known_table("decode")
     output.hand_over("decode", result, table)
 
 

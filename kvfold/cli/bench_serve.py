@@ -120,7 +120,7 @@ def serve_offline(
     """
     from kvfold.bench import serve as bench
     from kvfold.record import write_result
-    from kvfold.report.sheets import serve_table
+    from kvfold.report.sheets import known_table
 
     bench.check_peers(peers or ())
     bounds = bench.parse_lengths(prompt), bench.parse_lengths(new)
@@ -141,7 +141,7 @@ def serve_offline(
             weights, wanted, name=model_name(model), methods=time or ["full", weights.config.layout.time_text()],
             budgets=budgets, peers=sides, repeats=repeats, temperature=temperature, keep=keep, report=report,
         )  # fmt: skip
-    output.hand_over("serve", result, serve_table)
+    output.hand_over("serve", result, known_table("serve"))
 
 
 def _budget(text: str, of_requests: Any) -> int:
