@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kvfold.bench.decode import Point, bench_decode
-from kvfold.bench.document import measure_held, read_document
+from kvfold.bench.reading import measure_held, read_document
 from kvfold.data.texts import SAMPLE, read_text_file
 from kvfold.data.windows import text_beginning
 from kvfold.errors import UserError, need_packages

@@ -30,7 +30,7 @@ def prefill(
 
     Example: `kvfold bench prefill my-model --batch 8 --prompt 4096 --time full --time window:508+4`
     """
-    from kvfold.bench.prefill import bench_prefill
+    from kvfold.bench.reading import bench_prefill
     from kvfold.report.sheets import table_of
 
     ours, tokenizer = loading.load(model, times=time)
@@ -69,7 +69,7 @@ def capacity(
 
     Example: `kvfold bench capacity my-model --kv-memory 256MB --prompt 1024 --time full --time h2o:128+128`
     """
-    from kvfold.bench.capacity import bench_capacity
+    from kvfold.bench.reading import bench_capacity
     from kvfold.layout.units import parse_size
     from kvfold.report.sheets import table_of
 
@@ -130,8 +130,8 @@ def kernel(
         raise UserError("a size below 1: every size of a kernel's call is 1 or more: write a larger one")
     shape = KernelShape(batch=batch, kv_heads=kv_heads, group=group, head_dim=head_dim)
     rows = measure_kernel(
-        shape=shape, storages=storage or KINDS, tokens=tokens or (1024, 4096), spreads=spread or (1, 100), repeats=repeats
-    )  # fmt: skip
+        shape, storages=storage or KINDS, tokens=tokens or (1024, 4096), spreads=spread or (1, 100), repeats=repeats
+    )
     result = {"environment": {"device": "cpu", "threads": torch.get_num_threads()}, "rows": list(rows)}
     output.hand_over("kernel", result, table_of("Decode attention", _KERNEL_COLUMNS))
 
@@ -184,7 +184,7 @@ def train(
     need_packages("accelerate", "peft", extra="train", what="training")
     from kvfold.bench.train import METHODS, StepPoint, bench_train
     from kvfold.ops.denormals import flush_denormals
-    from kvfold.report.sheets import step_table
+    from kvfold.report.sheets import known_table
 
     point = StepPoint(sequence_tokens=sequence, batch_sequences=batch, trains=train)
     flush_denormals()
@@ -194,7 +194,7 @@ def train(
         result = bench_train(
             weights, name=model_name(model), methods=methods, point=point, repeats=repeats, report=report
         )
-    output.hand_over("step", result, step_table)
+    output.hand_over("step", result, known_table("step"))
 
 
 def _prompts(text: Path | None, tokenizer: Any, batch: int, tokens: int) -> Any:
@@ -239,9 +239,9 @@ def decode(
 
     Example: `kvfold bench decode my-model --batch 8 --prompt 256 --time full --time h2o:64+64`
     """
-    from kvfold.bench.filled import bench_filled
+    from kvfold.bench.decode import bench_filled
     from kvfold.eval.peer import load_theirs
-    from kvfold.report.sheets import decode_table, table_of
+    from kvfold.report.sheets import known_table, table_of
 
     named, points = _peers(peers), _points(batch, prompt, new)
     _check_filled(
@@ -261,7 +261,7 @@ def decode(
             padded = {"both": (False, True), "none": (False,), "left": (True,)}[padding]
             common |= {"methods": time or ["full"], "points": points, "padded": padded}
             result = _decoded(ours, theirs, model if "vllm" in named else None, tokenizer, file, common)
-            table = decode_table
+            table = known_table("decode")
     output.hand_over("decode", result, table)
 
 
@@ -311,7 +311,7 @@ def _sides(
     compare_bits: list[str] | None, text: Any,
 ) -> tuple[list[Any], Any]:  # fmt: skip
     """The caches to be filled, and a text that shows what gates keep."""
-    from kvfold.bench.filled import Side
+    from kvfold.bench.decode import Side
     from kvfold.data.windows import text_beginning
     from kvfold.eval.folding import method_layouts
 

@@ -54,8 +54,8 @@ def serve(
     need_packages("httpx", extra="serve", what="bench serve")
     if picture is not None:
         need_packages("matplotlib", extra="report", what="--picture")
-    from kvfold.bench.serve import parse_lengths
-    from kvfold.bench.serve_http import Load, bench_serve, draw_requests, read_trace, summary_lines
+    from kvfold.bench.serve import parse_lengths, read_trace
+    from kvfold.bench.serve_http import Load, bench_serve, draw_requests, summary_lines
     from kvfold.data.whole_file import write_whole_file
     from kvfold.report.pictures import save_waits
 
@@ -118,30 +118,30 @@ def serve_offline(
 
     Example: `kvfold bench serve-offline my-model --time full --time h2o:64+64 --budget 4 --requests 16`
     """
-    from kvfold.bench.serve import bench_serve, budget_bytes, drawn_requests, parse_lengths, trace_requests
-    from kvfold.bench.serve_peers import check_peers, open_peers
+    from kvfold.bench import serve as bench
     from kvfold.record import write_result
-    from kvfold.report.sheets import serve_table
+    from kvfold.report.sheets import known_table
 
-    check_peers(peers or ())
-    bounds = parse_lengths(prompt), parse_lengths(new)
-    file = read_text_file(text or SAMPLE) if trace is None else None
+    bench.check_peers(peers or ())
+    bounds = bench.parse_lengths(prompt), bench.parse_lengths(new)
+    file, traced = (read_text_file(text or SAMPLE), []) if trace is None else (None, bench.read_trace(trace))
     weights, tokenizer = loading.load(model, times=time)
-    wanted = drawn_requests(requests, *bounds, file, tokenizer, seed=seed) if file else trace_requests(trace, tokenizer)
+    drawn = bench.drawn_requests(requests, *bounds, file, tokenizer, seed=seed) if file else []
+    wanted = drawn or bench.tokenised(traced, tokenizer)
     longest = max((len(one.prompt) + one.max_tokens - 1 for one in wanted), default=1)
-    budgets = [_budget(one, lambda number: budget_bytes(weights, number, longest)) for one in budget or ["4"]]
+    budgets = [_budget(one, lambda number: bench.budget_bytes(weights, number, longest)) for one in budget or ["4"]]
 
     def keep(result: dict[str, Any]) -> None:
         if output.out is not None:
             write_result(output.out, "serve", result, command_line())
 
     with ExitStack() as stack, progress() as report:
-        sides = open_peers(peers or (), weights, model, wanted, budgets[0], stack)
-        result = bench_serve(
+        sides = bench.open_peers(peers or (), weights, model, wanted, budgets[0], stack)
+        result = bench.bench_serve(
             weights, wanted, name=model_name(model), methods=time or ["full", weights.config.layout.time_text()],
             budgets=budgets, peers=sides, repeats=repeats, temperature=temperature, keep=keep, report=report,
         )  # fmt: skip
-    output.hand_over("serve", result, serve_table)
+    output.hand_over("serve", result, known_table("serve"))
 
 
 def _budget(text: str, of_requests: Any) -> int:

@@ -106,7 +106,7 @@ def evaluate(
     from kvfold.eval.peer import load_theirs
     from kvfold.eval.perplexity import measure_quality
     from kvfold.eval.tasks import measure_tasks
-    from kvfold.report.sheets import passkey_table, quality_table, tasks_table
+    from kvfold.report.sheets import known_table, passkey_table
 
     _check_adapter(loading.adapter, tasks.peers)
     protocol = Protocol(windows=windows, context_tokens=context, batch=batch, call_tokens=chunk)
@@ -135,8 +135,8 @@ def evaluate(
             peer = None if tasks.peers == "none" else theirs
             rows = measure_tasks(weights, tokenizer, tasks.names, methods, peer=peer, rows=batch, **settings)
             result["tasks" if texts else "rows"] = rows
-    asked = {quality_table: texts, passkey_table: passkeys.passkey, tasks_table: tasks.names}
-    output.hand_over("quality" if texts else "tasks", result, *(table for table in asked if asked[table]))
+    tables = {known_table("quality"): texts, passkey_table: passkeys.passkey, known_table("tasks"): tasks.names}
+    output.hand_over("quality" if texts else "tasks", result, *(table for table, asked in tables.items() if asked))
 
 
 def _check_adapter(adapter: str | None, peers: str) -> None:

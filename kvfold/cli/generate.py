@@ -48,7 +48,7 @@ def generate(
     """
     from transformers import TextStreamer, set_seed
 
-    from kvfold.report.numbers import count, size
+    from kvfold.report.results import count, size
 
     if (source is None) != (target is None):
         raise UserError("--input and --output: a file of requests needs a file for its answers: give both")

@@ -31,7 +31,7 @@ def plan(
     """
     from kvfold.layout.planner import plan_rows
     from kvfold.layout.units import parse_count
-    from kvfold.report.sheets import plan_table
+    from kvfold.report.sheets import known_table
 
     tokens = parse_count(context)
     memory_bytes, fits_in = _memory_of_cache(model, memory, kv_memory)
@@ -53,14 +53,14 @@ def plan(
     heading = f"{model}: {batch:,} row{'s' * (batch > 1)} of {tokens:,} tokens{fits_in}"
     if compression is None and any(spec.trained for row in rows for spec in row.layout.time):
         heading += "; where gates decide, the most it may hold: --compression says what they reach"
-    Output(as_json=as_json).hand_over("plan", result, lambda _: heading, plan_table)
+    Output(as_json=as_json).hand_over("plan", result, lambda _: heading, known_table("plan"))
 
 
 def _memory_of_cache(model: str, memory: str | None, kv_memory: str | None) -> tuple[int | None, str]:
     """Bytes that the cache may take, and how a heading says so. Of a device's memory the weights are subtracted."""
     from kvfold.layout.hf_config import weight_bytes
     from kvfold.layout.units import parse_size
-    from kvfold.report.numbers import size
+    from kvfold.report.results import size
 
     if memory is not None and kv_memory is not None:
         raise UserError("--memory and --kv-memory: one is the device's, the other the cache's alone: give one of them")

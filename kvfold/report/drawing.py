@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 from markupsafe import Markup
 
 from kvfold.data.whole_file import write_whole_file
-from kvfold.report.numbers import count, tick
+from kvfold.report.results import count, tick
 
 COLOURS = {
     "page": ("#fcfbf8", "#15171a"), "ink": ("#1d1f23", "#e9e6df"), "soft": ("#5d6169", "#a2a5ab"), "hair": ("#e3e0d8", "#30343a"),

@@ -5,7 +5,7 @@ comes from a result file is escaped there. Here is what templates ask for.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import getdoc
@@ -19,10 +19,26 @@ from kvfold.data.whole_file import write_whole_file
 from kvfold.errors import need_packages
 from kvfold.methods.base import Method
 from kvfold.methods.registry import method_class
-from kvfold.report import design, heads, numbers, pictures, series, sheets
+from kvfold.report import pictures, series, sheets
 from kvfold.report.drawing import COLOURS, svg
-from kvfold.report.numbers import MISSING, amount, count, difference, percent, size
-from kvfold.report.results import Group, Result, group_results, number, read_results, rows_of, words
+from kvfold.report.results import (
+    MISSING,
+    Group,
+    Result,
+    amount,
+    count,
+    difference,
+    group_results,
+    number,
+    percent,
+    read_results,
+    rows_of,
+    size,
+    three,
+    tick,
+    times,
+    words,
+)
 from kvfold.report.series import (
     family_of,
     found_keys,
@@ -38,6 +54,10 @@ WIDE, NARROW = 860.0, 350.0
 """Pixels of a picture that stands alone, and on a phone, where it is drawn anew so that letters keep their size."""
 MOST_FACTS = 4
 """Lines of one fact at the head of the page."""
+KEPT, GONE, MERGED, WAITING = STATES = "kgmw"
+"""Letters of `states`: has an entry; nothing is left; part of the entry of a token after it; has one that can't go yet."""
+FIRST_TOKENS, MOST_TOKENS = 320, 2000
+"""Of a text, those that are seen at once, and those that the page has at all."""
 QUARTER = 0.3
 """Largest share of the cache that counts as about a quarter: pages are whole and H2O keeps scores."""
 
@@ -78,15 +98,14 @@ def _templates() -> Environment:
     environment = Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    rooms = {one.__name__.rpartition(".")[2]: one for one in (design, heads, numbers, pictures, series, sheets)}
-    asked = (best_way, draw, number, other_commits, passkey_grids, protocol_text, side_by_side, summary, words)
-    environment.globals |= rooms | {one.__name__: one for one in asked} | {"MISSING": MISSING}
-    environment.filters |= {"head_map": heads.head_map, "compression_map": heads.compression_map}
+    rooms = {"pictures": pictures, "series": series, "sheets": sheets, "MISSING": MISSING, "STATES": STATES}
+    asked = (best_way, draw, head_texts, other_commits, passkey_grids, protocol_text, side_by_side, summary)
+    asked += (count, number, percent, times, words)
+    environment.globals |= rooms | {one.__name__: one for one in asked}
     environment.filters |= {
-        "commit": short_commit,
-        "coded": _coded,
-        "first_large": lambda text: text[:1].upper() + text[1:],
-    }
+        "head_map": sheets.head_map, "compression_map": partial(sheets.head_map, of_compression=True),
+        "commit": short_commit, "coded": _coded, "first_large": lambda text: text[:1].upper() + text[1:],
+    }  # fmt: skip
     return environment
 
 
@@ -102,7 +121,7 @@ class Panel:
 def draw(
     picture: Callable[..., Any], *about: Any, spoken: str, wide: float = WIDE, title: str = "", **options: Any
 ) -> list[Panel]:
-    """A picture of pictures.py or heads.py, as a list of one; none where there is nothing to draw. `spoken`: what it shows."""
+    """A picture of pictures.py, as a list of one; none where there is nothing to draw. `spoken`: what it shows."""
     of_width = partial(picture, *about, **options)
     figure = of_width(width=wide)
     if figure is None:
@@ -142,7 +161,7 @@ def _by_method(rows: Iterable[Mapping]) -> dict[str, list[Mapping]]:
 
 def _change(row: Mapping | None) -> str:
     if row is not None and family_of(row) == series.UNFOLDED and number(row, "perplexity") is not None:
-        return numbers.three(number(row, "perplexity"))
+        return three(number(row, "perplexity"))
     return difference(*sheets.pair(row or {}, "perplexity_change_percent"), "%")
 
 
@@ -182,9 +201,75 @@ def passkey_grids(group: Group) -> list[dict[str, Any]]:
             (found, tries), depth = found_keys([row]), number(row, "depth")
             if tries and depth is not None:
                 cells[depths.index(depth)] = (f"{count(found)}/{count(tries)}", min(1.0, max(0.0, found / tries)))
-        heads_ = [f"{numbers.tick(100 * depth)} %" for depth in depths]
+        heads_ = [f"{tick(100 * depth)} %" for depth in depths]
         grids.append({"length": count(length), "depths": heads_, "lines": lines})
     return grids
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadText:
+    """What one head holds of a text."""
+
+    name: str
+    """`layer 3, head 1: 120 of 1,024 kept (8.53×)`."""
+    marks: tuple[tuple[str, str, int], ...]
+    """(state, characters, tokens) of each stretch in one state; a run that was merged is one stretch, its state `MERGED`."""
+
+    @property
+    def states(self) -> str:
+        """Letters of the states that occur."""
+        return "".join(sorted({state for state, _, _ in self.marks}))
+
+    @property
+    def parts(self) -> tuple[list, list]:
+        """The stretches that are seen at once, and the rest."""
+        passed, first = 0, 0
+        while first < len(self.marks) and passed < FIRST_TOKENS:
+            passed, first = passed + self.marks[first][2], first + 1
+        return list(self.marks[:first]), list(self.marks[first:])
+
+
+def head_texts(row: Mapping, tokens: object) -> list[HeadText]:
+    """Of each head that a row tells about, or one for all where they hold the same; those without a state a token are left
+    out.
+    """
+    pieces = [
+        piece if isinstance(piece, str) else "" for piece in (tokens if isinstance(tokens, list) else [])[:MOST_TOKENS]
+    ]
+    told = [head for head in rows_of(row, "heads") if words(head, "states") and pieces]
+    marks = [tuple(_stretches(words(head, "states")[:MOST_TOKENS], pieces)) for head in told]
+    if len(told) > 1 and len(set(marks)) == 1:
+        # A method with one budget for all: the same page three times would say no more.
+        return [HeadText(name=_name("every head asked for", told[0], row), marks=marks[0])]
+    places = [f"layer {words(head, 'layer') or '?'}, head {words(head, 'head') or '?'}" for head in told]
+    return [HeadText(name=_name(*of, row), marks=one) for *of, one in zip(places, told, marks, strict=True)]
+
+
+def _name(where: str, head: Mapping, row: Mapping) -> str:
+    kept, seen = number(head, "kept_tokens"), number(row, "seen_tokens")
+    if kept is None or not seen:
+        return where
+    return f"{where}: {count(kept)} of {count(seen)} kept" + (f" ({times(seen / kept)})" if kept > 0 else "")
+
+
+def _stretches(states: str, pieces: Sequence[str]) -> Iterator[tuple[str, str, int]]:
+    """Neighbours in one state together, but each merged run, which ends with the token that has the entry, alone; and cut
+    where the first page ends, unless that is within a run. A token without characters is a dot.
+    """
+    state, text, tokens = "", "", 0
+    for index, (letter, piece) in enumerate(zip(states, pieces, strict=False)):
+        ends_run = state == MERGED and letter == KEPT
+        cut = letter != state or (index == FIRST_TOKENS and state != MERGED)
+        if cut and not ends_run and tokens:
+            yield state, text, tokens
+            text, tokens = "", 0
+        state = state if ends_run else letter
+        text, tokens = text + (piece or "·"), tokens + 1
+        if ends_run:
+            yield state, text, tokens
+            state, text, tokens = "", "", 0
+    if tokens:
+        yield state, text, tokens
 
 
 def _facts(files: Sequence[Mapping]) -> dict[str, list[str]]:

@@ -1,5 +1,8 @@
 """Every picture, one function each: from rows to a matplotlib figure of a width in pixels, or None where there is nothing to
 draw. The page shows them as SVG (drawn anew for a phone, so that letters keep their size), README and `bench serve` as PNG.
+
+Where a result brings a score of its own (`score`, named by `value_name`), that is what a map of layers and heads shows, since a
+method with one budget for all keeps the same number everywhere.
 """
 
 import math
@@ -9,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.errors import UserError, need_packages
-from kvfold.report.design import Model, frontier
 from kvfold.report.drawing import (
     LETTER,
     LIGHT,
@@ -25,21 +27,37 @@ from kvfold.report.drawing import (
     tip,
     write,
 )
-from kvfold.report.numbers import count, difference, percent, size, size_unit, spread, three, tick, times
-from kvfold.report.results import group_results, number, read_results
+from kvfold.report.results import (
+    count,
+    difference,
+    group_results,
+    number,
+    percent,
+    read_results,
+    size,
+    size_unit,
+    spread,
+    three,
+    tick,
+    times,
+)
 from kvfold.report.series import (
     FURTHER,
     Line,
+    Model,
     Road,
     Run,
     colours_of,
     family_of,
+    frontier,
     growth_of,
     known_pairs,
     label_of,
+    layers_of,
     memory_points,
     quality_panels,
 )
+from kvfold.report.sheets import COMPRESSION_NAME, KEPT_NAME, HeadMap
 
 BEND = 2.0
 """Percent up to which a bent axis is nearly linear; beyond, equal steps are equal ratios."""
@@ -327,6 +345,120 @@ def design(models: Sequence[Model], width: float) -> Any:
     if named:
         name_ends(place, ends)
     return figure
+
+
+def scale_of(maps: Sequence[HeadMap]) -> tuple[float, float]:
+    """The smallest and largest value over all maps; shares begin at 0, compressions at 1."""
+    cells = [cell for one in maps for line in one.values for cell in line if cell is not None]
+    if not cells:
+        return 0.0, 1.0
+    low = {KEPT_NAME: 0.0, COMPRESSION_NAME: 1.0}.get(maps[0].value_name, min(cells))
+    return low, max(max(cells), low)
+
+
+def is_even(maps: Sequence[HeadMap]) -> bool:
+    """Whether every map has one value everywhere."""
+    return all(len({cell for line in one.values for cell in line}) == 1 for one in maps)
+
+
+def said_scale(maps: Sequence[HeadMap]) -> tuple[str, str]:
+    """Both ends of the scale of these maps in words."""
+    low, high = map({KEPT_NAME: percent, COMPRESSION_NAME: times}.get(maps[0].value_name, three), scale_of(maps))
+    return low, high
+
+
+def place_on(scale: tuple[float, float], value: float, name: str) -> float:
+    """Where a value lies on the scale, 0 to 1; of compressions equal steps are equal ratios."""
+    bend = (lambda number: math.log(max(number, 1e-9))) if name == COMPRESSION_NAME else float
+    low, high, at = map(bend, (*scale, value))
+    return 1.0 if high <= low else (at - low) / (high - low)
+
+
+FAINTEST = 0.07
+"""Opacity of the smallest value in a map: a measured cell is never as blank as one that is not there."""
+
+
+def layers(rows: Sequence[Mapping], width: float) -> Any:
+    """Compression of each layer over the steps of a run: steps to the right, layers downwards, stronger colour is more."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path as Outline
+
+    found = layers_of(rows, 36 if width < SMALL else 80)
+    low, high = 1.0, _most(found)
+    if high is None:
+        return None
+    num_layers = max(len(line) for _, line in found)
+    tall = min(14.0, max(5.0, 300 / num_layers))
+    figure, (place,) = chart(width, 72 + tall * num_layers, left=40, right=8,
+                             titles=("step", "layers that have gates, counted from 0"))  # fmt: skip
+    boxes: dict[int, list[list[tuple[float, float]]]] = {}
+    for column, (_, line) in enumerate(found):
+        for layer, value in enumerate(line):
+            if value is not None:
+                at = 0 if high <= low else round(9 * min(1.0, max(0.0, (value - low) / (high - low))))
+                left, right, top, bottom = column, column + 1, layer, layer + 0.95
+                box = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+                boxes.setdefault(at, []).append(box)
+    for at, outlines in sorted(boxes.items()):
+        # An outline a shade: a rectangle a cell would make the page ten times larger.
+        codes = [Outline.MOVETO, *[Outline.LINETO] * 3, Outline.CLOSEPOLY] * len(outlines)
+        outline = Outline([corner for box in outlines for corner in box], codes)
+        place.add_patch(PathPatch(outline, facecolor=LIGHT["cell"], alpha=shade(at / 9), linewidth=0))
+    every = max(1, len(found) // (3 if width < SMALL else 8))
+    across = {column: count(found[column][0]) for column in range(every - 1, len(found), every)}
+    down = {layer: str(layer) for layer in range(0, num_layers, max(1, round(20 / tall)))}
+    return _named(figure, place, (len(found), num_layers), across, down)
+
+
+def _named(figure: Any, place: Any, size: tuple[int, int], across: Mapping[int, str], down: Mapping[int, str]) -> Any:
+    """The figure with names of some columns below and of some rows at the left; rows are counted from the top."""
+    place.set(xlim=(0, size[0]), ylim=(size[1], 0))
+    place.set_xticks([at + 0.5 for at in across], list(across.values()))
+    place.set_yticks([at + 0.5 for at in down], list(down.values()))
+    place.grid(visible=False)
+    return figure
+
+
+def said_layer_scale(rows: Sequence[Mapping]) -> tuple[str, str]:
+    """Both ends of the scale of that map in words."""
+    return times(1), times(_most(layers_of(rows, 80)))
+
+
+def _most(found: Sequence[tuple[float, Sequence[float | None]]]) -> float | None:
+    values = [value for _, line in found for value in line if value is not None]
+    return max(*values, 1.0) if values else None
+
+
+def head_cells(one: HeadMap, scale: tuple[float, float], width: float) -> Any:
+    """One method's map of layers and KV heads: a column a layer, a row a head, stronger colour is more."""
+    from matplotlib.patches import Rectangle
+
+    num_heads = max(map(len, one.values))
+    wide = min(26.0, (width - 64) / len(one.owners))
+    tall = min(22.0, max(8.0, 150 / num_heads))
+    figure, (place,) = chart(width, 50 + tall * num_heads, left=56, right=width - 56 - wide * len(one.owners))
+    write(figure, 0, 14, label_of(one.row), color=LIGHT["ink"], fontweight="bold")
+    write(figure, 48, 28 + tall * num_heads + 15, "layer", ha="right")
+    gaps = (1 if wide >= 6 else 0.3) / wide, 1 / tall
+    for column, line in enumerate(one.values):
+        for head, value in enumerate(line):
+            if value is not None:
+                style = {
+                    "facecolor": LIGHT["cell"],
+                    "alpha": shade(place_on(scale, value, one.value_name)),
+                    "linewidth": 0,
+                }
+                box = Rectangle((column, head), 1 - gaps[0], 1 - gaps[1], gid=tip([one.hovers[column][head]]), **style)
+                place.add_patch(box)
+    every = next(step for step in (1, 2, 5, 10, 20, 50, 1000) if step * wide >= 24)
+    across = {column: str(one.owners[column]) for column in range(0, len(one.owners), every)}
+    down = {head: f"head {head}" for head in range(0, num_heads, 1 if tall >= 13 else 4)}
+    return _named(figure, place, (len(one.owners), num_heads), across, down)
+
+
+def shade(share: float) -> float:
+    """Opacity of a value that lies so far between the smallest and the largest."""
+    return FAINTEST + (1 - FAINTEST) * min(1.0, max(0.0, share))
 
 
 def waits(rows: Sequence[Mapping[str, Any]]) -> Any:

@@ -1,4 +1,5 @@
-"""The tables behind the pictures, as plain text cells: made once, printed by the terminal and by the page alike.
+"""The tables behind the pictures, as plain text cells: made once, printed by the terminal and by the page alike; and the maps of
+what single layers and heads hold, whose cells are a table and a picture too.
 
 Which columns a table has and what they mean stands in sheets.toml; here is how cells are written, and the tables whose columns
 depend on the rows. At the end, those of the terminal (rich): each takes a result's JSON object, as written or just measured.
@@ -14,17 +15,37 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from kvfold.report import numbers, sheets
-from kvfold.report.heads import head_map
-from kvfold.report.numbers import MISSING, count, difference, middle, size, three
-from kvfold.report.results import grid, number, rows_of, words
-from kvfold.report.series import FURTHER, UNFOLDED, Road, growth_of, label_of, mean_of, memory_points, stretches
+from kvfold.report.results import (
+    MISSING,
+    count,
+    difference,
+    grid,
+    middle,
+    number,
+    percent,
+    rows_of,
+    size,
+    three,
+    times,
+    words,
+)
+from kvfold.report.series import (
+    FURTHER,
+    UNFOLDED,
+    Model,
+    Pair,
+    Road,
+    growth_of,
+    label_of,
+    mean_of,
+    memory_points,
+    pairs_of,
+    stretches,
+)
 
+KEPT_NAME, COMPRESSION_NAME = "share of the tokens kept", "compression"
 MOST_LINES = 200
 """Lines of a table over time; longer ones show evenly spaced lines, and say so."""
-SIDES = (("kvfold", "ours"), ("transformers", "theirs"))
-GATED = (("with gates", "with_gates"), ("gates off", "gates_off"))
-"""Name and key in a row of what stands beside each other: in decoding, in training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,42 +154,77 @@ def _kept(of: Callable[[list[float]], float], say: Callable[[float | None], str]
     return say(of(kept) if kept else None)
 
 
+def _mean(values: Sequence[float], shown: Callable[[float], str] = "{:.2f}".format, none: str = MISSING) -> str:
+    """The mean, lowest and highest behind it."""
+    if not values:
+        return none
+    mean = shown(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({shown(values[0])} to {shown(values[-1])})"
+
+
+def _signed(value: float) -> str:
+    """Two decimals, as perplexities have beside it."""
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:+.1f} %".replace("-", "−")
+
+
+def _owners(one: Model) -> str:
+    owners, layers = number(one.row, "owners"), number(one.row, "num_layers")
+    return MISSING if owners is None or layers is None else f"{count(owners)} of {count(layers)}"
+
+
+def _published(of: Model | Pair, key: str = "paper_perplexity") -> str:
+    """Of the published models: the perplexity, or difference and share of two."""
+    if isinstance(of, Pair):
+        ours, theirs = (number(one.row, key) for one in (of.shared, of.other))
+        return f"{_signed(ours - theirs)}, {_percent(ours / theirs - 1)}" if ours and theirs else "none"
+    value = number(of.row, key)
+    return "none" if value is None else f"{value:.2f}"
+
+
 WRITERS: dict[str, Callable[..., str]] = {
-    **{name: partial(_number, getattr(numbers, name)) for name in ("count", "percent", "size", "three", "times")},
+    **{write.__name__: partial(_number, write) for write in (count, percent, size, three, times)},
     "words": _words, "runs": _runs, "difference": _difference, "label": label_of, "trained": _trained, "score": _score,
     "point": point_name, "trains": _trains, "loss": _loss, "kept_mean": partial(_kept, mean_of, three),
     "kept_least": partial(_kept, min, count), "kept_most": partial(_kept, max, count),
+    # Of models from scratch, and of pairs of them.
+    "recipe": lambda one: one.recipe, "kv_bytes": lambda one: count(one.kv_bytes), "rates": lambda one: count(one.rates),
+    "perplexities": lambda one: _mean(one.perplexities), "owners": _owners, "published": _published,
+    "seeds": lambda of: count(len(of.runs if isinstance(of, Model) else of.differences)),
+    "shared": lambda pair: pair.shared.recipe, "other": lambda pair: pair.other.recipe,
+    "bytes": lambda pair: f"{pair.other.kv_bytes / pair.shared.kv_bytes:.2f}×",
+    "differences": lambda pair: _mean(pair.differences, _signed),
+    "fresh": lambda pair: _mean(pair.fresh_differences, _signed, "none"),
+    "shares": lambda pair: _mean(pair.shares, _percent),
+    "tuned": lambda pair: _published(pair, "paper_tuned_perplexity"),
 }  # fmt: skip
 """How a cell is written, by the name that sheets.toml has for it."""
 
 
-def known_sheet(
-    kind: str, rows: Iterable[Any], title: str = "", writers: Mapping[str, Callable[..., str]] = WRITERS
-) -> Sheet:
-    """A table of sheets.toml; `writers`: how its cells are written."""
+def known_sheet(kind: str, rows: Iterable[Any], title: str = "") -> Sheet:
+    """A table of sheets.toml."""
     about = _tables()[kind]
-    return sheet_of(title or about["title"], columns_of(kind, writers), rows, about.get("missing", MISSING))
+    return sheet_of(title or about["title"], columns_of(kind), rows, about.get("missing", MISSING))
 
 
-def columns_of(kind: str, writers: Mapping[str, Callable[..., str]] = WRITERS) -> list[Column]:
+def columns_of(kind: str) -> list[Column]:
     """The columns of a table of sheets.toml."""
     found = []
     for about in _tables()[kind]["columns"]:
         keys, how = about.get("of", "").split("."), {key: about[key] for key in ("unit", "otherwise") if key in about}
-        cell = partial(writers[about["write"]], *((keys,) if "of" in about else ()), **how)
+        cell = partial(WRITERS[about["write"]], *((keys,) if "of" in about else ()), **how)
         options = about.get("text", False), about.get("brief", True), about.get("optional", False)
         found.append(Column(about["head"], cell, about.get("note", ""), *options))
     return found
 
 
-quality_sheet = partial(known_sheet, "quality")
-tasks_sheet = partial(known_sheet, "tasks")
-decode_sheet = partial(known_sheet, "decode")
-step_sheet = partial(known_sheet, "step")
-serve_sheet = partial(known_sheet, "serve")
-plan_sheet = partial(known_sheet, "plan")
-document_sheet = partial(known_sheet, "document")
-pretraining_sheet = partial(known_sheet, "pretraining")
+def pairs_sheet(models: Sequence[Model]) -> Sheet | None:
+    """A line for each model with shared layers beside one without; None where there is none."""
+    pairs = pairs_of(models)
+    return known_sheet("pairs", pairs) if pairs else None
 
 
 def passkey_sheet(rows: Sequence[Mapping], labels: Mapping[str, str]) -> Sheet:
@@ -222,6 +278,56 @@ def growth_sheet(rows: Sequence[Mapping]) -> Sheet:
     return sheet_of("Tokens kept as the text comes in, over all heads", columns, [{"at": at} for at in tokens])
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadMap:
+    """One method's map."""
+
+    row: Mapping
+    """The row it came from."""
+    owners: tuple[int, ...]
+    """Layers that keep a cache, ascending."""
+    values: tuple[tuple[float | None, ...], ...]
+    """What is coloured: [owner][head]."""
+    hovers: tuple[tuple[str, ...], ...]
+    """What a cell says: [owner][head]."""
+    value_name: str
+    """What the values are."""
+
+
+def head_map(row: Mapping, *, of_compression: bool = False) -> HeadMap | None:
+    """The map of one row: its score or the share of tokens kept, or tokens seen over tokens kept. None where it has neither.
+    -1 kept stands for a head that a layer lacks.
+    """
+    kept, seen = grid(row, "kept"), number(row, "seen_tokens")
+    score = [] if of_compression else grid(row, "score")
+    shares = [[cell / seen if cell is not None and cell >= 0 and seen else None for cell in line] for line in kept]
+    name = (words(row, "value_name") or "score") if score else KEPT_NAME
+    values = score or shares
+    if of_compression:
+        name, values = COMPRESSION_NAME, [[1 / share if share else None for share in line] for line in shares]
+    if not any(values) or (of_compression and not any(map(any, values))):
+        return None
+    listed = row.get("owners")
+    fits = isinstance(listed, list) and len(listed) >= len(values) and all(isinstance(x, int) for x in listed)
+    owners = tuple(listed[: len(values)] if fits else range(len(values)))
+
+    def hover(at: int, head: int) -> str:
+        said = []
+        if (cell := _at(kept, at, head)) is not None and cell >= 0:
+            said.append(f"{count(cell)}{f' of {count(seen)}' if seen else ''} kept")
+        if (cell := _at(score, at, head)) is not None:
+            said.append(f"{name} {three(cell)}")
+        more = f": {times(values[at][head])}" if of_compression else ""
+        return f"layer {owners[at]}, head {head}: {', '.join(said) or 'none'}{more}"
+
+    hovers = tuple(tuple(hover(at, head) for head in range(len(line))) for at, line in enumerate(values))
+    return HeadMap(row=row, owners=owners, values=tuple(map(tuple, values)), hovers=hovers, value_name=name)
+
+
+def _at(cells: list, line: int, column: int) -> float | None:
+    return cells[line][column] if line < len(cells) and column < len(cells[line]) else None
+
+
 def kept_sheets(rows: Iterable[Mapping]) -> list[Sheet]:
     """Of each method kept counts and, where it has them, scores: a line per layer, a column per head."""
     found = []
@@ -245,12 +351,14 @@ def _head_cell(line: Sequence[float | None], head: int, say: Callable) -> str:
 
 def uptraining_sheet(roads: Sequence[Road]) -> Sheet:
     """Models of one layout by the tokens they were trained on; the last line of each is extrapolated, and says so."""
-    heads = ("model", "layers", "text", "tokens", "change")
-    notes = ("", "Which layers share keys and values.", "", "Of training, those that weights were fitted on included.",
-             "Perplexity against the model it came from, ± one standard error.")  # fmt: skip
+    notes = {
+        "model": "", "layers": "Which layers share keys and values.", "text": "",
+        "tokens": "Of training, those that weights were fitted on included.",
+        "change": "Perplexity against the model it came from, ± one standard error.",
+    }  # fmt: skip
     columns = [
-        Column(head, lambda row, at=at: row["cells"][at], note, is_text=at < 3)
-        for at, (head, note) in enumerate(zip(heads, notes, strict=True))
+        Column(head, lambda line, at=at: line[at], note, is_text=at < 3)
+        for at, (head, note) in enumerate(notes.items())
     ]
     lines = []
     for road in roads:
@@ -259,34 +367,22 @@ def uptraining_sheet(roads: Sequence[Road]) -> Sheet:
             lines.append((stage.name, layers, text, count(stage.tokens), difference(stage.change, stage.error, "%")))
         if (then := road.beyond(further)) is not None:
             lines.append(("extrapolated, not measured", layers, text, count(further), f"+{three(then)} %"))
-    return sheet_of("Over tokens of training", columns, [{"cells": line} for line in lines])
+    return sheet_of("Over tokens of training", columns, lines)
 
 
-def _printed(sheet: Callable[[list[Mapping]], Sheet]) -> Callable[..., Table]:
-    """What makes a table of a result; `brief` leaves out what doesn't fit a terminal of ordinary width."""
+def known_table(kind: str) -> Callable[..., Table]:
+    """What makes a table of sheets.toml of a result; `brief` leaves out what doesn't fit a terminal of ordinary width."""
 
     def table(result: Mapping, brief: bool = True) -> Table:
-        return rich_table(sheet(rows_of(result)), brief=brief)
+        # Scores stand beside the rows of a quality result.
+        return rich_table(known_sheet(kind, rows_of(result, kind if kind in result else "rows")), brief=brief)
 
     return table
 
 
-quality_table = _printed(sheets.quality_sheet)
-decode_table = _printed(sheets.decode_sheet)
-serve_table = _printed(sheets.serve_sheet)
-step_table = _printed(sheets.step_sheet)
-document_table = _printed(sheets.document_sheet)
-plan_table = _printed(sheets.plan_sheet)
-
-
 def passkey_table(result: Mapping) -> Table:
     """Passkeys found, for a quality result that has them."""
-    return rich_table(sheets.passkey_sheet(rows_of(result, "passkey"), method_labels(rows_of(result))))
-
-
-def tasks_table(result: Mapping, brief: bool = True) -> Table:
-    """Scores of tasks, of a tasks result or of a quality result that has them."""
-    return rich_table(sheets.tasks_sheet(rows_of(result, "tasks" if "tasks" in result else "rows")), brief=brief)
+    return rich_table(passkey_sheet(rows_of(result, "passkey"), method_labels(rows_of(result))))
 
 
 def table_of(title: str, columns: Mapping[str, str | Callable[[Mapping], str]]) -> Callable[[Mapping], Table]:

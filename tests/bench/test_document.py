@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from byte_tokenizer import byte_tokenizer
-from kvfold.bench.document import chosen_heads, read_document, token_states
+from kvfold.bench.reading import chosen_heads, read_document, token_states
 from kvfold.data.texts import TextFile
 from kvfold.data.windows import text_beginning
 from kvfold.methods.gates import GateConfig

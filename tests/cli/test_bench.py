@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from kvfold.bench import kernel, roofline
-from kvfold.bench.roofline import Reader
+from kvfold.bench import kernel, measuring
+from kvfold.bench.measuring import Reader
 
 FILLED = "bench decode tiny --batch 2 --prompt 48 --new 2 --repeats 1 --filled"
 
@@ -14,7 +14,7 @@ FILLED = "bench decode tiny --batch 2 --prompt 48 --new 2 --repeats 1 --filled"
 def small(monkeypatch):
     """Little is read to learn the bandwidth."""
     monkeypatch.setattr(kernel, "_COLD_BYTES", 1 << 20)
-    for module in (kernel, roofline):
+    for module in (kernel, measuring):
         monkeypatch.setattr(module, "Reader", lambda: Reader(buffer_bytes=1 << 20, read_bytes=1 << 16))
 
 
