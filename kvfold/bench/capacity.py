@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvfold.cache.allocator import CacheFull
-from kvfold.eval.folding import method_about, method_layouts
 from kvfold.eval.progress import Report, silent
+from kvfold.eval.reading import method_about, method_layouts
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import PAGE_SLOTS, layout_bytes
 from kvfold.models.decoder import FoldForCausalLM

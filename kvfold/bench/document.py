@@ -13,9 +13,8 @@ from torch import Tensor
 
 from kvfold.cache.hf import FoldCache
 from kvfold.errors import UserError
-from kvfold.eval.folding import calls, folded_cache, method_about, method_layouts
 from kvfold.eval.progress import Report, silent
-from kvfold.eval.reading import entry_bytes, kept_shares
+from kvfold.eval.reading import calls, entry_bytes, folded_cache, kept_shares, method_about, method_layouts
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.base import Method
 from kvfold.models.decoder import FoldForCausalLM

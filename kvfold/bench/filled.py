@@ -19,8 +19,8 @@ from kvfold.bench.decode import spread
 from kvfold.bench.roofline import Machine, measure_machine, step_allowed
 from kvfold.cache.hf import FoldCache
 from kvfold.errors import UserError
-from kvfold.eval.folding import method_about
 from kvfold.eval.progress import Report, silent
+from kvfold.eval.reading import method_about
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from kvfold.bench.decode import spread
 from kvfold.bench.roofline import attention_flop, linear_flop, measure_machine
 from kvfold.errors import UserError
-from kvfold.eval.folding import folded_cache, method_about, method_layouts
 from kvfold.eval.progress import Report, silent
+from kvfold.eval.reading import folded_cache, method_about, method_layouts
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from kvfold.data.texts import TextFile, file_bytes, json_lines
+from kvfold.data import TextFile, file_bytes, json_lines
 from kvfold.engine.answers import Piece
 from kvfold.engine.budget import WATERMARK, SequenceCost
 from kvfold.engine.engine import Engine
 from kvfold.errors import UserError
-from kvfold.eval.folding import method_about, method_layouts
 from kvfold.eval.progress import Report, silent
+from kvfold.eval.reading import method_about, method_layouts
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import PAGE_SLOTS
 from kvfold.models.decoder import FoldForCausalLM

@@ -14,7 +14,7 @@ from transformers import DynamicCache, GenerationConfig
 from kvfold.bench.serve import ServeRun, Side, Wanted
 from kvfold.bench.vllm_peer import VllmPeer
 from kvfold.errors import UserError
-from kvfold.eval.peer import load_theirs
+from kvfold.eval.cells import load_theirs
 from kvfold.models.decoder import FoldForCausalLM
 
 PEERS = ("generate", "transformers", "continuous", "vllm")

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 
 from kvfold.errors import UserError
-from kvfold.eval.folding import method_about
 from kvfold.eval.progress import Report, silent
+from kvfold.eval.reading import method_about
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.train.calibrate import shift_gates

@@ -15,7 +15,7 @@ from kvfold.bench.serve import (
     trace_requests,
 )
 from kvfold.bench.serve_peers import batch_side
-from kvfold.data.texts import TextFile
+from kvfold.data import TextFile
 from tiny import tiny_model
 
 REQUESTS = [Wanted(prompt=tuple(range(3 + place, 23 + place)), max_tokens=20) for place in range(8)]
