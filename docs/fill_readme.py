@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from kvfold.data.whole_file import write_whole_file
+from kvfold.record import write_whole_file
 from kvfold.report.page import protocol_text, short_commit
 from kvfold.report.pictures import save_quality
 from kvfold.report.results import (

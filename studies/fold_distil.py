@@ -26,22 +26,19 @@ import torch
 from torch import Tensor
 
 import kvfold
-from kvfold.data.texts import read_text_file
-from kvfold.data.windows import text_windows
-from kvfold.eval.scoring import next_token_logits, score
+from kvfold.data import read_text_file, text_windows
+from kvfold.eval.reading import next_token_logits, score
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import layout_bytes, page_bytes, page_class, page_classes
 from kvfold.models.adapters import Base, apply_adapter
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.ops.denormals import flush_denormals
 from kvfold.record import made
-from kvfold.train.calibrate import calibrate
+from kvfold.train.calibrate import calibrate, fit_importance, take_gates
 from kvfold.train.data import Batch, TrainingOrder, draw_text
-from kvfold.train.losses import divergence, fired_shares, ratio_loss, slice_rows, summed_in_slices
-from kvfold.train.results import write_trained
+from kvfold.train.objectives import divergence, fired_shares, ratio_loss, slice_rows, summed_in_slices
 from kvfold.train.settings import RetrofitSettings
-from kvfold.train.student import TeacherStates, retention_of
-from kvfold.train.warm_start import fit_importance, take_gates
+from kvfold.train.student import TeacherStates, retention_of, write_trained
 
 SEQUENCE_TOKENS = 1024
 FROM_POSITION = 256

@@ -28,9 +28,8 @@ from torch import Tensor
 import kvfold
 from kvfold.cache.training import TrainingView
 from kvfold.convert.fitted_group import LeastSquares
-from kvfold.data.texts import read_text_file
-from kvfold.data.windows import text_windows
-from kvfold.eval.scoring import next_token_logits
+from kvfold.data import read_text_file, text_windows
+from kvfold.eval.reading import next_token_logits
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.ops.fold_reference import FoldRule, FoldTrace, fold_attention_reference
 from kvfold.ops.gating import Gates

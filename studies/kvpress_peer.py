@@ -55,8 +55,7 @@ def _rows(out: Path) -> list[dict[str, Any]]:
 def ours(args: argparse.Namespace) -> None:
     """Each arm on each window."""
     import kvfold
-    from kvfold.data.texts import read_text_file
-    from kvfold.data.windows import text_windows
+    from kvfold.data import read_text_file, text_windows
     from kvfold.eval.reading import entry_bytes, kept_shares
     from kvfold.ops.denormals import flush_denormals
     from kvfold.record import made
@@ -87,9 +86,9 @@ def ours(args: argparse.Namespace) -> None:
                 logits = model(ids_T[None, args.prompt : -1], past_key_values=cache, use_cache=True).logits[0]
                 seconds = time.perf_counter() - began
                 cache.free()
-                row = {"text": text.name, "window": window, "arm": name, "asked": asked, **held, "seconds": seconds,
-                       **scored(logits, full, ids_T[args.prompt + 1 :]), "made": made(torch.get_num_threads(), "float32")}  # fmt: skip
-                _add(args.out, row)
+                row = {"text": text.name, "window": window, "arm": name, "asked": asked, **held, "seconds": seconds}
+                record = {"made": made(torch.get_num_threads(), "float32")}
+                _add(args.out, row | scored(logits, full, ids_T[args.prompt + 1 :]) | record)
 
 
 @torch.inference_mode()

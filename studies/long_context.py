@@ -20,10 +20,8 @@ import torch
 from torch import Tensor
 
 import kvfold
-from kvfold.data.texts import read_text_file
-from kvfold.data.windows import TextWindows, text_windows
-from kvfold.eval.reading import read_rows
-from kvfold.eval.scoring import score
+from kvfold.data import TextWindows, read_text_file, text_windows
+from kvfold.eval.reading import read_rows, score
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.ops.denormals import flush_denormals
 from kvfold.record import made

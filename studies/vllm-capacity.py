@@ -21,8 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kvfold.bench.vllm_peer import VllmPeer, VllmRun
-from kvfold.data.whole_file import write_whole_file
-from kvfold.record import cpu_name, git_commit, made, with_record
+from kvfold.record import cpu_name, git_commit, made, with_record, write_whole_file
 
 DTYPE, DTYPE_BYTES = "float32", 4
 BLOCK_TOKENS = 32

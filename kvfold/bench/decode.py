@@ -34,12 +34,10 @@ from kvfold.bench.measuring import (
 )
 from kvfold.bench.vllm_peer import VllmPeer
 from kvfold.cache.hf import FoldCache
-from kvfold.data.texts import TextFile
-from kvfold.data.windows import text_windows
+from kvfold.data import TextFile, text_windows
 from kvfold.errors import UserError
-from kvfold.eval.folding import method_about, method_layouts
 from kvfold.eval.progress import Report, silent
-from kvfold.eval.reading import entry_bytes, kept_shares
+from kvfold.eval.reading import entry_bytes, kept_shares, method_about, method_layouts
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from kvfold.bench.kernel import VARIANTS, Call, Row, Variant, random_call
 from kvfold.bench.measuring import spread
-from kvfold.data.whole_file import write_whole_file
 from kvfold.ops.paged import DecodeBatch, decode_reference
+from kvfold.record import write_whole_file
 
 
 @dataclass(kw_only=True, slots=True)

@@ -28,9 +28,8 @@ from kvfold.bench.measuring import (
 from kvfold.cache.allocator import CacheFull
 from kvfold.cache.hf import FoldCache
 from kvfold.errors import UserError
-from kvfold.eval.folding import calls, folded_cache, method_about, method_layouts
 from kvfold.eval.progress import Report, silent
-from kvfold.eval.reading import entry_bytes, kept_shares
+from kvfold.eval.reading import calls, entry_bytes, folded_cache, kept_shares, method_about, method_layouts
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import PAGE_SLOTS, layout_bytes
 from kvfold.methods.base import Method

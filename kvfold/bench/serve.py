@@ -24,14 +24,14 @@ from transformers import DynamicCache, GenerationConfig
 
 from kvfold.bench.measuring import check_size, in_turns, measured_on, ratios, spread
 from kvfold.bench.vllm_peer import VllmPeer
-from kvfold.data.texts import TextFile, file_bytes, json_lines
+from kvfold.data import TextFile, file_bytes, json_lines
 from kvfold.engine.answers import Piece
 from kvfold.engine.budget import WATERMARK, SequenceCost
 from kvfold.engine.engine import Engine
 from kvfold.errors import UserError
-from kvfold.eval.folding import method_about, method_layouts
-from kvfold.eval.peer import load_theirs
+from kvfold.eval.cells import load_theirs
 from kvfold.eval.progress import Report, silent
+from kvfold.eval.reading import method_about, method_layouts
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import PAGE_SLOTS
 from kvfold.models.decoder import FoldForCausalLM

@@ -16,8 +16,8 @@ import torch
 
 from kvfold.bench.measuring import check_size, in_turns, measured_on, ratios, seconds, spread
 from kvfold.errors import UserError
-from kvfold.eval.folding import method_about
 from kvfold.eval.progress import Report, silent
+from kvfold.eval.reading import method_about
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.train.calibrate import shift_gates
 from kvfold.train.data import TrainingOrder

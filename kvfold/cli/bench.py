@@ -10,7 +10,7 @@ from typer import Option
 
 from kvfold.cli.console import progress
 from kvfold.cli.options import Device, KvMemory, Loading, Model, Output, Repeats, Text, Times, WeightsDtype, model_name
-from kvfold.data.texts import SAMPLE, read_text_file
+from kvfold.data import SAMPLE, read_text_file
 from kvfold.errors import UserError, need_packages
 
 
@@ -199,7 +199,7 @@ def train(
 
 def _prompts(text: Path | None, tokenizer: Any, batch: int, tokens: int) -> Any:
     """Ids [B, T]: stretches of a text one after the other, from its beginning again where it ends."""
-    from kvfold.data.windows import text_beginning
+    from kvfold.data import text_beginning
 
     if batch < 1 or tokens < 2:
         raise UserError(f"{batch} rows of {tokens} tokens: prompts are 1 or more of 2 tokens or more: ask for more")
@@ -240,7 +240,7 @@ def decode(
     Example: `kvfold bench decode my-model --batch 8 --prompt 256 --time full --time h2o:64+64`
     """
     from kvfold.bench.decode import bench_filled
-    from kvfold.eval.peer import load_theirs
+    from kvfold.eval.cells import load_theirs
     from kvfold.report.sheets import known_table, table_of
 
     named, points = _peers(peers), _points(batch, prompt, new)
@@ -312,8 +312,8 @@ def _sides(
 ) -> tuple[list[Any], Any]:  # fmt: skip
     """The caches to be filled, and a text that shows what gates keep."""
     from kvfold.bench.decode import Side
-    from kvfold.data.windows import text_beginning
-    from kvfold.eval.folding import method_layouts
+    from kvfold.data import text_beginning
+    from kvfold.eval.reading import method_layouts
 
     layouts = method_layouts(ours, time or ["full"])
     learned = [any(layout.time_of(owner).trained for owner in layout.owners) for layout in layouts]

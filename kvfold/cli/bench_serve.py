@@ -21,7 +21,7 @@ from kvfold.cli.options import (
     check_out,
     model_name,
 )
-from kvfold.data.texts import SAMPLE, read_text_file
+from kvfold.data import SAMPLE, read_text_file
 from kvfold.errors import UserError, need_packages
 from kvfold.layout.units import parse_size
 
@@ -56,7 +56,7 @@ def serve(
         need_packages("matplotlib", extra="report", what="--picture")
     from kvfold.bench.serve import parse_lengths, read_trace
     from kvfold.bench.serve_http import Load, bench_serve, draw_requests, summary_lines
-    from kvfold.data.whole_file import write_whole_file
+    from kvfold.record import write_whole_file
     from kvfold.report.pictures import save_waits
 
     load = Load(rate=rate, clients=clients if rate or trace or clients else 8, seed=seed)

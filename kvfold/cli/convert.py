@@ -11,7 +11,7 @@ from typer import Option
 
 from kvfold.cli.console import progress, say, show_json, waiting
 from kvfold.cli.options import LAYERS, Bits, Device, Heads, Json, NewFolder, Source, quiet_transformers
-from kvfold.data.texts import SAMPLE
+from kvfold.data import SAMPLE
 from kvfold.errors import UserError
 from kvfold.layout.units import parse_count
 
@@ -120,7 +120,7 @@ def _keep_costs(out: Path) -> None:
 
 
 def _calibration(source: str, files: list[Path], tokens: int, config: "FoldConfig") -> Any:
-    from kvfold.convert.calibration import calibration_windows
+    from kvfold.convert.conversion import calibration_windows
     from kvfold.models.load import load_tokenizer
 
     context = min(_WINDOW_TOKENS, config.max_position_embeddings)

@@ -11,11 +11,11 @@ from typer import Option
 
 from kvfold.cli.console import progress, say
 from kvfold.cli.options import Loading, Model, Output, Times, model_name
-from kvfold.data.texts import SAMPLE
+from kvfold.data import SAMPLE
 from kvfold.errors import UserError
 
 if TYPE_CHECKING:
-    from kvfold.eval.beside import Beside
+    from kvfold.eval.cells import Beside
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,11 +100,10 @@ def evaluate(
 
     Example: `kvfold eval my-model --text notes.txt --time h2o:128+128 --time tova:256 --out results/notes.json`
     """
-    from kvfold.eval.cells import Cells, model_about, model_key
-    from kvfold.eval.folding import Protocol
+    from kvfold.eval.cells import Cells, load_theirs, model_about, model_key
     from kvfold.eval.passkey import check_lengths, measure_passkey
-    from kvfold.eval.peer import load_theirs
     from kvfold.eval.perplexity import measure_quality
+    from kvfold.eval.reading import Protocol
     from kvfold.eval.tasks import measure_tasks
     from kvfold.report.sheets import known_table, passkey_table
 
@@ -158,7 +157,7 @@ def _check_adapter(adapter: str | None, peers: str) -> None:
 
 def _compared(texts: Sequence[str], source: str, loading: Loading) -> list["Beside"]:
     """Models to be opened later; what is no folder of either kind is refused now."""
-    from kvfold.eval.beside import Beside, check_labels
+    from kvfold.eval.cells import Beside, check_labels
     from kvfold.models.adapters import is_adapter, read_adapter
     from kvfold.models.load import load, load_config
 

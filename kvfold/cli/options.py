@@ -89,7 +89,7 @@ class Training:
         `settings`, see train/recipes.py.
         """
         from kvfold.layout.units import parse_count
-        from kvfold.train.recipes import checked_values, parse_assignments
+        from kvfold.train.design_space import checked_values, parse_assignments
 
         given = {name: value for name, value in asdict(self).items() if value is not None and name != "set_"} | more
         given |= {name: parse_count(given[name]) for name in ("tokens", "seq_len") if name in given}

@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from kvfold.cli.console import command_line, progress, say, show
 from kvfold.cli.options import Loading, Model, Output, Text, Times, check_out, model_name, quiet_transformers
-from kvfold.data.texts import SAMPLE, read_text_file
+from kvfold.data import SAMPLE, read_text_file
 from kvfold.errors import UserError
 
 
@@ -43,7 +43,7 @@ def inspect(
     Example: `kvfold inspect my-model --adapter my-adapter --text notes.txt --out results/notes-inside.json`
     """
     from kvfold.bench.reading import check_heads, read_document
-    from kvfold.data.windows import text_beginning
+    from kvfold.data import text_beginning
     from kvfold.report.sheets import known_table
 
     heads = [_head(one) for one in head or []]

@@ -24,7 +24,7 @@ from kvfold.cli.options import (
     begin_training,
     model_name,
 )
-from kvfold.data.texts import SAMPLE
+from kvfold.data import SAMPLE
 from kvfold.errors import UserError, need_packages
 from kvfold.layout.units import parse_count
 
@@ -101,7 +101,7 @@ def retrofit(
 
 
 def _settings(recipe: str | None, learns: Learns, training: Settings) -> Any:
-    from kvfold.train.recipes import read_recipe
+    from kvfold.train.design_space import read_recipe
     from kvfold.train.settings import RetrofitSettings
 
     values = {} if recipe is None else read_recipe(recipe, RetrofitSettings)
@@ -116,14 +116,13 @@ def _settings(recipe: str | None, learns: Learns, training: Settings) -> Any:
 
 
 def _run(source: str, out: Path, settings: Any, snapshot: Path | None, loading: Loading) -> dict[str, Any]:
-    from kvfold.train.results import is_written
     from kvfold.train.run_folder import RunFolder, leads
 
     folder = RunFolder(out=out)
     if leads():  # others of torchrun's would meet it half begun
         folder.check(source, settings, loading.dtype)
-    done = folder.read("done")
-    if done is not None and is_written(out, settings):
+    done = folder.finished()
+    if done is not None:
         if snapshot is not None:
             raise UserError(f"{out}: the run is finished and this is its result: a snapshot is of one on its way")
         say(f"{out}: done already")

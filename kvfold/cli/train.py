@@ -53,9 +53,7 @@ def train(
 
 
 def _settings(recipe: str, training: Settings) -> Any:
-    from kvfold.train.design_space import recipe_of
-    from kvfold.train.pretrain_settings import PretrainSettings
-    from kvfold.train.recipes import is_file_name, read_recipe
+    from kvfold.train.design_space import PretrainSettings, is_file_name, read_recipe, recipe_of
 
     named = not is_file_name(recipe)
     values = recipe_of(recipe).settings.model_dump() if named else read_recipe(recipe, PretrainSettings)
@@ -117,8 +115,7 @@ def _trainer_of(recipe: str, device: str | None, *, text: Path) -> Any:
 
 def _swept(name: str, settings: Any, factor: float, folder: Any, train_one: Any) -> list[dict[str, Any]]:
     """The runs of a sweep; the best one's files become the result."""
-    from kvfold.train.pretrain import begin, copy_result, sweep
-    from kvfold.train.results import pretrain_card
+    from kvfold.train.pretrain import begin, copy_result, pretrain_card, sweep
     from kvfold.train.run_folder import leads
 
     if not leads():

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from kvfold.convert.conversion import Conversion, converted_model, new_config
-from kvfold.convert.fitted import Fit, Report, do_layer, fingerprint_of
-from kvfold.convert.fitted_streams import Streams
+from kvfold.convert.fitted import Fit, Report, Streams, do_layer, fingerprint_of
 from kvfold.errors import UserError
-from kvfold.eval.scoring import score
+from kvfold.eval.reading import score
 from kvfold.layout.patterns import explicit_text
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM

@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.data.windows import opening_tokens
+from kvfold.data import opening_tokens
 from kvfold.errors import UserError
-from kvfold.eval.beside import Beside, method_beside, opened
-from kvfold.eval.cells import Cells, ids_key, layout_key, model_key
-from kvfold.eval.folding import calls, folded_cache, method_layouts, with_unfolded
+from kvfold.eval.cells import Beside, Cells, ids_key, layout_key, method_beside, model_key, opened
 from kvfold.eval.progress import Report, silent
-from kvfold.eval.reading import padded
+from kvfold.eval.reading import calls, folded_cache, method_layouts, padded, with_unfolded
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 

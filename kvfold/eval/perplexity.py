@@ -15,14 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.data.texts import read_text_file
-from kvfold.data.windows import TextWindows, text_windows
-from kvfold.eval.beside import Beside, about_beside, check_labels, opened
-from kvfold.eval.cells import Cells, ids_key, layout_key, model_about, model_key
-from kvfold.eval.folding import Protocol, method_about, method_layouts, with_unfolded
+from kvfold.data import TextWindows, read_text_file, text_windows
+from kvfold.eval.cells import (
+    Beside,
+    Cells,
+    about_beside,
+    check_labels,
+    ids_key,
+    layout_key,
+    model_about,
+    model_key,
+    opened,
+)
 from kvfold.eval.progress import Report, silent
-from kvfold.eval.reading import Reading, read_rows
-from kvfold.eval.scoring import score
+from kvfold.eval.reading import Protocol, Reading, method_about, method_layouts, read_rows, score, with_unfolded
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 

@@ -5,7 +5,8 @@ Letters: B rows, T tokens of a row, C model width.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +15,91 @@ from torch import Tensor
 
 from kvfold.cache.hf import FoldCache
 from kvfold.cache.usage import Usage
-from kvfold.eval.folding import calls, folded_cache
+from kvfold.errors import UserError
+from kvfold.eval.progress import Report, silent
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
+from kvfold.models.gates import gate_table
+
+CALL_TOKENS = 64
+"""Tokens a row of one call, of methods whose state does not depend on where calls are cut, unless asked otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Protocol:
+    """One way of measuring; rows of one table share it."""
+
+    windows: int = 32
+    """Windows of each text, evenly spaced over it."""
+    context_tokens: int = 1024
+    """Tokens of a window."""
+    batch: int = 32
+    """Windows read side by side, in one cache."""
+    call_tokens: int | None = None
+    """Tokens a row of one call, for prefix methods; None = CALL_TOKENS. It changes no result. Steps methods read one."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("windows", 1), ("context_tokens", 2), ("batch", 1), ("call_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name} {value}: it is {least} or more: ask for more")
+
+
+@contextmanager
+def folded_cache(model: FoldForCausalLM, layout: KVLayout, rows: int) -> Iterator[FoldCache]:
+    """An empty cache of this layout to read text into, freed at the end; inside, torch keeps nothing for gradients."""
+    with torch.inference_mode():
+        cache = model.new_cache(rows=rows, time=layout.time_text(), bits=layout.bits_text())
+        try:
+            yield cache
+        finally:
+            cache.free()
+
+
+def method_layouts(model: FoldForCausalLM, methods: Sequence[str]) -> list[KVLayout]:
+    """The model's layout under each `--time` text, each once. Raises `UserError` for a method that can't be run."""
+    layouts = list(dict.fromkeys(model.config.layout.with_time(method) for method in methods))
+    for layout in layouts:
+        gate_table(model.config.gate_config, layout, freed_owners=model.config.freed_owners)
+    return layouts
+
+
+def with_unfolded(model: FoldForCausalLM, layouts: Sequence[KVLayout]) -> list[KVLayout]:
+    """The unfolded layout first, then the others."""
+    return list(dict.fromkeys([model.config.layout.base(), *layouts]))
+
+
+def calls(layout: KVLayout, tokens: int, size: int | None = None, begun: int = 0) -> Iterator[tuple[int, int]]:
+    """Where calls begin and end when a text is read for measuring, `size` (None = CALL_TOKENS) tokens each.
+
+    The first `begun` tokens have been read. Rows of several lengths: `tokens` and `begun` are those of the longest.
+
+    Under a steps method the cut matters once a budget is exceeded: from there on calls bring one token. Before, all is
+    kept and all weights are counted, however the text is cut.
+    """
+    steps = [spec for spec in layout.time if not spec.chunk_invariant]
+    start = begun
+    while start < tokens:
+        stop = min(start + (size or CALL_TOKENS), tokens)
+        if any(spec.max_kept(stop) < stop for spec in steps):
+            stop = start + 1
+        yield start, stop
+        start = stop
+
+
+def method_about(layout: KVLayout) -> dict[str, object]:
+    """A method's text form, what people call it, and whether it was trained."""
+    specs = [layout.time_of(owner) for owner in layout.owners]
+    asked = [
+        spec for spec, owner in zip(layout.time, layout.owners, strict=True) if layout.layers[owner].window is None
+    ]
+    titles = list(dict.fromkeys(spec.title for spec in asked or layout.time))
+    return {
+        "method": layout.time_text(),
+        "title": titles[0] if len(titles) == 1 else "mixed",
+        "trained": any(spec.trained for spec in specs),
+    }
+
 
 OnStates = Callable[[Tensor, int], None]
 """Takes states [B, t, C] of a call's tokens and the column of the first."""
@@ -115,3 +198,218 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+_SLICE_BYTES = 2**25
+"""Bytes of one slice of fp32 logits, about what a processor's cache holds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """One value a position, fp32 [N] on the CPU."""
+
+    loss: Tensor
+    """Nats: minus the log probability of the token that came."""
+    kl: Tensor | None
+    """Nats: KL(reference || ours), the reference's distribution being the one expected under."""
+    agrees: Tensor | None
+    """1 where both have the same likeliest token."""
+
+
+def next_token_logits(model: FoldForCausalLM, hidden_NC: Tensor) -> Tensor:
+    """Logits [N, V], fp32, of states behind the last norm."""
+    logits = model.lm_head(hidden_NC)
+    scale, softcap = model.config.logit_scale, model.config.final_logit_softcap
+    logits = logits if scale == 1.0 else logits * scale
+    return (logits if softcap is None else torch.tanh(logits / softcap) * softcap).float()
+
+
+def score(
+    model: FoldForCausalLM,
+    hidden_NC: Tensor,
+    targets_N: Tensor,
+    reference: tuple[FoldForCausalLM, Tensor] | None = None,
+) -> Scores:
+    """Score states against the tokens that came, and against a reference: a model and its states at the same positions."""
+    slice_size = max(1, _SLICE_BYTES // (4 * model.config.vocab_size))
+    loss, kl, agrees = [], [], []
+    for start in range(0, hidden_NC.shape[0], slice_size):
+        part = slice(start, start + slice_size)
+        logits = next_token_logits(model, hidden_NC[part])
+        log_p = torch.log_softmax(logits, dim=-1)
+        loss.append(-log_p.gather(1, targets_N[part, None])[:, 0])
+        if reference is not None:
+            judge, states_NC = reference
+            log_r = torch.log_softmax(next_token_logits(judge, states_NC[part]), dim=-1)
+            agrees.append((log_p.argmax(dim=-1) == log_r.argmax(dim=-1)).float())
+            # In place: these two arrays are as large as the logits.
+            log_p.neg_().add_(log_r)
+            kl.append(torch.einsum("nv,nv->n", log_r.exp_(), log_p))
+    return Scores(
+        loss=torch.cat(loss).cpu(),
+        kl=torch.cat(kl).cpu() if kl else None,
+        agrees=torch.cat(agrees).cpu() if agrees else None,
+    )
+
+
+def likelihoods(model: FoldForCausalLM, hidden_NC: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the tokens that came: their log probability, fp32 [N], nats, and whether each was the likeliest, bool [N]."""
+    slice_size = max(1, _SLICE_BYTES // (4 * model.config.vocab_size))
+    log_p, likeliest = [], []
+    for start in range(0, hidden_NC.shape[0], slice_size):
+        logits = next_token_logits(model, hidden_NC[start : start + slice_size])
+        targets = targets_N[start : start + slice_size]
+        log_p.append(torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0])
+        likeliest.append(logits.argmax(dim=-1) == targets)
+    return torch.cat(log_p), torch.cat(likeliest)
+
+
+Pair = tuple[Sequence[int], Sequence[int]]
+"""Token ids of a prompt and of an answer, one or more each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What became of one pair."""
+
+    log_likelihood: float
+    """Of the answer after the prompt, nats, summed over its tokens."""
+    is_greedy: bool
+    """Whether each of its tokens was the likeliest."""
+    seen_tokens: int
+    """Tokens that were read: all but the answer's last."""
+    kept_share: float
+    """Of those, the share that the cache held at the end, weighted by bytes."""
+
+
+def score_answers(
+    model: FoldForCausalLM,
+    layout: KVLayout,
+    pairs: Sequence[Pair],
+    *,
+    rows: int = 32,
+    call_tokens: int | None = None,
+    what: str = "",
+    report: Report = silent,
+) -> list[Answer]:
+    """One `Answer` for each pair, in their order; up to `rows` answers are read side by side.
+
+    `call_tokens`: tokens a row of one call, for prefix methods. Raises `UserError` for an empty prompt or answer.
+    """
+    for prompt, answer in pairs:
+        if not len(prompt) or not len(answer):
+            raise UserError(
+                f"a prompt of {len(prompt)} tokens and an answer of {len(answer)}: a token is scored after another one: "
+                "give 1 or more of each"
+            )
+    batches = list(_batches(pairs, rows))
+    total, done = sum(batch.columns for batch in batches), 0
+    found: dict[int, Answer] = {}
+    for batch in batches:
+
+        def on_columns(columns: int) -> None:
+            nonlocal done
+            done += columns
+            report(what, done, total)
+
+        found |= _read(model, layout, batch, call_tokens, on_columns)
+    return [found[place] for place in range(len(pairs))]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Batch:
+    """Prompts that are read side by side, and the answers after each, by their places among all pairs."""
+
+    prompts: list[tuple[int, ...]]
+    answers: list[dict[int, list[int]]]
+
+    @property
+    def columns(self) -> int:
+        """Columns that are read: of prompts, then of answers."""
+        return max(map(len, self.prompts)) + max(len(answer) for some in self.answers for answer in some.values()) - 1
+
+
+def _batches(pairs: Sequence[Pair], rows: int) -> Iterator[_Batch]:
+    """Longest prompts first, so that those of one length meet and what takes most memory comes first."""
+    answers: dict[tuple[int, ...], dict[int, list[int]]] = {}
+    for place, (prompt, answer) in enumerate(pairs):
+        answers.setdefault(tuple(prompt), {})[place] = list(answer)
+    groups = []
+    for prompt, some in answers.items():
+        places = list(some)
+        for first in range(0, len(places), rows):
+            groups.append((prompt, {place: some[place] for place in places[first : first + rows]}))
+    groups.sort(key=lambda group: (len(group[0]), max(map(len, group[1].values()))), reverse=True)
+    batch, width = _Batch(prompts=[], answers=[]), 0
+    for prompt, some in groups:
+        # An answer of one token needs no row of its own: the prompt's last state predicts it.
+        needed = max(1, sum(len(answer) > 1 for answer in some.values()))
+        if batch.prompts and width + needed > rows:
+            yield batch
+            batch, width = _Batch(prompts=[], answers=[]), 0
+        batch.prompts.append(prompt)
+        batch.answers.append(some)
+        width += needed
+    if batch.prompts:
+        yield batch
+
+
+def _read(
+    model: FoldForCausalLM, layout: KVLayout, batch: _Batch, call_tokens: int | None, on_columns: Callable[[int], None]
+) -> dict[int, Answer]:
+    """The prompts, then the answers on forks of their prompts' rows."""
+    owner = [row for row, some in enumerate(batch.answers) for _ in some]
+    places = [place for some in batch.answers for place in some]
+    answers = [answer for some in batch.answers for answer in some.values()]
+    prompts, prompts_real = padded(batch.prompts, model.device, flush="right")
+    ids, real = padded(answers, model.device, flush="left")
+    weights = entry_bytes(layout, model.dtype.itemsize, model.device)
+    with folded_cache(model, layout, len(batch.prompts)) as cache:
+        for start, stop in calls(layout, prompts.shape[1], call_tokens):
+            states = _states(model, cache, prompts[:, start:stop], prompts_real[:, start:stop])
+            on_columns(stop - start)
+        log_p, greedy = likelihoods(model, states[owner, -1], ids[:, 0])
+        seen, share = cache.seen_tokens[owner], kept_shares(cache, weights)[owner]
+        longer = [row for row, answer in enumerate(answers) if len(answer) > 1]
+        if longer:
+            cache.select_rows([owner[row] for row in longer])
+            sums, all_greedy = _read_answers(
+                model, layout, cache, ids[longer], real[longer], prompts.shape[1], call_tokens, on_columns
+            )
+            log_p, greedy = log_p.double(), greedy.clone()
+            log_p[longer] += sums
+            greedy[longer] &= all_greedy
+            seen[longer], share[longer] = cache.seen_tokens, kept_shares(cache, weights)
+    figures = zip(log_p.tolist(), greedy.tolist(), seen.tolist(), share.tolist(), strict=True)
+    return {
+        place: Answer(log_likelihood=a, is_greedy=b, seen_tokens=c, kept_share=d)
+        for place, (a, b, c, d) in zip(places, figures, strict=True)
+    }
+
+
+def _read_answers(
+    model: FoldForCausalLM, layout: KVLayout, cache: FoldCache, ids_BT: Tensor, real_BT: Tensor, begun: int,
+    call_tokens: int | None, on_columns: Callable[[int], None],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Log probability of all tokens but each row's first, summed, fp64 [B], and whether all were the likeliest, bool [B].
+
+    `begun`: columns of the prompts. The last token of a row is scored and not read.
+    """
+    sums = torch.zeros(ids_BT.shape[0], dtype=torch.float64, device=ids_BT.device)
+    greedy = torch.ones_like(sums, dtype=torch.bool)
+    for start, stop in calls(layout, begun + ids_BT.shape[1] - 1, call_tokens, begun):
+        here, following = slice(start - begun, stop - begun), slice(start - begun + 1, stop - begun + 1)
+        scored_BT = real_BT[:, following].bool()
+        states_BTC = _states(model, cache, ids_BT[:, here], scored_BT.long())
+        row_N = scored_BT.nonzero()[:, 0]
+        log_p_N, likeliest_N = likelihoods(model, states_BTC[scored_BT], ids_BT[:, following][scored_BT])
+        sums.index_add_(0, row_N, log_p_N.double())
+        greedy[row_N[~likeliest_N]] = False
+        on_columns(stop - start)
+    return sums, greedy
+
+
+def _states(model: FoldForCausalLM, cache: FoldCache, ids_BT: Tensor, real_BT: Tensor) -> Tensor:
+    """States behind the last norm, [B, T, C]."""
+    mask = None if bool(real_BT.all()) else real_BT
+    return model.model(ids_BT, attention_mask=mask, past_key_values=cache).last_hidden_state

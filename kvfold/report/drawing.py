@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from kvfold.data.whole_file import write_whole_file
+from kvfold.record import write_whole_file
 from kvfold.report.results import count, tick
 
 COLOURS = {

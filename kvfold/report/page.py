@@ -15,10 +15,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from kvfold.data.whole_file import write_whole_file
 from kvfold.errors import need_packages
 from kvfold.methods.base import Method
 from kvfold.methods.registry import method_class
+from kvfold.record import write_whole_file
 from kvfold.report import pictures, series, sheets
 from kvfold.report.drawing import COLOURS, svg
 from kvfold.report.results import (

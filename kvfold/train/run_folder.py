@@ -21,8 +21,8 @@ from typing import Any
 
 from rich.console import Console
 
-from kvfold.data.whole_file import write_whole_file
 from kvfold.errors import UserError
+from kvfold.record import write_whole_file
 
 MAY_DIFFER = ("micro_batch_size", "save_steps", "gradient_checkpointing", "teacher_states")
 """Settings that a run may go on with another value of: they bear on time, memory and rounding alone."""
@@ -30,6 +30,8 @@ CURVE = "curve.jsonl"
 _MARK = "whole.json"
 PARTIAL = ".partial-"
 """What the names of folders begin with that are not whole yet."""
+_LAST = {"adapter.json": 1, "config.json": 1}
+"""A folder is loaded by these, so they come last."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 _DTYPE = "float32"
 """Of a run whose note says nothing of it."""
@@ -131,8 +133,8 @@ class RunFolder:
             return None
 
     def finished(self) -> dict[str, Any] | None:
-        """The facts of a run whose model lies there, whole; else None."""
-        return self.read("done") if (self.out / "config.json").is_file() else None
+        """The facts of a run whose result lies there, whole; else None."""
+        return self.read("done") if any((self.out / name).is_file() for name in _LAST) else None
 
     def write(self, name: str, note: Mapping[str, Any]) -> None:
         """Keep a note; it is there whole or not at all."""
@@ -243,6 +245,22 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return points
+
+
+@contextmanager
+def staged(folder: Path, card: str | None) -> Iterator[Path]:
+    """A folder to write in, whose files then take their places."""
+    partial = folder / f".partial-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
+        for file in sorted(partial.iterdir(), key=lambda path: (_LAST.get(path.name, 0), path.name)):
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 _SECONDS_BETWEEN_LINES = 60.0

@@ -7,8 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from byte_tokenizer import byte_tokenizer
 from kvfold.bench import decode
 from kvfold.bench.decode import POINTS, Point, bench_decode, text_prompts
-from kvfold.data.texts import TextFile
-from kvfold.eval.peer import load_theirs
+from kvfold.data import TextFile
+from kvfold.eval.cells import load_theirs
 from kvfold.models.load import load
 
 POINT = Point(name="3 x (12 + 6)", batch=3, prompt_tokens=12, new_tokens=6)

@@ -16,7 +16,7 @@ from kvfold.bench.serve import (
     run_engine,
     tokenised,
 )
-from kvfold.data.texts import TextFile
+from kvfold.data import TextFile
 from tiny import tiny_model
 
 REQUESTS = [Wanted(prompt=tuple(range(3 + place, 23 + place)), max_tokens=20) for place in range(8)]

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from kvfold.cache.usage import Usage
-from kvfold.eval.folding import calls, method_about
-from kvfold.eval.reading import Reading, read_rows
+from kvfold.eval.reading import Reading, calls, method_about, read_rows
 from kvfold.layout.kvlayout import KVLayout
 
 PLAIN = KVLayout.plain(2, 2, 8)

@@ -2,13 +2,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvfold.train import losses
-from kvfold.train.losses import distillation, divergence, fired_shares, ratio_loss, summed_in_slices
+from kvfold.train import objectives
+from kvfold.train.objectives import distillation, divergence, fired_shares, ratio_loss, summed_in_slices
 
 
 @pytest.fixture
 def small_slices(monkeypatch):
-    monkeypatch.setattr(losses, "_SLICE_BYTES", 3 * 4 * 11)
+    monkeypatch.setattr(objectives, "_SLICE_BYTES", 3 * 4 * 11)
 
 
 def drawn(*shape, seed=0):

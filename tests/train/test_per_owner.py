@@ -6,8 +6,7 @@ import torch
 from kvfold.models.adapters import apply_adapter, read_adapter
 from kvfold.models.load import load
 from kvfold.train.run_folder import read_curve
-from kvfold.train.schedules import Retention
-from kvfold.train.settings import RetrofitSettings
+from kvfold.train.settings import Retention, RetrofitSettings
 from kvfold.train.student import make_student, trained_weights
 from tiny_model import tiny_model
 

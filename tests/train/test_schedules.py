@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.dmc import DMC
 from kvfold.methods.dms import DMS
-from kvfold.train.schedules import Retention, Stages, learning_rate_factor
+from kvfold.train.settings import Retention, Stages, learning_rate_factor
 
 
 def share_for(compression, tokens, method):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvfold.train.recipes import checked_values, parse_assignments, read_recipe, recipe_names
+from kvfold.train.design_space import checked_values, parse_assignments, read_recipe, recipe_names
 from kvfold.train.settings import RetrofitSettings
 
 GIVEN = {"data": ("x.txt",), "time": "dms:16"}

@@ -12,7 +12,7 @@ from kvfold.train.data import TrainingOrder, draw_text, noise_key
 from kvfold.train.loop import Loop
 from kvfold.train.objectives import Distillation, ignored_tokens
 from kvfold.train.run_folder import read_curve
-from kvfold.train.schedules import Retention
+from kvfold.train.settings import Retention
 from kvfold.train.student import make_student
 from tiny_model import tiny_model
 
