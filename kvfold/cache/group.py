@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from kvfold.cache.allocator import pages_for
-from kvfold.cache.pages import PagePool
-from kvfold.cache.tables import BlockTables
+from kvfold.cache.pages import BlockTables, PagePool
 from kvfold.methods.base import Method
 from kvfold.methods.plans import Crossed, Held
 from kvfold.ops.gating import Gates

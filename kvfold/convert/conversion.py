@@ -16,14 +16,12 @@ from torch import Tensor
 from kvfold.convert.export import export_model, family_config
 from kvfold.convert.fitted import Fit, Report, fit
 from kvfold.convert.heads import average_groups, drop_readers, like_heads_together, merge_heads, reorder_heads
-from kvfold.errors import UserError
+from kvfold.errors import UserError, unknown_name
 from kvfold.integrations import vllm
 from kvfold.layout.kvlayout import KVLayout
-from kvfold.methods.names import unknown_name
-from kvfold.models.checkpoint_files import check_folder, write_model
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.load import load, load_config
+from kvfold.models.load import check_folder, load, load_config, write_model
 from kvfold.models.source import find_source
 
 INITS = ("mean", "drop", "fitted")

@@ -1,6 +1,6 @@
 """From our model back to its family's own, for plain transformers: possible wherever the family's config can say it all.
 
-The reverse of families.py and weights.py, checked by going there and back.
+The reverse of families.py, checked by going there and back.
 """
 
 from typing import Any
@@ -11,8 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from kvfold.errors import UserError, one_line
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.families import family_named, fold_config
-from kvfold.models.weights import family_weights
+from kvfold.models.families import family_named, family_weights, fold_config
 
 _OURS_ALONE = (
     "trained_tokens",

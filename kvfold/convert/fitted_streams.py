@@ -11,8 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from kvfold.cache.training import TrainingView
-from kvfold.cache.views import KVView
+from kvfold.cache.views import KVView, TrainingView
 from kvfold.convert.fitted_group import GroupSums, LeastSquares
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.config import FoldConfig

@@ -12,8 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvfold.cache.hf import FoldCache
-from kvfold.cache.usage import Usage
+from kvfold.cache.hf import FoldCache, Usage
 from kvfold.eval.folding import calls, folded_cache
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM

@@ -26,7 +26,7 @@ from kvfold.integrations.asgi_calls import Call, Part, answered
 from kvfold.integrations.prefix_routing import prompt_bytes
 from kvfold.integrations.ray_router import SLACK, FreePages, PrefixRouter
 from kvfold.integrations.versions import installed_version, warn_untested
-from kvfold.layout.units import parse_size
+from kvfold.layout.planner import parse_size
 from kvfold.models.adapters import read_adapter
 from kvfold.models.load import load, load_config, load_tokenizer
 from kvfold.serve import watch

@@ -9,8 +9,7 @@ for any number of layers.
 import re
 from collections.abc import Callable, Hashable, Sequence
 
-from kvfold.errors import UserError
-from kvfold.methods.names import unknown_name
+from kvfold.errors import UserError, unknown_name
 
 OwnerMap = tuple[int, ...]
 

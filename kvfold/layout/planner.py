@@ -1,13 +1,16 @@
-"""How many bytes a layout needs, and the inverses: how many rows, how much context fit; and the rows of a plan's table.
+"""How many bytes a layout needs, and the inverses: how many rows, how much context fit; the rows of a plan's table; and amounts
+as people write them on a command line.
 
-The byte arithmetic is the store's own: it imports these terms, so that planned bytes equal allocated bytes. Where a
-method's need depends on its gates (DMC, DMS) the plan is the upper bound, or what gates of a given compression keep where
-all heads keep alike. No torch here, and no tensors are moved.
+The byte arithmetic is the store's own: it imports these terms, so that planned bytes equal allocated bytes. Where a method's
+need depends on its gates (DMC, DMS) the plan is the upper bound, or what gates of a given compression keep where all heads
+keep alike. No torch here, and no tensors are moved.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from math import inf
 from typing import Any
 
@@ -292,3 +295,32 @@ def plan_rows(
         )
         for name, one in plans.items()
     )
+
+
+SIZE_UNITS: dict[str, int] = {
+    "": 1,
+    "b": 1,
+    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)},
+    **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", start=1)},
+}
+"""Bytes of each unit, in lower case."""
+COUNT_UNITS: dict[str, int] = {"": 1, "k": 1024, "m": 1024**2}
+"""Tokens of each unit, in lower case."""
+
+
+def parse_size(text: str) -> int:
+    """Bytes: a number, maybe with a fraction, and a unit from `SIZE_UNITS` in any case; part of a byte is cut off."""
+    return _parse("memory", text, SIZE_UNITS, "'80GB' (10^9 bytes each) or '16GiB' (2^30)")
+
+
+def parse_count(text: str) -> int:
+    """Tokens: a number, maybe with a fraction, and `k` (1,024), `M` (1,024 k) or nothing; parts of a token are cut."""
+    return _parse("count", text, COUNT_UNITS, "'4096' or '32k' (1,024 each)")
+
+
+def _parse(what: str, text: str, units: dict[str, int], examples: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower(), re.ASCII)
+    amount = Fraction(match[1]) * units[match[2]] if match and match[2] in units else Fraction(0)
+    if amount < 1:
+        raise UserError(f"{what} '{text}': it is a positive number with a unit it knows: write e.g. {examples}")
+    return int(amount)

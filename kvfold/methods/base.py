@@ -216,7 +216,7 @@ class Method(ABC):
         return None
 
     def last_query(self, position_BKE: Tensor) -> Tensor | None:
-        """int64 [B, K, E]: the position of the last query that sees each entry (`ops.blockwise.FOREVER` for one that stays);
+        """int64 [B, K, E]: the position of the last query that sees each entry (`ops.attention.FOREVER` for one that stays);
         None = only `sees` can tell. A long prompt is read faster where it is given.
         """
         return None

@@ -206,7 +206,7 @@ class MergedChunk(ChunkPlan):
         """A partial mean is seen by its own query; one that is closed, and a stored one that does not go on, by all later."""
         import torch
 
-        from kvfold.ops.blockwise import FOREVER
+        from kvfold.ops.attention import FOREVER
 
         own = self.chunk.position_BKE[..., self.chunk.stored :].long()
         last = torch.where(self._closed(), FOREVER, own)

@@ -185,7 +185,7 @@ class MarkedChunk(ChunkPlan):
 
     def last_query(self) -> Tensor:
         """See `ChunkPlan.last_query`."""
-        from kvfold.ops.blockwise import FOREVER
+        from kvfold.ops.attention import FOREVER
 
         return (self.chunk.position_BKE.long() + self.method.delay).masked_fill(~self.marked_BKE, FOREVER)
 

@@ -14,17 +14,29 @@ from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
 from kvfold.cache.hf import FoldCache
-from kvfold.cache.training import TrainingView
-from kvfold.cache.views import KVView
+from kvfold.cache.views import KVView, TrainingView
 from kvfold.errors import UserError
 from kvfold.layout.planner import PAGE_SLOTS
 from kvfold.models.adapters import gates_for_cache
 from kvfold.models.blocks import FoldLayer, FoldRMSNorm
 from kvfold.models.config import FoldConfig
-from kvfold.models.gated import FoldCausalLMOutput, FoldOutput, GatedModel, joined, recorded
-from kvfold.models.gates import GateCall, GateNorm, GateProjection, GateRecord, GateSet, GateTable, gate_table
+from kvfold.models.gates import (
+    PLAIN,
+    CallOptions,
+    FoldCausalLMOutput,
+    FoldOutput,
+    GateCall,
+    GatedModel,
+    GateNorm,
+    GateProjection,
+    GateRecord,
+    GateSet,
+    GateTable,
+    gate_table,
+    joined,
+    recorded,
+)
 from kvfold.models.generation import FoldGeneration
-from kvfold.models.options import PLAIN, CallOptions
 from kvfold.models.rope import Rope
 from kvfold.ops.linear import PackableLinear
 from kvfold.ops.rotation import Rotation

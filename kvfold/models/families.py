@@ -1,20 +1,27 @@
-"""How each family that the decoder knows maps to a FoldConfig, as plain data; and what is refused, by name.
+"""How each family that the decoder knows maps to a FoldConfig, as plain data, and what is refused, by name; how its weights map
+to ours and back; and what DMS checkpoints in the published format have beside them.
 
-How a family's weights map stands in weights.py.
+Weights keep transformers' names; only fused projections are cut apart. Tensors are handed over, not copied, so that a model
+never lies in memory twice.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from kvfold.errors import UserError
-from kvfold.layout.sharing_formats import read_sharing
+from kvfold.layout.hf_config import read_sharing
+from kvfold.methods.gates import GateConfig
 from kvfold.models.config import FULL_ATTENTION, SLIDING_ATTENTION, FoldConfig
-from kvfold.models.official_dms import official_gates
 
 _SHARED = (
     *(
@@ -105,7 +112,7 @@ def family_named(model_type: str | None) -> Family:
 
 def fold_config(theirs: PreTrainedConfig) -> FoldConfig:
     """The FoldConfig of a transformers config: the plain layout, or who reads whom where the config says so in a grammar of
-    sharing_formats.py. Raises `UserError` for what the decoder can't do.
+    hf_config.py. Raises `UserError` for what the decoder can't do.
 
     Differs: dropout, which some configs ask for in training, is left out.
     """
@@ -196,3 +203,117 @@ def _nested(rope_parameters: Mapping[str, Any]) -> bool:
 
 def _partial_families() -> str:
     return ", ".join(name for name, family in FAMILIES.items() if family.partial_rotary)
+
+
+def fold_weights(config: FoldConfig, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict out of a state dict of `config.family`, which is emptied as it goes.
+
+    Parts of a fused projection are copies: views of one storage would be saved and trained as one.
+    """
+    ours = {}
+    for name in list(theirs):
+        tensor = theirs.pop(name)
+        stem, fused, kind = _split_name(name)
+        if fused is None:
+            ours[name] = tensor
+            continue
+        sizes = _part_rows(config, fused)
+        for (part, _), rows in zip(_FUSED[fused], tensor.split([rows for _, rows in sizes]), strict=True):
+            ours[f"{stem}{part}.{kind}"] = rows.clone()
+    return ours
+
+
+def family_weights(ours: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """The state dict of a family's own model, whose `names` say what it fuses, out of ours: `fold_weights` undone."""
+    theirs = {}
+    for name in names:
+        stem, fused, kind = _split_name(name)
+        if fused is None:
+            theirs[name] = ours[name]
+        else:
+            theirs[name] = torch.cat([ours[f"{stem}{part}.{kind}"] for part, _ in _FUSED[fused]])
+    return theirs
+
+
+_FUSED = {
+    "qkv_proj": (
+        ("q_proj", "num_attention_heads"),
+        ("k_proj", "num_key_value_heads"),
+        ("v_proj", "num_key_value_heads"),
+    ),
+    "gate_up_proj": (("gate_proj", None), ("up_proj", None)),
+}
+"""A fused projection -> its parts from the top, and the attribute that counts a part's heads (None: the feed-forward)."""
+
+
+def _split_name(name: str) -> tuple[str, str | None, str]:
+    """`...self_attn.qkv_proj.weight` -> its stem, the fused projection's name or None, and weight or bias."""
+    stem, _, kind = name.rpartition(".")
+    head, _, module = stem.rpartition(".")
+    return f"{head}.", module if module in _FUSED else None, kind
+
+
+def _part_rows(config: FoldConfig, fused: str) -> list[tuple[str, int]]:
+    return [
+        (part, config.intermediate_size if heads is None else getattr(config, heads) * config.head_dim)
+        for part, heads in _FUSED[fused]
+    ]
+
+
+_DEFAULTS = {
+    "dms_alpha_scale": 100.0,
+    "dms_initial_alpha_offset": 5.0,
+    "dms_window_size": 512,
+    "dms_separate_alpha": False,
+    "dms_alpha_per": "head",
+    "dms_tau": 0.1,
+    "dms_disable_eviction": False,
+}
+"""What the official config class takes for keys that it doesn't write."""
+_MODULES = {"dms_proj_alpha": "fold_proj", "dms_proj_alpha_norm": "fold_norm"}
+"""Theirs and ours."""
+
+
+def official_gates(theirs: PreTrainedConfig) -> tuple[GateConfig, str] | None:
+    """The gates and the method's text form that a config of the official format describes; None for any other config.
+
+    Source: arXiv 2506.05345; the format of its public code.
+    Differs: decisions in fp32.
+    """
+    keys = [key for key in vars(theirs) if key.startswith("dms_")]
+    if not keys and not any("DMS" in name for name in getattr(theirs, "architectures", None) or []):
+        return None
+    values = {key: getattr(theirs, key, default) for key, default in _DEFAULTS.items()}
+    gates = GateConfig(
+        method="dms", source="adapter" if values["dms_separate_alpha"] else "channel", reads="next",
+        per=values["dms_alpha_per"], scale=values["dms_alpha_scale"], offset=values["dms_initial_alpha_offset"],
+        tau=values["dms_tau"],
+    )  # fmt: skip
+    return gates, "full" if values["dms_disable_eviction"] else f"dms:{values['dms_window_size']}"
+
+
+def official_weights(source: str, options: dict[str, Any], names: list[str]) -> dict[str, Tensor]:
+    """Of the weights that the family itself doesn't know, those of DMS, under our names. `source`: a folder or a hub name."""
+    wanted = {name: ours for name in names if (ours := _renamed(name)) is not None}
+    if not wanted:
+        return {}
+    found = {}
+    for file in _weight_files(source, options):
+        with safe_open(file, framework="pt") as tensors:
+            for name in wanted.keys() & set(tensors.keys()):
+                found[wanted[name]] = tensors.get_tensor(name)
+    return found
+
+
+def _renamed(name: str) -> str | None:
+    stem, _, kind = name.rpartition(".")
+    head, _, module = stem.rpartition(".")
+    return f"{head}.{_MODULES[module]}.{kind}" if module in _MODULES else None
+
+
+def _weight_files(source: str, options: dict[str, Any]) -> list[str | Path]:
+    single = cached_file(source, "model.safetensors", _raise_exceptions_for_missing_entries=False, **options)
+    if single is not None:
+        return [single]
+    index = cached_file(source, "model.safetensors.index.json", **options)
+    return get_checkpoint_shard_files(source, index, **options)[0]

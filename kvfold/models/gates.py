@@ -1,4 +1,5 @@
-"""How the gates of a learned method decide: from a freed channel of k or q, or from a small adapter on the residual stream.
+"""How the gates of a learned method decide: from a freed channel of k or q, or from a small adapter on the residual stream; what
+a call asks of them and gets to know; and what a model with gates offers.
 
 Which token a decision governs and what it does to keys and values is the method's business (methods/), what the gates look
 like in one model stands in methods/gates.py. All in fp32, whatever the model's dtype: a decision is a threshold.
@@ -8,15 +9,16 @@ Letters: B rows, T tokens of this call, H query heads, K kv heads, G = H // K, D
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
-from kvfold.models.options import PLAIN, CallOptions
 from kvfold.ops.gating import STAY_NEVER, Gates
 from kvfold.ops.linear import rms_norm
 
@@ -26,6 +28,32 @@ IMPORTANCE_OFFSET = 5.0
 """Added to the channel of q before the sigmoid that gives the importance."""
 _MIX = 0x9E3779B97F4A7C15
 """An odd 64-bit number without structure (from the golden ratio) that keeps the layers' noise apart."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallOptions:
+    """Given as `model(ids, options=CallOptions(...))`, and through `generate` likewise."""
+
+    gates: Literal["on", "off"] = "on"
+    """`off`: nothing is merged or evicted by a learned method, and no channel is zeroed unless the config says
+    `channel_freed`."""
+    channel_factor: float | None = None
+    """Gates are off, and the freed channel is multiplied by this before and after rotary positions.
+
+    Source: arXiv 2403.09636, section 3.3 (the first stage of the official recipe).
+    Differs: none.
+    """
+    sharing: KVLayout | None = None
+    """Read keys and values as this layout says, without a cache: the result of the model converted to it with `drop`. Its
+    owners are owners in the model, too; what its readers would store is worked out and not used."""
+
+    def __post_init__(self) -> None:
+        if self.gates not in ("on", "off"):
+            raise UserError(f"gates '{self.gates}': a call has its gates on or off: write one of the two")
+
+
+PLAIN = CallOptions()
+"""Of a call that asks for nothing."""
 
 
 class _InFloat32(nn.Module):
@@ -284,3 +312,87 @@ def _channels(config: GateConfig, call: GateCall, q_BTHD: Tensor, k_BTKD: Tensor
     k_keep = k_BTKD.new_ones(k_BTKD.shape[2:])
     k_keep[:, config.channel] = share
     return {"q_keep_HD": q_keep, "k_keep_KD": k_keep}
+
+
+@dataclass
+class FoldOutput(BaseModelOutputWithPast):
+    """What the decoder returns, with what its gates decided where that was asked for."""
+
+    decisions: tuple[Tensor | None, ...] | None = None
+    """[B, K, T] of each owner, ascending, None where an owner has no gates: 1 = merge or mark; fp32, and in training
+    straight-through on the noisy probability."""
+    gate_probs: tuple[Tensor | None, ...] | None = None
+    """The probabilities that were rounded to the decisions, same shapes."""
+
+
+@dataclass
+class FoldCausalLMOutput(CausalLMOutputWithPast):
+    """What the language model returns; see `FoldOutput`."""
+
+    decisions: tuple[Tensor | None, ...] | None = None
+    gate_probs: tuple[Tensor | None, ...] | None = None
+
+
+def recorded(record: GateRecord, owners: tuple[int, ...]) -> dict[str, tuple[Tensor | None, ...]]:
+    """The fields of `FoldOutput` that say what gates decided."""
+    found = {"decisions": record.decisions, "gate_probs": record.probabilities}
+    return {
+        name: tuple(of[owner].transpose(1, 2) if owner in of else None for owner in owners)
+        for name, of in found.items()
+    }
+
+
+def joined(parts: list[FoldOutput]) -> FoldOutput:
+    """The outputs of a call's pieces, side by side."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = FoldOutput(past_key_values=parts[-1].past_key_values)
+    whole.last_hidden_state = torch.cat([part.last_hidden_state for part in parts], dim=1)
+    for name, dim in (("hidden_states", 1), ("decisions", 2), ("gate_probs", 2)):
+        columns = [getattr(part, name) for part in parts]
+        if columns[0] is not None:
+            found = zip(*columns, strict=True)
+            setattr(whole, name, tuple(None if x[0] is None else torch.cat(x, dim=dim) for x in found))
+    return whole
+
+
+class GatedModel:
+    """Mixed into the language model."""
+
+    def set_gates(self, gates: GateConfig, time: str) -> None:
+        """Put this model under a learned method: its text form, its gates, and fresh adapters where the gates are such."""
+        self.config.layout = self.config.layout.with_time(time)
+        self.config.gates = gates.to_json()
+        # Refuses gates of another method.
+        gate_table(gates, self.config.layout, freed_owners=self.config.freed_owners)
+        for layer in self.model.layers:
+            attention = layer.self_attn
+            attention.fold_norm = attention.fold_proj = None
+            if attention.k_proj is not None:
+                attention.add_adapter(gates, self.config)
+                attention.to(device=self.device)
+
+    @torch.no_grad()
+    def free_channel(self, *, write: bool = True) -> None:
+        """Write DMC's zero-out into the weights: the rows of q and k, biases too, that make the freed channel become 0, in all
+        layers that DMC rules. `write=False`: the weights have it already, and the config is to say so.
+
+        Source: arXiv 2403.09636, section 3.3 (the end of the first stage).
+        Differs: bias entries go with their rows; the official code knows none. Nor does it know norms on q and k: where a family
+        has them, the size by which a head is divided loses this channel here at once, and not step by step.
+        """
+        config, layout = self.config, self.config.layout
+        channel = config.gate_config.channel
+        gated = [owner for owner in layout.owners if layout.time_of(owner).trained]
+        config.channel_freed, config.freed_layers = True, None
+        if tuple(gated) != config.freed_owners:
+            config.freed_layers = gated
+        for index, layer in enumerate(self.model.layers):
+            if not write or layout.owner_of(index) not in gated:
+                continue
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                if projection is None:
+                    continue
+                projection.weight.unflatten(0, (-1, self.config.head_dim))[:, channel] = 0
+                if projection.bias is not None:
+                    projection.bias.unflatten(0, (-1, self.config.head_dim))[:, channel] = 0

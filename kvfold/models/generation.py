@@ -15,7 +15,7 @@ from transformers.generation.utils import GenerationMode
 
 from kvfold.cache.hf import FoldCache
 from kvfold.errors import UserError
-from kvfold.models.packing import pack
+from kvfold.models.blocks import pack
 
 FEEDS_CHUNKS_RIGHT = Version("5.23")
 """Before this release `prefill_chunk_size` feeds a continued cache its whole text again."""

@@ -1,9 +1,12 @@
-"""Loading: a folder, a hub name or a GGUF file becomes a kvfold model.
+"""Loading: a folder, a hub name or a GGUF file becomes a kvfold model. Saving: a reader finds a model's folder whole or not at
+all.
 
 Weights are read by transformers, as safetensors or GGUF only: nothing is ever unpickled, and no code of a checkpoint runs.
 What a source is, and what may be wrong with it, is looked up in source.py before anything large is read.
 """
 
+import os
+import shutil
 import struct
 import warnings
 from collections.abc import Iterator
@@ -13,22 +16,26 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from kvfold.errors import UserError, is_out_of_memory, one_line, raised_in_kvfold
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 from kvfold.models.adapters import CHANNEL, apply_adapter, read_adapter
+from kvfold.models.blocks import pack
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.families import fold_config
+from kvfold.models.families import fold_config, fold_weights, official_weights
 from kvfold.models.gates import gate_table
-from kvfold.models.official_dms import official_weights
-from kvfold.models.packing import pack
-from kvfold.models.quantised_weights import reading_options, widened
-from kvfold.models.source import Source, check_source, find_source
-from kvfold.models.weights import fold_weights
+from kvfold.models.source import Source, check_source, find_source, reading_options, widened
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -54,7 +61,7 @@ def load(
     `time` and `bits` override what the checkpoint says, `time` also what the adapter says, a folder that `kvfold retrofit`
     wrote. `gates="channel"` makes the published freed channel the model's own gates. dtype None = the checkpoint's, and fp32
     on a CPU (device None); there a copy of the weights in a form that decodes faster is kept beside them
-    (`kvfold.models.packing`).
+    (`kvfold.models.blocks`).
     Raises `UserError`, in one line, for whatever can't be loaded.
     """
     if adapter is not None:
@@ -225,3 +232,56 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+_TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("chat_template*", "*.model", "*.tiktoken"),
+)
+"""What tokenizers are made of, as patterns of file names."""
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a place where no new folder can be, before any work is done."""
+    if out.parts[:1] == ("~",):
+        raise UserError(f"{out}: no home folder is known: write the whole path")
+    if out.is_file() or any(parent.is_file() for parent in out.parents):
+        raise UserError(f"{out}: a file is in the way: name a folder that is not there yet")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out}: the folder is not empty: name a new one, or empty it")
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when the block ends well, and is removed when it doesn't."""
+    check_folder(out)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_model(model: PreTrainedModel, out: Path, found: Source) -> None:
+    """Save a model with the tokenizer of its source, where that has one."""
+    with whole_folder(out) as folder, quiet():
+        model.save_pretrained(folder)
+        copy_tokenizer(found, folder)
+
+
+def copy_tokenizer(found: Source, folder: Path) -> None:
+    """The tokenizer's files as they lie in a local folder; from a hub or a GGUF file, as transformers writes them."""
+    source = Path(found.name)
+    if source.is_dir() and found.gguf is None:
+        names = {path for pattern in _TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()}
+        for path in sorted(names):
+            shutil.copyfile(path, folder / path.name)
+        return
+    try:
+        tokenizer = load_tokenizer(str(found))
+    except ValueError:
+        # A model without a tokenizer is none the worse for it.
+        return
+    tokenizer.save_pretrained(folder)

@@ -23,9 +23,9 @@ from kvfold.eval.progress import Report, silent
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 from kvfold.models.adapters import ABOUT, WEIGHTS, AdapterAbout, adapter_folder, read_adapter
-from kvfold.models.checkpoint_files import whole_folder
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.options import CallOptions
+from kvfold.models.gates import CallOptions
+from kvfold.models.load import whole_folder
 from kvfold.train.losses import KeptAtEnd
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import gate_config_of, retention_of

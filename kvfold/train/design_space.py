@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kvfold.methods.names import unknown_name
+from kvfold.errors import unknown_name
 from kvfold.train.pretrain_settings import PretrainSettings
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvfold.eval.scoring import next_token_logits
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.options import CallOptions
+from kvfold.models.gates import CallOptions
 from kvfold.train.data import Batch
 from kvfold.train.losses import (
     KeptAtEnd,

@@ -18,9 +18,9 @@ from kvfold.errors import UserError
 from kvfold.eval.cells import layout_key, model_key
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
+from kvfold.models.blocks import unpack
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.options import CallOptions
-from kvfold.models.packing import unpack
+from kvfold.models.gates import CallOptions
 from kvfold.train.schedules import Retention
 from kvfold.train.settings import RetrofitSettings
 

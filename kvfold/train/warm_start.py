@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.cache.training import TrainingView
+from kvfold.cache.views import TrainingView
 from kvfold.errors import UserError
 from kvfold.eval.progress import Report, silent
 from kvfold.layout.kvlayout import KVLayout

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvfold.cache.usage import Usage
+from kvfold.cache.hf import Usage
 from kvfold.eval.folding import calls, method_about
 from kvfold.eval.reading import Reading, read_rows
 from kvfold.layout.kvlayout import KVLayout

@@ -2,8 +2,8 @@
 
 import pytest
 
+from kvfold.layout.hf_config import read_sharing, read_sliding
 from kvfold.layout.kvlayout import KVLayout
-from kvfold.layout.sharing_formats import read_sharing, read_sliding
 
 
 def test_lckv_marks_sliding_layers():

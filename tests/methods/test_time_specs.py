@@ -14,11 +14,9 @@ from kvfold.methods.base import Method
 from kvfold.methods.budget import Budget
 from kvfold.methods.dmc import DMC
 from kvfold.methods.dms import DMS
-from kvfold.methods.full import Full
-from kvfold.methods.h2o import H2O
 from kvfold.methods.registry import METHODS, parse_time
-from kvfold.methods.tova import TOVA
-from kvfold.methods.window import Window
+from kvfold.methods.scored import H2O, TOVA
+from kvfold.methods.window import Full, Window
 
 budgets = st.builds(Budget, fixed=st.integers(1, 10_000)) | st.builds(Budget, percent=st.integers(1, 100))
 time_specs = st.one_of(

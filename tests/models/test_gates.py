@@ -8,8 +8,7 @@ from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.gates import GateCall, GateTable
-from kvfold.models.options import CallOptions
+from kvfold.models.gates import CallOptions, GateCall, GateTable
 
 IDS = torch.randint(3, 61, (2, 12), generator=torch.Generator().manual_seed(1))
 ADAPTER = GateConfig(method="dms", source="adapter", scale=40.0, offset=1.0)
