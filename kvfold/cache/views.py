@@ -66,16 +66,8 @@ class TrainingView:
             return dense_attention(q, shared.k_BTKD, shared.v_BTKD, mask=self._mask(owner, q_BTHD), **common)
         window = self._layout.layers[owner].window
         mask = None if window is None else self._mask(owner, q_BTHD)
-        return key_bias_attention(
-            q,
-            shared.k_BTKD,
-            shared.v_BTKD,
-            shared.bias_BTK,
-            free=shared.free,
-            mask=mask,
-            real_BT=self._real_BT,
-            **common,
-        )
+        kv = shared.k_BTKD, shared.v_BTKD, shared.bias_BTK
+        return key_bias_attention(q, *kv, free=shared.free, mask=mask, real_BT=self._real_BT, **common)
 
     def _positions(self, x_BT: Tensor) -> Tensor:
         """Real tokens before each token, -1 at padding; int64 [B, T]."""

@@ -265,6 +265,11 @@ class KVLayout:
         bits = self.bits if rest is None else [rest] * len(self.owners)
         return self._with(bits=tuple(named.get(owner, old) for owner, old in zip(self.owners, bits, strict=True)))
 
+    def folded(self, time: str | None, bits: str | None) -> Self:
+        """`with_time` and `with_bits` of what is given."""
+        layout = self if time is None else self.with_time(time)
+        return layout if bits is None else layout.with_bits(bits)
+
     def layers_text(self) -> str:
         """The owner map as a `--layers` text: a pattern's name where one fits."""
         kinds = [layer.kind for layer in self.layers]

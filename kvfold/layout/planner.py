@@ -17,7 +17,7 @@ from typing import Any
 from kvfold.errors import UserError
 from kvfold.layout.hf_config import base_layout, config_layout, model_tokens, read_config, value_bytes
 from kvfold.layout.kvlayout import KVLayout
-from kvfold.methods.base import DTYPE_BYTES, Method
+from kvfold.methods.base import DTYPE_BYTES
 from kvfold.methods.bits import Storage, storage_bytes
 
 PAGE_SLOTS = 16
@@ -77,12 +77,9 @@ def page_bytes(one: PageClass, slots: int, *, model_bytes: int, slot_state_bytes
 
 
 def layout_bytes(
-    layout: KVLayout,
-    seen_tokens: Sequence[int],
-    model_bytes: int,
-    page_slots: int = PAGE_SLOTS,
+    layout: KVLayout, seen_tokens: Sequence[int], model_bytes: int, page_slots: int = PAGE_SLOTS,
     compression: float | None = None,
-) -> int:
+) -> int:  # fmt: skip
     """Bytes that rows of these lengths (real tokens seen) hold after a step.
 
     `model_bytes` = one number in the model's dtype. `compression`: of learned methods; None = the most they may hold.
@@ -96,15 +93,10 @@ def layout_bytes(
     for (method, one), num_streams in streams.items():
         page = page_bytes(one, page_slots, model_bytes=model_bytes, slot_state_bytes=states[one])
         stream = LENGTH_BYTES + method.stream_state_bytes(one.head_dim)
-        total += num_streams * sum(
-            num_rows * (stream + page * -(-_kept(method, seen, compression) // page_slots))
-            for seen, num_rows in rows.items()
-        )
+        for seen, num_rows in rows.items():
+            kept = method.max_kept(seen) if compression is None else method.expected_kept(seen, compression)
+            total += num_streams * num_rows * (stream + page * -(-kept // page_slots))
     return total
-
-
-def _kept(method: Method, seen: int, compression: float | None) -> int:
-    return method.max_kept(seen) if compression is None else method.expected_kept(seen, compression)
 
 
 def token_bytes(layout: KVLayout, model_bytes: int) -> int:
@@ -181,14 +173,9 @@ UNBOUNDED_TOKENS = 2**50
 
 
 def plan(
-    source: Any,
-    time: str | None = None,
-    bits: str | None = None,
-    layers: str | None = None,
-    heads: int | None = None,
-    page_slots: int = PAGE_SLOTS,
-    compression: float | None = None,
-) -> Plan:
+    source: Any, time: str | None = None, bits: str | None = None, layers: str | None = None, heads: int | None = None,
+    page_slots: int = PAGE_SLOTS, compression: float | None = None,
+) -> Plan:  # fmt: skip
     """The plan of a model: a config dict or object, a folder or config.json, a bundled or hub name, a loaded model.
 
     `heads` and `layers` change who stores, then `time` and `bits` say for the remaining owners what and how. `compression`:
@@ -204,24 +191,16 @@ def plan(
         layout = layout.with_heads(heads)
     if layers is not None:
         layout = KVLayout.parse(layers, layout)
-    if time is not None:
-        layout = layout.with_time(time)
-    if bits is not None:
-        layout = layout.with_bits(bits)
+    layout = layout.folded(time, bits)
     if compression is not None and not any(method.trained for method in layout.time):
         raise UserError(
             f"compression {compression:g} with time '{layout.time_text()}': only what dmc and dms keep is learned: "
             "add one of them, or leave it out"
         )
     return Plan(
-        source=name,
-        layout=layout,
-        base_layout=base_layout(config),
-        model_bytes=value_bytes(config),
-        model_tokens=model_tokens(config),
-        page_slots=page_slots,
-        learned_compression=compression,
-    )
+        source=name, layout=layout, base_layout=base_layout(config), model_bytes=value_bytes(config),
+        model_tokens=model_tokens(config), page_slots=page_slots, learned_compression=compression,
+    )  # fmt: skip
 
 
 def _refuse_negative(**amounts: int) -> None:
@@ -251,18 +230,10 @@ class PlanRow:
 
 
 def plan_rows(
-    source: Any,
-    *,
-    context_tokens: int,
-    rows: int = 1,
-    memory_bytes: int | None = None,
-    time: str | None = None,
-    bits: str | None = None,
-    layers: str | None = None,
-    heads: int | None = None,
-    page_slots: int = PAGE_SLOTS,
+    source: Any, *, context_tokens: int, rows: int = 1, memory_bytes: int | None = None, time: str | None = None,
+    bits: str | None = None, layers: str | None = None, heads: int | None = None, page_slots: int = PAGE_SLOTS,
     compression: float | None = None,
-) -> tuple[PlanRow, ...]:
+) -> tuple[PlanRow, ...]:  # fmt: skip
     """Plan `rows` rows of `context_tokens` tokens, without folding, along each axis given, and along all of them.
     `compression`: what a learned method reaches; None = the most it may hold.
     """
@@ -285,16 +256,13 @@ def plan_rows(
     whole_bytes = plans["as it is"].bytes(lengths)
     return tuple(
         PlanRow(
-            name=name,
-            layout=one.layout,
-            bytes_per_token=one.bytes_per_token,
-            context_bytes=one.bytes(lengths),
+            name=name, layout=one.layout, bytes_per_token=one.bytes_per_token, context_bytes=one.bytes(lengths),
             max_rows=None if memory_bytes is None else one.max_rows(memory_bytes, context_tokens),
             max_context_tokens=None if memory_bytes is None else one.max_context_tokens(memory_bytes, rows),
             compression=whole_bytes / one.bytes(lengths),
         )
         for name, one in plans.items()
-    )
+    )  # fmt: skip
 
 
 SIZE_UNITS: dict[str, int] = {

@@ -47,18 +47,6 @@ class FoldRMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class UnitRMSNorm(nn.Module):
-    """RMS norm over the last dim, without a gain."""
-
-    def __init__(self, eps: float):
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype as `x`."""
-        return F.rms_norm(x, x.shape[-1:], None, self.eps)
-
-
 class FoldAttention(nn.Module):
     """q (and in an owner k and v) of the call's tokens, the view's answer, and the output projection."""
 
@@ -175,7 +163,7 @@ def _head_norm(config: FoldConfig, width: int) -> nn.Module | None:
     if config.qk_norm == "none":
         return None
     if config.qk_norm == "rotated":
-        return UnitRMSNorm(config.rms_norm_eps)
+        return nn.RMSNorm(config.head_dim, config.rms_norm_eps, elementwise_affine=False)
     return FoldRMSNorm(width if config.qk_norm == "full" else config.head_dim, config)
 
 

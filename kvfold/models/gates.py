@@ -212,16 +212,23 @@ class GateCall:
             return self.options.channel_factor
         return 0.0 if not self.off or self.table.freed else None
 
-    def noise(self, layer: int, shape: tuple[int, int, int], device: torch.device) -> Tensor | float:
-        """Difference of two Gumbel draws for each decision [B, T, K], the same on any device and process."""
-        if self.noise_key is None:
-            return 0.0
-        rows = []
-        for key in self.noise_key.tolist():
-            source = torch.Generator().manual_seed((key * _MIX + (layer + 1) * (_MIX >> 1)) % 2**63)
-            uniform = torch.rand(shape[1:], generator=source, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)
-            rows.append(torch.logit(uniform))
-        return torch.stack(rows).float().to(device)
+    def soft(self, layer: int, logit_BTK: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and log(1 - alpha) of a decision in training: under noise the difference of two Gumbel draws, the same on any
+        device and process, is added to its logit.
+        """
+        config = self.table.configs[layer]
+        if self.noise_key is not None:
+            rows = []
+            for key in self.noise_key.tolist():
+                source = torch.Generator().manual_seed((key * _MIX + (layer + 1) * (_MIX >> 1)) % 2**63)
+                uniform = torch.rand(logit_BTK.shape[1:], generator=source, dtype=torch.float64).clamp_(
+                    1e-12, 1 - 1e-12
+                )
+                rows.append(torch.logit(uniform))
+            noise = torch.stack(rows).float().to(logit_BTK.device)
+            logit_BTK = logit_BTK + (noise if config.per == "head" else noise[..., :1])
+        soft = logit_BTK / config.tau
+        return soft.sigmoid(), F.logsigmoid(-soft)
 
 
 def decide(
@@ -235,67 +242,39 @@ def decide(
         config, off = call.table.freed[layer], True
     if config is None:
         return None
-    more = {} if config.source == "adapter" else _channels(config, call, q_BTHD, k_BTKD)
+    more = {} if config.source == "adapter" else _kept_channels(config, call, q_BTHD, k_BTKD)
     if off or k_BTKD is None:
         return Gates(**more)
-    if adapted_BTX is not None and config.form.outputs > 1:
-        adapted_BTX, more["outputs_BTKF"] = _first_and_rest(adapted_BTX, k_BTKD.shape[2])
-    logit = _logit(config, q_BTHD, k_BTKD, adapted_BTX)
+    value = adapted_BTX
+    if value is None:
+        value, more["weight_BTK"] = _freed_channel(config, q_BTHD, k_BTKD)
+    elif config.form.outputs > 1:
+        value, more["outputs_BTKF"] = value.unflatten(2, (k_BTKD.shape[2], -1)).tensor_split([1], dim=-1)
+        value = value[..., 0]
+    logit = value.float() * config.scale - config.offset
+    if config.per == "layer":
+        logit = logit[..., :1].expand(-1, -1, k_BTKD.shape[2])
     hard = (logit > 0).float()
-    alpha, log_stay = _soft(config, call, layer, logit) if call.training else (hard, hard * STAY_NEVER)
+    alpha, log_stay = call.soft(layer, logit) if call.training else (hard, hard * STAY_NEVER)
     if call.record is not None:
-        _record(config, call, layer, logit, alpha)
-    if config.form.with_weights:
-        more["weight_BTK"] = _importance(config, q_BTHD, k_BTKD.shape[2])
+        call.record.probabilities[layer] = alpha if call.training else (logit / config.tau).sigmoid()
+        call.record.decisions[layer] = (alpha.detach() > 0.5) + (alpha - alpha.detach())
     return Gates(alpha_BTK=alpha, log_stay_BTK=log_stay, from_next=config.reads == "next", heads_KP=heads_KP, **more)
 
 
-def _first_and_rest(adapted_BTX: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """The decision's logit [B, T, K], and what else an adapter says of each token and head."""
-    adapted_BTKF = adapted_BTX.unflatten(2, (heads, -1))
-    return adapted_BTKF[..., 0], adapted_BTKF[..., 1:]
+def _freed_channel(config: GateConfig, q_BTHD: Tensor, k_BTKD: Tensor) -> tuple[Tensor, Tensor | None]:
+    """[B, T, K]: the freed channel of the keys, or of the first query head of each group; and each token's importance in a
+    merge, fp32, from the channel of q, where the method knows such.
+    """
+    heads = k_BTKD.shape[2]
+    source = k_BTKD if config.form.channel_of == "key" else q_BTHD[:, :, :: q_BTHD.shape[2] // heads]
+    if not config.form.with_weights:
+        return source[..., config.channel], None
+    grouped = q_BTHD[..., config.channel].float().unflatten(2, (heads, -1)).mean(dim=3)
+    return source[..., config.channel], (grouped * config.scale + IMPORTANCE_OFFSET).sigmoid() + IMPORTANCE_FLOOR
 
 
-def soft_alpha(logit_BTK: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha = sigmoid(logit) and log(1 - alpha), both fp32 and stable at either end."""
-    logit = logit_BTK.float()
-    return logit.sigmoid(), F.logsigmoid(-logit)
-
-
-def _soft(config: GateConfig, call: GateCall, layer: int, logit: Tensor) -> tuple[Tensor, Tensor]:
-    """Decisions of training: noisy, and between 0 and 1."""
-    noise = call.noise(layer, tuple(logit.shape), logit.device)
-    if config.per == "layer" and isinstance(noise, Tensor):
-        noise = noise[..., :1]
-    return soft_alpha((logit + noise) / config.tau)
-
-
-def _record(config: GateConfig, call: GateCall, layer: int, logit: Tensor, alpha: Tensor) -> None:
-    """For those who asked what gates decide."""
-    call.record.probabilities[layer] = alpha if call.training else (logit / config.tau).sigmoid()
-    call.record.decisions[layer] = (alpha.detach() > 0.5) + (alpha - alpha.detach())
-
-
-def _importance(config: GateConfig, q_BTHD: Tensor, kv_heads: int) -> Tensor:
-    """Of each token in a merge, fp32 [B, T, K]."""
-    grouped = q_BTHD[..., config.channel].float().unflatten(2, (kv_heads, -1))
-    return (grouped.mean(dim=3) * config.scale + IMPORTANCE_OFFSET).sigmoid() + IMPORTANCE_FLOOR
-
-
-def _logit(config: GateConfig, q_BTHD: Tensor, k_BTKD: Tensor, adapted_BTK: Tensor | None) -> Tensor:
-    """The decision before its sigmoid, fp32 [B, T, K]."""
-    value = _channel(config, q_BTHD, k_BTKD) if adapted_BTK is None else adapted_BTK
-    logit = value.float() * config.scale - config.offset
-    return logit if config.per == "head" else logit[..., :1].expand(-1, -1, k_BTKD.shape[2])
-
-
-def _channel(config: GateConfig, q_BTHD: Tensor, k_BTKD: Tensor) -> Tensor:
-    """The freed channel, [B, T, K]: of the keys, or of the first query head of each group."""
-    source = k_BTKD if config.form.channel_of == "key" else q_BTHD[:, :, :: q_BTHD.shape[2] // k_BTKD.shape[2]]
-    return source[..., config.channel]
-
-
-def _channels(config: GateConfig, call: GateCall, q_BTHD: Tensor, k_BTKD: Tensor | None) -> dict[str, Tensor]:
+def _kept_channels(config: GateConfig, call: GateCall, q_BTHD: Tensor, k_BTKD: Tensor | None) -> dict[str, Tensor]:
     """Factors of the channels of q and k: 0 (or the zero-out stage's factor) where a channel was freed. One that is freed in
     keys is so in the readers' queries too.
     """

@@ -27,9 +27,7 @@ from transformers import (
 from transformers.utils import logging
 
 from kvfold.errors import UserError, is_out_of_memory, one_line, raised_in_kvfold
-from kvfold.layout.kvlayout import KVLayout
-from kvfold.methods.gates import GateConfig
-from kvfold.models.adapters import CHANNEL, apply_adapter, read_adapter
+from kvfold.models.adapters import CHANNEL, apply_adapter, channel_gates, read_adapter
 from kvfold.models.blocks import pack
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
@@ -47,15 +45,9 @@ _UNREADABLE = (
 
 
 def load(
-    source: str | Path,
-    *,
-    time: str | None = None,
-    bits: str | None = None,
-    adapter: str | None = None,
-    gates: str | None = None,
-    dtype: str | torch.dtype | None = None,
-    device: str | torch.device | None = None,
-) -> FoldForCausalLM:
+    source: str | Path, *, time: str | None = None, bits: str | None = None, adapter: str | None = None,
+    gates: str | None = None, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None,
+) -> FoldForCausalLM:  # fmt: skip
     """A model in eval mode, from a folder (kvfold's or any known family's), a hub name or a .gguf file.
 
     `time` and `bits` override what the checkpoint says, `time` also what the adapter says, a folder that `kvfold retrofit`
@@ -75,32 +67,28 @@ def load(
         check_source(found)
         theirs = _read_config(found)
         config = theirs if isinstance(theirs, FoldConfig) else fold_config(theirs)
-        layout = _folded(config.layout, time, bits)
+        layout = config.layout.folded(time, bits)
         if gates is not None:
-            _add_channel_gates(config, layout)
+            if config.gates is not None:
+                raise UserError("gates 'channel': the checkpoint has gates of its own: leave gates out")
+            config.gates = channel_gates(layout).to_json()
         if adapter is None:
             config.layout = layout
             gate_table(config.gate_config, layout, freed_owners=config.freed_owners)
-        read = _read_kvfold if theirs is config else _read_foreign
-        model, report = read(found, theirs, config, dtype)
+        if theirs is config:
+            with _reading_weights(found):
+                model, report = FoldForCausalLM.from_pretrained(found.name, config=config, dtype=dtype, **_LOADING)
+        else:
+            model, report = _read_foreign(found, theirs, config, dtype)
     _check_report(found, report, strict=theirs is config)
     model = model.to(device)
     if adapter is not None:
         apply_adapter(model, adapter, time=time)
-        model.config.layout = _folded(model.config.layout, None, bits)
+        model.config.layout = model.config.layout.folded(None, bits)
     model.eval()
     if device.type == "cpu":
         pack(model)
     return model
-
-
-def _add_channel_gates(config: FoldConfig, layout: KVLayout) -> None:
-    """The published freed channel of the layout's learned method becomes the model's own gates."""
-    learned = {layout.time_of(owner).name for owner in layout.owners if layout.time_of(owner).trained}
-    if len(learned) != 1 or config.gates is not None:
-        why = "the checkpoint has gates of its own" if config.gates is not None else "it is for one learned method"
-        raise UserError(f"gates 'channel' under time '{layout.time_text()}': {why}: leave gates out")
-    config.gates = GateConfig.published_channel(learned.pop()).to_json()
 
 
 def load_config(source: str | Path) -> FoldConfig:
@@ -122,13 +110,6 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 def _read_config(found: Source) -> PreTrainedConfig:
     with _reading(f"{found}: its config can't be understood", "correct it or fetch it again"):
         return AutoConfig.from_pretrained(found.name, trust_remote_code=False, **found.options)
-
-
-def _read_kvfold(
-    found: Source, theirs: FoldConfig, config: FoldConfig, dtype: torch.dtype | str
-) -> tuple[FoldForCausalLM, dict]:
-    with _reading_weights(found):
-        return FoldForCausalLM.from_pretrained(found.name, config=config, dtype=dtype, **_LOADING)
 
 
 def _read_foreign(
@@ -193,11 +174,6 @@ def _check_report(found: Source, report: dict, *, strict: bool) -> None:
                 f"{found}: the checkpoint {what} {len(names)} weights, the first is {names[0]}: "
                 "weights and config.json must be of one model: fetch or convert it again"
             )
-
-
-def _folded(layout: KVLayout, time: str | None, bits: str | None) -> KVLayout:
-    layout = layout if time is None else layout.with_time(time)
-    return layout if bits is None else layout.with_bits(bits)
 
 
 def _wanted_device(device: str | torch.device | None) -> torch.device:

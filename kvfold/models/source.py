@@ -6,7 +6,6 @@ quantised activations is left out (Differs: they would only lose accuracy here).
 GPUs alone are refused by name.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers import CompressedTensorsConfig, FineGrainedFP8Config, PreTrainedConfig
 
 from kvfold.errors import UserError, one_line
+from kvfold.layout.hf_config import read_json
 from kvfold.models.config import FoldConfig
 from kvfold.models.families import family_named
 
@@ -65,7 +65,9 @@ def check_source(found: Source) -> None:
         return
     folder = Path(found.name)
     if folder.is_dir():
-        _check_family(found, _read_json(folder / "config.json"))
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: no config.json there: give the folder that holds a model's")
+        _check_family(found, read_json(folder / "config.json"))
         _check_weights(folder)
     else:
         _check_family(found, _hub_config(found))
@@ -92,7 +94,7 @@ def _check_weights(folder: Path) -> None:
     if (folder / _SINGLE).is_file():
         files = [_SINGLE]
     elif index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise UserError(f"{index}: it has no weight_map: fetch the checkpoint again")
         files = sorted(set(weight_map.values()))
@@ -108,20 +110,6 @@ def _check_weights(folder: Path) -> None:
             raise UserError(
                 f"{folder / name}: it can't be read ({one_line(error)}): fetch the checkpoint again"
             ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path.parent}: no {path.name} there: a model's folder has one: give the folder that holds it"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: it is not JSON ({one_line(error)}): fetch the checkpoint again") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: it holds a {type(data).__name__}, not an object: fetch the checkpoint again")
-    return data
 
 
 _PACKAGES = {"fp8": None, "compressed-tensors": "compressed_tensors", "torchao": "torchao"}
