@@ -146,7 +146,7 @@ class _OwnerChunk:
 
     def _slot_bias(self) -> Tensor | None:
         """What the method adds to the logits of stored entries, fp32 [B, K, E]; 0 for the call's own tokens."""
-        array = self._group.pool.slot_array(self._group.method.bias_array)
+        array = self._group.pool.arrays.get(self._group.method.bias_array)
         if array is None or not self._stored:
             return None
         bias = array.view(-1)[self._slot_BKS].float().masked_fill(~self._filled_BKS, 0)
@@ -211,7 +211,7 @@ class _OwnerChunk:
         if group.method.attention_scores == "cumulative" and stored:
             group.copy_on_write(self._id_BK)
             self._slot_BKS = group.stored_slots(self._id_BK, stored)[0]
-            kept = group.pool.slot_array("score").view(-1)
+            kept = group.pool.arrays["score"].view(-1)
             kept.index_add_(
                 0, self._slot_BKS.reshape(-1), score[..., :stored].masked_fill(~self._filled_BKS, 0).reshape(-1)
             )

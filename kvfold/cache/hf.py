@@ -15,7 +15,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvfold.cache.chunk import view_of
 from kvfold.cache.decode import DecodeSegment
-from kvfold.cache.group import CacheGroup
 from kvfold.cache.store import Batch, Store
 from kvfold.cache.views import KVView
 from kvfold.errors import UserError
@@ -49,47 +48,20 @@ def usage_of(store: Store) -> Usage:
     entries = waiting = rounding = rings = 0
     held_bytes = store.allocated_bytes
     for group in store.groups:
-        held, filled = _places(group)
-        leaving, slot_bytes = _leaving(group), group.pool.slot_bytes
-        entries += (filled - leaving) * slot_bytes
-        waiting += leaving * slot_bytes
-        rounding += (held * group.pool.slots - filled) * slot_bytes
+        pool, streams = group.pool, torch.arange(group.length.numel(), device=group.length.device)
+        slot, filled = group.stored_slots(streams, int(group.length.max()) if group.length.numel() else 0)
+        places = slot[filled].unique()
+        if group.method.mark_array is not None:
+            leaving = int((pool.arrays[group.method.mark_array].view(-1)[places] > 0).sum())
+        else:
+            marked = group.method.marked(group.flat_state)
+            leaving = 0 if marked is None else slot[marked].unique().numel()
+        entries += (places.numel() - leaving) * pool.slot_bytes
+        waiting += leaving * pool.slot_bytes
+        rounding += (group.page_ids(streams)[2].unique().numel() * pool.slots - places.numel()) * pool.slot_bytes
         rings += group.state_bytes(store.num_sequences)
     books = held_bytes - entries - waiting - rounding - rings
     return Usage(entries=entries, waiting=waiting, rounding=rounding, rings=rings, books=books)
-
-
-def _places(group: CacheGroup) -> tuple[int, int]:
-    """Pages that the streams of a group hold, and the places filled in them; shared ones once."""
-    streams = torch.arange(group.length.numel(), device=group.length.device)
-    stream, index, page = group.page_ids(streams)
-    there = (group.lengths(stream).long() - index * group.pool.slots).clamp(max=group.pool.slots)
-    ids, holder = page.long().unique(return_inverse=True)
-    filled: Tensor = torch.zeros_like(ids).scatter_reduce(0, holder, there, "amax")
-    return ids.numel(), int(filled.sum())
-
-
-def _leaving(group: CacheGroup) -> int:
-    """Places of entries that are marked and still there, those in shared pages once."""
-    if group.method.mark_array is not None:
-        return _marked_places(group, group.pool.arrays[group.method.mark_array])
-    found = group.method.marked(group.flat_state)
-    if found is None:
-        return 0
-    stream, slot = found
-    slots = group.pool.slots
-    page = group.tables.flat[group.starts(stream) + slot // slots].long()
-    return (page * slots + slot % slots).unique().numel()
-
-
-def _marked_places(group: CacheGroup, mark_PN: Tensor) -> int:
-    """The same where a slot array says which entries are marked."""
-    streams = torch.arange(group.length.numel(), device=group.length.device)
-    stream, index, page = group.page_ids(streams)
-    slot = index[:, None] * group.pool.slots + torch.arange(group.pool.slots, device=index.device)
-    marked = (mark_PN[page.long()] > 0) & (slot < group.lengths(stream)[:, None])
-    place = page.long()[:, None] * group.pool.slots + torch.arange(group.pool.slots, device=index.device)
-    return place[marked].unique().numel()
 
 
 class _LayerFace(CacheLayerMixin):
@@ -128,6 +100,13 @@ class _LayerFace(CacheLayerMixin):
 class FoldCache(Cache):
     """Keys and values of B rows, folded as the layout says. Made by `model.new_cache`."""
 
+    is_compileable = False
+    """Lengths change from step to step."""
+    is_croppable = False
+    """See `crop`."""
+    is_initialized = True
+    """The store is ready from the start."""
+
     def __init__(
         self, layout: KVLayout, *, dtype: torch.dtype, device: torch.device | str = "cpu", rows: int = 1,
         memory_bytes: int | None = None, page_slots: int = PAGE_SLOTS, base_layout: KVLayout | None = None,
@@ -143,14 +122,8 @@ class FoldCache(Cache):
         self.gate_table: Any = None
         """What the model worked out from them for this layout."""
         self.store = Store(
-            layout,
-            dtype=dtype,
-            device=device,
-            memory_bytes=memory_bytes,
-            sequences=rows,
-            page_slots=page_slots,
-            poison=poison,
-        )
+            layout, dtype=dtype, device=device, memory_bytes=memory_bytes, sequences=rows, page_slots=page_slots, poison=poison
+        )  # fmt: skip
         self.rows: list[int] = self.store.new_sequences(rows)
         """Handles of the store, one for each row."""
         self.columns = 0
@@ -189,10 +162,8 @@ class FoldCache(Cache):
         for owner in self.layout.owners:
             group, place = self.store.place_of[owner]
             ids = group.ids(self.store.index(self.rows))[place]
-            slot, filled = group.stored_slots(ids, int(group.length.max()) if group.length.numel() else 0)
-            position = group.pool.position.view(-1)[slot]
-            held.append([[sorted(p[f].tolist()) for p, f in zip(*pair, strict=True)]
-                         for pair in zip(position, filled, strict=True)])  # fmt: skip
+            position = group.stored_positions(ids, int(group.length.max()) if group.length.numel() else 0)
+            held.append([[sorted(head[head >= 0].tolist()) for head in row] for row in position])
         return held
 
     @property
@@ -292,16 +263,6 @@ class FoldCache(Cache):
     def layers(self, layers: list) -> None:
         assert not layers, "transformers sets the list once, empty"
 
-    @property
-    def is_compileable(self) -> bool:
-        """No: lengths change from step to step."""
-        return False
-
-    @property
-    def is_croppable(self) -> bool:
-        """No, see `crop`."""
-        return False
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns fed so far, padding included: what was evicted has been fed all the same."""
         return self.columns
@@ -314,11 +275,6 @@ class FoldCache(Cache):
     def batch_size(self) -> int:
         """Rows."""
         return len(self.rows)
-
-    @property
-    def is_initialized(self) -> bool:
-        """Always: the store is ready from the start."""
-        return True
 
     def select_rows(self, rows: list[int]) -> None:
         """Go on with these rows of the present ones, in this order; one may stand several times or not at all."""

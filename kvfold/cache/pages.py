@@ -55,23 +55,9 @@ class PagePool:
         self._top = torch.full((), pages, dtype=torch.int64, device=device)
 
     @property
-    def k(self) -> Tensor:
-        """Keys as they are stored, [P, N, width]."""
-        return self.arrays["k"]
-
-    @property
-    def v(self) -> Tensor:
-        """Values as they are stored, [P, N, width]."""
-        return self.arrays["v"]
-
-    @property
     def position(self) -> Tensor:
         """int32 [P, N]."""
         return self.arrays["position"]
-
-    def slot_array(self, name: str | None) -> Tensor | None:
-        """A slot array [P, N, ...]; None where the class has none of that name."""
-        return self.arrays.get(name)
 
     @property
     def num_bytes(self) -> int:
@@ -146,35 +132,30 @@ class PagePool:
             self._write_one(name, slot_X, new)
 
     def _write_one(self, name: str, slot_X: Tensor, new_XD: Tensor) -> None:
-        array, storage = self.arrays[name], self.page_class.k if name == "k" else self.page_class.v
-        new_XD = new_XD.to(self.dtype)
-        codes, scales = quantise(turned(new_XD, storage) if name == "k" else new_XD, storage)
-        _movable(array).flatten(0, 1).index_copy_(0, slot_X, _movable(codes))
+        codes, scales = self._coded(name, new_XD)
+        _movable(self.arrays[name]).flatten(0, 1).index_copy_(0, slot_X, _movable(codes))
         if scales is not None:
             self.arrays[f"{name}_scale"].flatten(0, 1).index_copy_(0, slot_X, scales)
 
     def read(self, name: str, slot: Tensor) -> Tensor:
         """Keys (`k`) or values (`v`) at flat slots of any shape, [..., D] in the model's dtype."""
-        storage = self.page_class.k if name == "k" else self.page_class.v
-        array = self.arrays[name]
+        array, scales = self.arrays[name], self.arrays.get(f"{name}_scale")
         codes = _movable(array).flatten(0, 1)[slot].view(array.dtype)
-        if storage == "model":
-            return codes
-        scales = self.slot_array(f"{name}_scale")
-        scales = None if scales is None else scales.flatten(0, 1)[slot]
-        if name == "k":
-            return turned(dequantise(codes, scales, storage, self.page_class.head_dim, torch.float32), storage).to(
-                self.dtype
-            )
-        return dequantise(codes, scales, storage, self.page_class.head_dim, self.dtype)
+        return self._decoded(name, codes, None if scales is None else scales.flatten(0, 1)[slot])
 
     def as_stored(self, x: Tensor, name: str) -> Tensor:
         """Keys (`k`) or values (`v`) [..., D] as they would be read back, in their own dtype."""
-        storage = self.page_class.k if name == "k" else self.page_class.v
-        own = x.to(self.dtype)
-        codes, scales = quantise(turned(own, storage) if name == "k" else own, storage)
-        found = dequantise(codes, scales, storage, x.shape[-1], torch.float32 if name == "k" else self.dtype)
-        return (turned(found, storage).to(self.dtype) if name == "k" else found).to(x.dtype)
+        return self._decoded(name, *self._coded(name, x)).to(x.dtype)
+
+    def _coded(self, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, storage = x.to(self.dtype), getattr(self.page_class, name)
+        return quantise(turned(x, storage) if name == "k" else x, storage)
+
+    def _decoded(self, name: str, codes: Tensor, scales: Tensor | None) -> Tensor:
+        storage, head_dim = getattr(self.page_class, name), self.page_class.head_dim
+        if storage == "model" or name == "v":
+            return dequantise(codes, scales, storage, head_dim, self.dtype)
+        return turned(dequantise(codes, scales, storage, head_dim, torch.float32), storage).to(self.dtype)
 
     def rewrite(self, slot_X: Tensor, v_XD: Tensor, values: Mapping[str, Tensor]) -> None:
         """Other values at flat slots, and other slot state under these names; keys and positions stay."""

@@ -132,7 +132,7 @@ def _named_config(name: str) -> dict[str, Any]:
     if name.lower() in KNOWN_MODELS:
         return dict(KNOWN_MODELS[name.lower()])
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix not in (".json", ".gguf"):
-        return read_json(_hub_config(name))
+        return hub_config(name)
     if "/" in name or path.suffix in (".json", ".gguf"):
         raise UserError(
             f"{name}: no such file or folder: give a checkpoint's folder, its config.json, or a hub name owner/model"
@@ -142,17 +142,19 @@ def _named_config(name: str) -> dict[str, Any]:
     raise unknown_name("model", name, KNOWN_MODELS, shown)
 
 
-def _hub_config(name: str) -> Path:
+def hub_config(name: str) -> dict[str, Any]:
+    """The config.json of a model on the hub."""
     # Imported here: a plan of anything local needs no hub client, and its import is slow.
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(name, "config.json"))
+        path = Path(hf_hub_download(name, "config.json"))
     except Exception as error:  # the hub client raises dozens of unrelated types, its transport's among them
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
             f"{name}: no config.json came from the hub ({reason}): check the name and the network, or give a folder"
         ) from error
+    return read_json(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -94,7 +94,3 @@ class Full(Method):
     def format(self) -> str:
         """`full`."""
         return self.name
-
-    def max_kept(self, seen: int) -> int:
-        """All of them; exact."""
-        return seen

@@ -72,9 +72,8 @@ class FoldAttention(nn.Module):
 
     def add_adapter(self, gates: GateConfig, config: FoldConfig) -> None:
         """Give an owner the modules of its gate, where that is an adapter; a new one never fires."""
-        if gates.source != "adapter":
-            return
-        self.fold_norm, self.fold_proj = new_adapter(gates, config, self.layer)
+        fresh = new_adapter(gates, config, self.layer) if gates.source == "adapter" else (None, None)
+        self.fold_norm, self.fold_proj = fresh
 
     def forward(
         self, normed_BTC: Tensor | None, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None, call: GateCall | None,

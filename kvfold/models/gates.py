@@ -345,11 +345,9 @@ class GatedModel:
         # Refuses gates of another method.
         gate_table(gates, self.config.layout, freed_owners=self.config.freed_owners)
         for layer in self.model.layers:
-            attention = layer.self_attn
-            attention.fold_norm = attention.fold_proj = None
-            if attention.k_proj is not None:
-                attention.add_adapter(gates, self.config)
-                attention.to(device=self.device)
+            if layer.self_attn.k_proj is not None:
+                layer.self_attn.add_adapter(gates, self.config)
+                layer.self_attn.to(device=self.device)
 
     @torch.no_grad()
     def free_channel(self, *, write: bool = True) -> None:
@@ -367,11 +365,9 @@ class GatedModel:
         if tuple(gated) != config.freed_owners:
             config.freed_layers = gated
         for index, layer in enumerate(self.model.layers):
-            if not write or layout.owner_of(index) not in gated:
-                continue
-            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-                if projection is None:
-                    continue
-                projection.weight.unflatten(0, (-1, self.config.head_dim))[:, channel] = 0
-                if projection.bias is not None:
-                    projection.bias.unflatten(0, (-1, self.config.head_dim))[:, channel] = 0
+            freed = (
+                (layer.self_attn.q_proj, layer.self_attn.k_proj) if write and layout.owner_of(index) in gated else ()
+            )
+            for weight in (weight for one in freed if one is not None for weight in (one.weight, one.bias)):
+                if weight is not None:
+                    weight.unflatten(0, (-1, config.head_dim))[:, channel] = 0

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import CompressedTensorsConfig, FineGrainedFP8Config, PreTrainedConfig
+from transformers import CompressedTensorsConfig, FineGrainedFP8Config
 
 from kvfold.errors import UserError, one_line
-from kvfold.layout.hf_config import read_json
+from kvfold.layout.hf_config import hub_config, read_json
 from kvfold.models.config import FoldConfig
 from kvfold.models.families import family_named
 
@@ -70,22 +70,13 @@ def check_source(found: Source) -> None:
         _check_family(found, read_json(folder / "config.json"))
         _check_weights(folder)
     else:
-        _check_family(found, _hub_config(found))
+        _check_family(found, hub_config(found.name))
 
 
 def _check_family(found: Source, config: dict[str, Any]) -> None:
     if config.get("model_type") != FoldConfig.model_type:
         family_named(config.get("model_type"))
     check_quantisation(str(found), config)
-
-
-def _hub_config(found: Source) -> dict[str, Any]:
-    try:
-        return PreTrainedConfig.get_config_dict(found.name)[0]
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{found}: no folder here, and no model of that name on the hub ({one_line(error)}): correct the name"
-        ) from error
 
 
 def _check_weights(folder: Path) -> None:

@@ -21,6 +21,14 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from kvfold.ops.gating import real_first, reordered
 
+_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+_WIDTH_STEP = 16
+"""Widths are rounded up to this: the kernel is slower at an odd one."""
+_CHUNK = 64
+"""Queries that look at their near keys together: fewer, and the calls' own cost shows; more, and most scores are masked."""
+_UNSEEN = -1e30
+"""Finite, so that a block of keys of which a query sees none gives it no NaN."""
+
 
 def key_bias_attention(
     q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, bias_BTK: Tensor, *, free: int, scale: float,
@@ -56,24 +64,22 @@ def key_bias_attention(
 
 
 def _has_kernel(q_BTHD: Tensor) -> bool:
-    """Whether there is a form linear in T. FlexAttention's kernels know no head below 16 channels and no fp64."""
+    """Whether there is a form linear in T. FlexAttention's kernels know no head below 16 channels and no fp64; the kernel for
+    CPUs and its backward are no public interface of PyTorch, but SDPA's own.
+    """
     if q_BTHD.is_cuda:
         return q_BTHD.shape[-1] >= 16 and q_BTHD.dtype != torch.float64
-    return q_BTHD.device.type == "cpu" and has_flash_kernel()
+    return (
+        q_BTHD.device.type == "cpu"
+        and hasattr(torch.ops.aten, _FLASH)
+        and hasattr(torch.ops.aten, f"{_FLASH}_backward")
+    )
 
 
 def key_bias_reference(
-    q_BTHD: Tensor,
-    k_BTKD: Tensor,
-    v_BTKD: Tensor,
-    bias_BTK: Tensor,
-    *,
-    free: int,
-    scale: float,
-    softcap: float | None = None,
-    mask: Tensor | None = None,
-    real_BT: Tensor | None = None,
-) -> Tensor:
+    q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, bias_BTK: Tensor, *, free: int, scale: float,
+    softcap: float | None = None, mask: Tensor | None = None, real_BT: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The judge, and the form for a softcap: every score written out, [B, H, T, T]. Arguments as in `key_bias_attention`."""
     group = q_BTHD.shape[2] // k_BTKD.shape[2]
     k, v, bias = (x.repeat_interleave(group, dim=2) for x in (k_BTKD, v_BTKD, bias_BTK))
@@ -147,20 +153,6 @@ def _causal_blocks(tokens: int, device: torch.device) -> BlockMask:
 
 def _causal(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return query >= key
-
-
-_WIDTH_STEP = 16
-"""Widths are rounded up to this: the kernel is slower at an odd one."""
-_CHUNK = 64
-"""Queries that look at their near keys together: fewer, and the calls' own cost shows; more, and most scores are masked."""
-_UNSEEN = -1e30
-"""Finite, so that a block of keys of which a query sees none gives it no NaN."""
-
-
-def has_flash_kernel() -> bool:
-    """Whether this PyTorch has the kernel and its backward: they are no public interface, but SDPA's own on CPUs."""
-    name = "_scaled_dot_product_flash_attention_for_cpu"
-    return hasattr(torch.ops.aten, name) and hasattr(torch.ops.aten, f"{name}_backward")
 
 
 def flash_key_bias(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, bias_BTK: Tensor, free: int, scale: float) -> Tensor:

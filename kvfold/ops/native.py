@@ -43,37 +43,32 @@ _PAUSE_HARD = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Library:
-    """What was compiled for keys and values of one storage each; addresses are C's."""
+    """What was compiled for keys and values of one storage each: functions of paged_cpu.c, and C's addresses of those of
+    paged_tiles.c, without their prefix.
+    """
 
     isa: str
     decode: ctypes._CFuncPtr
-    """`kvfold_decode` of paged_cpu.c."""
     read: ctypes._CFuncPtr
-    """`kvfold_read` of paged_cpu.c."""
     products: int
-    """`kvfold_products` of paged_tiles.c for the keys."""
+    """For the keys."""
     sums: int
-    """`kvfold_sums` of paged_tiles.c for the values."""
+    """For the values."""
     parallel: int
     """OpenMP's start of a parallel region, 0 where it is not found: one thread."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearLibrary:
-    """What was compiled for a decoding step besides attention."""
+    """What was compiled for a decoding step besides attention: the functions of linear_cpu.c, without their prefix."""
 
     panel: int
     """Output channels that lie side by side."""
     linear: ctypes._CFuncPtr
-    """`kvfold_linear` of linear_cpu.c."""
     rms_norm: ctypes._CFuncPtr
-    """`kvfold_rms_norm` of linear_cpu.c."""
     rotate: ctypes._CFuncPtr
-    """`kvfold_rotate` of linear_cpu.c."""
     front: ctypes._CFuncPtr
-    """`kvfold_front` of linear_cpu.c."""
     tail: ctypes._CFuncPtr
-    """`kvfold_tail` of linear_cpu.c."""
     parallel: int
     """As in `Library`."""
 

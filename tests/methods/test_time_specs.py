@@ -131,8 +131,6 @@ def test_a_share_window_never_asks_for_a_dropped_token():
 
 
 def test_state_bytes():
-    assert parse_time("h2o:4+4").slot_state_bytes == 4
-    assert parse_time("tova:4").slot_state_bytes == 0
     assert parse_time("window:4+4").stream_state_bytes(64) == 0
     assert parse_time("dmc:12").stream_state_bytes(64) == 12 * (64 + 64 + 1) * 4
     assert parse_time("dmc:inf").stream_state_bytes(64) == (64 + 64 + 1) * 4
