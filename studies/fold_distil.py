@@ -32,7 +32,7 @@ from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import layout_bytes, page_bytes, page_class, page_classes
 from kvfold.models.adapters import Base, apply_adapter
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.ops.denormals import flush_denormals
+from kvfold.ops.native import flush_denormals
 from kvfold.record import made
 from kvfold.train.calibrate import calibrate, fit_importance, take_gates
 from kvfold.train.data import Batch, TrainingOrder, draw_text

@@ -57,7 +57,7 @@ def ours(args: argparse.Namespace) -> None:
     import kvfold
     from kvfold.data import read_text_file, text_windows
     from kvfold.eval.reading import entry_bytes, kept_shares
-    from kvfold.ops.denormals import flush_denormals
+    from kvfold.ops.native import flush_denormals
     from kvfold.record import made
 
     flush_denormals()

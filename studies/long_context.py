@@ -23,7 +23,7 @@ import kvfold
 from kvfold.data import TextWindows, read_text_file, text_windows
 from kvfold.eval.reading import read_rows, score
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.ops.denormals import flush_denormals
+from kvfold.ops.native import flush_denormals
 from kvfold.record import made
 
 BLOCK = 256

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 import kvfold
 from kvfold.demo import SAMPLE, bundled_model
-from kvfold.models.weights import fold_weights
+from kvfold.models.families import fold_weights
 
 pytestmark = pytest.mark.slow
 

@@ -34,8 +34,8 @@ from kvfold.eval.progress import Report, silent
 from kvfold.eval.reading import method_about, method_layouts
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import PAGE_SLOTS
+from kvfold.models.blocks import packed_bytes
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.packing import packed_bytes
 
 MOST_NEW_TOKENS = 16
 """Tokens of an answer where a trace does not say: what OpenAI's API takes."""

@@ -143,7 +143,7 @@ class EvictBeforeStep:
         """Evict what does not make room one for one."""
         ids = self.streams.id_OBK
         self.group.evict(ids[uneven_OBK], ~gone_OBKS[uneven_OBK])
-        self.streams = self.streams.with_lengths(self.group.lengths(ids).long())
+        self.streams = replace(self.streams, length_OBK=self.group.lengths(ids).long())
 
     def new_token(
         self, index: int, k_B1KD: Tensor | None, v_B1KD: Tensor | None, rotation: Rotation | None, gates: Gates | None

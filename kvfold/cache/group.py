@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from kvfold.cache.allocator import pages_for
-from kvfold.cache.pages import PagePool
-from kvfold.cache.tables import BlockTables
+from kvfold.cache.pages import BlockTables, PagePool
 from kvfold.methods.base import Method
 from kvfold.methods.plans import Crossed, Held
 from kvfold.ops.gating import Gates
@@ -37,46 +36,51 @@ class CacheGroup:
         self.has_shared = False
         self.is_gated = method.trained
         """Whether only gates know what a call will need."""
-        self._form = method.stream_state(pool.page_class.head_dim)
+        form = method.stream_state(pool.page_class.head_dim)
         self.state: Tensor | None = None
         """What the method keeps for each stream, [O, R, K, ...]."""
-        if self._form is not None:
-            dtype = getattr(torch, self._form.dtype)
-            self.state = torch.zeros((*shape, *self._form.shape), dtype=dtype, device=pool.device)
+        if form is not None:
+            self.state = torch.zeros((*shape, *form.shape), dtype=getattr(torch, form.dtype), device=pool.device)
         # Entries of each sequence's longest stream, at most, where gates decide: the host's own count.
         self._bound = [0] * sequences
         self._unasked_steps = 0
+
+    @property
+    def _by_sequence(self) -> list[Tensor]:
+        """What lies by sequence, in the second dimension."""
+        return [self.length] if self.state is None else [self.length, self.state]
+
+    def _index(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self.length.device)
 
     # -- bytes and places ----------------------------------------------------------------------------------------
 
     @property
     def num_bytes(self) -> int:
         """Bytes of tables, lengths and stream state."""
-        return self.tables.num_bytes + self.length.nbytes + (0 if self.state is None else self.state.nbytes)
+        return self.tables.num_bytes + sum(one.nbytes for one in self._by_sequence)
 
     def bytes_with(self, sequences: int, pages: dict[int, int]) -> int:
         """`num_bytes` once there is room for so many sequences, and for so many pages a stream of some of them."""
-        streams = len(self.owners) * max(sequences, self.length.shape[1]) * self.num_kv_heads
-        state = 0 if self._form is None else self._form.num_bytes
-        return self.tables.bytes_with(sequences, pages) + streams * (self.length.itemsize + state)
+        places = max(sequences, self.length.shape[1])
+        lengths = len(self.owners) * places * self.num_kv_heads * self.length.itemsize
+        return self.tables.bytes_with(sequences, pages) + lengths + self.state_bytes(places)
 
     def state_bytes(self, sequences: int) -> int:
         """Bytes of the stream state of so many sequences."""
-        return 0 if self._form is None else len(self.owners) * sequences * self.num_kv_heads * self._form.num_bytes
+        form = self.method.stream_state_bytes(self.pool.page_class.head_dim)
+        return len(self.owners) * sequences * self.num_kv_heads * form
 
     @torch.inference_mode(False)
     def resize(self, sequences: int) -> None:
         """Room for at least so many sequences."""
-        owners, old, heads = self.length.shape
+        old = self.length.shape[1]
         if sequences <= old:
             return
-        length = self.length.new_zeros((owners, sequences, heads))
-        length[:, :old] = self.length
-        self.length = length
-        if self.state is not None:
-            state = self.state.new_zeros((owners, sequences, *self.state.shape[2:]))
-            state[:, :old] = self.state
-            self.state = state
+        longer = [one.new_zeros((len(one), sequences, *one.shape[2:])) for one in self._by_sequence]
+        for new, one in zip(longer, self._by_sequence, strict=True):
+            new[:, :old] = one
+        self.length, self.state = (*longer, None)[:2]
         self.tables.resize(sequences)
         self._bound += [0] * (sequences - old)
 
@@ -170,7 +174,7 @@ class CacheGroup:
         """Of one owner: a border that each of these sequences has come to with its token at `position`, which is stored."""
         most = int(self.lengths(id_BK).max())
         slot, filled = self.stored_slots(id_BK, most)
-        position = self.pool.position.view(-1)[slot].masked_fill(~filled, -1)
+        position = self.stored_positions(id_BK, most)
         # The new token's key and value are not there yet.
         there = (filled & (position < position_B[:, None, None])).unsqueeze(-1)
         k, v = (self.pool.read(name, slot).masked_fill(~there, 0).transpose(1, 2) for name in ("k", "v"))
@@ -298,25 +302,21 @@ class CacheGroup:
     def fork(self, sources: list[int], targets: list[int]) -> None:
         """The targets go on from what the sources hold; pages are shared until one side writes."""
         self.tables.widen({target: self.tables.width[source] for source, target in zip(sources, targets, strict=True)})
-        source_B, target_B = (
-            torch.tensor(one, dtype=torch.int64, device=self.length.device) for one in (sources, targets)
-        )
+        source_B, target_B = self._index(sources), self._index(targets)
         for source, target in zip(sources, targets, strict=True):
             self.tables.copy(source, target)
             self._bound[target] = self._bound[source]
-        self.length[:, target_B] = self.length[:, source_B]
+        for one in self._by_sequence:
+            one[:, target_B] = one[:, source_B]
         self.pool.share(self.page_ids(self.ids(target_B))[2])
-        if self.state is not None:
-            self.state[:, target_B] = self.state[:, source_B]
         self.has_shared = self.has_shared or bool(targets)
 
     def free(self, sequences: list[int], *, compact: bool) -> None:
         """Free all that these sequences hold; `compact`: tables may be moved."""
-        sequence_B = torch.tensor(sequences, dtype=torch.int64, device=self.length.device)
+        sequence_B = self._index(sequences)
         self.pool.free(self.page_ids(self.ids(sequence_B))[2])
-        self.length[:, sequence_B] = 0
-        if self.state is not None:
-            self.state[:, sequence_B] = 0
+        for one in self._by_sequence:
+            one[:, sequence_B] = 0
         for one in sequences:
             self._bound[one] = 0
         self.tables.clear(sequences, compact=compact)
@@ -349,9 +349,8 @@ class CacheGroup:
         """
         slots = self.pool.slots
         if self.is_gated:
-            sequence_B = torch.tensor(sequences, dtype=torch.int64, device=self.length.device)
-            more = torch.tensor(added, dtype=torch.int64, device=self.length.device)
-            total = int(self._pages(self.length[:, sequence_B].long() + more[:, None]).sum())
+            after = self.length[:, self._index(sequences)].long() + self._index(added)[:, None]
+            total = int(self._pages(after).sum())
             bounds = zip(sequences, added, strict=True)
             return total, {one: pages_for(self.most_stored(one, 0, more), slots) for one, more in bounds}
         each = [pages_for(self.method.max_kept(tokens), slots) for tokens in seen]

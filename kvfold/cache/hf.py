@@ -1,4 +1,4 @@
-"""The store as transformers sees it: a `Cache` that `generate` carries from step to step.
+"""The store as transformers sees it: a `Cache` that `generate` carries from step to step, and what its bytes are used for.
 
 Columns fed (padding included) are what transformers counts; tokens seen are the real ones; tokens kept are what the
 store holds. Letters: B rows, T columns of a call.
@@ -6,20 +6,62 @@ store holds. Letters: B rows, T columns of a call.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvfold.cache.call import view_of
+from kvfold.cache.chunk import view_of
 from kvfold.cache.decode import DecodeSegment
 from kvfold.cache.store import Batch, Store
-from kvfold.cache.usage import Usage, usage_of
 from kvfold.cache.views import KVView
 from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import PAGE_SLOTS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """Bytes held, by use; together the store's `allocated_bytes`."""
+
+    entries: int
+    """Entries that stay, each with its position."""
+    waiting: int
+    """Entries that a gate has marked and that are seen until their delay is over."""
+    rounding: int
+    """Places of pages that no entry fills: pages are held whole."""
+    rings: int
+    """What a learned method keeps of a KV stream's newest tokens beside its pages."""
+    books: int
+    """Tables, lengths, and what a page takes beside its entries."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.entries + self.waiting + self.rounding + self.rings + self.books
+
+
+def usage_of(store: Store) -> Usage:
+    """Bytes that the sequences of a store hold, by use; a page that they share counts once."""
+    entries = waiting = rounding = rings = 0
+    held_bytes = store.allocated_bytes
+    for group in store.groups:
+        pool, streams = group.pool, torch.arange(group.length.numel(), device=group.length.device)
+        slot, filled = group.stored_slots(streams, int(group.length.max()) if group.length.numel() else 0)
+        places = slot[filled].unique()
+        if group.method.mark_array is not None:
+            leaving = int((pool.arrays[group.method.mark_array].view(-1)[places] > 0).sum())
+        else:
+            marked = group.method.marked(group.flat_state)
+            leaving = 0 if marked is None else slot[marked].unique().numel()
+        entries += (places.numel() - leaving) * pool.slot_bytes
+        waiting += leaving * pool.slot_bytes
+        rounding += (group.page_ids(streams)[2].unique().numel() * pool.slots - places.numel()) * pool.slot_bytes
+        rings += group.state_bytes(store.num_sequences)
+    books = held_bytes - entries - waiting - rounding - rings
+    return Usage(entries=entries, waiting=waiting, rounding=rounding, rings=rings, books=books)
 
 
 class _LayerFace(CacheLayerMixin):
@@ -58,6 +100,13 @@ class _LayerFace(CacheLayerMixin):
 class FoldCache(Cache):
     """Keys and values of B rows, folded as the layout says. Made by `model.new_cache`."""
 
+    is_compileable = False
+    """Lengths change from step to step."""
+    is_croppable = False
+    """See `crop`."""
+    is_initialized = True
+    """The store is ready from the start."""
+
     def __init__(
         self, layout: KVLayout, *, dtype: torch.dtype, device: torch.device | str = "cpu", rows: int = 1,
         memory_bytes: int | None = None, page_slots: int = PAGE_SLOTS, base_layout: KVLayout | None = None,
@@ -73,14 +122,8 @@ class FoldCache(Cache):
         self.gate_table: Any = None
         """What the model worked out from them for this layout."""
         self.store = Store(
-            layout,
-            dtype=dtype,
-            device=device,
-            memory_bytes=memory_bytes,
-            sequences=rows,
-            page_slots=page_slots,
-            poison=poison,
-        )
+            layout, dtype=dtype, device=device, memory_bytes=memory_bytes, sequences=rows, page_slots=page_slots, poison=poison
+        )  # fmt: skip
         self.rows: list[int] = self.store.new_sequences(rows)
         """Handles of the store, one for each row."""
         self.columns = 0
@@ -119,10 +162,8 @@ class FoldCache(Cache):
         for owner in self.layout.owners:
             group, place = self.store.place_of[owner]
             ids = group.ids(self.store.index(self.rows))[place]
-            slot, filled = group.stored_slots(ids, int(group.length.max()) if group.length.numel() else 0)
-            position = group.pool.position.view(-1)[slot]
-            held.append([[sorted(p[f].tolist()) for p, f in zip(*pair, strict=True)]
-                         for pair in zip(position, filled, strict=True)])  # fmt: skip
+            position = group.stored_positions(ids, int(group.length.max()) if group.length.numel() else 0)
+            held.append([[sorted(head[head >= 0].tolist()) for head in row] for row in position])
         return held
 
     @property
@@ -222,16 +263,6 @@ class FoldCache(Cache):
     def layers(self, layers: list) -> None:
         assert not layers, "transformers sets the list once, empty"
 
-    @property
-    def is_compileable(self) -> bool:
-        """No: lengths change from step to step."""
-        return False
-
-    @property
-    def is_croppable(self) -> bool:
-        """No, see `crop`."""
-        return False
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns fed so far, padding included: what was evicted has been fed all the same."""
         return self.columns
@@ -244,11 +275,6 @@ class FoldCache(Cache):
     def batch_size(self) -> int:
         """Rows."""
         return len(self.rows)
-
-    @property
-    def is_initialized(self) -> bool:
-        """Always: the store is ready from the start."""
-        return True
 
     def select_rows(self, rows: list[int]) -> None:
         """Go on with these rows of the present ones, in this order; one may stand several times or not at all."""

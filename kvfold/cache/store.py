@@ -367,10 +367,8 @@ class Store:
         for group in self.groups:
             # Each stream takes a page at the most.
             free[id(group.pool)] -= len(group.owners) * group.num_kv_heads * len(sequences)
-            narrow = any(
-                group.most_stored(one, self._seen[one] + 1, 1) > group.tables.width[one] * self.page_slots
-                for one in sequences
-            )
+            most = (group.most_stored(one, self._seen[one] + 1, 1) for one in sequences)
+            narrow = any(n > group.tables.width[one] * self.page_slots for n, one in zip(most, sequences, strict=True))
             if narrow or group.has_shared or free[id(group.pool)] < 0:
                 return False
         return max(added) <= 1

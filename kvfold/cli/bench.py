@@ -70,7 +70,7 @@ def capacity(
     Example: `kvfold bench capacity my-model --kv-memory 256MB --prompt 1024 --time full --time h2o:128+128`
     """
     from kvfold.bench.reading import bench_capacity
-    from kvfold.layout.units import parse_size
+    from kvfold.layout.planner import parse_size
     from kvfold.report.sheets import table_of
 
     budget = parse_size(kv_memory)
@@ -183,7 +183,7 @@ def train(
     """
     need_packages("accelerate", "peft", extra="train", what="training")
     from kvfold.bench.train import METHODS, StepPoint, bench_train
-    from kvfold.ops.denormals import flush_denormals
+    from kvfold.ops.native import flush_denormals
     from kvfold.report.sheets import known_table
 
     point = StepPoint(sequence_tokens=sequence, batch_sequences=batch, trains=train)

@@ -23,7 +23,7 @@ from kvfold.cli.options import (
 )
 from kvfold.data import SAMPLE, read_text_file
 from kvfold.errors import UserError, need_packages
-from kvfold.layout.units import parse_size
+from kvfold.layout.planner import parse_size
 
 
 def serve(

@@ -13,7 +13,7 @@ from kvfold.cli.console import progress, say, show_json, waiting
 from kvfold.cli.options import LAYERS, Bits, Device, Heads, Json, NewFolder, Source, quiet_transformers
 from kvfold.data import SAMPLE
 from kvfold.errors import UserError
-from kvfold.layout.units import parse_count
+from kvfold.layout.planner import parse_count
 
 if TYPE_CHECKING:
     from kvfold.convert.conversion import Conversion
@@ -53,8 +53,7 @@ def convert(
     from kvfold.convert.conversion import Conversion, new_config
     from kvfold.convert.conversion import convert as run
     from kvfold.layout.patterns import best_of
-    from kvfold.models.checkpoint_files import check_folder
-    from kvfold.models.load import load_config
+    from kvfold.models.load import check_folder, load_config
 
     quiet_transformers()
     wanted = Conversion(

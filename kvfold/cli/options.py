@@ -88,7 +88,7 @@ class Training:
         """A recipe's values, then those of options that were given and `more`, then those of `--set`. Checked as the fields of
         `settings`, see train/recipes.py.
         """
-        from kvfold.layout.units import parse_count
+        from kvfold.layout.planner import parse_count
         from kvfold.train.design_space import checked_values, parse_assignments
 
         given = {name: value for name, value in asdict(self).items() if value is not None and name != "set_"} | more
@@ -180,7 +180,7 @@ def begin_training(device: Any, dtype: str = "float32") -> dict[str, Any]:
     import torch
 
     from kvfold import __version__
-    from kvfold.ops.denormals import flush_denormals
+    from kvfold.ops.native import flush_denormals
     from kvfold.record import cpu_name, git_commit, made
     from kvfold.train.retrofit import device_name
 

@@ -29,8 +29,7 @@ def plan(
 
     Example: `kvfold plan llama-3.1-8b --layers cla2 --time h2o:512+512 --memory 24GB --context 32k --batch 4`
     """
-    from kvfold.layout.planner import plan_rows
-    from kvfold.layout.units import parse_count
+    from kvfold.layout.planner import parse_count, plan_rows
     from kvfold.report.sheets import known_table
 
     tokens = parse_count(context)
@@ -59,7 +58,7 @@ def plan(
 def _memory_of_cache(model: str, memory: str | None, kv_memory: str | None) -> tuple[int | None, str]:
     """Bytes that the cache may take, and how a heading says so. Of a device's memory the weights are subtracted."""
     from kvfold.layout.hf_config import weight_bytes
-    from kvfold.layout.units import parse_size
+    from kvfold.layout.planner import parse_size
     from kvfold.report.results import size
 
     if memory is not None and kv_memory is not None:

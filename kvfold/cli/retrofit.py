@@ -26,7 +26,7 @@ from kvfold.cli.options import (
 )
 from kvfold.data import SAMPLE
 from kvfold.errors import UserError, need_packages
-from kvfold.layout.units import parse_count
+from kvfold.layout.planner import parse_count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +145,7 @@ def _run(source: str, out: Path, settings: Any, snapshot: Path | None, loading: 
 
 
 def _check_snapshot(snapshot: Path, folder: Any) -> None:
-    from kvfold.models.checkpoint_files import check_folder
+    from kvfold.models.load import check_folder
 
     check_folder(snapshot)
     if folder.checkpoint is None:
@@ -193,7 +193,7 @@ def calibrate(
 
     Example: `kvfold calibrate my-model adapter-4x adapter-2x --compression 2`
     """
-    from kvfold.models.checkpoint_files import check_folder
+    from kvfold.models.load import check_folder
     from kvfold.train.calibrate import method_of, recalibrate, shifted_settings
     from kvfold.train.data import draw_text
 

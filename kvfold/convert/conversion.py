@@ -19,17 +19,14 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from kvfold.convert.fitted import Fit, Report, fit
 from kvfold.convert.heads import average_groups, drop_readers, like_heads_together, merge_heads, reorder_heads
 from kvfold.data import read_text_file, text_windows
-from kvfold.errors import UserError, one_line
+from kvfold.errors import UserError, one_line, unknown_name
 from kvfold.integrations import vllm
 from kvfold.layout.kvlayout import KVLayout
-from kvfold.methods.names import unknown_name
-from kvfold.models.checkpoint_files import check_folder, write_model
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.families import family_named, fold_config
-from kvfold.models.load import load, load_config
+from kvfold.models.families import family_named, family_weights, fold_config
+from kvfold.models.load import check_folder, load, load_config, write_model
 from kvfold.models.source import find_source
-from kvfold.models.weights import family_weights
 
 
 def calibration_windows(tokenizer: Any, files: Sequence[Path], *, tokens: int, context_tokens: int) -> Tensor:

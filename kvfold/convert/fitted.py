@@ -26,8 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kvfold.cache.training import TrainingView
-from kvfold.cache.views import KVView
+from kvfold.cache.views import KVView, TrainingView
 from kvfold.convert.fitted_group import (
     GroupSums,
     LeastSquares,

@@ -13,8 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvfold.cache.hf import FoldCache
-from kvfold.cache.usage import Usage
+from kvfold.cache.hf import FoldCache, Usage
 from kvfold.errors import UserError
 from kvfold.eval.progress import Report, silent
 from kvfold.layout.kvlayout import KVLayout

@@ -1,4 +1,5 @@
-"""From a raw config.json to what a plan needs: the model's own layout, its dtype, its context, what its weights weigh.
+"""From a raw config.json to what a plan needs: the model's own layout, its dtype, its context, what its weights weigh; and the
+grammars in which other projects write down which layers share KV.
 
 A config is read as plain JSON, never through transformers: a plan needs no torch, and works for configs that the
 installed transformers refuses. What a config leaves out takes the value that transformers gives that model type.
@@ -12,13 +13,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from kvfold.errors import UserError
+from kvfold.errors import UserError, unknown_name
 from kvfold.layout.known_models import KNOWN_MODELS
 from kvfold.layout.kvlayout import NO_ROPE, ROPE, KVLayout
-from kvfold.layout.sharing_formats import read_sharing, read_sliding
-from kvfold.methods.names import unknown_name
+from kvfold.layout.patterns import owner_map
 
 Config = Mapping[str, Any]
+
+_SHARING_KEYS = ("kv_source_layers", "num_kv_shared_layers", "layer_types", "sharing_pattern", "use_cla")
+"""In what grammars projects say which layers share KV, see `_named_owners`."""
 
 _GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096}
 _QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
@@ -34,20 +37,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma": {"num_attention_heads": 16, "head_dim": 256},
     "gemma2": {**_GEMMA, "sliding_window_pattern": 2},
     "gemma3_text": {**_GEMMA, "sliding_window_pattern": 6, "max_position_embeddings": 131072},
-    "gemma3n_text": {
-        **_GEMMA,
-        "num_key_value_heads": 2,
-        "sliding_window": 512,
-        "sliding_window_pattern": 5,
-        "num_kv_shared_layers": 15,
-    },
+    "gemma3n_text": {**_GEMMA, "num_key_value_heads": 2, "sliding_window": 512, "sliding_window_pattern": 5,
+                     "num_kv_shared_layers": 15},
     "gemma4_text": {**_GEMMA, "sliding_window": 512, "sliding_window_pattern": 6, "global_head_dim": 512},
     "ministral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "cohere2": {"sliding_window": 4096, "sliding_window_pattern": 4},
     "olmo3": {"sliding_window": 4096, "sliding_window_pattern": 4},
     "gpt_oss": {"num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128, "sliding_window_pattern": 2},
     "starcoder2": {"num_key_value_heads": 2},
-}
+}  # fmt: skip
 """What transformers takes for keys that a config of this model type leaves out, where it bears on the KV cache."""
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
@@ -56,15 +54,18 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "float": 4, "bfloat16": 2, "float16":
 _FOREIGN_KEYS = {
     "kv_lora_rank": "latent attention (MLA)",
     "attention_chunk_size": "chunked attention",
-    "linear_conv_kernel_dim": "linear attention",
-    "linear_attn_config": "linear attention",
-    "layers_block_type": "recurrent layers",
-    "block_types": "recurrent layers",
-    "hybrid_override_pattern": "recurrent layers",
-    "attn_layer_period": "recurrent layers",
-    "attn_type_list": "linear attention",
-    "state_size": "recurrent layers",
-    "mamba_d_state": "recurrent layers",
+    **dict.fromkeys(("linear_conv_kernel_dim", "linear_attn_config", "attn_type_list"), "linear attention"),
+    **dict.fromkeys(
+        (
+            "layers_block_type",
+            "block_types",
+            "hybrid_override_pattern",
+            "attn_layer_period",
+            "state_size",
+            "mamba_d_state",
+        ),
+        "recurrent layers",
+    ),
 }
 """Keys that tell of a cache that is no plain keys and values."""
 
@@ -127,11 +128,11 @@ def _named_config(name: str) -> dict[str, Any]:
         if not path.is_file():
             raise UserError(f"{name}: the folder has no config.json: give the folder of a checkpoint")
     if path.is_file():
-        return _read_json(path)
+        return read_json(path)
     if name.lower() in KNOWN_MODELS:
         return dict(KNOWN_MODELS[name.lower()])
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix not in (".json", ".gguf"):
-        return _read_json(_hub_config(name))
+        return hub_config(name)
     if "/" in name or path.suffix in (".json", ".gguf"):
         raise UserError(
             f"{name}: no such file or folder: give a checkpoint's folder, its config.json, or a hub name owner/model"
@@ -141,20 +142,23 @@ def _named_config(name: str) -> dict[str, Any]:
     raise unknown_name("model", name, KNOWN_MODELS, shown)
 
 
-def _hub_config(name: str) -> Path:
+def hub_config(name: str) -> dict[str, Any]:
+    """The config.json of a model on the hub."""
     # Imported here: a plan of anything local needs no hub client, and its import is slow.
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(name, "config.json"))
+        path = Path(hf_hub_download(name, "config.json"))
     except Exception as error:  # the hub client raises dozens of unrelated types, its transport's among them
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
             f"{name}: no config.json came from the hub ({reason}): check the name and the network, or give a folder"
         ) from error
+    return read_json(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """What one of a checkpoint's JSON files holds."""
     if path.suffix == ".gguf":
         raise UserError(
             f"{path}: a .gguf holds no config.json: load the model and plan that, or give the original's config.json"
@@ -162,7 +166,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: can't be read as JSON ({error}): give a checkpoint's config.json") from error
+        raise UserError(
+            f"{path}: can't be read as JSON ({error}): give a checkpoint's config.json, or fetch it again"
+        ) from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: holds a {type(config).__name__}, not an object: give a checkpoint's config.json")
     return config
@@ -206,11 +212,8 @@ def _plain_layout(config: Config) -> KVLayout:
     num_kv_heads = _number(config, "num_key_value_heads", default=1 if config.get("multi_query") else num_heads)
     if num_heads % num_kv_heads:
         raise UserError(f"{num_kv_heads} KV heads for {num_heads} query heads: they share evenly: correct config.json")
-    head_dim = (
-        config.get("head_dim")
-        or config.get("attention_head_dim")
-        or _number(config, "hidden_size", "n_embd") // num_heads
-    )
+    head_dim = config.get("head_dim") or config.get("attention_head_dim")
+    head_dim = head_dim or _number(config, "hidden_size", "n_embd") // num_heads
     windows = layer_windows(config, num_layers)
     base = KVLayout.plain(num_layers, num_kv_heads, head_dim, windows).with_rope(_rope_kinds(config, windows))
     if "global_head_dim" not in config or not any(windows):
@@ -245,13 +248,45 @@ def _rope_kinds(config: Config, windows: Sequence[int | None]) -> list[str]:
     return rope_kinds(without, None if isinstance(types, str) else types, config.get("rope_parameters"), windows)
 
 
+def read_sharing(config: Config, plain: KVLayout) -> KVLayout:
+    """`plain`, the model with every layer an owner, with the sharing that its config names in any of the grammars."""
+    named = {key: plain.with_owners(_named_owners(config, key, plain)) for key in _SHARING_KEYS if config.get(key)}
+    found = {key: layout for key, layout in named.items() if layout != plain}
+    if len(set(found.values())) > 1:
+        raise UserError(
+            f"config.json names two owner maps that differ, in {' and '.join(found)}: keep the one that holds"
+        )
+    return next(iter(found.values()), plain)
+
+
+def _named_owners(config: Config, key: str, plain: KVLayout) -> Sequence[int]:
+    """One owner for each layer."""
+    value, layers = config[key], plain.layers
+    slides = [one.window is not None for one in layers]
+    if key == "num_kv_shared_layers":
+        # transformers: the last N read the nearest owner of their attention type, whatever its rotary positions.
+        return owner_map(f"trailing:{value}", [(one.window, one.num_kv_heads, one.head_dim) for one in layers], slides)
+    if key == "layer_types":
+        # LCKV has one text, `0_0_2s_2s`, s for a sliding layer; transformers' own is a list and says nothing here.
+        return owner_map(value, [one.kind for one in layers], slides) if isinstance(value, str) else range(len(layers))
+    if key == "use_cla":  # Hunyuan
+        factor = config.get("cla_share_factor", 1)
+        if type(factor) is not int or factor < 1:
+            raise UserError(f"cla_share_factor {factor!r}: it is a whole number of 1 or more: correct config.json")
+        return [layer - layer % factor for layer in range(len(layers))]
+    # transformers' `kv_source_layers` and dolomite-engine's `sharing_pattern`.
+    if not isinstance(value, list) or not all(type(owner) is int for owner in value):
+        raise UserError(f"{key} {value!r}: it is a list of layer numbers, one per layer: correct config.json")
+    return value
+
+
 def layer_windows(config: Config, num_layers: int) -> tuple[int | None, ...]:
     """The architecture's own sliding window of each layer, None for full attention."""
     window, types = config.get("sliding_window"), config.get("layer_types")
     if window is not None and (type(window) is not int or window < 1):
         raise UserError(f"sliding_window {window!r}: it is a whole number of tokens or null: correct config.json")
     if isinstance(types, str):
-        slides = read_sliding(config)
+        slides = [part.endswith("s") for part in types.split("_")]
     elif types is not None:
         slides = [kind == "sliding_attention" for kind in types]
     elif window is None or not config.get("use_sliding_window", True):

@@ -3,143 +3,67 @@
 Figures are those of the models' own config.json, and for the CLA family those of arXiv 2405.12981, tables 1 to 3.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
-from kvfold.layout.patterns import PATTERNS
+from kvfold.layout.patterns import named_map
 
-# name: model type, layers, hidden size, query heads, kv heads, head dim, context, then what only some models have
-_SHAPES: dict[str, tuple] = {
-    "llama-2-7b": ("llama", 32, 4096, 32, 32, 128, 4096, {"dtype": "float16"}),
-    "llama-2-13b": ("llama", 40, 5120, 40, 40, 128, 4096, {"dtype": "float16"}),
-    "llama-2-70b": ("llama", 80, 8192, 64, 8, 128, 4096, {"dtype": "float16"}),
-    "llama-3.1-8b": ("llama", 32, 4096, 32, 8, 128, 131072, {}),
-    "llama-3.1-70b": ("llama", 80, 8192, 64, 8, 128, 131072, {}),
-    "llama-3.2-1b": ("llama", 16, 2048, 32, 8, 64, 131072, {}),
-    "mistral-7b": ("mistral", 32, 4096, 32, 8, 128, 32768, {"sliding_window": None}),
-    "mistral-7b-v0.1": ("mistral", 32, 4096, 32, 8, 128, 32768, {"sliding_window": 4096}),
-    "qwen2.5-0.5b": ("qwen2", 24, 896, 14, 2, 64, 32768, {"use_sliding_window": False}),
-    "qwen3-0.6b": ("qwen3", 28, 1024, 16, 8, 128, 40960, {"use_sliding_window": False}),
-    "qwen3-1.7b": ("qwen3", 28, 2048, 16, 8, 128, 40960, {"use_sliding_window": False}),
-    "qwen3-8b": ("qwen3", 36, 4096, 32, 8, 128, 40960, {"use_sliding_window": False}),
-    "qwen3-32b": ("qwen3", 64, 5120, 64, 8, 128, 40960, {"use_sliding_window": False}),
-    "gemma-2-2b": ("gemma2", 26, 2304, 8, 4, 256, 8192, {"sliding_window": 4096}),
-    "gemma-3-1b": ("gemma3_text", 26, 1152, 4, 1, 256, 32768, {"sliding_window": 512, "sliding_window_pattern": 6}),
-    "smollm2-135m": ("llama", 30, 576, 9, 3, 64, 8192, {}),
-    "smollm2-360m": ("llama", 32, 960, 15, 5, 64, 8192, {}),
-    "smollm2-1.7b": ("llama", 24, 2048, 32, 32, 64, 8192, {}),
-    "tinyllama-1.1b": ("llama", 22, 2048, 32, 4, 64, 2048, {}),
+_FLOAT16, _NOT_SLIDING = {"dtype": "float16"}, {"use_sliding_window": False}
+_KEYS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+         "max_position_embeddings", "intermediate_size", "vocab_size", "tie_word_embeddings")  # fmt: skip
+_MODELS: dict[str, tuple] = {
+    "llama-2-7b": ("llama", 32, 4096, 32, 32, 128, 4096, 11008, 32000, False, _FLOAT16),
+    "llama-2-13b": ("llama", 40, 5120, 40, 40, 128, 4096, 13824, 32000, False, _FLOAT16),
+    "llama-2-70b": ("llama", 80, 8192, 64, 8, 128, 4096, 28672, 32000, False, _FLOAT16),
+    "llama-3.1-8b": ("llama", 32, 4096, 32, 8, 128, 131072, 14336, 128256, False, {}),
+    "llama-3.1-70b": ("llama", 80, 8192, 64, 8, 128, 131072, 28672, 128256, False, {}),
+    "llama-3.2-1b": ("llama", 16, 2048, 32, 8, 64, 131072, 8192, 128256, True, {}),
+    "mistral-7b": ("mistral", 32, 4096, 32, 8, 128, 32768, 14336, 32768, False, {"sliding_window": None}),
+    "mistral-7b-v0.1": ("mistral", 32, 4096, 32, 8, 128, 32768, 14336, 32000, False, {"sliding_window": 4096}),
+    "qwen2.5-0.5b": ("qwen2", 24, 896, 14, 2, 64, 32768, 4864, 151936, True, _NOT_SLIDING),
+    "qwen3-0.6b": ("qwen3", 28, 1024, 16, 8, 128, 40960, 3072, 151936, True, _NOT_SLIDING),
+    "qwen3-1.7b": ("qwen3", 28, 2048, 16, 8, 128, 40960, 6144, 151936, True, _NOT_SLIDING),
+    "qwen3-8b": ("qwen3", 36, 4096, 32, 8, 128, 40960, 12288, 151936, False, _NOT_SLIDING),
+    "qwen3-32b": ("qwen3", 64, 5120, 64, 8, 128, 40960, 25600, 151936, False, _NOT_SLIDING),
+    "gemma-2-2b": ("gemma2", 26, 2304, 8, 4, 256, 8192, 9216, 256000, True, {"sliding_window": 4096}),
+    "gemma-3-1b": ("gemma3_text", 26, 1152, 4, 1, 256, 32768, 6912, 262144, True,
+                   {"sliding_window": 512, "sliding_window_pattern": 6}),
+    "smollm2-135m": ("llama", 30, 576, 9, 3, 64, 8192, 1536, 49152, True, {}),
+    "smollm2-360m": ("llama", 32, 960, 15, 5, 64, 8192, 2560, 49152, True, {}),
+    "smollm2-1.7b": ("llama", 24, 2048, 32, 32, 64, 8192, 8192, 49152, True, {}),
+    "tinyllama-1.1b": ("llama", 22, 2048, 32, 4, 64, 2048, 5632, 32000, False, {}),
+}  # fmt: skip
+"""Values of `_KEYS` by name, and what only some models have."""
+
+_CLA_SIZES = {"1b": (20, 2048, 5472), "3b": (32, 3072, 8192)}
+"""Layers, hidden size, inner size of the MLP."""
+_CLA_ROWS = {
+    "1b": "128/16/16/full 128/16/4/full 128/16/2/full 128/16/1/full 64/32/1/full 46/45/1/full 32/64/1/full "
+    "512/4/1/cla2 256/8/1/cla2 128/16/1/cla2 90/22/1/cla2 64/32/1/cla2 "
+    "256/8/4/cla2 128/16/4/cla2 128/16/2/cla2 128/16/1/cla3 128/16/1/cla4 "
+    "128/16/1/cla2-keep-ends 128/16/1/cla2-dense-front 128/16/1/cla2-dense-back",
+    "3b": "128/24/1/full 128/24/1/cla2 64/48/1/full 64/48/1/cla2 32/96/1/full",
 }
-
-# name: inner size of the MLP, vocabulary, whether the head is the embedding: what weights weigh, beside the shape above
-_WEIGHTS: dict[str, tuple[int, int, bool]] = {
-    "llama-2-7b": (11008, 32000, False),
-    "llama-2-13b": (13824, 32000, False),
-    "llama-2-70b": (28672, 32000, False),
-    "llama-3.1-8b": (14336, 128256, False),
-    "llama-3.1-70b": (28672, 128256, False),
-    "llama-3.2-1b": (8192, 128256, True),
-    "mistral-7b": (14336, 32768, False),
-    "mistral-7b-v0.1": (14336, 32000, False),
-    "qwen2.5-0.5b": (4864, 151936, True),
-    "qwen3-0.6b": (3072, 151936, True),
-    "qwen3-1.7b": (6144, 151936, True),
-    "qwen3-8b": (12288, 151936, False),
-    "qwen3-32b": (25600, 151936, False),
-    "gemma-2-2b": (9216, 256000, True),
-    "gemma-3-1b": (6912, 262144, True),
-    "smollm2-135m": (1536, 49152, True),
-    "smollm2-360m": (2560, 49152, True),
-    "smollm2-1.7b": (8192, 49152, True),
-    "tinyllama-1.1b": (5632, 32000, False),
-}
+"""Head dim, query heads, KV heads and who shares, in the order of the paper's table 1."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CLARow:
-    """One model of the CLA paper's design space."""
-
-    size: str
-    """`1b` or `3b`."""
-    head_dim: int
-    """Channels of one head."""
-    num_heads: int
-    """Query heads."""
-    num_kv_heads: int
-    """KV heads."""
-    pattern: str
-    """Which layers share, as a `--layers` text."""
-
-    @property
-    def name(self) -> str:
-        """As in `cla-1b-h128-mqa-cla2`."""
-        attention = {1: "mqa", self.num_heads: "mha"}.get(self.num_kv_heads, f"gqa{self.num_kv_heads}")
-        sharing = "" if self.pattern == "full" else f"-{self.pattern}"
-        return f"cla-{self.size}-h{self.head_dim}-{attention}{sharing}"
-
-    def config(self) -> dict[str, Any]:
-        """The model as a raw config; who reads whom stands in it as `kv_source_layers`."""
-        hidden, inner, num_layers = {"1b": (2048, 5472, 20), "3b": (3072, 8192, 32)}[self.size]
-        shape = ("llama", num_layers, hidden, self.num_heads, self.num_kv_heads, self.head_dim, 2048)
-        owners = list(PATTERNS[self.pattern](num_layers))
-        return _config(*shape, {"intermediate_size": inner, "kv_source_layers": owners})
+def _config(values: tuple, more: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(_KEYS, values, strict=False)) | {"dtype": "bfloat16"} | more
 
 
-def _rows(size: str, table: str) -> tuple[CLARow, ...]:
-    """One row per word of a table: head dim, query heads, kv heads, pattern, joined by slashes."""
-    rows = []
-    for word in table.split():
-        head_dim, num_heads, num_kv_heads, pattern = word.split("/")
-        rows.append(
-            CLARow(
-                size=size,
-                head_dim=int(head_dim),
-                num_heads=int(num_heads),
-                num_kv_heads=int(num_kv_heads),
-                pattern=pattern,
-            )
-        )
-    return tuple(rows)
-
-
-CLA_ROWS: tuple[CLARow, ...] = (
-    *_rows("1b", "128/16/16/full 128/16/4/full 128/16/2/full 128/16/1/full 64/32/1/full 46/45/1/full 32/64/1/full"),
-    *_rows("1b", "512/4/1/cla2 256/8/1/cla2 128/16/1/cla2 90/22/1/cla2 64/32/1/cla2"),
-    *_rows("1b", "256/8/4/cla2 128/16/4/cla2 128/16/2/cla2 128/16/1/cla3 128/16/1/cla4"),
-    *_rows("1b", "128/16/1/cla2-keep-ends 128/16/1/cla2-dense-front 128/16/1/cla2-dense-back"),
-    *_rows("3b", "128/24/1/full 128/24/1/cla2 64/48/1/full 64/48/1/cla2 32/96/1/full"),
-)
-"""The 1B design space in the order of the paper's table 1, then the 3B models."""
-
-
-def _config(
-    model_type: str,
-    num_layers: int,
-    hidden: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    context: int,
-    more: dict[str, Any],
-) -> dict[str, Any]:
-    return {
-        "model_type": model_type,
-        "num_hidden_layers": num_layers,
-        "hidden_size": hidden,
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "max_position_embeddings": context,
-        "dtype": "bfloat16",
-    } | more
+def _cla_model(size: str, row: str) -> tuple[str, dict[str, Any]]:
+    """Name, as in `cla-1b-h128-mqa-cla2`, and raw config; who reads whom stands in it as `kv_source_layers`."""
+    *numbers, pattern = row.split("/")
+    head_dim, num_heads, num_kv_heads = map(int, numbers)
+    attention = {1: "mqa", num_heads: "mha"}.get(num_kv_heads, f"gqa{num_kv_heads}")
+    sharing = "" if pattern == "full" else f"-{pattern}"
+    num_layers, hidden, inner = _CLA_SIZES[size]
+    values = ("llama", num_layers, hidden, num_heads, num_kv_heads, head_dim, 2048, inner)
+    config = _config(values, {"kv_source_layers": list(named_map(pattern, num_layers))})
+    return f"cla-{size}-h{head_dim}-{attention}{sharing}", config
 
 
 KNOWN_MODELS: dict[str, dict[str, Any]] = {
-    **{
-        name: _config(*shape)
-        | dict(zip(("intermediate_size", "vocab_size", "tie_word_embeddings"), _WEIGHTS[name], strict=True))
-        for name, shape in _SHAPES.items()
-    },
-    **{row.name: row.config() for row in CLA_ROWS},
+    **{name: _config(values, more) for name, (*values, more) in _MODELS.items()},
+    **dict(_cla_model(size, row) for size, rows in _CLA_ROWS.items() for row in rows.split()),
 }
 """Raw configs by bundled name."""

@@ -1,7 +1,7 @@
 """KVLayout, who keeps what: which layers own keys and values, how many heads, what each owner keeps, how it is stored.
 
 The noun that every other package turns on. It moves no bytes and knows no model family; it is frozen, checked, and writes
-itself into a checkpoint's config.json. Owner maps by name live in patterns.py, other projects' grammars in sharing_formats.py.
+itself into a checkpoint's config.json. Owner maps by name live in patterns.py, other projects' grammars in hf_config.py.
 Texts may give single owners something else than the rest, `h2o:64+64; 0-3,7=full`: the first part holds for all owners and may
 be missing; each further part names layers, ranges included, and what the owners among them get.
 """
@@ -17,9 +17,8 @@ from kvfold.layout.patterns import check_owners, owner_map, pattern_text
 from kvfold.methods.base import Method
 from kvfold.methods.bits import BitsSpec
 from kvfold.methods.budget import Budget
-from kvfold.methods.full import Full
 from kvfold.methods.registry import parse_time
-from kvfold.methods.window import Window
+from kvfold.methods.window import Full, Window
 
 
 def join_per_owner(rest: str, given: Sequence[str], wanted: Sequence[str], owners: Sequence[int]) -> str:
@@ -265,6 +264,11 @@ class KVLayout:
         rest, named = self._per_owner(text, BitsSpec.parse)
         bits = self.bits if rest is None else [rest] * len(self.owners)
         return self._with(bits=tuple(named.get(owner, old) for owner, old in zip(self.owners, bits, strict=True)))
+
+    def folded(self, time: str | None, bits: str | None) -> Self:
+        """`with_time` and `with_bits` of what is given."""
+        layout = self if time is None else self.with_time(time)
+        return layout if bits is None else layout.with_bits(bits)
 
     def layers_text(self) -> str:
         """The owner map as a `--layers` text: a pattern's name where one fits."""

@@ -124,9 +124,11 @@ class Method(ABC):
     def format(self) -> str:
         """The canonical text form, name included; parsing it gives an equal method."""
 
-    @abstractmethod
     def max_kept(self, seen: int) -> int:
-        """Entries that one head holds after a step, `seen` real tokens having been seen; of a learned method the most."""
+        """Entries that one head holds after a step, `seen` real tokens having been seen; of a learned method the most. By default
+        all: nothing is evicted, or gates never fire.
+        """
+        return seen
 
     # -- costs ---------------------------------------------------------------------------------------------------
 
@@ -162,11 +164,6 @@ class Method(ABC):
             return self.max_kept(seen)
         return max(self.always_kept(seen), ceil(seen / compression))
 
-    @property
-    def slot_state_bytes(self) -> int:
-        """Bytes that the method keeps with each stored entry, beyond key, value and position."""
-        return sum(DTYPE_BYTES[dtype] for dtype in self.slot_arrays.values())
-
     def stream_state(self, head_dim: int) -> StateForm | None:
         """What the method keeps for each KV stream, beyond its length."""
         return None
@@ -199,8 +196,12 @@ class Method(ABC):
         return None
 
     def governing(self, tokens: int, from_next: bool) -> slice:
-        """Which decisions of a text of so many tokens change what is held at its end: each fires one entry away."""
-        return slice(1, None)
+        """Which decisions of a text of so many tokens change what is held at its end: each fires one entry away. By default
+        those over tokens that can have left by then; where tokens merge, all but the first.
+        """
+        if self.merges_tokens:
+            return slice(1, None)
+        return slice(int(from_next), int(from_next) + tokens - self.always_kept(tokens))
 
     def marked(self, state_X: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Entries that are marked and still stored, from the state of all streams: stream and entry, flat; None = no marks."""
@@ -216,7 +217,7 @@ class Method(ABC):
         return None
 
     def last_query(self, position_BKE: Tensor) -> Tensor | None:
-        """int64 [B, K, E]: the position of the last query that sees each entry (`ops.blockwise.FOREVER` for one that stays);
+        """int64 [B, K, E]: the position of the last query that sees each entry (`ops.attention.FOREVER` for one that stays);
         None = only `sees` can tell. A long prompt is read faster where it is given.
         """
         return None

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
-from kvfold.errors import UserError
-from kvfold.methods.names import unknown_name
+from kvfold.errors import UserError, unknown_name
 
 Storage = Literal["model", "fp8", "int8", "int4"]
 

@@ -38,8 +38,8 @@ class DMC(Method):
     lossy: ClassVar[bool] = True
     places_at_layer: ClassVar[bool] = True
     gate_form: ClassVar[GateForm] = GateForm(
-        adapter=False, channel_of="key", frees="keys and queries", with_weights=True, zero_out=True, source="channel", scale=1.0,
-        distils="none",
+        adapter=False, channel_of="key", frees="keys and queries", with_weights=True, zero_out=True, source="channel",
+        scale=1.0, distils="none",
     )  # fmt: skip
 
     window: int | None = 12
@@ -68,10 +68,6 @@ class DMC(Method):
         """`dmc:W`, or `dmc:W+S`."""
         window = "inf" if self.window is None else self.window
         return f"{self.name}:{window}" + (f"+{self.alone}" if self.alone else "")
-
-    def max_kept(self, seen: int) -> int:
-        """An upper bound, reached by a gate that never merges."""
-        return seen
 
     def stream_state(self, head_dim: int) -> StateForm:
         """Weighted k and v of the window's tokens and the weights; one running sum if it is unbounded."""
@@ -206,7 +202,7 @@ class MergedChunk(ChunkPlan):
         """A partial mean is seen by its own query; one that is closed, and a stored one that does not go on, by all later."""
         import torch
 
-        from kvfold.ops.blockwise import FOREVER
+        from kvfold.ops.attention import FOREVER
 
         own = self.chunk.position_BKE[..., self.chunk.stored :].long()
         last = torch.where(self._closed(), FOREVER, own)

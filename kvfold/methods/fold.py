@@ -47,9 +47,8 @@ class Fold(Method):
     mark_array: ClassVar[str | None] = MARKED
     allows_window: ClassVar[bool] = False
     gate_form: ClassVar[GateForm] = GateForm(
-        adapter=True, reads=("own", "next"), outputs=2, head_numbers=(0.0, 0.0, 1.0), gates_of="dms", source="adapter",
-        scale=100.0, distils="reverse",
-    )  # fmt: skip
+        adapter=True, reads=("own", "next"), outputs=2, head_numbers=(0.0, 0.0, 1.0), gates_of="dms"
+    )
     reach: ClassVar[int] = 512
     """A token merges into an entry at most so many positions older, so that a copy of a sequence copies few pages."""
 
@@ -90,10 +89,6 @@ class Fold(Method):
             return text
         return f"{text}+{self.spacing}@{'none' if self.threshold is None else repr(self.threshold)}"
 
-    def max_kept(self, seen: int) -> int:
-        """An upper bound, reached by a gate that never marks."""
-        return seen
-
     def always_kept(self, seen: int) -> int:
         """What is younger than the delay was at the last border."""
         return seen - max(0, (seen - 1) // self.spacing * self.spacing - self.delay)
@@ -111,11 +106,6 @@ class Fold(Method):
     def eviction_delay(self) -> int:
         """`delay`."""
         return self.delay
-
-    def governing(self, tokens: int, from_next: bool) -> slice:
-        """Decisions over tokens that have left by the text's end."""
-        start = int(from_next)
-        return slice(start, start + tokens - self.always_kept(tokens))
 
     def open_step(self, streams: Streams) -> StepPlan:
         """See `Method.open_step`."""

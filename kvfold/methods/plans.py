@@ -10,7 +10,7 @@ X KV streams of a cache group.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,10 +49,6 @@ class Streams:
     """What the method keeps for each stream, [X, ...]; written in place."""
     stored_positions: Callable[[], Tensor]
     """int32 [O, B, K, S], -1 where there is no entry."""
-
-    def with_lengths(self, length_OBK: Tensor) -> Streams:
-        """The same after entries were evicted."""
-        return replace(self, length_OBK=length_OBK)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,16 +2,13 @@
 
 from importlib.metadata import entry_points
 
-from kvfold.errors import UserError
+from kvfold.errors import UserError, unknown_name
 from kvfold.methods.base import Method
 from kvfold.methods.dmc import DMC
 from kvfold.methods.dms import DMS
 from kvfold.methods.fold import Fold
-from kvfold.methods.full import Full
-from kvfold.methods.h2o import H2O
-from kvfold.methods.names import unknown_name
-from kvfold.methods.tova import TOVA
-from kvfold.methods.window import Window
+from kvfold.methods.scored import H2O, TOVA
+from kvfold.methods.window import Full, Window
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (Full, Window, H2O, TOVA, DMC, DMS, Fold)}
 

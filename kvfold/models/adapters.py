@@ -121,17 +121,22 @@ CHANNEL = "channel"
 """Asks for the published freed channel as it stands."""
 
 
+def channel_gates(layout: KVLayout) -> GateConfig:
+    """The published freed channel of a layout's learned method."""
+    learned = {layout.time_of(owner).name for owner in layout.owners if layout.time_of(owner).trained}
+    if len(learned) != 1:
+        raise UserError(
+            f"gates 'channel' under time '{layout.time_text()}': it is for one learned method: leave gates out"
+        )
+    return GateConfig.published_channel(learned.pop())
+
+
 def gates_for_cache(model: FoldPreTrainedModel, gates: str | Path | GateSet, layout: KVLayout) -> GateSet:
     """What decides for a cache of this layout in place of the model's own gates: an adapter's folder or name, or a gate set;
     `channel` = the published freed channel.
     """
     if gates == CHANNEL:
-        learned = {layout.time_of(owner).name for owner in layout.owners if layout.time_of(owner).trained}
-        if len(learned) != 1:
-            raise UserError(
-                f"gates 'channel' under time '{layout.time_text()}': it is for one learned method: leave gates out"
-            )
-        found = GateSet(CHANNEL, GateConfig.published_channel(learned.pop()), {})
+        found = GateSet(CHANNEL, channel_gates(layout), {})
     else:
         found = gates if isinstance(gates, GateSet) else load_gates(model, gates)
     if model.config.freed_owners:

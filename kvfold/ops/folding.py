@@ -1,5 +1,5 @@
 """fold over entries that lie side by side: at each border of a grid marked entries leave, and each is merged into the most
-similar entry that stays, or dropped. The fast form, for many streams at once; `fold_reference.py` judges it.
+similar entry that stays, or dropped. The fast form, for many streams at once; `studies/fold_reference.py` judges it.
 
 A merge changes the value and the bias of an entry and not its key. So that a long call can be attended to in one go, every
 change is a new *version*: an entry of its own with the same key, which queries see from its border on, while those before see
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvfold.ops.blockwise import FOREVER, chosen_entries
-from kvfold.ops.fold_reference import LARGEST_LOG_WEIGHT
+from kvfold.ops.attention import FOREVER, chosen_entries
 
+LARGEST_LOG_WEIGHT = 10.0
+"""A token that is expected to matter exp(10) times as much as its entry counts as if it mattered that much."""
 UNCHANGED_HEAD = (0.0, 0.0, 1.0)
 """b, c and the factor of the mass, before anything was learned."""
 LEAST_FACTOR = 0.125

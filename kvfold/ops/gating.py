@@ -38,19 +38,16 @@ class Gates:
 
     def rows(self, index: Tensor) -> "Gates":
         """Those of some rows of the call."""
-        return self._with({name: getattr(self, name)[index] for name in self._tokens()})
+        return replace(self, **{name: getattr(self, name)[index] for name in self._tokens()})
 
     def column(self, column_B: Tensor) -> "Gates":
         """Those of one token of each row."""
         row = torch.arange(column_B.shape[0], device=column_B.device)
-        return self._with({name: getattr(self, name)[row, column_B].unsqueeze(1) for name in self._tokens()})
+        return replace(self, **{name: getattr(self, name)[row, column_B].unsqueeze(1) for name in self._tokens()})
 
     def _tokens(self) -> list[str]:
         names = ("alpha_BTK", "log_stay_BTK", "weight_BTK", "outputs_BTKF")
         return [name for name in names if getattr(self, name) is not None]
-
-    def _with(self, changed: dict[str, Tensor]) -> "Gates":
-        return replace(self, **changed)
 
 
 def next_real(real_BT: Tensor | None, tokens: int, device: torch.device) -> Tensor:

@@ -148,10 +148,7 @@ def _write_new(batch: DecodeBatch, k_BKD: Tensor, v_BKD: Tensor) -> None:
     if batch.live_B is not None:
         chosen = chosen & batch.live_B[:, None]
     slots = batch.slots_BK[chosen]
-    for pool, pool_scales, new in (
-        (batch.k_PND, batch.k_scale_PNS, k_BKD),
-        (batch.v_PND, batch.v_scale_PNS, v_BKD),
-    ):
+    for pool, pool_scales, new in ((batch.k_PND, batch.k_scale_PNS, k_BKD), (batch.v_PND, batch.v_scale_PNS, v_BKD)):
         codes, scales = quantise(new[chosen], storage_of(pool.dtype))
         _indexable(pool).view(-1, pool.shape[-1])[slots] = _indexable(codes.to(pool.dtype))
         if scales is not None:

@@ -18,16 +18,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvfold.cache.training import TrainingView
+from kvfold.cache.views import TrainingView
 from kvfold.errors import UserError
 from kvfold.eval.progress import Report, silent
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 from kvfold.methods.registry import parse_time
 from kvfold.models.adapters import ABOUT, WEIGHTS, AdapterAbout, adapter_folder, read_adapter
-from kvfold.models.checkpoint_files import whole_folder
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.options import CallOptions
+from kvfold.models.gates import CallOptions
+from kvfold.models.load import whole_folder
 from kvfold.ops.gating import Gates
 from kvfold.ops.rotation import Rotation, rotate, rotate_queries
 from kvfold.train.objectives import KeptAtEnd

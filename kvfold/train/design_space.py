@@ -14,10 +14,9 @@ from typing import Any, Self
 
 from pydantic import Field, StrictBool, model_validator
 
-from kvfold.errors import UserError, one_line
+from kvfold.errors import UserError, one_line, unknown_name
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import token_bytes
-from kvfold.methods.names import unknown_name
 from kvfold.train.settings import (
     AboveZero,
     Count,

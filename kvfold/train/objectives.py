@@ -15,7 +15,7 @@ from kvfold.eval.reading import next_token_logits
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.base import Method
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.options import CallOptions
+from kvfold.models.gates import CallOptions
 from kvfold.train.data import Batch
 from kvfold.train.loop import decoder_of, place, unsharded
 from kvfold.train.settings import RetrofitSettings, entry_bytes

@@ -21,9 +21,9 @@ from kvfold.eval.cells import layout_key, model_key
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 from kvfold.models.adapters import ABOUT, WEIGHTS, AdapterAbout, Base
+from kvfold.models.blocks import unpack
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.options import CallOptions
-from kvfold.models.packing import unpack
+from kvfold.models.gates import CallOptions
 from kvfold.train.run_folder import staged
 from kvfold.train.settings import Retention, RetrofitSettings
 

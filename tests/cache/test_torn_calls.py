@@ -136,7 +136,7 @@ def test_pages_left_empty_by_a_drop_are_poisoned_and_free(time):
     now = set(cache.store.groups[0].page_ids(torch.tensor([0]))[2].tolist())
     assert len(now) == 8
     for page in range(pool.book.capacity):
-        assert pool.k[page].isnan().all() == (page not in now)
+        assert pool.arrays["k"][page].isnan().all() == (page not in now)
 
 
 def test_a_page_that_changes_hands_carries_nothing_over():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvfold.cache.usage import Usage
+from kvfold.cache.hf import Usage
 from kvfold.eval.reading import Reading, calls, method_about, read_rows
 from kvfold.layout.kvlayout import KVLayout
 

@@ -4,8 +4,8 @@ import pytest
 
 from kvfold.layout.kvlayout import KVLayout, LayerKV
 from kvfold.methods.bits import BitsSpec
-from kvfold.methods.full import Full
 from kvfold.methods.registry import parse_time
+from kvfold.methods.window import Full
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def test_paths(tmp_path, folder):
     assert "there is no such file or folder" in refusal(tmp_path / "nowhere")
     assert "there is no such file or folder" in refusal(str(tmp_path / "nowhere"))
     assert "there is no such file or folder" in refusal("nowhere.gguf")
-    assert "no model of that name on the hub" in refusal("nobody-at-all/nothing")
+    assert "no config.json came from the hub" in refusal("nobody-at-all/nothing")
     assert "a single file is read as GGUF only" in refusal(folder / "model.safetensors")
     (tmp_path / "empty").mkdir()
     assert "no config.json there" in refusal(tmp_path / "empty")
@@ -70,9 +70,9 @@ def test_configs(folder):
     edit_config(folder, model_type="kvfold", hidden_size=64, layout=newer)
     assert refusal(folder).endswith("understood: layout format 99: this kvfold reads format 1: update kvfold")
     (folder / "config.json").write_text(whole[:60])
-    assert "config.json: it is not JSON" in refusal(folder)
+    assert "config.json: can't be read as JSON" in refusal(folder)
     (folder / "config.json").write_text("[1]")
-    assert "it holds a list, not an object" in refusal(folder)
+    assert "holds a list, not an object" in refusal(folder)
 
 
 def test_files_of_weights(folder):

@@ -7,8 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from byte_tokenizer import VOCAB_SIZE
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.families import fold_config
-from kvfold.models.weights import fold_weights
+from kvfold.models.families import fold_config, fold_weights
 from kvfold.train import calibrate as module
 from kvfold.train.calibrate import attention_to_come, calibrate, largest_attention, read_gates, shift_gates, warm_start
 from kvfold.train.settings import RetrofitSettings
