@@ -124,17 +124,17 @@ class TextStream:
         return text
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Piece:
     """What is new of one answer."""
 
     index: int = 0
     """Which of a request's `n` answers."""
-    token_ids: tuple[int, ...] = ()
+    token_ids: list[int] = field(default_factory=list)
     text: str = ""
     """Text that is certain: stop strings are left out, characters are whole."""
-    logprobs: tuple[TokenLogprob, ...] = ()
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of the prompt from its second token on, with the first piece."""
     finish_reason: FinishReason | None = None
     """None while more is to come."""
@@ -144,16 +144,9 @@ class Piece:
 
 
 @dataclass(kw_only=True, slots=True)
-class Answer:
-    """One whole answer."""
+class Answer(Piece):
+    """One whole answer: all its pieces."""
 
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    error: str | None = None
-    usage: Usage | None = None
     others: "list[Answer]" = field(default_factory=list)
     """The request's further answers, where `n` asked for them."""
 
@@ -176,15 +169,12 @@ class Live:
     request: Request
     sampling: SamplingState
     deliver: Deliver
-    index: int
     text: TextStream | None
     streams: bool
     """Whether pieces are delivered as they come, or all together at the end."""
-    token_ids: list[int] = field(default_factory=list)
-    """This and the rest: what is not delivered yet."""
+    new: Piece
+    """What is not delivered yet; its text is in `shown`."""
     shown: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def take(self, sampled: Sampled) -> tuple[FinishReason | None, str | None]:
         """The next token. Gives the reason why the answer ends with it, and the error where it ends in one."""
@@ -192,9 +182,9 @@ class Live:
             return "error", sampled.error
         request, params, matcher = self.request, self.request.params, self.sampling.matcher
         request.tokens.append(sampled.token)
-        self.token_ids.append(sampled.token)
+        self.new.token_ids.append(sampled.token)
         if sampled.logprob is not None:
-            self.logprobs.append(sampled.logprob)
+            self.new.logprobs.append(sampled.logprob)
         ends = sampled.token in self.sampling.end_ids and request.num_outputs >= params.min_tokens
         hidden = ends and params.skip_special_tokens and not params.include_stop_str_in_output
         if self.text is not None and not hidden:
@@ -209,21 +199,17 @@ class Live:
 
     def piece(self) -> Piece:
         """What was not delivered yet, which is then taken for delivered."""
-        request, usage = self.request, None
+        request, piece = self.request, self.new
         if request.is_finished:
             self.shown.append(self.text.flush() if self.text is not None else "")
-            usage = Usage(
+            piece.usage = Usage(
                 prompt_tokens=request.prompt_tokens, completion_tokens=request.num_outputs,
                 cached_tokens=request.cached_tokens, seen_tokens=request.seen, kept_tokens=request.kept_tokens,
                 kv_bytes=request.kv_bytes,
             )  # fmt: skip
-        piece = Piece(
-            index=self.index, token_ids=tuple(self.token_ids), text="".join(self.shown), logprobs=tuple(self.logprobs),
-            prompt_logprobs=tuple(self.prompt_logprobs), finish_reason=request.finish_reason, error=request.error,
-            usage=usage,
-        )  # fmt: skip
-        for new in (self.token_ids, self.shown, self.logprobs, self.prompt_logprobs):
-            new.clear()
+        piece.text, piece.finish_reason, piece.error = "".join(self.shown), request.finish_reason, request.error
+        self.new = Piece(index=piece.index)
+        self.shown.clear()
         return piece
 
 

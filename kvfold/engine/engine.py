@@ -73,8 +73,8 @@ class Engine:
         self._grammars = None if tokenizer is None else Grammars(tokenizer, self._vocab_size, list(self._eos_ids))
         self._live: dict[Request, Live] = {}
         self._numbers = count(1)
-        self._counts = {"prompt_tokens": 0, "completion_tokens": 0, "finished": 0, "steps": 0}
-        self._seconds = {"step_s": 0.0, "forward_s": 0.0}
+        self._counts = dict.fromkeys(("prompt_tokens", "completion_tokens", "finished", "steps"), 0)
+        self._counts |= {"step_s": 0.0, "forward_s": 0.0}
         self._inbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self.stopped: str | None = None
@@ -101,19 +101,11 @@ class Engine:
         """Requests, bytes, prefixes, estimates, tokens; seconds of all steps, and of the forwards in them."""
         scheduler, prefixes = self._scheduler, self._scheduler.prefixes
         return {
-            "running": len(scheduler.running),
-            "waiting": len(scheduler.waiting),
-            "most_running": scheduler.most_running,
-            "free_bytes": self._runner.free_bytes,
-            "pool_bytes": self._runner.pool_bytes,
-            "preemptions": scheduler.preemptions,
-            "prefixes": len(prefixes),
-            "prefix_queries": prefixes.queries,
-            "prefix_hits": prefixes.hits,
-            "estimate_error": self._budget.mean_error,
-            **self._counts,
-            **self._seconds,
-        }
+            "running": len(scheduler.running), "waiting": len(scheduler.waiting), "most_running": scheduler.most_running,
+            "free_bytes": self._runner.free_bytes, "pool_bytes": self._runner.pool_bytes,
+            "preemptions": scheduler.preemptions, "prefixes": len(prefixes), "prefix_queries": prefixes.queries,
+            "prefix_hits": prefixes.hits, "estimate_error": self._budget.mean_error, **self._counts,
+        }  # fmt: skip
 
     # -- asking --------------------------------------------------------------------------------------------------
 
@@ -213,9 +205,8 @@ class Engine:
                 )  # fmt: skip
             sampling = SamplingState(request=request, eos_ids=self._eos_ids, bad_words=bad_words)
             sampling.matcher = None if matcher is None else matcher.copy()
-            lives.append(
-                Live(request=request, sampling=sampling, deliver=deliver, index=index, text=text, streams=streams)
-            )
+            new = Piece(index=index)
+            lives.append(Live(request=request, sampling=sampling, deliver=deliver, text=text, streams=streams, new=new))
         refusal = self._budget.refusal(lives[0].request)
         if refusal is not None:
             raise UserError(refusal)
@@ -299,7 +290,7 @@ class Engine:
             while self._drain():
                 start = time.perf_counter()
                 self._step()
-                self._seconds["step_s"] += time.perf_counter() - start
+                self._counts["step_s"] += time.perf_counter() - start
         except BaseException as error:  # a mistake of ours: nobody may wait for an answer that never comes
             reason, said = "error", _one_line(error)
         with self._lock:
@@ -377,7 +368,7 @@ class Engine:
         except Exception as error:
             for request in requests:
                 self._end(request, "error", f"the model failed: {_one_line(error)}")
-        self._seconds["forward_s"] += time.perf_counter() - start
+        self._counts["forward_s"] += time.perf_counter() - start
         ready = []
         for row, request in enumerate(requests):
             if request.handle is None:
@@ -414,12 +405,12 @@ def _note_prompt(live: Live, logits_TV: Tensor, before: int) -> None:
     """Log probabilities of the prompt's tokens that follow those just read; `before`: tokens seen before the call."""
     request = live.request
     if before == 0:
-        live.prompt_logprobs.clear()  # a preempted request is read again
+        live.new.prompt_logprobs.clear()  # a preempted request is read again
     targets = request.tokens[before + 1 : min(request.seen + 1, request.prompt_tokens)]
     start = logits_TV.shape[0] - (request.seen - before)
     if targets:
         rows = logits_TV[start : start + len(targets)]
-        live.prompt_logprobs += token_logprobs(rows, targets, request.params.prompt_logprobs)
+        live.new.prompt_logprobs += token_logprobs(rows, targets, request.params.prompt_logprobs)
 
 
 def _kept_ratios(model: FoldForCausalLM) -> dict[str, Mapping[str, Any]]:

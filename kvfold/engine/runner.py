@@ -1,9 +1,4 @@
-"""Forward calls on stored sequences, and the store as the scheduler sees it (`scheduler.Memory`).
-
-What is needed of a store: sequences are integer handles; `new_sequences(n)`, `fork(handles)` (pages copy-on-write),
-`free(handles)`, `seen_tokens(handle)`, entries held per KV stream, `held_bytes` and what a set of handles would free,
-`free_bytes`, `pool_bytes`, and whether some calls surely fit. A forward is
-`model(input_ids [B, T], attention_mask, past_key_values=<view of the handles>, logits_to_keep)`.
+"""Forward calls on stored sequences, and the store as the scheduler sees it: sequences are handles, memory is bytes.
 
 Methods of one engine have a store each, and all of them draw pages from the same pools: the KV budget is one. Each store
 also has a fixed number of places for sequences, whose tables and per-sequence state are set aside from the budget.
@@ -20,7 +15,6 @@ from kvfold.cache.hf import FoldCache
 from kvfold.cache.pages import PagePool
 from kvfold.cache.store import Store
 from kvfold.engine.budget import SequenceCost
-from kvfold.engine.scheduler import Call
 from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import PAGE_SLOTS, page_bytes, page_class, slot_arrays
@@ -116,19 +110,19 @@ class Runner:
         return sum(pool.book.exact_free() * size for pool, size in self._pools.values())
 
     def new(self, method: str) -> int | None:
-        """See `Memory`."""
+        """An empty sequence; None where there is no place for one more."""
         self._sizes.clear()
         store = self.stores[method]
         return store.new_sequences(1)[0] if store.free_places else None
 
     def fork(self, method: str, handle: int) -> int | None:
-        """See `Memory`."""
+        """A sequence that continues from the same tokens; pages are shared until one side writes."""
         self._sizes.clear()
         store = self.stores[method]
         return store.fork([handle])[0] if store.free_places else None
 
     def free(self, method: str, handle: int) -> None:
-        """See `Memory`."""
+        """End a sequence; its pages are free at once."""
         self._sizes.clear()
         self.stores[method].free([handle])
 
@@ -137,17 +131,17 @@ class Runner:
         return self.stores[method].seen_tokens(handle)
 
     def kept(self, method: str, handle: int) -> list[int]:
-        """See `Memory`."""
+        """Entries that each KV stream holds, owners ascending, then heads."""
         store = self.stores[method]
         places = [store.place_of[owner] for owner in store.layout.owners]
         return torch.cat([group.length[place, handle] for group, place in places]).tolist()
 
     def held_bytes(self, method: str, handle: int) -> int:
-        """See `Memory`."""
+        """Bytes of the pages that the sequence holds, shared ones included."""
         return self._sizes_of(method)[handle][0]
 
     def owed_bytes(self, method: str, handle: int) -> int:
-        """See `Memory`."""
+        """Bytes of shared pages that the sequence will have to copy when it goes on, as its method rewrites what it holds."""
         return self._sizes_of(method)[handle][1]
 
     def _sizes_of(self, method: str) -> dict[int, tuple[int, int]]:
@@ -174,7 +168,7 @@ class Runner:
         return torch.bincount(row, minlength=group.length.shape[1])[rows]
 
     def freeable_bytes(self, handles: Sequence[tuple[str, int]]) -> int:
-        """See `Memory`."""
+        """Bytes that ending all of these (method, handle) would free."""
         pages: dict[int, list[Tensor]] = {id(pool): [] for pool, _ in self._pools.values()}
         for method, store in self.stores.items():
             rows = [handle for name, handle in handles if name == method]
@@ -188,8 +182,8 @@ class Runner:
                 total += size * int((pool.references[ids] == count).sum())
         return total
 
-    def fits(self, calls: Sequence[Call]) -> bool:
-        """See `Memory`."""
+    def fits(self, calls: Sequence[tuple[str, int, int]]) -> bool:
+        """Whether these calls (method, handle, tokens), all of them, surely fit into the free pages."""
         needed = dict.fromkeys(self._page_bytes, 0)
         for method, store in self.stores.items():
             mine = [(handle, tokens) for name, handle, tokens in calls if name == method]

@@ -3,7 +3,7 @@
 A step decodes all that can decode and reads at most one prefill group: one chunk of a long prompt, or several short
 prompts. Admission goes by estimates (budget.py); every call is then checked against the pages that are really free, and
 under pressure prefixes are given up, the prefill shrinks, and the last in the order is preempted and later recomputed.
-The first in the order always progresses. No torch here: the store is seen through `Memory`.
+The first in the order always progresses. No torch here: of the store it sees what `Runner` tells of memory.
 
 The compressed state after p tokens is no slice of the state after q > p tokens, so a prefix can be reused only where a
 snapshot of it was kept: where a second request was seen to part from a first (on the grid: at the border before), at the end
@@ -15,11 +15,14 @@ prompt chunks.
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from kvfold.engine.budget import Budget
 from kvfold.engine.request import FinishReason, Request
 from kvfold.errors import UserError
+
+if TYPE_CHECKING:
+    from kvfold.engine.runner import Runner
 
 PREFILL_TOKENS = 512
 """Tokens of one prefill group, padding counted; the grid on which prompts of methods that are not chunk-invariant are cut."""
@@ -29,45 +32,6 @@ AGING_S = 10.0
 """A request that waits rises by one priority in so many seconds."""
 ROOM_FOR_SNAPSHOTS = 0.25
 """Share of the pool that must be free for a snapshot to be taken at the end of a prompt."""
-
-Call = tuple[str, int, int]
-"""Method, handle, tokens."""
-
-
-class Memory(Protocol):
-    """The store as the scheduler sees it: sequences are handles, memory is bytes."""
-
-    @property
-    def pool_bytes(self) -> int:
-        """Bytes of all pages."""
-
-    @property
-    def free_bytes(self) -> int:
-        """Bytes of pages that nobody holds."""
-
-    def new(self, method: str) -> int | None:
-        """An empty sequence; None where there is no place for one more."""
-
-    def fork(self, method: str, handle: int) -> int | None:
-        """A sequence that continues from the same tokens; pages are shared until one side writes."""
-
-    def free(self, method: str, handle: int) -> None:
-        """End a sequence; its pages are free at once."""
-
-    def held_bytes(self, method: str, handle: int) -> int:
-        """Bytes of the pages that the sequence holds, shared ones included."""
-
-    def owed_bytes(self, method: str, handle: int) -> int:
-        """Bytes of shared pages that the sequence will have to copy when it goes on, as its method rewrites what it holds."""
-
-    def freeable_bytes(self, handles: Sequence[tuple[str, int]]) -> int:
-        """Bytes that ending all of these (method, handle) would free."""
-
-    def kept(self, method: str, handle: int) -> Sequence[int]:
-        """Entries that each KV stream holds, owners ascending, then heads."""
-
-    def fits(self, calls: Sequence[Call]) -> bool:
-        """Whether these calls, all of them, surely fit into the free pages."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -86,7 +50,7 @@ class Scheduler:
     """Waiting and running requests over one memory."""
 
     def __init__(
-        self, budget: Budget, memory: Memory, *, max_running: int = 256, prefill_tokens: int = PREFILL_TOKENS,
+        self, budget: Budget, memory: "Runner", *, max_running: int = 256, prefill_tokens: int = PREFILL_TOKENS,
         prefix_tokens: int = PREFIX_TOKENS,
     ):  # fmt: skip
         self.budget, self.memory, self.max_running, self.prefill_tokens = budget, memory, max_running, prefill_tokens

@@ -182,7 +182,7 @@ class Replica:
     def __del__(self) -> None:
         """Ray's word for the end of a replica's life."""
         if hasattr(self, "app"):
-            self.app.state.serving.jobs.close()
+            self.app.state.serving.close()
             self.engine.close()
 
 

@@ -79,7 +79,7 @@ class Call:
         """The answer as events."""
         options = self.body.stream_options
         always = bool(options and options.continuous_usage_stats)
-        async for batch in self.serving.batches(job, self.serving.settings.ping_s):
+        async for batch in job.batches(self.serving.settings.ping_s):
             if not batch:
                 yield PING
             for index, piece in batch:
@@ -94,7 +94,7 @@ class Call:
     async def whole_answers(self, job: Job) -> list[Answer]:
         """All of them, once they have ended."""
         answers = [Answer() for _ in range(self.answers)]
-        async for batch in self.serving.batches(job):
+        async for batch in job.batches():
             for index, piece in batch:
                 answers[index].add(piece)
         return answers
@@ -128,20 +128,20 @@ async def respond(serving: Serving, request: Request, kind: type[Base], call: ty
     body = await read(request, kind, serving.settings.body_timeout_s)
     model, name, stream = serving.check(body), serving.request_id(request, body), bool(body.stream)
     asked = call(serving, body, model, name)
-    job = serving.jobs.open(name, asked.answers, streams=stream)
+    job = serving.open(name, asked.answers, streams=stream)
     headers = {"X-Request-Id": name}
     handed_over = False
     try:
-        await serving.jobs.prepare(lambda: asked.submit(job), characters=asked.characters)
+        await serving.prepare(lambda: asked.submit(job), characters=asked.characters)
         if stream:
-            response = Stream(_until_done(asked, job), leave=lambda: serving.jobs.leave(job), headers=headers)
+            response = Stream(_until_done(asked, job), leave=lambda: serving.leave(job), headers=headers)
             handed_over = True
             return response
         answer = await unless_gone(request, asked.answer(job))
         return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json", headers=headers)
     finally:
         if not handed_over:
-            serving.jobs.leave(job)
+            serving.leave(job)
 
 
 async def _until_done(asked: Call, job: Job) -> AsyncIterator[bytes]:

@@ -61,7 +61,7 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        serving.jobs.close()
+        serving.close()
 
     app = _GuardedApp(
         title="kvfold", version=kvfold.__version__, max_body_size=settings.max_body_bytes, lifespan=lifespan,
@@ -154,7 +154,7 @@ def _add_tokens(router: APIRouter, serving: Serving) -> None:
                 return serving.tokens.encode(body.prompt, special=body.add_special_tokens is not False)
             return serving.template.render(body, body.tools or ())[0]
 
-        found = await serving.jobs.prepare(ids, characters=len(body.prompt or "") or 1 << 20)
+        found = await serving.prepare(ids, characters=len(body.prompt or "") or 1 << 20)
         texts = [serving.tokens.text_of(one) for one in found] if body.return_token_strs else None
         answer = {"count": len(found), "max_model_len": serving.max_model_len, "tokens": found, "token_strs": texts}
         return JSONResponse(answer)
@@ -175,7 +175,7 @@ def _add_tokens(router: APIRouter, serving: Serving) -> None:
 def _add_health(router: APIRouter, serving: Serving) -> None:
     async def alive() -> Response:
         """Status 200 while requests are taken, 503 once they are not."""
-        broken = "the server is stopping" if serving.jobs.stopping else serving.engine.stopped
+        broken = "the server is stopping" if serving.stopping else serving.engine.stopped
         if broken is not None:
             raise ApiError(503, broken)
         return Response(status_code=200)
@@ -192,7 +192,7 @@ def _add_health(router: APIRouter, serving: Serving) -> None:
     @router.get("/load", tags=["server"])
     async def load() -> dict[str, int]:
         """Answers being made or waiting."""
-        return {"server_load": serving.jobs.answers}
+        return {"server_load": serving.answers}
 
 
 def _add_refusals(router: APIRouter) -> None:

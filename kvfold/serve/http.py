@@ -263,11 +263,11 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list | None = None) -> None:
         """See uvicorn."""
-        jobs = self.serving.jobs
-        jobs.stopping = True
-        if jobs.answers:
-            log.info("stopping: %d answers have %g s to finish", jobs.answers, self.serving.settings.shutdown_timeout_s)
-        timer = asyncio.get_running_loop().call_later(self.serving.settings.shutdown_timeout_s, jobs.cancel_all)
+        serving, seconds = self.serving, self.serving.settings.shutdown_timeout_s
+        serving.stopping = True
+        if serving.answers:
+            log.info("stopping: %d answers have %g s to finish", serving.answers, seconds)
+        timer = asyncio.get_running_loop().call_later(seconds, serving.cancel_all)
         try:
             await super().shutdown(sockets)
         finally:

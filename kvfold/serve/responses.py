@@ -64,7 +64,7 @@ class ResponseCall(ChatCall):
         yield self._event("created", response=self._response("in_progress"))
         yield self._event("in_progress", response=self._response("in_progress"))
         reader, reasoning_tokens, piece = self.reader(), 0, None
-        async for batch in self.serving.batches(job, self.serving.settings.ping_s if job.streams else None):
+        async for batch in job.batches(self.serving.settings.ping_s if job.streams else None):
             if not batch:
                 yield None
             for _, piece in batch:

@@ -115,26 +115,25 @@ Result = TypeVar("Result")
 class Job:
     """One request of a client: several prompts, each with its `n` answers."""
 
-    def __init__(self, jobs: "Jobs", name: str, answers: int, *, streams: bool):
+    def __init__(self, serving: "Serving", name: str, answers: int, *, streams: bool):
         self.name, self.answers, self.streams = name, answers, streams
         self.requests: list[Request] = []
         """The engine's, by choice once all prompts are submitted."""
         self.began = time.monotonic()
         self.prompt_tokens = 0
-        self._jobs = jobs
-        self._left = answers
+        self._serving, self._left = serving, answers
         self._pieces: deque[tuple[int, Piece]] = deque()
         self._news = asyncio.Event()
         self._closed = False
 
     def submit(self, asked: Sequence[Mapping[str, Any]]) -> None:
         """Hand all prompts to the engine; runs on a worker thread. Raises `ApiError` for what the engine refuses."""
-        engine, first = self._jobs.engine, 0
+        engine, first = self._serving.engine, 0
         for one in asked:
             if self._closed:
                 return
             try:
-                self.requests += engine.submit(one, self._jobs.deliver_to(self, first), streams=self.streams)
+                self.requests += engine.submit(one, self._serving.deliver_to(self, first), streams=self.streams)
             except ValueError as error:
                 self.close()
                 raise _refused(error) from None
@@ -148,7 +147,7 @@ class Job:
         """Nobody reads on: end what still runs."""
         self._closed = True
         if self.requests and self._left:
-            self._jobs.engine.cancel(list(self.requests))
+            self._serving.engine.cancel(list(self.requests))
 
     def take(self, choice: int, piece: Piece) -> None:
         """One more piece, on the event loop."""
@@ -156,12 +155,14 @@ class Job:
         self._news.set()
 
     async def batches(self, ping_s: float | None = None) -> AsyncIterator[list[tuple[int, Piece]]]:
-        """Whatever is new, as (choice, piece), until all answers have ended; an empty list where `ping_s` passed without any."""
+        """Whatever is new, as (choice, piece), until all answers have ended; an empty list where `ping_s` passed without
+        any. Raises `ApiError` for an answer that failed.
+        """
         while self._left:
             if not self._pieces:
                 self._news.clear()
                 # A timer of the loop's own: what asyncio.timeout does for a wait is a tenth of a streamed token's cost.
-                timer = self._jobs.loop.call_later(ping_s, self._news.set) if ping_s is not None else None
+                timer = self._serving.loop.call_later(ping_s, self._news.set) if ping_s is not None else None
                 await self._news.wait()
                 if timer is not None:
                     timer.cancel()
@@ -170,16 +171,38 @@ class Job:
                     continue
             batch = list(self._pieces)
             self._pieces.clear()
-            self._left -= sum(piece.finish_reason is not None for _, piece in batch)
+            for _, piece in batch:
+                self._left -= piece.finish_reason is not None
+                if piece.finish_reason in ("error", "abort"):
+                    raise self._serving.failure(piece)
             yield batch
 
 
-class Jobs:
-    """All requests in flight."""
+def _refused(error: ValueError) -> ApiError:
+    """The engine's one-line refusal, with the field that it is about."""
+    message = str(error)
+    field = message.split(maxsplit=1)[0].strip(":'\"") if message else ""
+    code = "context_length_exceeded" if "context" in message and "prompt" in message else None
+    return ApiError(400, message, param=field if field.isidentifier() and field.islower() else None, code=code)
 
-    def __init__(self, engine: Engine, settings: ServerSettings, saw: Callable[[Job, int, Piece], None]):
-        """`saw` is told each piece, on the event loop."""
-        self.engine, self.settings, self._saw = engine, settings, saw
+
+class Serving:
+    """One engine behind one server, and all requests in flight."""
+
+    def __init__(self, engine: Engine, settings: ServerSettings):
+        """Raises `UserError` where the engine has no tokenizer."""
+        if engine.tokenizer is None:
+            raise UserError("a server needs a tokenizer, and the engine has none: load one and give it to the engine")
+        self.engine, self.settings = engine, settings
+        self.max_model_len = settings.max_model_len or engine.context
+        if self.max_model_len > engine.context:
+            raise UserError(
+                f"max_model_len must be at most the model's context of {engine.context} tokens, got {self.max_model_len}"
+            )
+        self.tokens = Tokens(engine.tokenizer, self.max_model_len)
+        self.template = ChatTemplate(self.tokens, settings.chat_template)
+        self.metrics = Metrics(settings.model_names[0])
+        self.created = int(time.time())
         self.by_name: dict[str, Job] = {}
         self.answers = 0
         """Answers being made or waiting."""
@@ -190,6 +213,8 @@ class Jobs:
         self._woken = False
         self._short = ThreadPoolExecutor(2, thread_name_prefix="kvfold short requests")
         self._long = ThreadPoolExecutor(2, thread_name_prefix="kvfold long requests")
+
+    # -- requests in flight --------------------------------------------------------------------------------------
 
     def open(self, name: str, answers: int, *, streams: bool) -> Job:
         """A place for one more request. Raises `ApiError` 429 where too many wait, 503 where the server is stopping."""
@@ -244,7 +269,7 @@ class Jobs:
         self._woken = False  # before the first is taken: whatever comes meanwhile wakes us again, or is taken now
         while self._outbox:
             job, choice, piece = self._outbox.popleft()
-            self._saw(job, choice, piece)
+            self.metrics.saw(job, choice, piece)
             job.take(choice, piece)
 
     def cancel_all(self) -> None:
@@ -258,34 +283,6 @@ class Jobs:
         self.cancel_all()
         for pool in (self._short, self._long):
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _refused(error: ValueError) -> ApiError:
-    """The engine's one-line refusal, with the field that it is about."""
-    message = str(error)
-    field = message.split(maxsplit=1)[0].strip(":'\"") if message else ""
-    code = "context_length_exceeded" if "context" in message and "prompt" in message else None
-    return ApiError(400, message, param=field if field.isidentifier() and field.islower() else None, code=code)
-
-
-class Serving:
-    """One engine behind one server."""
-
-    def __init__(self, engine: Engine, settings: ServerSettings):
-        """Raises `UserError` where the engine has no tokenizer."""
-        if engine.tokenizer is None:
-            raise UserError("a server needs a tokenizer, and the engine has none: load one and give it to the engine")
-        self.engine, self.settings = engine, settings
-        self.max_model_len = settings.max_model_len or engine.context
-        if self.max_model_len > engine.context:
-            raise UserError(
-                f"max_model_len must be at most the model's context of {engine.context} tokens, got {self.max_model_len}"
-            )
-        self.tokens = Tokens(engine.tokenizer, self.max_model_len)
-        self.template = ChatTemplate(self.tokens, settings.chat_template)
-        self.metrics = Metrics(settings.model_names[0])
-        self.jobs = Jobs(engine, settings, self.metrics.saw)
-        self.created = int(time.time())
 
     # -- one request ---------------------------------------------------------------------------------------------
 
@@ -340,15 +337,7 @@ class Serving:
         if self.settings.log_requests:
             log.info("%s %s %r", name, what, text)
 
-    async def batches(self, job: Job, ping_s: float | None = None) -> AsyncIterator[list[tuple[int, Piece]]]:
-        """`Job.batches`; raises `ApiError` for an answer that failed."""
-        async for batch in job.batches(ping_s):
-            for _, piece in batch:
-                if piece.finish_reason in ("error", "abort"):
-                    raise self._failure(piece)
-            yield batch
-
-    def _failure(self, piece: Piece) -> ApiError:
+    def failure(self, piece: Piece) -> ApiError:
         """Why an answer ended without being one."""
         if piece.finish_reason == "abort":
             return ApiError(503, "the server is stopping: the answer was cut off", headers={"Retry-After": "10"})

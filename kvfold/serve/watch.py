@@ -7,7 +7,7 @@ All that this room knows of the engine's inside is here, so that the engine can 
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily
-from prometheus_client.registry import Collector
 
 import kvfold
 from kvfold.engine.engine import Engine, Piece
@@ -103,53 +101,41 @@ def demand_bytes(engine: Engine) -> int:
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
-_HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
-    "time_to_first_token_seconds": ("From a request to its first token", _SECONDS),
-    "inter_token_latency_seconds": ("Between two tokens of a streamed answer", _SECONDS),
-    "e2e_request_latency_seconds": ("From a request to its last token", _SECONDS),
-    "request_prompt_tokens": ("Tokens of a prompt", _TOKENS),
-    "request_generation_tokens": ("Tokens of an answer", _TOKENS),
+_METRICS: dict[str, tuple] = {
+    "time_to_first_token_seconds": (Histogram, "From a request to its first token"),
+    "inter_token_latency_seconds": (Histogram, "Between two tokens of a streamed answer"),
+    "e2e_request_latency_seconds": (Histogram, "From a request to its last token"),
+    "request_prompt_tokens": (Histogram, "Tokens of a prompt"),
+    "request_generation_tokens": (Histogram, "Tokens of an answer"),
+    "prompt_tokens": (Counter, "Tokens of prompts whose answers ended"),
+    "generation_tokens": (Counter, "Tokens generated"),
+    "prompt_tokens_cached": (Counter, "Tokens of prompts that a stored prefix saved from being read"),
+    "seen_tokens": (Counter, "Tokens that the cache saw, of answers that ended"),
+    "kept_tokens": (Counter, "Tokens that it still held at their end, the mean over KV heads"),
+    "request_success": (Counter, "Answers by how they ended", "finished_reason"),
+    "http_responses": (Counter, "Responses by status", "status"),
+    "num_preemptions": (Counter, "Answers that gave up their memory and were read again"),
+    "prefix_cache_queries": (Counter, "Answers that looked for a stored prefix"),
+    "prefix_cache_hits": (Counter, "Answers that found one"),
+    "read_tokens": (Counter, "Tokens read as prompts, those read again after a preemption included"),
+    "num_requests_running": (Gauge, "Answers that hold a sequence"),
+    "num_requests_waiting": (Gauge, "Answers that wait for memory or a place"),
+    "kv_pool_bytes": (Gauge, "Bytes reserved for the cache"),
+    "kv_pool_use_bytes": (Gauge, "Bytes of the pool by use", "use"),
+    "kv_cache_usage_perc": (Gauge, "Share of the pool in use"),
+    "kv_estimate_error": (Gauge, "Mean of |estimated / held - 1| over prompts read, learned methods"),
+    "kv_seen_tokens": (Gauge, "Tokens seen by running answers"),
+    "kv_kept_tokens": (Gauge, "Tokens held for them, the mean over KV heads"),
+    "kv_owner_compression": (Gauge, "Tokens seen over tokens kept by running answers", "owner"),
+    "prefix_snapshots": (Gauge, "Stored prefixes"),
 }
-_COUNTERS = {
-    "prompt_tokens": "Tokens of prompts whose answers ended",
-    "generation_tokens": "Tokens generated",
-    "prompt_tokens_cached": "Tokens of prompts that a stored prefix saved from being read",
-    "seen_tokens": "Tokens that the cache saw, of answers that ended",
-    "kept_tokens": "Tokens that it still held at their end, the mean over KV heads",
-}
-_ENGINE = {
-    "num_requests_running": ("running", "Answers that hold a sequence"),
-    "num_requests_waiting": ("waiting", "Answers that wait for memory or a place"),
-    "kv_pool_bytes": ("pool_bytes", "Bytes reserved for the cache"),
-    "kv_estimate_error": ("estimate_error", "Mean of |estimated / held - 1| over prompts read, learned methods"),
-    "prefix_snapshots": ("prefixes", "Stored prefixes"),
-}
-_GAUGES = {
-    "kv_cache_usage_perc": "Share of the pool in use",
-    "kv_seen_tokens": "Tokens seen by running answers",
-    "kv_kept_tokens": "Tokens held for them, the mean over KV heads",
-}
-_ENGINE_COUNTERS = {
-    "num_preemptions": ("preemptions", "Answers that gave up their memory and were read again"),
-    "prefix_cache_queries": ("prefix_queries", "Answers that looked for a stored prefix"),
-    "prefix_cache_hits": ("prefix_hits", "Answers that found one"),
-    "read_tokens": ("prompt_tokens", "Tokens read as prompts, those read again after a preemption included"),
-}
-
-
-class _EngineCounters(Collector):
-    """Counters that the engine keeps itself."""
-
-    def __init__(self, model: str):
-        self._model = model
-        self.stats: Mapping[str, Any] = {}
-
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        """See `Collector`."""
-        for name, (key, text) in _ENGINE_COUNTERS.items():
-            family = CounterMetricFamily(f"kvfold:{name}", text, labels=("model_name",))
-            family.add_metric((self._model,), self.stats.get(key, 0))
-            yield family
+"""By name: the kind, what it says, and the label that it has beside the model's name."""
+_STATS = {
+    "num_requests_running": "running", "num_requests_waiting": "waiting", "kv_pool_bytes": "pool_bytes",
+    "kv_estimate_error": "estimate_error", "prefix_snapshots": "prefixes", "num_preemptions": "preemptions",
+    "prefix_cache_queries": "prefix_queries", "prefix_cache_hits": "prefix_hits", "read_tokens": "prompt_tokens",
+}  # fmt: skip
+"""Metrics that the engine counts itself, by its own names."""
 
 
 class Metrics:
@@ -157,31 +143,18 @@ class Metrics:
 
     def __init__(self, model: str):
         """`model`: the label that all of them carry."""
-        self.registry = CollectorRegistry()
-        self._label = {"model_name": model}
-        self._histograms = {
-            name: self._make(Histogram, name, text, buckets=buckets) for name, (text, buckets) in _HISTOGRAMS.items()
-        }
-        self._counters = {name: self._make(Counter, name, text) for name, text in _COUNTERS.items()}
-        texts = {name: text for name, (_, text) in _ENGINE.items()} | _GAUGES
-        self._gauges = {name: self._make(Gauge, name, text) for name, text in texts.items()}
-        self._counted = _EngineCounters(model)
-        self.registry.register(self._counted)
-        self._success = self._make(Counter, "request_success", "Answers by how they ended", labels=("finished_reason",))
-        self._http = self._make(Counter, "http_responses", "Responses by status", labels=("status",))
-        self._pool = self._make(Gauge, "kv_pool_use_bytes", "Bytes of the pool by use", labels=("use",))
-        self._owner = self._make(
-            Gauge, "kv_owner_compression", "Tokens seen over tokens kept by running answers", labels=("owner",)
-        )
+        self._model, self._registry = model, CollectorRegistry()
+        self._all: dict[str, Any] = {}
+        for name, (kind, text, *label) in _METRICS.items():
+            buckets = {"buckets": _SECONDS if name.endswith("_seconds") else _TOKENS} if kind is Histogram else {}
+            metric = kind(f"kvfold:{name}", text, ("model_name", *label), registry=self._registry, **buckets)
+            self._all[name] = metric if label else metric.labels(model)
+        self._counted: Mapping[str, Any] = {}
         self._last: dict[tuple[int, int], float] = {}
-
-    def _make(self, kind: type, name: str, text: str, *, labels: Sequence[str] = (), **options: Any) -> Any:
-        metric = kind(f"kvfold:{name}", text, ("model_name", *labels), registry=self.registry, **options)
-        return metric if labels else metric.labels(**self._label)
 
     def responded(self, status: int) -> None:
         """A response was begun."""
-        self._http.labels(**self._label, status=str(status)).inc()
+        self._all["http_responses"].labels(self._model, str(status)).inc()
 
     def saw(self, job: "Job", choice: int, piece: Piece) -> None:
         """A piece of an answer came from the engine."""
@@ -189,57 +162,49 @@ class Metrics:
         if piece.token_ids and job.streams:
             before = self._last.get(key)
             if before is None:
-                self._histograms["time_to_first_token_seconds"].observe(now - job.began)
+                self._all["time_to_first_token_seconds"].observe(now - job.began)
             else:
                 # Several tokens in one piece came together: each took its share.
                 for _ in piece.token_ids:
-                    self._histograms["inter_token_latency_seconds"].observe((now - before) / len(piece.token_ids))
+                    self._all["inter_token_latency_seconds"].observe((now - before) / len(piece.token_ids))
             self._last[key] = now
-        self._counters["generation_tokens"].inc(len(piece.token_ids))
+        self._all["generation_tokens"].inc(len(piece.token_ids))
         if piece.finish_reason is None:
             return
         self._last.pop(key, None)
-        self._success.labels(**self._label, finished_reason=piece.finish_reason).inc()
-        self._histograms["e2e_request_latency_seconds"].observe(now - job.began)
+        self._all["request_success"].labels(self._model, piece.finish_reason).inc()
+        self._all["e2e_request_latency_seconds"].observe(now - job.began)
         usage = piece.usage
         if usage is None:
             return
-        self._histograms["request_prompt_tokens"].observe(usage.prompt_tokens)
-        self._histograms["request_generation_tokens"].observe(usage.completion_tokens)
+        self._all["request_prompt_tokens"].observe(usage.prompt_tokens)
+        self._all["request_generation_tokens"].observe(usage.completion_tokens)
         for name, number in (
             ("prompt_tokens", usage.prompt_tokens), ("prompt_tokens_cached", usage.cached_tokens),
             ("seen_tokens", usage.seen_tokens), ("kept_tokens", usage.kept_tokens),
         ):  # fmt: skip
-            self._counters[name].inc(number)
+            self._all[name].inc(number)
 
-    def text(
-        self,
-        stats: Mapping[str, Any],
-        use: Mapping[str, int],
-        holdings: Sequence[Mapping[str, Any]],
-        owners: Sequence[int],
-    ) -> bytes:
+    def text(self, engine: Engine, use: Mapping[str, int], holdings: Sequence[Mapping[str, Any]]) -> bytes:
         """Everything, in Prometheus' text form. `use`: bytes of the pool by use. `holdings`: of the running answers."""
-        for name, (key, _) in _ENGINE.items():
-            self._gauges[name].set(stats[key])
-        self._counted.stats = stats
-        self._gauges["kv_cache_usage_perc"].set(1 - stats["free_bytes"] / max(1, stats["pool_bytes"]))
+        stats, every = engine.stats(), self._all
+        for name, key in _STATS.items():
+            if _METRICS[name][0] is Gauge:
+                every[name].set(stats[key])
+            else:
+                every[name].inc(stats[key] - self._counted.get(key, 0))
+        self._counted = stats
+        every["kv_cache_usage_perc"].set(1 - stats["free_bytes"] / max(1, stats["pool_bytes"]))
         for name, number in use.items():
-            self._pool.labels(**self._label, use=name).set(number)
-        seen = kept = 0.0
-        by_owner: dict[int, list[float]] = {owner: [0.0, 0.0] for owner in owners}
-        for one in holdings:
-            for owner, heads in zip(owners, one["kept"], strict=False):
-                by_owner[owner][0] += one["seen_tokens"]
-                by_owner[owner][1] += sum(heads) / len(heads)
-            if one["kept"]:
-                seen += one["seen_tokens"]
-                kept += sum(map(sum, one["kept"])) / sum(map(len, one["kept"]))
-        self._gauges["kv_seen_tokens"].set(seen)
-        self._gauges["kv_kept_tokens"].set(kept)
-        for owner, (owner_seen, owner_kept) in by_owner.items():
-            self._owner.labels(**self._label, owner=str(owner)).set(owner_seen / owner_kept if owner_kept else 1.0)
-        return generate_latest(self.registry)
+            every["kv_pool_use_bytes"].labels(self._model, name).set(number)
+        holdings = [one for one in holdings if one["kept"]]
+        seen = sum(one["seen_tokens"] for one in holdings)
+        every["kv_seen_tokens"].set(seen)
+        every["kv_kept_tokens"].set(sum(sum(map(sum, one["kept"])) / sum(map(len, one["kept"])) for one in holdings))
+        for place, (owner, heads) in enumerate(_owners(engine)):
+            kept = sum(sum(one["kept"][place]) for one in holdings) / heads
+            every["kv_owner_compression"].labels(self._model, str(owner)).set(seen / kept if kept else 1.0)
+        return generate_latest(self._registry)
 
 
 # -- the live page ---------------------------------------------------------------------------------------------------
@@ -274,24 +239,24 @@ class _Looker:
         return self._state
 
     async def _look(self) -> dict[str, Any]:
-        jobs, engine = self._serving.jobs, self._serving.engine
+        serving, engine = self._serving, self._serving.engine
         listed = [
             (job.name, choice, request)
-            for job in list(jobs.by_name.values())
+            for job in list(serving.by_name.values())
             for choice, request in enumerate(list(job.requests))
         ][:MAX_LISTED]
         use, holdings = await _looked(engine, lambda: [request for *_, request in listed])
         stats = engine.stats()
         rows = zip(listed, holdings, strict=False)
         return {
-            "time": round(time.time(), 3), "pool": use, "in_flight": jobs.answers,
+            "time": round(time.time(), 3), "pool": use, "in_flight": serving.answers,
             **{name: stats[name] for name in ("pool_bytes", "running", "waiting", "completion_tokens")},
             "requests": [{"id": name, "choice": choice} | holding for (name, choice, _), holding in rows],
         }  # fmt: skip
 
     async def kept_map(self, name: str) -> dict[str, Any] | None:
         """Which tokens each head of one running request keeps; None where it holds nothing."""
-        job, engine = self._serving.jobs.by_name.get(name), self._serving.engine
+        job, engine = self._serving.by_name.get(name), self._serving.engine
         request = job.requests[0] if job is not None and job.requests else None
         if request is None:
             return None
@@ -324,7 +289,7 @@ def add_routes(router: APIRouter, serving: "Serving") -> None:
     async def metrics() -> Response:
         """Numbers for Prometheus."""
         use, holdings = await _looked(engine, lambda: engine._scheduler.running)
-        text = serving.metrics.text(engine.stats(), use, holdings, [owner for owner, _ in _owners(engine)])
+        text = serving.metrics.text(engine, use, holdings)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @router.post("/reset_prefix_cache", response_model=None, tags=["server"])
@@ -376,7 +341,7 @@ def _add_live_routes(router: APIRouter, serving: "Serving") -> None:
         looker.watchers += 1
 
         async def events() -> AsyncIterator[bytes]:
-            while not serving.jobs.stopping:
+            while not serving.stopping:
                 yield event(await state())
                 await asyncio.sleep(LOOK_S)
 

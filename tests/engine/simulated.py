@@ -39,7 +39,7 @@ class Sequence:
 
 
 class SimulatedMemory:
-    """`Memory` with what the scheduler's driver needs: `feed`."""
+    """The memory of `Runner` with what the scheduler's driver needs: `feed`."""
 
     def __init__(self, costs, pool_bytes, *, places=64):
         self.costs, self.pool_bytes, self.places = costs, pool_bytes, places

@@ -260,7 +260,7 @@ def test_a_failure_of_ours_is_a_500_that_says_nothing(monkeypatch):
         while not logged and time.monotonic() < until:  # logged once the answer has been sent
             time.sleep(0.01)
         assert "ZeroDivisionError" in logged[0] and "secret" not in str(logged)
-        assert server.serving.jobs.answers == 0
+        assert server.serving.answers == 0
 
 
 def test_a_closed_port_is_a_closed_port(guarded):

@@ -88,10 +88,10 @@ def test_load_with_rude_clients_loses_no_answer():
     with running_server(engine) as server:
         found = asyncio.run(run(server.url))
         deadline = time.monotonic() + 10
-        while server.serving.jobs.answers or engine.stats()["running"]:
+        while server.serving.answers or engine.stats()["running"]:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert not server.serving.jobs.by_name
+        assert not server.serving.by_name
     assert resident[-1] <= 1.01 * resident[len(resident) // 2]
     with Engine(tiny_model(), TOKENIZER, "2MB", METHODS, page_slots=4, prefill_tokens=64) as alone:
         for asked, manner, ids in zip(requests, manners, found, strict=True):
@@ -169,7 +169,7 @@ def test_answers_that_take_too_long_to_finish_are_ended_cleanly():
             found = rest_of(connection)
             assert b"the server is stopping" in found and found.rstrip().endswith(b"0") and b"data: [DONE]" in found
         server.thread.join(20)
-        assert server.serving.jobs.answers == 0
+        assert server.serving.answers == 0
 
 
 def test_time_per_request_and_keep_alive():
@@ -194,10 +194,10 @@ def test_a_reader_that_takes_nothing_is_given_up():
                 b"Content-Length: %d\r\n\r\n" % len(body) + body.encode()
             )  # fmt: skip
             deadline = time.monotonic() + 30
-            while not server.serving.jobs.answers:
+            while not server.serving.answers:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
-            while server.serving.jobs.answers:
+            while server.serving.answers:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
         assert httpx.get(f"{server.url}/health").status_code == 200
@@ -210,10 +210,10 @@ def test_a_client_that_leaves_frees_its_place_without_a_stream(server):
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n" % len(data) + data
         )  # fmt: skip
-        while not server.serving.jobs.answers:
+        while not server.serving.answers:
             time.sleep(0.005)
     deadline = time.monotonic() + 10
-    while server.serving.jobs.answers:
+    while server.serving.answers:
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
