@@ -8,8 +8,20 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from kvfold.cli.console import progress, say, show_json
-from kvfold.cli.options import Adapter, Device, Dtype, Json, KvMemory, Loading, Model, Time, quiet_transformers
+from kvfold.cli.options import (
+    Adapter,
+    Device,
+    Dtype,
+    Json,
+    KvMemory,
+    Loading,
+    Model,
+    Time,
+    progress,
+    quiet_transformers,
+    say,
+    show_json,
+)
 from kvfold.errors import UserError, need_packages
 
 
