@@ -326,7 +326,7 @@ def _time_sdpa(gpu: Gpu, shape: Shape, batch: int, length: int) -> Row:
 
 
 TILINGS = ((64, 4, 3), (64, 4, 2), (64, 4, 5), (32, 4, 3), (32, 4, 5), (64, 8, 3), (128, 8, 3))
-"""Tile, warps, stages: those that `kvfold.bench.kernel` shows to fit."""
+"""Tile, warps, stages: those that `studies/cubins.py` shows to fit."""
 SPANS = (128, 256, 512)
 
 

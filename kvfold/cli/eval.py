@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Option
 
-from kvfold.cli.console import progress, say
-from kvfold.cli.options import Loading, Model, Output, Times, model_name
+from kvfold.cli.options import Loading, Model, Output, Times, model_name, progress, say
 from kvfold.data import SAMPLE
 from kvfold.errors import UserError
 

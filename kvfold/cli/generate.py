@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from kvfold.cli.console import progress, say, show_json
 from kvfold.cli.options import (
     Adapter,
     Device,
@@ -19,7 +18,10 @@ from kvfold.cli.options import (
     Model,
     Time,
     model_name,
+    progress,
     quiet_transformers,
+    say,
+    show_json,
 )
 from kvfold.errors import UserError, need_packages
 

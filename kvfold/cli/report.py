@@ -8,8 +8,20 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from kvfold.cli.console import command_line, progress, say, show
-from kvfold.cli.options import Loading, Model, Output, Text, Times, check_out, model_name, quiet_transformers
+from kvfold.cli.options import (
+    Loading,
+    Model,
+    Output,
+    Text,
+    Times,
+    check_out,
+    command_line,
+    model_name,
+    progress,
+    quiet_transformers,
+    say,
+    show,
+)
 from kvfold.data import SAMPLE, read_text_file
 from kvfold.errors import UserError
 

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from kvfold.cli.console import progress, say, show_json, waiting
 from kvfold.cli.options import (
     Data,
     Device,
@@ -23,6 +22,10 @@ from kvfold.cli.options import (
     WeightsDtype,
     begin_training,
     model_name,
+    progress,
+    say,
+    show_json,
+    waiting,
 )
 from kvfold.data import SAMPLE
 from kvfold.errors import UserError, need_packages

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from kvfold.cli.console import command_line, progress, say, show_json
-from kvfold.cli.options import Device, Json, Output, Training, begin_training
+from kvfold.cli.options import Device, Json, Output, Training, begin_training, command_line, progress, say, show_json
 from kvfold.errors import UserError
 
 

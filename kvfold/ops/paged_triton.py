@@ -285,7 +285,7 @@ class Tiling:
 
 def tiling(head_dim: int, itemsize: int, streams: int, max_length: int, processors: int) -> Tiling:
     """The default tiling. `itemsize`: bytes of a number of q; `processors`: the device's multiprocessors."""
-    # More would not fit into registers: `kvfold.bench.kernel` shows it.
+    # More would not fit into registers: `studies/cubins.py` shows it.
     tile = 16 if itemsize > 2 else (64 if head_dim <= 128 else 32)
     # Spans of 256 entries, of 128 where the machine would not be filled, and longer ones where there are very many.
     span = 256 if streams * -(-max_length // 256) >= 4 * processors else 128

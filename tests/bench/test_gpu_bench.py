@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,7 +149,8 @@ def test_machine_code_is_made_without_a_gpu_and_once_for_all_lengths():
     """In a process of its own: kernels of this one may be interpreted."""
     code = """
 import json, torch
-from kvfold.bench.kernel import Variant, cubin_rows, example
+from cubins import cubin_rows, example
+from kvfold.bench.kernel import Variant
 from kvfold.ops import paged_triton
 variant = Variant(group=4, k_pages=torch.int8, scored=True, biased=True, windowed=True, written=False)
 rows = list(cubin_rows((80, 90), (variant,)))
@@ -163,6 +165,8 @@ kernels = [paged_triton._attend_span, paged_triton._join_spans, paged_triton._ha
 print(json.dumps([rows, [len(kernel.device_caches[90][0]) for kernel in kernels]]))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [str(Path(__file__).parents[2] / "studies"), environment.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
     rows, versions = json.loads(told.stdout)

@@ -160,7 +160,7 @@ def test_texts(refused, folder, content, said):
         (f"{EVAL} --passkey", "a passkey prompt of 32 tokens: the shortest has"),
         (f"{EVAL} --out tiny", "tiny: no file can be written there"),
         (f"{EVAL} --out text.txt/q.json", "text.txt/q.json: no file can be written there"),
-        ("bench decode tiny", "point '8 x 1,024': 1056 tokens, and the model reads 256 at most"),
+        ("bench decode tiny", "point '8 x 1,024' of 1,056 tokens: the model reads 256 at most"),
         (f"{BENCH} --prompt 300", "the model reads 256 at most"),
         (f"{BENCH} --batch 0", "batch 0"),
         (f"{BENCH} --new 1", "new_tokens 1"),

@@ -6,7 +6,7 @@ import pytest
 
 from kvfold.bench.serve import read_trace
 from kvfold.bench.serve_http import Load, bench_serve, draw_requests
-from kvfold.cli.bench_serve import serve as bench_serving
+from kvfold.cli.bench import serve as bench_serving
 
 TEXT = " ".join(f"word{number}" for number in range(300))
 
