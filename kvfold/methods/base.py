@@ -263,12 +263,6 @@ class Method(ABC):
         return TrainingForm(k_BTKD=tokens.k_BTKD, v_BTKD=tokens.v_BTKD)
 
 
-def refuse_args(name: str, args: str) -> None:
-    """Raise `UserError` where a method that takes no settings was given some."""
-    if args:
-        raise UserError(f"'{name}:{args}': {name} takes no settings: write '{name}'")
-
-
 def parse_count(name: str, args: str, example: str) -> int:
     """A whole number of tokens from a method's settings; `example` is a text form that would have been right."""
     if not (args.isascii() and args.isdigit()):

@@ -114,34 +114,24 @@ class MergePlan(StepPlan):
         """The entry with the new token in it."""
         import torch
 
-        streams = self.streams
+        window, streams = self.method.window, self.streams
         ids, length = streams.id_OBK[owner], streams.length_OBK[owner]
         merges = torch.zeros_like(ids, dtype=torch.bool)
+        weight = k_BKD.new_ones(ids.shape, dtype=torch.float32)
         if gates is not None and gates.alpha_BTK is not None:
             merges = (gates.alpha_BTK[:, 0] > 0.5) & (streams.position_B > self.method.alone)[:, None]
-        k, v = self._summed(ids, gates, k_BKD, v_BKD, merges)
-        return Entered(k_BKD=k, v_BKD=v, place_BK=torch.where(merges, length - 1, length))
-
-    def _summed(
-        self, ids_BK: Tensor, gates: Gates | None, k: Tensor, v: Tensor, merges: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        import torch
-
-        window, ring, width = self.method.window, self.streams.state_X, k.shape[-1]
-        weight = k.new_ones(k.shape[:2], dtype=torch.float32)
-        if gates is not None and gates.weight_BTK is not None:
             weight = gates.weight_BTK[:, 0]
-        new = _weighted(k, v, weight)
-        held = torch.where(merges[..., None, None], ring[ids_BK], 0.0)
+        new = _weighted(k_BKD, v_BKD, weight)
+        held = torch.where(merges[..., None, None], streams.state_X[ids], 0.0)
         if window is None:
             held[:, :, 0] += new
         else:
-            column = (self.streams.position_B % window)[:, None, None, None].expand(*new.shape[:2], 1, new.shape[-1])
+            column = (streams.position_B % window)[:, None, None, None].expand(*new.shape[:2], 1, new.shape[-1])
             held.scatter_(2, column, new.unsqueeze(2))
-        ring[ids_BK] = held
+        streams.state_X[ids] = held
         total = held.sum(dim=2)
-        mean = total[..., :-1] / total[..., -1:]
-        return mean[..., :width].to(k.dtype), mean[..., width:].to(v.dtype)
+        k, v = (total[..., :-1] / total[..., -1:]).to(k_BKD.dtype).split((k_BKD.shape[-1], v_BKD.shape[-1]), dim=-1)
+        return Entered(k_BKD=k, v_BKD=v, place_BK=torch.where(merges, length - 1, length))
 
 
 def _weighted(k: Tensor, v: Tensor, weight: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from kvfold.errors import UserError
 from kvfold.methods.base import GateForm, Method, parse_count
-from kvfold.methods.plans import Crossed, Held, Lives, StepPlan, Streams
+from kvfold.methods.plans import Crossed, Held, Lives
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,10 +107,6 @@ class Fold(Method):
         """`delay`."""
         return self.delay
 
-    def open_step(self, streams: Streams) -> StepPlan:
-        """See `Method.open_step`."""
-        return AppendedStep(self, streams)
-
     def noted(self, gates: Gates | None, real_BT: Tensor | None) -> dict[str, Tensor]:
         """See `Method.noted`; of the newest token no later one has decided yet."""
         from kvfold.ops.gating import from_next
@@ -138,27 +134,12 @@ class Fold(Method):
             k_BKED=held.k_BEKD.transpose(1, 2), v_BKED=held.v_BEKD.transpose(1, 2), position_BKE=held.position_BKE.long(),
             marked_BKE=arrays[MARKED] > 0, s_BKE=half_rounded(arrays[IMPORTANCE].float()), bias_BKE=arrays[BIAS].float(),
         )  # fmt: skip
-        folded = fold_entries(
+        lives, after = fold_entries(
             entries, before_B=held.before_B, seen_B=held.seen_B, delay=self.delay, grid=self.spacing,
             threshold=self.threshold, reach=self.reach, heads_KP=None if gates is None else gates.heads_KP,
             as_stored=held.as_stored,
         )  # fmt: skip
-        lives = Lives(
-            k_BEKD=folded.k_BKED.transpose(1, 2), v_BEKD=folded.v_BKED.transpose(1, 2), first_BKE=folded.first_BKE,
-            last_BKE=folded.last_BKE, bias_BKE=folded.bias_BKE,
-        )  # fmt: skip
-        return Crossed(
-            lives=lives, stays_BKE=folded.stays_BKE, changed_BKE=folded.changed_BKE,
-            v_BEKD=folded.final_v_BKED.transpose(1, 2), arrays={**arrays, BIAS: folded.final_bias_BKE},
-        )  # fmt: skip
-
-
-class AppendedStep(StepPlan):
-    """The new token goes behind the others."""
-
-    def overwritten(self) -> Tensor:
-        """See `StepPlan.overwritten`."""
-        return self.streams.length_OBK
+        return Crossed(lives=Lives(**lives), arrays={**arrays, BIAS: after.pop("bias_BKE")}, **after)
 
 
 def _similarity(args: str, text: str) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from kvfold.errors import UserError
-from kvfold.methods.base import Method, refuse_args
+from kvfold.methods.base import Method
 from kvfold.methods.budget import Budget, parse_pair
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ class Full(Method):
     @classmethod
     def parse(cls, args: str) -> Self:
         """`full` alone."""
-        refuse_args(cls.name, args)
+        if args:
+            raise UserError(f"'full:{args}': full takes no settings: write 'full'")
         return cls()
 
     def format(self) -> str:

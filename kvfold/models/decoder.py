@@ -36,7 +36,6 @@ from kvfold.models.gates import (
     GateTable,
     gate_table,
     joined,
-    recorded,
 )
 from kvfold.models.generation import FoldGeneration, check_cache
 from kvfold.models.rope import Rope
@@ -160,7 +159,7 @@ class FoldModel(FoldPreTrainedModel):
                 hidden = layer(hidden, view, rotation, gates)
             hidden = self.norm(hidden)
         states = (*states, hidden) if keep else None
-        decided = {} if record is None else recorded(record, layout.owners)
+        decided = {} if record is None else record.fields(layout.owners)
         return FoldOutput(last_hidden_state=hidden, past_key_values=cache, hidden_states=states, **decided)
 
     def _shared(self, sharing: KVLayout) -> KVLayout:
