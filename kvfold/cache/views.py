@@ -50,11 +50,8 @@ class TrainingView:
         """See `KVView`. A reader attends to what its owner attended to, with the owner's bias."""
         owner = self._layout.owner_of(layer)
         if owner == layer:
-            shared = self._own(owner, k_BTKD, v_BTKD, rotation, gates)
-            if self._layout.last_reader(owner) != owner:
-                self._shared[owner] = shared
-        else:
-            shared = self._shared[owner]
+            self._shared[owner] = self._own(owner, k_BTKD, v_BTKD, rotation, gates)
+        shared = self._shared[owner] if layer < self._layout.last_reader(owner) else self._shared.pop(owner)
         q = rotate_queries(rotation, q_BTHD, None if gates is None else gates.q_keep_HD)
         common = {"scale": self._scale, "softcap": self._softcap}
         if isinstance(shared, Lives):

@@ -37,6 +37,7 @@ class DMC(Method):
     chunk_invariant: ClassVar[bool] = True
     lossy: ClassVar[bool] = True
     places_at_layer: ClassVar[bool] = True
+    merges_tokens: ClassVar[bool] = True
     gate_form: ClassVar[GateForm] = GateForm(
         adapter=False, channel_of="key", frees="keys and queries", with_weights=True, zero_out=True, source="channel",
         scale=1.0, distils="none",
@@ -49,9 +50,7 @@ class DMC(Method):
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
-            raise UserError(
-                f"dmc window {self.window}: an entry averages at least 1 token: write e.g. 'dmc:12' or 'dmc:inf'"
-            )
+            raise UserError(f"dmc window {self.window}: it is at least 1 token: write e.g. 'dmc:12' or 'dmc:inf'")
 
     @classmethod
     def parse(cls, args: str) -> Self:
@@ -72,11 +71,6 @@ class DMC(Method):
     def stream_state(self, head_dim: int) -> StateForm:
         """Weighted k and v of the window's tokens and the weights; one running sum if it is unbounded."""
         return StateForm(shape=(self.window or 1, 2 * head_dim + 1), dtype="float32")
-
-    @property
-    def merges_tokens(self) -> bool:
-        """Yes."""
-        return True
 
     @property
     def merge_window(self) -> int | None:

@@ -54,19 +54,17 @@ class Fold(Method):
 
     delay: int = 256
     """Tokens behind a query that it sees whatever is marked."""
-    spacing: int = 32
+    grid: int = 32
     """Tokens between two borders."""
     threshold: float | None = 0.65
     """Least similarity at which a token is merged; None = all that leave are dropped."""
 
     def __post_init__(self) -> None:
-        for what, number in (("delay", self.delay), ("grid", self.spacing)):
+        for what, number in (("delay", self.delay), ("grid", self.grid)):
             if number < 1:
                 raise UserError(f"fold {what} {number}: it is 1 token or more: write e.g. '{_EXAMPLE}'")
         if self.threshold is not None and not -1 <= self.threshold <= 1:
-            raise UserError(
-                f"fold threshold {self.threshold:g}: a similarity is between -1 and 1: write e.g. '{_EXAMPLE}'"
-            )
+            raise UserError(f"fold threshold {self.threshold:g}: it is between -1 and 1: write e.g. '{_EXAMPLE}'")
 
     @classmethod
     def parse(cls, args: str) -> Self:
@@ -77,7 +75,7 @@ class Fold(Method):
         delay, plus, spacing = counts.partition("+")
         given = {"delay": parse_count(cls.name, delay, _EXAMPLE)}
         if plus:
-            given["spacing"] = parse_count(cls.name, spacing, _EXAMPLE)
+            given["grid"] = parse_count(cls.name, spacing, _EXAMPLE)
         if at:
             given["threshold"] = None if similarity == "none" else _similarity(args, similarity)
         return cls(**given)
@@ -85,22 +83,17 @@ class Fold(Method):
     def format(self) -> str:
         """`fold:W`, with `+G@S` where grid or similarity are not the usual ones."""
         text = f"{self.name}:{self.delay}"
-        if (self.spacing, self.threshold) == (type(self)().spacing, type(self)().threshold):
+        if (self.grid, self.threshold) == (type(self)().grid, type(self)().threshold):
             return text
-        return f"{text}+{self.spacing}@{'none' if self.threshold is None else repr(self.threshold)}"
+        return f"{text}+{self.grid}@{'none' if self.threshold is None else repr(self.threshold)}"
 
     def always_kept(self, seen: int) -> int:
         """What is younger than the delay was at the last border."""
-        return seen - max(0, (seen - 1) // self.spacing * self.spacing - self.delay)
+        return seen - max(0, (seen - 1) // self.grid * self.grid - self.delay)
 
     def expected_kept(self, seen: int, compression: float) -> int:
         """See `Method.expected_kept`; of all phases of the grid the one in which most is held."""
-        return max(min(seen, self.delay + self.spacing), ceil(seen / compression))
-
-    @property
-    def grid(self) -> int:
-        """`spacing`."""
-        return self.spacing
+        return max(min(seen, self.delay + self.grid), ceil(seen / compression))
 
     @property
     def eviction_delay(self) -> int:
@@ -135,7 +128,7 @@ class Fold(Method):
             marked_BKE=arrays[MARKED] > 0, s_BKE=half_rounded(arrays[IMPORTANCE].float()), bias_BKE=arrays[BIAS].float(),
         )  # fmt: skip
         lives, after = fold_entries(
-            entries, before_B=held.before_B, seen_B=held.seen_B, delay=self.delay, grid=self.spacing,
+            entries, before_B=held.before_B, seen_B=held.seen_B, delay=self.delay, grid=self.grid,
             threshold=self.threshold, reach=self.reach, heads_KP=None if gates is None else gates.heads_KP,
             as_stored=held.as_stored,
         )  # fmt: skip

@@ -121,7 +121,7 @@ def channel_gates(layout: KVLayout) -> GateConfig:
     learned = {layout.time_of(owner).name for owner in layout.owners if layout.time_of(owner).trained}
     if len(learned) != 1:
         raise UserError(
-            f"gates 'channel' under time '{layout.time_text()}': it is for one learned method: leave gates out"
+            f"gates 'channel' under time '{layout.time_text()}': it is for one learned method: leave it out"
         )
     return GateConfig.published_channel(learned.pop())
 
