@@ -187,10 +187,9 @@ class Store:
     def pool_bytes(self) -> int:
         """Bytes reserved from the device; room for the tables of every page is set aside even while they are smaller."""
         pages = sum(pool.book.capacity for pool in self.pools)
-        held = sum(group.tables.num_bytes for group in self.groups)
-        tables = max(held, TABLE_BYTES * pages)
-        lengths = sum(group.num_bytes for group in self.groups) - held
-        reserved = sum(pool.num_bytes for pool in self._pools.values()) + tables + lengths + self.seen.nbytes
+        tables = max(TABLE_BYTES * pages, sum(group.tables.num_bytes for group in self.groups))
+        books = tables + sum(group.num_bytes for group in self.groups) + self.seen.nbytes
+        reserved = books + sum(pool.num_bytes for pool in self._pools.values())
         return reserved if self.memory_bytes is None else min(reserved, self.memory_bytes)
 
     @property

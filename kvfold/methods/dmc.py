@@ -115,7 +115,8 @@ class MergePlan(StepPlan):
         if gates is not None and gates.alpha_BTK is not None:
             merges = (gates.alpha_BTK[:, 0] > 0.5) & (streams.position_B > self.method.alone)[:, None]
             weight = gates.weight_BTK[:, 0]
-        new = _weighted(k_BKD, v_BKD, weight)
+        weight = weight.unsqueeze(-1)
+        new = torch.cat((torch.cat((k_BKD, v_BKD), dim=-1).float() * weight, weight), dim=-1)
         held = torch.where(merges[..., None, None], streams.state_X[ids], 0.0)
         if window is None:
             held[:, :, 0] += new
@@ -126,14 +127,6 @@ class MergePlan(StepPlan):
         total = held.sum(dim=2)
         k, v = (total[..., :-1] / total[..., -1:]).to(k_BKD.dtype).split((k_BKD.shape[-1], v_BKD.shape[-1]), dim=-1)
         return Entered(k_BKD=k, v_BKD=v, place_BK=torch.where(merges, length - 1, length))
-
-
-def _weighted(k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
-    """weight * k, weight * v and the weight itself side by side, fp32 [..., 2D + 1]."""
-    import torch
-
-    both = torch.cat((k, v), dim=-1).float() * weight.unsqueeze(-1)
-    return torch.cat((both, weight.unsqueeze(-1)), dim=-1)
 
 
 class MergedChunk(ChunkPlan):
