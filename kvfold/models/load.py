@@ -10,7 +10,7 @@ import shutil
 import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -38,8 +38,14 @@ from kvfold.models.source import Source, check_source, find_source, reading_opti
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _UNREADABLE = (
-    *(OSError, RuntimeError, ValueError, TypeError, LookupError, struct.error),
-    *(SafetensorError, StrictDataclassError),
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    struct.error,
+    SafetensorError,
+    StrictDataclassError,
 )
 """What transformers and the file formats raise at a file that is not what it should be."""
 
@@ -209,9 +215,9 @@ def quiet() -> Iterator[None]:
 
 
 _TOKENIZER_FILES = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("chat_template*", "*.model", "*.tiktoken"),
-)
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*.model",
+    "*.tiktoken",
+)  # fmt: skip
 """What tokenizers are made of, as patterns of file names."""
 
 
@@ -253,9 +259,5 @@ def copy_tokenizer(found: Source, folder: Path) -> None:
         for path in sorted(names):
             shutil.copyfile(path, folder / path.name)
         return
-    try:
-        tokenizer = load_tokenizer(str(found))
-    except ValueError:
-        # A model without a tokenizer is none the worse for it.
-        return
-    tokenizer.save_pretrained(folder)
+    with suppress(ValueError):  # a model without a tokenizer is none the worse for it
+        load_tokenizer(str(found)).save_pretrained(folder)
