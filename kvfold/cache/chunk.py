@@ -33,11 +33,6 @@ class ChunkSegment:
         self.position_BT = (self.before_B[:, None] + order - 1).masked_fill(~self.real_BT, -1)
         self._groups: dict[int, _OwnerChunk] = {}
 
-    @property
-    def newest_BT(self) -> Tensor:
-        """The newest real token of each sequence."""
-        return self.real_BT & (self.position_BT == self.seen_B[:, None] - 1)
-
     def attend(
         self, layer: int, q_BTHD: Tensor, k_BTKD: Tensor | None, v_BTKD: Tensor | None, rotation: Rotation | None,
         gates: Gates | None = None,
@@ -197,7 +192,8 @@ class _OwnerChunk:
         common = {"scale": scale, "softcap": softcap, "mask": self._mask, "bias_BKE": self._bias_BKE}
         if scores is None:
             return dense_attention(q_BTHD, self._k_BEKD, self._v_BEKD, **common)
-        weigh = call.real_BT if scores == "cumulative" else call.newest_BT
+        newest_BT = call.real_BT & (call.position_BT == call.seen_B[:, None] - 1)
+        weigh = call.real_BT if scores == "cumulative" else newest_BT
         out, received = attention_with_weights(q_BTHD, self._k_BEKD, self._v_BEKD, weigh_BT=weigh, **common)
         self._score_BKE = received if self._score_BKE is None else self._score_BKE + received
         return out
@@ -212,9 +208,8 @@ class _OwnerChunk:
             group.copy_on_write(self._id_BK)
             self._slot_BKS = group.stored_slots(self._id_BK, stored)[0]
             kept = group.pool.arrays["score"].view(-1)
-            kept.index_add_(
-                0, self._slot_BKS.reshape(-1), score[..., :stored].masked_fill(~self._filled_BKS, 0).reshape(-1)
-            )
+            old = score[..., :stored].masked_fill(~self._filled_BKS, 0)
+            kept.index_add_(0, self._slot_BKS.reshape(-1), old.reshape(-1))
             score = torch.cat((kept[self._slot_BKS], score[..., stored:]), dim=-1)
         keep = self._plan.retained(score)
         if keep is None:

@@ -57,11 +57,11 @@ class CacheGroup:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of tables, lengths and stream state."""
-        return self.tables.num_bytes + sum(one.nbytes for one in self._by_sequence)
+        """Bytes of lengths and stream state."""
+        return sum(one.nbytes for one in self._by_sequence)
 
     def bytes_with(self, sequences: int, pages: dict[int, int]) -> int:
-        """`num_bytes` once there is room for so many sequences, and for so many pages a stream of some of them."""
+        """Bytes of all books once there is room for so many sequences, and for so many pages a stream of some of them."""
         places = max(sequences, self.length.shape[1])
         lengths = len(self.owners) * places * self.num_kv_heads * self.length.itemsize
         return self.tables.bytes_with(sequences, pages) + lengths + self.state_bytes(places)
@@ -118,17 +118,12 @@ class CacheGroup:
         return self._pages(self.length[:, sequences]).sum(dim=(0, 2))
 
     def page_ids(self, id_X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Every page that these streams hold: stream id, index within the stream, page id; flat."""
-        line, index, page = self._page_lines(id_X.reshape(-1))
-        return id_X.reshape(-1)[line], index, page
-
-    def _page_lines(self, id_X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`page_ids` with each stream's place among the X."""
-        count = self._pages(self.lengths(id_X))
+        """Every page that these streams hold: the stream's place among the X, index within the stream, page id; flat."""
+        ids = id_X.reshape(-1)
+        count = self._pages(self.lengths(ids))
         most = int(count.max()) if count.numel() else 0
-        index = torch.arange(most, device=id_X.device)
-        line, index = (index < count[:, None]).nonzero(as_tuple=True)
-        return line, index, self.tables.flat[self.starts(id_X[line]) + index]
+        line, index = (torch.arange(most, device=ids.device) < count[:, None]).nonzero(as_tuple=True)
+        return line, index, self.tables.flat[self.starts(ids[line]) + index]
 
     def stored_slots(self, id_X: Tensor, stored: int) -> tuple[Tensor, Tensor]:
         """Flat slots [..., S] of these streams' entries, and which are filled; S = `stored`, no less than any length."""
@@ -218,7 +213,7 @@ class CacheGroup:
         ids, stay = id_X.reshape(-1), stay_XS.reshape(-1, stay_XS.shape[-1])
         filled_XS = self.stored_slots(ids, stay.shape[-1])[1]
         stay = stay & filled_XS
-        length, kept = self.lengths(ids), stay.sum(dim=-1)
+        kept = stay.sum(dim=-1)
         # What lies before the first entry that leaves is not moved, and pages left empty are only read.
         first = (stay.cumsum(dim=-1) == torch.arange(1, stay.shape[-1] + 1, device=stay.device)).sum(dim=-1)
         self.copy_on_write(ids, first // self.pool.slots, self._pages(kept))
@@ -227,14 +222,9 @@ class CacheGroup:
         moved = stay & (place != torch.arange(stay.shape[-1], device=stay.device))
         target = slot_XS.gather(-1, place.clamp(min=0))
         self.pool.move(slot_XS[moved], target[moved])
-        held, needed = self._pages(length), self._pages(kept)
-        most = int(held.max()) if held.numel() else 0
-        index = torch.arange(most, device=ids.device)
-        empty = (index >= needed[:, None]) & (index < held[:, None])
-        line, index = empty.nonzero(as_tuple=True)
-        pages = self.tables.flat[self.starts(ids[line]) + index]
+        line, index, page = self.page_ids(ids)
         self.length.view(-1)[ids] = kept.int()
-        self.pool.free(pages)
+        self.pool.free(page[index >= self._pages(kept)[line]])
 
     def copy_on_write(self, id_X: Tensor, first_X: Tensor | None = None, stop_X: Tensor | None = None) -> None:
         """Copy the pages of these streams that others hold too, before they are written: all of them, or those from index
@@ -243,7 +233,7 @@ class CacheGroup:
         if not self.has_shared or id_X.numel() == 0:
             return
         ids = id_X.reshape(-1)
-        line, index, page = self._page_lines(ids)
+        line, index, page = self.page_ids(ids)
         written = torch.ones_like(page, dtype=torch.bool)
         if first_X is not None:
             written = (index >= first_X.reshape(-1)[line]) & (index < stop_X.reshape(-1)[line])
@@ -266,8 +256,10 @@ class CacheGroup:
         """Pages that `copy_on_write` may allocate for a call on these streams, at most."""
         if not self.has_shared:
             return 0
-        stream, index, page = self.page_ids(id_X)
-        written = torch.ones_like(page, dtype=torch.bool) if self.method.lossy else self._is_open(stream, index)
+        line, index, page = self.page_ids(id_X)
+        written = torch.ones_like(page, dtype=torch.bool)
+        if not self.method.lossy:  # only the page that the next entry goes into
+            written = index == self.lengths(id_X).reshape(-1)[line].long() // self.pool.slots
         return int(self._must_copy(page, written).sum())
 
     def _must_copy(self, page: Tensor, written: Tensor) -> Tensor:
@@ -281,10 +273,6 @@ class CacheGroup:
         first = order.new_zeros(ids.numel()).scatter_reduce(0, holder, order, "amin", include_self=False)
         copied[where[first[here == self.pool.references[ids]]]] = False
         return copied
-
-    def _is_open(self, stream: Tensor, index: Tensor) -> Tensor:
-        """Whether page `index` of a stream is the one that the next entry goes into."""
-        return index == self.lengths(stream).long() // self.pool.slots
 
     def _extend(self, id_X: Tensor, first_X: Tensor, count_X: Tensor) -> None:
         """Give stream X `count` new pages from index `first` on."""

@@ -241,12 +241,10 @@ class FoldCache(Cache):
     def _fit_rows(self, num_rows: int, num_tokens: int) -> None:
         if num_tokens < 1 or num_rows < 1:
             raise UserError(
-                f"a call of {num_rows} rows and {num_tokens} tokens: a call brings 1 or more of each: feed some"
+                f"a call of {num_rows} rows and {num_tokens} tokens: it brings 1 or more of each: feed some"
             )
         if self.columns:
-            raise UserError(
-                f"the cache holds {len(self.rows)} rows and the call brings {num_rows}: give it as many rows"
-            )
+            raise UserError(f"the cache holds {len(self.rows)} rows, the call brings {num_rows}: give it as many")
         self.store.split_anew(num_rows)
         surplus, self.rows = self.rows[num_rows:], self.rows[:num_rows]
         self.store.free(surplus)
@@ -306,8 +304,7 @@ class FoldCache(Cache):
         twin.rows = self.store.fork(self.rows)
         return twin
 
-    def __copy__(self) -> "FoldCache":
-        return self.copy()
+    __copy__ = copy
 
     def free(self) -> None:
         """Free all pages now; the cache is empty and has no rows."""

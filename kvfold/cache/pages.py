@@ -14,7 +14,7 @@ from torch import Tensor
 from kvfold.cache.allocator import PageBook
 from kvfold.layout.planner import PageClass
 from kvfold.ops.native import huge_pages
-from kvfold.ops.quantised import dequantise, page_arrays, quantise, turned
+from kvfold.ops.quantised import dequantise, indexable, page_arrays, quantise, turned
 
 HUGE_PAGE_BYTES = 2**21
 """A large memory page of the machine; a smaller array can't lie in one."""
@@ -116,12 +116,12 @@ class PagePool:
         if self._poison:
             for array in self.arrays.values():
                 if array.is_floating_point():
-                    _movable(array)[free] = _movable(array.new_full((), torch.nan))
+                    indexable(array)[free] = indexable(array.new_full((), torch.nan))
 
     def copy_pages(self, source: Tensor, target: Tensor) -> None:
         """Copy whole pages with all that belongs to their slots."""
         source, target = source.long(), target.long()
-        for array in map(_movable, self.arrays.values()):
+        for array in map(indexable, self.arrays.values()):
             array[target] = array[source]
 
     # -- slots ---------------------------------------------------------------------------------------------------
@@ -133,14 +133,14 @@ class PagePool:
 
     def _write_one(self, name: str, slot_X: Tensor, new_XD: Tensor) -> None:
         codes, scales = self._coded(name, new_XD)
-        _movable(self.arrays[name]).flatten(0, 1).index_copy_(0, slot_X, _movable(codes))
+        indexable(self.arrays[name]).flatten(0, 1).index_copy_(0, slot_X, indexable(codes))
         if scales is not None:
             self.arrays[f"{name}_scale"].flatten(0, 1).index_copy_(0, slot_X, scales)
 
     def read(self, name: str, slot: Tensor) -> Tensor:
         """Keys (`k`) or values (`v`) at flat slots of any shape, [..., D] in the model's dtype."""
         array, scales = self.arrays[name], self.arrays.get(f"{name}_scale")
-        codes = _movable(array).flatten(0, 1)[slot].view(array.dtype)
+        codes = indexable(array).flatten(0, 1)[slot].view(array.dtype)
         return self._decoded(name, codes, None if scales is None else scales.flatten(0, 1)[slot])
 
     def as_stored(self, x: Tensor, name: str) -> Tensor:
@@ -174,7 +174,7 @@ class PagePool:
 
     def move(self, source_X: Tensor, target_X: Tensor) -> None:
         """Copy entries from flat slots to others, with all that belongs to them."""
-        for array in map(_movable, self.arrays.values()):
+        for array in map(indexable, self.arrays.values()):
             flat = array.flatten(0, 1)
             flat.index_copy_(0, target_X, flat[source_X])
 
@@ -206,11 +206,6 @@ class PagePool:
         self.references, self.free_list = references, free_list
         self._top = self._top + fresh.numel()
         book.capacity, book.free = capacity, free + fresh.numel()
-
-
-def _movable(array: Tensor) -> Tensor:
-    """The array in a dtype that can be indexed: torch moves fp8 about only as bytes."""
-    return array.view(torch.uint8) if array.dtype == torch.float8_e4m3fn else array
 
 
 WIDTH_STEP = 8

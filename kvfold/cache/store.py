@@ -19,10 +19,8 @@ from kvfold.cache.pages import PagePool
 from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import (
-    LENGTH_BYTES,
     PAGE_OVERHEAD_BYTES,
     PAGE_SLOTS,
-    SEQUENCE_BYTES,
     PageClass,
     layout_bytes,
     page_bytes,
@@ -102,7 +100,7 @@ class Store:
     def _limits(self, sequences: int) -> dict[PageClass, int]:
         """Pages of each class: the budget is split by what `sequences` sequences take in each."""
         sequences = max(1, sequences)
-        left = max(0, self.memory_bytes - sequences * self._sequence_bytes())
+        left = max(0, self.memory_bytes - sequences * self._sequence_bytes)
         needs = self._needs(left, sequences)
         limits = {one: left * need // sum(needs.values()) // self._page_bytes[one] for one, need in needs.items()}
         if min(limits.values()) < 1:
@@ -159,12 +157,10 @@ class Store:
             place_of |= {owner: (group, index) for index, owner in enumerate(owners)}
         return groups, place_of
 
+    @cached_property
     def _sequence_bytes(self) -> int:
-        layout, streams = self.layout, 0
-        for owner in layout.owners:
-            layer = layout.layers[owner]
-            streams += layer.num_kv_heads * (LENGTH_BYTES + layout.time_of(owner).stream_state_bytes(layer.head_dim))
-        return SEQUENCE_BYTES + streams
+        """Books of one sequence, whatever it holds."""
+        return layout_bytes(self.layout, [0], self.dtype.itemsize, self.page_slots)
 
     def split_anew(self, sequences: int) -> None:
         """Divide the budget between the page classes for so many sequences; only while nothing is held."""
@@ -191,10 +187,9 @@ class Store:
     def pool_bytes(self) -> int:
         """Bytes reserved from the device; room for the tables of every page is set aside even while they are smaller."""
         pages = sum(pool.book.capacity for pool in self.pools)
-        held = sum(group.tables.num_bytes for group in self.groups)
-        tables = max(held, TABLE_BYTES * pages)
-        lengths = sum(group.num_bytes for group in self.groups) - held
-        reserved = sum(pool.num_bytes for pool in self._pools.values()) + tables + lengths + self.seen.nbytes
+        tables = max(TABLE_BYTES * pages, sum(group.tables.num_bytes for group in self.groups))
+        books = tables + sum(group.num_bytes for group in self.groups) + self.seen.nbytes
+        reserved = books + sum(pool.num_bytes for pool in self._pools.values())
         return reserved if self.memory_bytes is None else min(reserved, self.memory_bytes)
 
     @property
@@ -202,7 +197,7 @@ class Store:
         """Bytes that the sequences hold: pages (whole ones, shared ones once), tables, lengths, state."""
         sizes = self._page_bytes.values()
         pages = sum(pool.held_pages * size for pool, size in zip(self.pools, sizes, strict=True))
-        return pages + self.num_sequences * self._sequence_bytes()
+        return pages + self.num_sequences * self._sequence_bytes
 
     @property
     def free_pages(self) -> int:
@@ -301,7 +296,7 @@ class Store:
     def held_bytes(self, sequences: Sequence[int]) -> int:
         """Bytes that these sequences hold; a page that they share with others counts whole."""
         self.drain()
-        total = len(sequences) * self._sequence_bytes()
+        total = len(sequences) * self._sequence_bytes
         for group in self.groups:
             size = self._page_bytes[page_class(self.layout, group.owners[0])]
             total += size * group.held_pages(group.ids(self.index(sequences)))
@@ -328,9 +323,7 @@ class Store:
         books = sum(group.bytes_with(places, most) for group, most in zip(self.groups, pages, strict=True))
         total = sum(pool.num_bytes for pool in self._pools.values()) + books + places * self.seen.itemsize
         if total > self.memory_bytes:
-            raise CacheFull(
-                f"the tables of {places} rows exceed memory_bytes={self.memory_bytes}: fewer rows, or more memory"
-            )
+            raise CacheFull(f"{places} rows' tables exceed memory_bytes={self.memory_bytes}: fewer rows or more memory")
 
     # -- calls ---------------------------------------------------------------------------------------------------
 

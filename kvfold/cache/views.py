@@ -6,6 +6,7 @@ hard. The views of the store live in decode.py and chunk.py.
 Letters: B rows, T tokens of this call, H query heads, K kv heads, D head dim.
 """
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -50,11 +51,8 @@ class TrainingView:
         """See `KVView`. A reader attends to what its owner attended to, with the owner's bias."""
         owner = self._layout.owner_of(layer)
         if owner == layer:
-            shared = self._own(owner, k_BTKD, v_BTKD, rotation, gates)
-            if self._layout.last_reader(owner) != owner:
-                self._shared[owner] = shared
-        else:
-            shared = self._shared[owner]
+            self._shared[owner] = self._own(owner, k_BTKD, v_BTKD, rotation, gates)
+        shared = self._shared[owner] if layer < self._layout.last_reader(owner) else self._shared.pop(owner)
         q = rotate_queries(rotation, q_BTHD, None if gates is None else gates.q_keep_HD)
         common = {"scale": self._scale, "softcap": self._softcap}
         if isinstance(shared, Lives):
@@ -94,14 +92,11 @@ class TrainingView:
         keep = None if gates is None else gates.k_keep_KD
         if gates is None or gates.alpha_BTK is None:
             return TrainingForm(k_BTKD=rotate(rotation, k, keep), v_BTKD=v)
-        tokens = TrainingTokens(k_BTKD=k, v_BTKD=v, gates=gates, real_BT=self._real_BT)
         method = self._layout.time_of(owner)
         if method.grid is not None:
             return self._lives(method, rotate(rotation, k, keep), v, gates)
-        form = method.training_form(tokens)
-        return TrainingForm(
-            k_BTKD=rotate(rotation, form.k_BTKD, keep), v_BTKD=form.v_BTKD, bias_BTK=form.bias_BTK, free=form.free
-        )
+        form = method.training_form(TrainingTokens(k_BTKD=k, v_BTKD=v, gates=gates, real_BT=self._real_BT))
+        return replace(form, k_BTKD=rotate(rotation, form.k_BTKD, keep))
 
     def _mask(self, owner: int, q_BTHD: Tensor) -> Tensor | None:
         method, window = self._layout.time_of(owner), self._layout.layers[owner].window

@@ -109,9 +109,7 @@ def value_bytes(config: Config) -> int:
     dtype = text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
     name = "bfloat16" if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
     if name not in DTYPE_BYTES:
-        raise UserError(
-            f"dtype {dtype!r}: a cache is planned in one of {', '.join(DTYPE_BYTES)}: set dtype in the config"
-        )
+        raise UserError(f"dtype {dtype!r}: plans know {', '.join(DTYPE_BYTES)}: set dtype in the config")
     return DTYPE_BYTES[name]
 
 
@@ -134,9 +132,7 @@ def _named_config(name: str) -> dict[str, Any]:
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix not in (".json", ".gguf"):
         return hub_config(name)
     if "/" in name or path.suffix in (".json", ".gguf"):
-        raise UserError(
-            f"{name}: no such file or folder: give a checkpoint's folder, its config.json, or a hub name owner/model"
-        )
+        raise UserError(f"{name}: no such file or folder: give a folder, its config.json, or a hub name owner/model")
     shown = [known for known in KNOWN_MODELS if not known.startswith("cla-")]
     shown += ["cla-1b-h128-mqa-cla2 and its like", "a folder", "a hub name owner/model"]
     raise unknown_name("model", name, KNOWN_MODELS, shown)
@@ -161,14 +157,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """What one of a checkpoint's JSON files holds."""
     if path.suffix == ".gguf":
         raise UserError(
-            f"{path}: a .gguf holds no config.json: load the model and plan that, or give the original's config.json"
+            f"{path}: a .gguf holds no config.json: plan the loaded model, or give the original's config.json"
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path}: can't be read as JSON ({error}): give a checkpoint's config.json, or fetch it again"
-        ) from error
+        raise UserError(f"{path}: can't be read as JSON ({error}): give a config.json, or fetch it again") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: holds a {type(config).__name__}, not an object: give a checkpoint's config.json")
     return config
@@ -177,9 +171,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _saved_layout(config: Config, key: str) -> KVLayout:
     saved = config.get(key)
     if saved is None:
-        raise UserError(
-            f"a kvfold config without '{key}': it says who keeps what: take the config.json that kvfold wrote"
-        )
+        raise UserError(f"a kvfold config without '{key}': it says who keeps what: take the file that kvfold wrote")
     return saved if isinstance(saved, KVLayout) else KVLayout.from_json(saved)
 
 
@@ -241,9 +233,7 @@ def _rope_kinds(config: Config, windows: Sequence[int | None]) -> list[str]:
     if not flags and every:
         flags = [(layer + 1) % every for layer in range(len(windows))]
     if flags and len(flags) != len(windows):
-        raise UserError(
-            f"no_rope_layers names {len(flags)} layers of {len(windows)}: it names each once: correct config.json"
-        )
+        raise UserError(f"no_rope_layers names {len(flags)} layers of {len(windows)}: name each once in config.json")
     without, types = {layer for layer, rotated in enumerate(flags or ()) if not rotated}, config.get("layer_types")
     return rope_kinds(without, None if isinstance(types, str) else types, config.get("rope_parameters"), windows)
 
@@ -253,9 +243,7 @@ def read_sharing(config: Config, plain: KVLayout) -> KVLayout:
     named = {key: plain.with_owners(_named_owners(config, key, plain)) for key in _SHARING_KEYS if config.get(key)}
     found = {key: layout for key, layout in named.items() if layout != plain}
     if len(set(found.values())) > 1:
-        raise UserError(
-            f"config.json names two owner maps that differ, in {' and '.join(found)}: keep the one that holds"
-        )
+        raise UserError(f"config.json names two owner maps that differ, in {' and '.join(found)}: keep one")
     return next(iter(found.values()), plain)
 
 
@@ -298,9 +286,7 @@ def layer_windows(config: Config, num_layers: int) -> tuple[int | None, ...]:
         first = config.get("max_window_layers") or 0
         slides = [index >= first for index in range(num_layers)]
     if len(slides) != num_layers:
-        raise UserError(
-            f"layer_types names {len(slides)} layers of {num_layers}: it names each once: correct config.json"
-        )
+        raise UserError(f"layer_types names {len(slides)} layers of {num_layers}: name each once in config.json")
     if any(slides) and window is None:
         raise UserError("layer_types names sliding layers but sliding_window is missing: set it in config.json")
     return tuple(window if sliding else None for sliding in slides)

@@ -52,9 +52,7 @@ def split_per_owner(text: str) -> tuple[str | None, list[tuple[range, str]]]:
         elif rest is None and not named:
             rest = part
         else:
-            raise UserError(
-                f"'{text}': only the first part may hold for all layers: give '{part}' its layers, e.g. '0-3={part}'"
-            )
+            raise UserError(f"'{text}': only the first part may hold for all: give '{part}' layers, e.g. '0-3={part}'")
     return rest, named
 
 
@@ -142,9 +140,7 @@ class KVLayout:
                 )
         for name in ("time", "bits"):
             if len(getattr(self, name)) != len(readers):
-                raise UserError(
-                    f"{len(getattr(self, name))} {name} entries for {len(readers)} owners: give one per owner"
-                )
+                raise UserError(f"{len(getattr(self, name))} {name} entries for {len(readers)} owners: give one each")
         for owner, method in zip(sorted(readers), self.time, strict=True):
             if not method.allows_window and self.layers[owner].window is not None:
                 raise UserError(
@@ -272,10 +268,8 @@ class KVLayout:
 
     def layers_text(self) -> str:
         """The owner map as a `--layers` text: a pattern's name where one fits."""
-        kinds = [layer.kind for layer in self.layers]
-        return pattern_text(
-            tuple(layer.owner for layer in self.layers), kinds, [layer.window is not None for layer in self.layers]
-        )
+        parts = [(layer.owner, layer.kind, layer.window is not None) for layer in self.layers]
+        return pattern_text(*zip(*parts, strict=True))
 
     def time_text(self) -> str:
         """What was asked for along time as a `--time` text: `with_time` of it gives this layout again."""
@@ -338,9 +332,7 @@ class KVLayout:
         named: dict[int, Spec] = {}
         for layers, value in parts:
             if layers[-1] >= self.num_layers:
-                raise UserError(
-                    f"'{text}': there is no layer {layers[-1]}: the model has layers 0 to {self.num_layers - 1}"
-                )
+                raise UserError(f"'{text}': no layer {layers[-1]}: the model has layers 0 to {self.num_layers - 1}")
             owners = [owner for owner in self.owners if owner in layers]
             if not owners:
                 raise UserError(

@@ -238,9 +238,7 @@ def plan_rows(
     `compression`: what a learned method reaches; None = the most it may hold.
     """
     if rows < 1 or context_tokens < 1:
-        raise UserError(
-            f"{rows} rows of {context_tokens} tokens: a plan is for 1 or more of each: write positive numbers"
-        )
+        raise UserError(f"{rows} rows of {context_tokens} tokens: a plan is for 1 or more of each: write more")
     axes = {"heads": heads, "layers": layers, "time": time, "bits": bits}
     axes = {axis: value for axis, value in axes.items() if value is not None}
     folds = {"as it is": {}} | {f"{axis} {value}": {axis: value} for axis, value in axes.items()}

@@ -112,6 +112,11 @@ class Method(ABC):
     places_at_layer: ClassVar[bool] = False
     """Whether the place of a new token is known only when its owner's layer is reached (a merge): it gets keys before rotary
     positions."""
+    merges_tokens: ClassVar[bool] = False
+    """Whether a token may go into the newest entry in place of one of its own."""
+    grid: ClassVar[int | None] = None
+    """Tokens between two borders, at positions that it divides, where alone entries leave (`cross`); None = no borders. A field
+    of methods that have it."""
     gate_form: ClassVar[GateForm | None] = None
     """The gates of a learned method; None = nothing is learned."""
 
@@ -181,18 +186,8 @@ class Method(ABC):
         return None
 
     @property
-    def merges_tokens(self) -> bool:
-        """Whether an entry may hold several tokens."""
-        return False
-
-    @property
     def merge_window(self) -> int | None:
         """Newest tokens that a merged entry averages; None = all of them."""
-        return None
-
-    @property
-    def grid(self) -> int | None:
-        """Tokens between two borders, at positions that it divides, where alone entries leave (`cross`); None = no borders."""
         return None
 
     def governing(self, tokens: int, from_next: bool) -> slice:
@@ -261,12 +256,6 @@ class Method(ABC):
         from kvfold.methods.plans import TrainingForm
 
         return TrainingForm(k_BTKD=tokens.k_BTKD, v_BTKD=tokens.v_BTKD)
-
-
-def refuse_args(name: str, args: str) -> None:
-    """Raise `UserError` where a method that takes no settings was given some."""
-    if args:
-        raise UserError(f"'{name}:{args}': {name} takes no settings: write '{name}'")
 
 
 def parse_count(name: str, args: str, example: str) -> int:

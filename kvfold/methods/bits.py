@@ -33,7 +33,7 @@ class BitsSpec:
         parts = [part.strip() for part in text.split(",")]
         if len(parts) > 2:
             raise UserError(
-                f"bits '{text}': storage is named once, or for keys and values apart: write e.g. 'int8' or 'int8,int4'"
+                f"bits '{text}': it names one storage, or one for keys and one for values: write e.g. 'int8,int4'"
             )
         return cls(k=parts[0], v=parts[-1])
 

@@ -37,6 +37,7 @@ class DMC(Method):
     chunk_invariant: ClassVar[bool] = True
     lossy: ClassVar[bool] = True
     places_at_layer: ClassVar[bool] = True
+    merges_tokens: ClassVar[bool] = True
     gate_form: ClassVar[GateForm] = GateForm(
         adapter=False, channel_of="key", frees="keys and queries", with_weights=True, zero_out=True, source="channel",
         scale=1.0, distils="none",
@@ -49,9 +50,7 @@ class DMC(Method):
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
-            raise UserError(
-                f"dmc window {self.window}: an entry averages at least 1 token: write e.g. 'dmc:12' or 'dmc:inf'"
-            )
+            raise UserError(f"dmc window {self.window}: it is at least 1 token: write e.g. 'dmc:12' or 'dmc:inf'")
 
     @classmethod
     def parse(cls, args: str) -> Self:
@@ -72,11 +71,6 @@ class DMC(Method):
     def stream_state(self, head_dim: int) -> StateForm:
         """Weighted k and v of the window's tokens and the weights; one running sum if it is unbounded."""
         return StateForm(shape=(self.window or 1, 2 * head_dim + 1), dtype="float32")
-
-    @property
-    def merges_tokens(self) -> bool:
-        """Yes."""
-        return True
 
     @property
     def merge_window(self) -> int | None:
@@ -114,42 +108,25 @@ class MergePlan(StepPlan):
         """The entry with the new token in it."""
         import torch
 
-        streams = self.streams
+        window, streams = self.method.window, self.streams
         ids, length = streams.id_OBK[owner], streams.length_OBK[owner]
         merges = torch.zeros_like(ids, dtype=torch.bool)
+        weight = k_BKD.new_ones(ids.shape, dtype=torch.float32)
         if gates is not None and gates.alpha_BTK is not None:
             merges = (gates.alpha_BTK[:, 0] > 0.5) & (streams.position_B > self.method.alone)[:, None]
-        k, v = self._summed(ids, gates, k_BKD, v_BKD, merges)
-        return Entered(k_BKD=k, v_BKD=v, place_BK=torch.where(merges, length - 1, length))
-
-    def _summed(
-        self, ids_BK: Tensor, gates: Gates | None, k: Tensor, v: Tensor, merges: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        import torch
-
-        window, ring, width = self.method.window, self.streams.state_X, k.shape[-1]
-        weight = k.new_ones(k.shape[:2], dtype=torch.float32)
-        if gates is not None and gates.weight_BTK is not None:
             weight = gates.weight_BTK[:, 0]
-        new = _weighted(k, v, weight)
-        held = torch.where(merges[..., None, None], ring[ids_BK], 0.0)
+        weight = weight.unsqueeze(-1)
+        new = torch.cat((torch.cat((k_BKD, v_BKD), dim=-1).float() * weight, weight), dim=-1)
+        held = torch.where(merges[..., None, None], streams.state_X[ids], 0.0)
         if window is None:
             held[:, :, 0] += new
         else:
-            column = (self.streams.position_B % window)[:, None, None, None].expand(*new.shape[:2], 1, new.shape[-1])
+            column = (streams.position_B % window)[:, None, None, None].expand(*new.shape[:2], 1, new.shape[-1])
             held.scatter_(2, column, new.unsqueeze(2))
-        ring[ids_BK] = held
+        streams.state_X[ids] = held
         total = held.sum(dim=2)
-        mean = total[..., :-1] / total[..., -1:]
-        return mean[..., :width].to(k.dtype), mean[..., width:].to(v.dtype)
-
-
-def _weighted(k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
-    """weight * k, weight * v and the weight itself side by side, fp32 [..., 2D + 1]."""
-    import torch
-
-    both = torch.cat((k, v), dim=-1).float() * weight.unsqueeze(-1)
-    return torch.cat((both, weight.unsqueeze(-1)), dim=-1)
+        k, v = (total[..., :-1] / total[..., -1:]).to(k_BKD.dtype).split((k_BKD.shape[-1], v_BKD.shape[-1]), dim=-1)
+        return Entered(k_BKD=k, v_BKD=v, place_BK=torch.where(merges, length - 1, length))
 
 
 class MergedChunk(ChunkPlan):

@@ -70,9 +70,9 @@ class StepPlan:
 
     def overwritten(self) -> Tensor | None:
         """int64 [O, B, K]: the entry whose slot the new token takes, the stream's length where it takes none; None = ask
-        `evicted` instead.
+        `evicted` instead. Between two borders of a grid tokens are appended.
         """
-        return None
+        return None if self.method.grid is None else self.streams.length_OBK
 
     def evicted(self) -> Tensor | None:
         """bool [O, B, K, S]: stored entries that leave before the new token is attended to; None = none."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from kvfold.errors import UserError
-from kvfold.methods.base import Method, refuse_args
+from kvfold.methods.base import Method
 from kvfold.methods.budget import Budget, parse_pair
 
 if TYPE_CHECKING:
@@ -34,9 +34,7 @@ class Window(Method):
 
     def __post_init__(self) -> None:
         if self.sinks < 0:
-            raise UserError(
-                f"window sinks {self.sinks}: a number of first tokens is 0 or more: write e.g. 'window:64+4'"
-            )
+            raise UserError(f"window sinks {self.sinks}: they are 0 tokens or more: write e.g. 'window:64+4'")
 
     @classmethod
     def parse(cls, args: str) -> Self:
@@ -44,7 +42,7 @@ class Window(Method):
         recent, sinks = parse_pair(cls.name, args, "window:64+4")
         if not (sinks.isascii() and sinks.isdigit()):
             raise UserError(
-                f"'window:{args}': first tokens are a fixed whole number, not '{sinks}': write e.g. 'window:25%+4'"
+                f"'window:{args}': first tokens are a whole number, not '{sinks}': write e.g. 'window:25%+4'"
             )
         return cls(recent=Budget.parse(recent), sinks=int(sinks))
 
@@ -88,7 +86,8 @@ class Full(Method):
     @classmethod
     def parse(cls, args: str) -> Self:
         """`full` alone."""
-        refuse_args(cls.name, args)
+        if args:
+            raise UserError(f"'full:{args}': full takes no settings: write 'full'")
         return cls()
 
     def format(self) -> str:

@@ -17,7 +17,6 @@ from transformers.utils.generic import can_return_tuple
 from kvfold.cache.hf import FoldCache
 from kvfold.cache.views import TrainingView
 from kvfold.errors import UserError
-from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import PAGE_SLOTS
 from kvfold.models.adapters import gates_for_cache
 from kvfold.models.blocks import FoldLayer, FoldRMSNorm
@@ -36,7 +35,6 @@ from kvfold.models.gates import (
     GateTable,
     gate_table,
     joined,
-    recorded,
 )
 from kvfold.models.generation import FoldGeneration, check_cache
 from kvfold.models.rope import Rope
@@ -142,14 +140,15 @@ class FoldModel(FoldPreTrainedModel):
     ) -> FoldOutput:  # fmt: skip
         """All layers over one piece of a call: through the cache, or without one through the training view."""
         if cache is None:
-            layout = self.config.layout if options.sharing is None else self._shared(options.sharing)
+            layout, gate_set = self.config.layout, None
+            if options.sharing is not None:
+                layout = layout.with_owners([one.owner for one in options.sharing.layers])
             table = gate_table(self.config.gate_config, layout, freed_owners=self.config.freed_owners)
             call = nullcontext(TrainingView(layout, real_BT=real, **self.attention_options))
         else:
-            layout, table = cache.layout, cache.gate_table or self._gate_table(cache)
+            layout, table, gate_set = cache.layout, cache.gate_table or self._gate_table(cache), cache.gates
             call = cache.call(real, num_rows=hidden.shape[0], num_tokens=hidden.shape[1], **self.attention_options)
         record, states = GateRecord() if records else None, []
-        gate_set = None if cache is None else cache.gates
         gates = None if table.is_empty else GateCall(table, self.training, options, noise_key, record, gate_set)
         keep = self.config.output_hidden_states if keep is None else keep
         # Pages are written in place, so no gradient could pass through them.
@@ -160,12 +159,8 @@ class FoldModel(FoldPreTrainedModel):
                 hidden = layer(hidden, view, rotation, gates)
             hidden = self.norm(hidden)
         states = (*states, hidden) if keep else None
-        decided = {} if record is None else recorded(record, layout.owners)
+        decided = {} if record is None else record.fields(layout.owners)
         return FoldOutput(last_hidden_state=hidden, past_key_values=cache, hidden_states=states, **decided)
-
-    def _shared(self, sharing: KVLayout) -> KVLayout:
-        """The model's layout with the owners of another."""
-        return self.config.layout.with_owners([one.owner for one in sharing.layers])
 
     def _gate_table(self, cache: FoldCache) -> GateTable:
         """Worked out once for a cache, at its first call."""
@@ -234,7 +229,7 @@ class FoldModel(FoldPreTrainedModel):
             )
         if self.training and torch.is_grad_enabled():
             raise UserError(
-                "past_key_values in training: no gradient passes through a cache: leave it out, or call model.eval()"
+                "past_key_values in training: no gradient passes through a cache: leave it out or call eval()"
             )
         return given
 

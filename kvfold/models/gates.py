@@ -134,6 +134,13 @@ class GateRecord:
         self.probabilities: dict[int, Tensor] = {}
         """The same before they are made hard."""
 
+    def fields(self, owners: tuple[int, ...]) -> dict[str, tuple[Tensor | None, ...]]:
+        """Those of `FoldOutput` that say what gates decided."""
+        found = {"decisions": self.decisions, "gate_probs": self.probabilities}
+        return {
+            name: tuple(of[one].transpose(1, 2) if one in of else None for one in owners) for name, of in found.items()
+        }
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateTable:
@@ -310,15 +317,6 @@ class FoldCausalLMOutput(CausalLMOutputWithPast):
 
     decisions: tuple[Tensor | None, ...] | None = None
     gate_probs: tuple[Tensor | None, ...] | None = None
-
-
-def recorded(record: GateRecord, owners: tuple[int, ...]) -> dict[str, tuple[Tensor | None, ...]]:
-    """The fields of `FoldOutput` that say what gates decided."""
-    found = {"decisions": record.decisions, "gate_probs": record.probabilities}
-    return {
-        name: tuple(of[owner].transpose(1, 2) if owner in of else None for owner in owners)
-        for name, of in found.items()
-    }
 
 
 def joined(parts: list[FoldOutput]) -> FoldOutput:

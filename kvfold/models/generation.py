@@ -55,9 +55,7 @@ class FoldGeneration:
             raise UserError(f"cache_implementation='{implementation}': a kvfold model has its own cache: leave it out")
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if ids is not None and ids.numel() == 0:
-            raise UserError(
-                f"an input of shape {tuple(ids.shape)}: there is nothing to go on from: give 1 token or more"
-            )
+            raise UserError(f"an input of shape {tuple(ids.shape)}: nothing to go on from: give 1 token or more")
         if kwargs.get("past_key_values") is not None:
             check_cache(kwargs["past_key_values"])
         return super().generate(inputs, generation_config, **kwargs)
@@ -67,9 +65,7 @@ class FoldGeneration:
     ) -> None:  # fmt: skip
         """A cache of ours where none was given; a given one is made to fit the rows of this call."""
         if generation_mode is GenerationMode.ASSISTED_GENERATION:
-            raise UserError(
-                "assisted generation cuts the cache back, which a kvfold cache can't do: leave the assistant out"
-            )
+            raise UserError("assisted generation cuts the cache back, which kvfold's can't do: leave the assistant out")
         expansion = max(generation_config.num_beams, generation_config.num_return_sequences)
         pack(self, rows=batch_size * expansion)
         cache = model_kwargs.get("past_key_values")

@@ -10,7 +10,7 @@ import shutil
 import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -38,8 +38,14 @@ from kvfold.models.source import Source, check_source, find_source, reading_opti
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _UNREADABLE = (
-    *(OSError, RuntimeError, ValueError, TypeError, LookupError, struct.error),
-    *(SafetensorError, StrictDataclassError),
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    struct.error,
+    SafetensorError,
+    StrictDataclassError,
 )
 """What transformers and the file formats raise at a file that is not what it should be."""
 
@@ -64,9 +70,7 @@ def load(
     dtype = _wanted_dtype(dtype, device)
     found = find_source(source)
     with quiet():
-        check_source(found)
-        theirs = _read_config(found)
-        config = theirs if isinstance(theirs, FoldConfig) else fold_config(theirs)
+        theirs, config = _read_configs(found)
         layout = config.layout.folded(time, bits)
         if gates is not None:
             if config.gates is not None:
@@ -95,9 +99,7 @@ def load_config(source: str | Path) -> FoldConfig:
     """The config of a model before anything large is read, with the checkpoint's own dtype. Raises `UserError` likewise."""
     found = find_source(source)
     with quiet():
-        check_source(found)
-        theirs = _read_config(found)
-    return theirs if isinstance(theirs, FoldConfig) else fold_config(theirs)
+        return _read_configs(found)[1]
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -107,22 +109,24 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(found.name, trust_remote_code=False, **found.options)
 
 
-def _read_config(found: Source) -> PreTrainedConfig:
+def _read_configs(found: Source) -> tuple[PreTrainedConfig, FoldConfig]:
+    """The config as it stands there, and as ours."""
+    check_source(found)
     with _reading(f"{found}: its config can't be understood", "correct it or fetch it again"):
-        return AutoConfig.from_pretrained(found.name, trust_remote_code=False, **found.options)
+        theirs = AutoConfig.from_pretrained(found.name, trust_remote_code=False, **found.options)
+    return theirs, theirs if isinstance(theirs, FoldConfig) else fold_config(theirs)
 
 
 def _read_foreign(
     found: Source, theirs: PreTrainedConfig, config: FoldConfig, dtype: torch.dtype | str
 ) -> tuple[FoldForCausalLM, dict]:
     """Let transformers read the family's own model, and take its tensors over."""
-    options = _LOADING if found.gguf is None else _LOADING | {"use_safetensors": None}
-    options = options | reading_options(theirs)
+    options = _LOADING | found.options | reading_options(theirs)
+    if found.gguf is not None:
+        options["use_safetensors"] = None
     with _reading_weights(found), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # meant: to widen what is stored
-        model, report = AutoModelForCausalLM.from_pretrained(
-            found.name, config=theirs, dtype=dtype, **options, **found.options
-        )
+        model, report = AutoModelForCausalLM.from_pretrained(found.name, config=theirs, dtype=dtype, **options)
     with torch.device("meta"):
         ours = FoldForCausalLM(config)
     ours.generation_config, config.dtype = model.generation_config, model.dtype
@@ -211,9 +215,9 @@ def quiet() -> Iterator[None]:
 
 
 _TOKENIZER_FILES = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("chat_template*", "*.model", "*.tiktoken"),
-)
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*.model",
+    "*.tiktoken",
+)  # fmt: skip
 """What tokenizers are made of, as patterns of file names."""
 
 
@@ -255,9 +259,5 @@ def copy_tokenizer(found: Source, folder: Path) -> None:
         for path in sorted(names):
             shutil.copyfile(path, folder / path.name)
         return
-    try:
-        tokenizer = load_tokenizer(str(found))
-    except ValueError:
-        # A model without a tokenizer is none the worse for it.
-        return
-    tokenizer.save_pretrained(folder)
+    with suppress(ValueError):  # a model without a tokenizer is none the worse for it
+        load_tokenizer(str(found)).save_pretrained(folder)

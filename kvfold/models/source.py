@@ -90,16 +90,14 @@ def _check_weights(folder: Path) -> None:
             raise UserError(f"{index}: it has no weight_map: fetch the checkpoint again")
         files = sorted(set(weight_map.values()))
     else:
-        raise UserError(
-            f"{folder}: no {_SINGLE} or {_INDEX} there: kvfold reads safetensors only: save the model as safetensors"
-        )
+        raise UserError(f"{folder}: no {_SINGLE} or {_INDEX} there: kvfold reads safetensors only: save it so")
     for name in files:
         try:
             with safe_open(folder / name, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{folder / name}: it can't be read ({one_line(error)}): fetch the checkpoint again"
+                f"{folder / name}: can't be read ({one_line(error)}): fetch the checkpoint again"
             ) from error
 
 

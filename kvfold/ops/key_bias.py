@@ -69,11 +69,7 @@ def _has_kernel(q_BTHD: Tensor) -> bool:
     """
     if q_BTHD.is_cuda:
         return q_BTHD.shape[-1] >= 16 and q_BTHD.dtype != torch.float64
-    return (
-        q_BTHD.device.type == "cpu"
-        and hasattr(torch.ops.aten, _FLASH)
-        and hasattr(torch.ops.aten, f"{_FLASH}_backward")
-    )
+    return q_BTHD.device.type == "cpu" and all(hasattr(torch.ops.aten, one) for one in (_FLASH, f"{_FLASH}_backward"))
 
 
 def key_bias_reference(

@@ -171,9 +171,7 @@ def instruction_set() -> str:
 @functools.cache
 def _warn(reason: str) -> None:
     """Once for each reason, however many storages are asked for."""
-    warnings.warn(
-        f"kvfold decodes with plain torch, which is slower: its C files were not built ({reason})", stacklevel=4
-    )
+    warnings.warn(f"kvfold decodes with plain torch, more slowly: its C files were not built ({reason})", stacklevel=4)
 
 
 def _address(function: ctypes._CFuncPtr) -> int:

@@ -201,7 +201,7 @@ def test_the_training_form_is_the_reference(seed):
 @pytest.mark.parametrize("c", [0.0, 1.5])
 def test_gradients_are_those_of_the_reference(c):
     """The similarity in a weight counts as a constant."""
-    text, method = draw(40, rows=2, seed=3), Fold(delay=6, spacing=8, threshold=0.3)
+    text, method = draw(40, rows=2, seed=3), Fold(delay=6, grid=8, threshold=0.3)
     text.heads_KP[:, 1] = c
     grads = []
     for form in ("training", "reference"):

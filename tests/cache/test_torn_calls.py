@@ -52,7 +52,7 @@ def test_rows_of_a_call_that_died_are_unusable_until_reset(time, columns, layers
         assert "reset" in str(found.value) and "\n" not in str(found.value)
     cache.reset()
     check_books(cache.store)
-    assert cache.allocated_bytes == cache.store.num_sequences * cache.store._sequence_bytes()
+    assert cache.allocated_bytes == cache.store.num_sequences * cache.store._sequence_bytes
     assert cache.free_pages == sum(pool.book.capacity for pool in cache.store.pools)
     assert_real_close(feed_cut(cache, text, [7, 1]), feed_cut(new_cache(layout, 2), text, [7, 1]), None)
 

@@ -68,7 +68,7 @@ def test_an_unknown_family(refused, folder, command):
 @READERS
 def test_a_torn_checkpoint(refused, folder, command):
     said = refused(command.format(copy_of(folder, torn)))
-    assert said.startswith("other/model.safetensors: it can't be read") and said.endswith("fetch the checkpoint again")
+    assert said.startswith("other/model.safetensors: can't be read") and said.endswith("fetch the checkpoint again")
 
 
 def test_a_checkpoint_without_a_tokenizer(refused, folder):

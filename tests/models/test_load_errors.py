@@ -79,16 +79,16 @@ def test_files_of_weights(folder):
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    assert f"{weights}: it can't be read" in refusal(folder)
+    assert f"{weights}: can't be read" in refusal(folder)
     weights.write_bytes(b"")
-    assert f"{weights}: it can't be read" in refusal(folder)
+    assert f"{weights}: can't be read" in refusal(folder)
     weights.unlink()
     assert "kvfold reads safetensors only" in refusal(folder)
     torch.save({}, folder / "pytorch_model.bin")
     assert "kvfold reads safetensors only" in refusal(folder)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}))
-    assert "model-00001-of-00001.safetensors: it can't be read" in refusal(folder)
+    assert "model-00001-of-00001.safetensors: can't be read" in refusal(folder)
     index.write_text("{}")
     assert "it has no weight_map" in refusal(folder)
 
