@@ -148,7 +148,8 @@ def hub_config(name: str) -> dict[str, Any]:
     except Exception as error:  # the hub client raises dozens of unrelated types, its transport's among them
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
-            f"{name}: no config.json came from the hub ({reason}): check the name and the network, or give a folder"
+            f"{name}: no folder here, and no config.json came from the hub ({reason}): check the name and the network, or "
+            "give a folder"
         ) from error
     return read_json(path)
 

@@ -171,7 +171,7 @@ def test_texts(refused, folder, content, said):
         (f"generate tiny '{LONG}'", "and 128 new ones: the model was made for 256"),
         ("generate tiny", "an empty prompt"),
         ("generate ./nowhere hello", "there is no such file or folder"),
-        ("generate nobody-at-all/nothing hello", "no config.json came from the hub"),
+        ("generate nobody-at-all/nothing hello", "no folder here, and no config.json came from the hub"),
         ("report", "results: no such file or folder"),
         ("report tiny", "no readable results"),
         ("report text.txt", "no readable results"),

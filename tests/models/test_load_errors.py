@@ -50,7 +50,7 @@ def test_paths(tmp_path, folder):
     assert "there is no such file or folder" in refusal(tmp_path / "nowhere")
     assert "there is no such file or folder" in refusal(str(tmp_path / "nowhere"))
     assert "there is no such file or folder" in refusal("nowhere.gguf")
-    assert "no config.json came from the hub" in refusal("nobody-at-all/nothing")
+    assert "no folder here, and no config.json came from the hub" in refusal("nobody-at-all/nothing")
     assert "a single file is read as GGUF only" in refusal(folder / "model.safetensors")
     (tmp_path / "empty").mkdir()
     assert "no config.json there" in refusal(tmp_path / "empty")
