@@ -34,28 +34,7 @@ from kvfold.cli.options import (
 from kvfold.data import SAMPLE, read_text_file
 from kvfold.errors import UserError, need_packages
 from kvfold.layout.planner import parse_size
-from kvfold.report.sheets import known_table, table_of
-
-_PREFILL_COLUMNS = {
-    "prompts": "{batch} x {prompt_tokens:,}", "call": "{call_tokens:,}", "method": "{title}",
-    "compression": "{compression:.2f}", "tokens/s": "{tokens_per_second[median]:.0f}",
-    "FLOP allow": "{allowed_tokens_per_second:.0f}", "over the first": "{over_first[median]:.2f}",
-}  # fmt: skip
-_CAPACITY_COLUMNS = {
-    "method": "{title}", "bits": "{bits}", "compression": "{compression:.2f}",
-    "rows": lambda row: f"{row['rows']}{' or more' if row['stopped'] else ''}", "planned": "{planned_rows}",
-    "over the first": "{over_first:.2f}",
-}  # fmt: skip
-_KERNEL_COLUMNS = {
-    "storage": "{storage}", "instructions": "{isa}", "tokens": "{tokens:,}", "spread": "1:{spread}", "ms": "{ms:.2f}",
-    "GB/s": "{gb_per_s:.1f}", "memory GB/s": "{read_gb_per_s:.1f}", "share": "{share:.2f}",
-}  # fmt: skip
-_FILLED_COLUMNS = {
-    "point": "{point}", "method": "{title}", "bits": "{bits}",
-    "compression": lambda row: f"{row['compression']:.2f}{'' if row['forced'] is None else ' (forced)'}",
-    "step ms": "{ours[step_ms][median]:.1f}", "roofline ms": "{roofline_ms:.1f}", "over roofline": "{over_roofline:.2f}",
-    "over the first": "{over_first[median]:.2f}", "over transformers": "{ratio[median]:.2f}",
-}  # fmt: skip
+from kvfold.report.sheets import known_table
 
 
 def prefill(
@@ -83,7 +62,7 @@ def prefill(
             ours, ids, name=model_name(model), methods=time or ["full"], call_tokens=call or (0,), repeats=repeats,
             report=report,
         )  # fmt: skip
-    output.hand_over("prefill", result, table_of("Reading prompts", _PREFILL_COLUMNS))
+    output.hand_over("prefill", result, known_table("prefill"))
 
 
 def capacity(
@@ -111,7 +90,7 @@ def capacity(
             ours, ids, name=model_name(model), kv_bytes=budget, methods=time or ["full"], most_rows=most, report=report
         )
     title = f"Rows of {result['context_tokens']:,} tokens in {budget / 1e6:,.0f} MB"
-    output.hand_over("capacity", result, table_of(title, _CAPACITY_COLUMNS))
+    output.hand_over("capacity", result, known_table("capacity", title))
 
 
 def _prompts(text: Path | None, tokenizer: Any, batch: int, tokens: int) -> Any:
@@ -157,7 +136,7 @@ def kernel(
         shape, storages=storage or KINDS, tokens=tokens or (1024, 4096), spreads=spread or (1, 100), repeats=repeats
     )
     result = {"environment": {"device": "cpu", "threads": torch.get_num_threads()}, "rows": list(rows)}
-    output.hand_over("kernel", result, table_of("Decode attention", _KERNEL_COLUMNS))
+    output.hand_over("kernel", result, known_table("kernel"))
 
 
 def gpu(*, output: Output) -> None:
@@ -170,7 +149,7 @@ def gpu(*, output: Output) -> None:
     result = bench_gpu()
     counted = Counter(row["state"] for row in result["rows"])
     rows = [{"state": state, "rows": number} for state, number in sorted(counted.items())]
-    table = table_of(f"GPU rows, {result['environment']['device']}", {"state": "{state}", "rows": "{rows}"})
+    table = known_table("gpu", f"GPU rows, {result['environment']['device']}")
     output.hand_over("gpu", result, lambda _: table({"rows": rows}))
 
 
@@ -256,13 +235,11 @@ def decode(
             sides, text_T = _sides(ours, tokenizer, time, prompt, compression, compare_bits, file)
             common |= {"batch": batch, "tokens": prompt, "new_tokens": new, "text_T": text_T}
             result = bench_filled(ours, theirs, sides, **common)
-            table = table_of(f"Decoding steps, {result['context']}", _FILLED_COLUMNS)
         else:
             padded = {"both": (False, True), "none": (False,), "left": (True,)}[padding]
             common |= {"methods": time or ["full"], "points": points, "padded": padded}
             result = _decoded(ours, theirs, model if "vllm" in named else None, tokenizer, file, common)
-            table = known_table("decode")
-    output.hand_over("decode", result, table)
+    output.hand_over("decode", result, known_table("filled" if filled else "decode"))
 
 
 def _peers(text: str) -> set[str]:

@@ -149,7 +149,7 @@ def _say_plan(recipe: str, settings: Any) -> None:
 
 
 def _list(as_json: bool) -> None:
-    from kvfold.report.sheets import table_of
+    from kvfold.report.sheets import known_table
     from kvfold.train.design_space import recipes
 
     rows = [
@@ -157,17 +157,4 @@ def _list(as_json: bool) -> None:
          "kv_bytes_per_token": one.settings.kv_bytes_per_token, "settings": one.settings.model_dump()}
         for one in recipes().values()
     ]  # fmt: skip
-    Output(as_json=as_json).hand_over("recipes", {"rows": rows}, table_of("Recipes", _RECIPE_COLUMNS))
-
-
-_RECIPE_COLUMNS = {
-    "recipe": "{name}",
-    "layers": "{settings[num_layers]} {settings[layers]}",
-    "heads": "{settings[num_heads]}",
-    "KV heads": "{settings[num_kv_heads]}",
-    "head dim": "{settings[head_dim]}",
-    "weights": "{parameters:,}",
-    "KV bytes a token": "{kv_bytes_per_token:,}",
-    "tokens": "{settings[tokens]:,}",
-    "learning rate": "{settings[learning_rate]:g}",
-}
+    Output(as_json=as_json).hand_over("recipes", {"rows": rows}, known_table("recipes"))

@@ -39,16 +39,6 @@ from kvfold.report.results import (
     times,
     words,
 )
-from kvfold.report.series import (
-    family_of,
-    found_keys,
-    kept_share,
-    label_of,
-    lengths_of,
-    mean_of,
-    texts_of,
-    worth_showing,
-)
 
 WIDE, NARROW = 860.0, 350.0
 """Pixels of a picture that stands alone, and on a phone, where it is drawn anew so that letters keep their size."""
@@ -141,12 +131,15 @@ def summary(group: Group, colours: Mapping[str, int]) -> list[dict[str, Any]]:
     passkey, lines = _keys_shown(group), []
     for label, rows in _by_method(group.rows).items():
         by_text = {words(row, "text"): row for row in rows}
-        found, tries = found_keys(row for row in passkey if words(row, "method") == words(rows[0], "method"))
-        share, held = mean_of(map(kept_share, rows)), mean_of(number(row, "allocated_bytes") for row in rows)
+        found, tries = series.found_keys(row for row in passkey if words(row, "method") == words(rows[0], "method"))
+        share, held = (
+            series.mean_of(map(series.kept_share, rows)),
+            series.mean_of(number(row, "allocated_bytes") for row in rows),
+        )
         lines.append({
-            "label": label, "colour": colours.get(family_of(rows[0]), 0), "share": share,
+            "label": label, "colour": colours.get(series.family_of(rows[0]), 0), "share": share,
             "said": percent(share) + (f", {size(held)}" if held is not None else ""),
-            "changes": [_change(by_text.get(text)) for text in texts_of(group.rows)],
+            "changes": [_change(by_text.get(text)) for text in series.texts_of(group.rows)],
             "found": (f"{count(found)} of {count(tries)}" if tries else MISSING) if passkey else None,
         })  # fmt: skip
     return lines
@@ -155,18 +148,18 @@ def summary(group: Group, colours: Mapping[str, int]) -> list[dict[str, Any]]:
 def _by_method(rows: Iterable[Mapping]) -> dict[str, list[Mapping]]:
     found: dict[str, list[Mapping]] = {}
     for row in rows:
-        found.setdefault(label_of(row), []).append(row)
+        found.setdefault(series.label_of(row), []).append(row)
     return found
 
 
 def _change(row: Mapping | None) -> str:
-    if row is not None and family_of(row) == series.UNFOLDED and number(row, "perplexity") is not None:
+    if row is not None and series.family_of(row) == series.UNFOLDED and number(row, "perplexity") is not None:
         return three(number(row, "perplexity"))
     return difference(*sheets.pair(row or {}, "perplexity_change_percent"), "%")
 
 
 def _keys_shown(group: Group) -> list[Mapping]:
-    return [row for row in group.passkey if worth_showing(group.passkey, number(row, "length_tokens"))]
+    return [row for row in group.passkey if series.worth_showing(group.passkey, number(row, "length_tokens"))]
 
 
 def best_way(group: Group) -> dict[str, Any] | None:
@@ -175,30 +168,32 @@ def best_way(group: Group) -> dict[str, Any] | None:
     """
 
     def cost(row: Mapping) -> float | None:
-        share = kept_share(row)
+        share = series.kept_share(row)
         return number(row, "perplexity_change_percent", "mean") if share is not None and share <= QUARTER else None
 
-    texts = texts_of(group.rows)
+    texts = series.texts_of(group.rows)
     ways = _by_method(row for row in group.rows if cost(row) is not None)
-    whole = {label: rows for label, rows in ways.items() if set(texts_of(rows)) == set(texts)}
+    whole = {label: rows for label, rows in ways.items() if set(series.texts_of(rows)) == set(texts)}
     if not whole:
         return None
-    label, rows = min(whole.items(), key=lambda one: mean_of(map(cost, one[1])))
+    label, rows = min(whole.items(), key=lambda one: series.mean_of(map(cost, one[1])))
     changes = {words(row, "text"): _change(row) for row in rows}
-    share = percent(max(map(kept_share, rows)))
+    share = percent(max(map(series.kept_share, rows)))
     return {"label": label, "ways": len(whole), "share": share, "changes": [(text, changes[text]) for text in texts]}
 
 
 def passkey_grids(group: Group) -> list[dict[str, Any]]:
     """Keys found, a grid a length with a line a method and a column a depth: (text, share) a cell."""
     labels, grids = sheets.method_labels(group.rows), []
-    for length in (one for one in lengths_of(group.passkey) if worth_showing(group.passkey, one)):
+    for length in (one for one in series.lengths_of(group.passkey) if series.worth_showing(group.passkey, one)):
         rows = [row for row in group.passkey if number(row, "length_tokens") == length]
         depths = sorted({depth for row in rows if (depth := number(row, "depth")) is not None})
         lines: dict[str, list[tuple[str, float | None]]] = {}
         for row in rows:
-            cells = lines.setdefault(labels.get(words(row, "method"), label_of(row)), [("–", None)] * len(depths))
-            (found, tries), depth = found_keys([row]), number(row, "depth")
+            cells = lines.setdefault(
+                labels.get(words(row, "method"), series.label_of(row)), [("–", None)] * len(depths)
+            )
+            (found, tries), depth = series.found_keys([row]), number(row, "depth")
             if tries and depth is not None:
                 cells[depths.index(depth)] = (f"{count(found)}/{count(tries)}", min(1.0, max(0.0, found / tries)))
         heads_ = [f"{tick(100 * depth)} %" for depth in depths]

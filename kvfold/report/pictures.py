@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.errors import UserError, need_packages
+from kvfold.report import series
 from kvfold.report.drawing import (
     LETTER,
     LIGHT,
@@ -40,22 +41,6 @@ from kvfold.report.results import (
     three,
     tick,
     times,
-)
-from kvfold.report.series import (
-    FURTHER,
-    Line,
-    Model,
-    Road,
-    Run,
-    colours_of,
-    family_of,
-    frontier,
-    growth_of,
-    known_pairs,
-    label_of,
-    layers_of,
-    memory_points,
-    quality_panels,
 )
 from kvfold.report.sheets import COMPRESSION_NAME, KEPT_NAME, HeadMap
 
@@ -96,7 +81,7 @@ class Axes:
         return [2.0**power for power in range(first, last - 1, -1) if power % every == 0]
 
 
-def axes_of(panels: Sequence[tuple[str, Sequence[Line]]]) -> Axes:
+def axes_of(panels: Sequence[tuple[str, Sequence[series.Line]]]) -> Axes:
     """Ranges that hold every point with its error; bent where small and large changes stand side by side."""
     points = [point for _, lines in panels for line in lines for point in line.points]
     high = max([1.0, *(point.change + (point.error or 0) for point in points)])
@@ -111,7 +96,7 @@ def axes_of(panels: Sequence[tuple[str, Sequence[Line]]]) -> Axes:
 
 
 def quality(
-    panels: Sequence[tuple[str, Sequence[Line]]],
+    panels: Sequence[tuple[str, Sequence[series.Line]]],
     axes: Axes,
     colours: Mapping[str, int],
     width: float,
@@ -150,7 +135,7 @@ def _signed(level: float) -> str:
     return f"{'+' if level > 0 else ''}{tick(level)} %"
 
 
-def _quality_line(place: Any, line: Line, name: str, colour: int) -> tuple[float, float, str, int]:
+def _quality_line(place: Any, line: series.Line, name: str, colour: int) -> tuple[float, float, str, int]:
     first, last, style = line.points[0], line.points[-1], {"color": SERIES[colour]}
     if line.from_unfolded:
         place.plot([1, first.share], [0, first.change], linewidth=1.4, linestyle=(0, (1, 2.5)), **style)
@@ -160,12 +145,12 @@ def _quality_line(place: Any, line: Line, name: str, colour: int) -> tuple[float
         ends = [point.change - (point.error or 0), point.change + (point.error or 0)]
         place.plot([point.share] * 2, ends, linewidth=1.25, **style)
         changed = difference(point.change, point.error, "%")
-        said = f"{label_of(point.row)}: {percent(point.share)} of the bytes kept, perplexity {changed}"
+        said = f"{series.label_of(point.row)}: {percent(point.share)} of the bytes kept, perplexity {changed}"
         dot(place, point.share, point.change, colour, said, hollow=line.grows)
     return last.share, last.change, name, colour
 
 
-def uptraining(roads: Sequence[Road], width: float) -> Any:
+def uptraining(roads: Sequence[series.Road], width: float) -> Any:
     """Perplexity change over tokens of training for the layouts of one text, both scales logarithmic: a power law is a straight
     line. A line through the best, marks for all, a dashed stroke for what was not measured.
     """
@@ -180,7 +165,7 @@ def uptraining(roads: Sequence[Road], width: float) -> Any:
     place.minorticks_off()
     ends = []
     for index, (road, name) in enumerate(zip(roads, names, strict=True)):
-        colour, further = 1 + index % 7, road.end.tokens * FURTHER
+        colour, further = 1 + index % 7, road.end.tokens * series.FURTHER
         ends.append((further, road.beyond(further) or road.end.change, name, colour))
         place.plot(
             *zip(*((one.tokens, one.change) for one in road.best), strict=True), color=SERIES[colour], linewidth=2
@@ -197,10 +182,10 @@ def uptraining(roads: Sequence[Road], width: float) -> Any:
 
 def memory(rows: Sequence[Mapping], colours: Mapping[str, int], width: float) -> Any:
     """Bytes of the cache while a text is written, a line a method."""
-    lines = [(row, points) for row in rows if (points := memory_points(row))]
+    lines = [(row, points) for row in rows if (points := series.memory_points(row))]
     if not lines:
         return None
-    names, room = name_room([label_of(row) for row, _ in lines], width)
+    names, room = name_room([series.label_of(row) for row, _ in lines], width)
     figure, (place,) = chart(width, left=64, right=room, titles=("tokens seen", "bytes held by the cache"))
     most = max(held for _, points in lines for _, held in points) or 1
     unit, unit_name = size_unit(most)
@@ -209,10 +194,12 @@ def memory(rows: Sequence[Mapping], colours: Mapping[str, int], width: float) ->
     ends = []
     for (row, points), name in zip(lines, names, strict=True):
 
-        def say(tokens: float, held: float, label: str = label_of(row)) -> str:
+        def say(tokens: float, held: float, label: str = series.label_of(row)) -> str:
             return f"{label}: {size(held)} after {count(tokens)} tokens"
 
-        ends.append(curve(place, points, name, colours.get(family_of(row), 0), say, dashed="%" in label_of(row)))
+        ends.append(
+            curve(place, points, name, colours.get(series.family_of(row), 0), say, dashed="%" in series.label_of(row))
+        )
     name_ends(place, ends)
     return figure
 
@@ -221,10 +208,10 @@ def growth(rows: Sequence[Mapping], colours: Mapping[str, int], width: float) ->
     """Tokens kept while a document is read: a line a method for the mean over all heads, the darker band for the middle half of
     the heads, the fainter one, with an outline, for all of them.
     """
-    lines = [one for row in rows if (one := growth_of(row)) is not None]
+    lines = [one for row in rows if (one := series.growth_of(row)) is not None]
     if not lines:
         return None
-    names, room = name_room([*(label_of(one.row) for one in lines), "tokens seen"], width)
+    names, room = name_room([*(series.label_of(one.row) for one in lines), "tokens seen"], width)
     figure, (place,) = chart(width, right=room, titles=("tokens seen", "tokens kept"))
     most = max(one.tokens[-1] for one in lines)
     highest = max(value for one in lines for kept in one.kept.values() for value in kept if value is not None)
@@ -233,21 +220,21 @@ def growth(rows: Sequence[Mapping], colours: Mapping[str, int], width: float) ->
     place.plot([0, most], [0, most], color=SERIES[0], linewidth=1.5)
     ends = [(most, most, names.pop(), 0)]
     for one, name in zip(lines, names, strict=True):
-        colour = colours.get(family_of(one.row), 0)
+        colour = colours.get(series.family_of(one.row), 0)
         for low, high, alpha, stroke in (("least", "most", 0.09, 0.75), ("lower", "upper", 0.22, 0)):
-            below, above = (known_pairs(one.tokens, one.kept[edge]) for edge in (low, high))
+            below, above = (series.known_pairs(one.tokens, one.kept[edge]) for edge in (low, high))
             if below and above:
                 place.fill(*zip(*below, *reversed(above), strict=True), facecolor=(SERIES[colour], alpha),
                            edgecolor=(SERIES[colour], 0.45), linewidth=stroke)  # fmt: skip
         spread_at = dict(zip(one.tokens, zip(one.kept["least"], one.kept["most"], strict=True), strict=True))
 
-        def say(seen: float, kept: float, label: str = label_of(one.row), spread_at: dict = spread_at) -> str:
+        def say(seen: float, kept: float, label: str = series.label_of(one.row), spread_at: dict = spread_at) -> str:
             around = (
                 "" if None in spread_at[seen] else ", from {} to {} over heads".format(*map(_whole, spread_at[seen]))
             )
             return f"{label}: {_whole(kept)} of {count(seen)} kept{around}"
 
-        ends.append(curve(place, known_pairs(one.tokens, one.kept["mean"]), name, colour, say))
+        ends.append(curve(place, series.known_pairs(one.tokens, one.kept["mean"]), name, colour, say))
     name_ends(place, ends)
     return figure
 
@@ -257,7 +244,7 @@ def _whole(value: float) -> str:
 
 
 def over_steps(
-    lines: Sequence[Run], title: str, width: float, *, least: float | None = None, across: str = "step"
+    lines: Sequence[series.Run], title: str, width: float, *, least: float | None = None, across: str = "step"
 ) -> Any:
     """Lines over the steps of a run or the tokens it saw, every line its colour and its name at its end; `least`: where the
     vertical axis begins at the latest.
@@ -317,7 +304,7 @@ def speed(
     return figure
 
 
-def design(models: Sequence[Model], width: float) -> Any:
+def design(models: Sequence[series.Model], width: float) -> Any:
     """Models from scratch: perplexity against bytes a token, halved or doubled at equal steps; a thin stroke spans the seeds, a
     dashed line joins those that nothing beats. Narrow pictures leave the names to the table.
     """
@@ -332,7 +319,7 @@ def design(models: Sequence[Model], width: float) -> Any:
     place.xaxis.set_major_locator(LogLocator(base=2, numticks=8 if named else 4))
     place.xaxis.set_major_formatter(lambda value, _: count(value))
     place.minorticks_off()
-    best = [(one.kv_bytes, one.perplexity) for one in frontier(models)]
+    best = [(one.kv_bytes, one.perplexity) for one in series.frontier(models)]
     place.plot(*zip(*best, strict=True), "--", color=SERIES[0], linewidth=1.5)
     ends = []
     for one, name in zip(models, names, strict=True):
@@ -383,7 +370,7 @@ def layers(rows: Sequence[Mapping], width: float) -> Any:
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path as Outline
 
-    found = layers_of(rows, 36 if width < SMALL else 80)
+    found = series.layers_of(rows, 36 if width < SMALL else 80)
     low, high = 1.0, _most(found)
     if high is None:
         return None
@@ -421,7 +408,7 @@ def _named(figure: Any, place: Any, size: tuple[int, int], across: Mapping[int, 
 
 def said_layer_scale(rows: Sequence[Mapping]) -> tuple[str, str]:
     """Both ends of the scale of that map in words."""
-    return times(1), times(_most(layers_of(rows, 80)))
+    return times(1), times(_most(series.layers_of(rows, 80)))
 
 
 def _most(found: Sequence[tuple[float, Sequence[float | None]]]) -> float | None:
@@ -437,7 +424,7 @@ def head_cells(one: HeadMap, scale: tuple[float, float], width: float) -> Any:
     wide = min(26.0, (width - 64) / len(one.owners))
     tall = min(22.0, max(8.0, 150 / num_heads))
     figure, (place,) = chart(width, 50 + tall * num_heads, left=56, right=width - 56 - wide * len(one.owners))
-    write(figure, 0, 14, label_of(one.row), color=LIGHT["ink"], fontweight="bold")
+    write(figure, 0, 14, series.label_of(one.row), color=LIGHT["ink"], fontweight="bold")
     write(figure, 48, 28 + tall * num_heads + 15, "layer", ha="right")
     gaps = (1 if wide >= 6 else 0.3) / wide, 1 / tall
     for column, line in enumerate(one.values):
@@ -495,9 +482,9 @@ def save_quality(results: Path, out: Path) -> Path:
     need_packages("matplotlib", extra="report", what="a PNG")
     found, _ = read_results(Path(results))
     groups = [group for group in group_results(found) if group.kind == "quality"]
-    panels = quality_panels(groups[0].rows) if groups else []
+    panels = series.quality_panels(groups[0].rows) if groups else []
     if not panels:
         raise UserError(
             f"{results}: no folded method with kept bytes and perplexity to draw: run `kvfold eval --out` first"
         )
-    return save_png(quality(panels, axes_of(panels), colours_of(found), 400.0 * len(panels), named=True), out)
+    return save_png(quality(panels, axes_of(panels), series.colours_of(found), 400.0 * len(panels), named=True), out)

@@ -15,6 +15,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from kvfold.report import series
 from kvfold.report.results import (
     MISSING,
     count,
@@ -28,19 +29,6 @@ from kvfold.report.results import (
     three,
     times,
     words,
-)
-from kvfold.report.series import (
-    FURTHER,
-    UNFOLDED,
-    Model,
-    Pair,
-    Road,
-    growth_of,
-    label_of,
-    mean_of,
-    memory_points,
-    pairs_of,
-    stretches,
 )
 
 KEPT_NAME, COMPRESSION_NAME = "share of the tokens kept", "compression"
@@ -128,7 +116,7 @@ def point_name(row: Mapping) -> str:
     """`8 x 1,024`, and how it differs from the plain case: padded rows, a method that folds."""
     name = words(row, "point").replace(" x ", " × ") or "unnamed point"
     method = words(row, "method")
-    extras = [method] if method and method != UNFOLDED else []
+    extras = [method] if method and method != series.UNFOLDED else []
     return ", ".join([name, *extras, *(["left-padded rows"] if row.get("padded") is True else [])])
 
 
@@ -136,7 +124,7 @@ def step_name(row: Mapping) -> str:
     """`DMS 128, all weights, 1 × 1,024 tokens`."""
     sizes = [count(value) for key in ("batch_sequences", "sequence_tokens") if (value := number(row, key))]
     trains = _trains(row).replace(MISSING, "")
-    return ", ".join(filter(None, [label_of(row), trains, f"{' × '.join(sizes)} tokens" if sizes else ""]))
+    return ", ".join(filter(None, [series.label_of(row), trains, f"{' × '.join(sizes)} tokens" if sizes else ""]))
 
 
 def _trains(row: Mapping) -> str:
@@ -171,14 +159,14 @@ def _percent(share: float) -> str:
     return f"{100 * share:+.1f} %".replace("-", "−")
 
 
-def _owners(one: Model) -> str:
+def _owners(one: series.Model) -> str:
     owners, layers = number(one.row, "owners"), number(one.row, "num_layers")
     return MISSING if owners is None or layers is None else f"{count(owners)} of {count(layers)}"
 
 
-def _published(of: Model | Pair, key: str = "paper_perplexity") -> str:
+def _published(of: series.Model | series.Pair, key: str = "paper_perplexity") -> str:
     """Of the published models: the perplexity, or difference and share of two."""
-    if isinstance(of, Pair):
+    if isinstance(of, series.Pair):
         ours, theirs = (number(one.row, key) for one in (of.shared, of.other))
         return f"{_signed(ours - theirs)}, {_percent(ours / theirs - 1)}" if ours and theirs else "none"
     value = number(of.row, key)
@@ -187,13 +175,14 @@ def _published(of: Model | Pair, key: str = "paper_perplexity") -> str:
 
 WRITERS: dict[str, Callable[..., str]] = {
     **{write.__name__: partial(_number, write) for write in (count, percent, size, three, times)},
-    "words": _words, "runs": _runs, "difference": _difference, "label": label_of, "trained": _trained, "score": _score,
-    "point": point_name, "trains": _trains, "loss": _loss, "kept_mean": partial(_kept, mean_of, three),
+    "words": _words, "runs": _runs, "difference": _difference, "label": series.label_of, "trained": _trained, "score": _score,
+    "point": point_name, "trains": _trains, "loss": _loss, "kept_mean": partial(_kept, series.mean_of, three),
     "kept_least": partial(_kept, min, count), "kept_most": partial(_kept, max, count),
+    "rows_found": lambda row: f"{count(number(row, 'rows'))}{' or more' if row.get('stopped') else ''}",
     # Of models from scratch, and of pairs of them.
     "recipe": lambda one: one.recipe, "kv_bytes": lambda one: count(one.kv_bytes), "rates": lambda one: count(one.rates),
     "perplexities": lambda one: _mean(one.perplexities), "owners": _owners, "published": _published,
-    "seeds": lambda of: count(len(of.runs if isinstance(of, Model) else of.differences)),
+    "seeds": lambda of: count(len(of.runs if isinstance(of, series.Model) else of.differences)),
     "shared": lambda pair: pair.shared.recipe, "other": lambda pair: pair.other.recipe,
     "bytes": lambda pair: f"{pair.other.kv_bytes / pair.shared.kv_bytes:.2f}×",
     "differences": lambda pair: _mean(pair.differences, _signed),
@@ -221,21 +210,21 @@ def columns_of(kind: str) -> list[Column]:
     return found
 
 
-def pairs_sheet(models: Sequence[Model]) -> Sheet | None:
+def pairs_sheet(models: Sequence[series.Model]) -> Sheet | None:
     """A line for each model with shared layers beside one without; None where there is none."""
-    pairs = pairs_of(models)
+    pairs = series.pairs_of(models)
     return known_sheet("pairs", pairs) if pairs else None
 
 
 def passkey_sheet(rows: Sequence[Mapping], labels: Mapping[str, str]) -> Sheet:
     """Keys found per method, length and depth; `labels` gives the name of a method's text form."""
-    method = Column("method", lambda row: labels.get(words(row, "method"), label_of(row)), is_text=True)
+    method = Column("method", lambda row: labels.get(words(row, "method"), series.label_of(row)), is_text=True)
     return sheet_of("Passkey retrieval", [method, *columns_of("passkey")], rows)
 
 
 def method_labels(rows: Sequence[Mapping]) -> dict[str, str]:
     """The name of each method's text form, for rows that carry the text form alone."""
-    return {words(row, "method"): label_of(row) for row in rows if words(row, "method")}
+    return {words(row, "method"): series.label_of(row) for row in rows if words(row, "method")}
 
 
 def curve_sheet(rows: Sequence[Mapping]) -> Sheet:
@@ -247,7 +236,7 @@ def curve_sheet(rows: Sequence[Mapping]) -> Sheet:
 
 def thinned(values: Sequence) -> list:
     """At most about `MOST_LINES` of them, evenly spaced, the last included."""
-    firsts = [part[0] for part in stretches(list(values), MOST_LINES)]
+    firsts = [part[0] for part in series.stretches(list(values), MOST_LINES)]
     return firsts if not values or firsts[-1] is values[-1] else [*firsts, values[-1]]
 
 
@@ -258,24 +247,29 @@ def _every(values: Sequence, said: str) -> str:
 
 def memory_sheet(rows: Sequence[Mapping]) -> Sheet:
     """Bytes held, a line per number of tokens, a column per method."""
-    series = [(label_of(row), dict(memory_points(row))) for row in rows]
-    tokens = sorted({at for _, points in series for at in points})
-    columns = [Column("tokens seen", lambda row: count(row["at"]))]
-    columns += [Column(name, lambda row, points=points: size(points.get(row["at"]))) for name, points in series]
-    title = "Memory over time" + _every(tokens, " (every {}th measured point, and the last)")
-    return sheet_of(title, columns, [{"at": at} for at in thinned(tokens)])
+    return _over_tokens(
+        "Memory over time", [(series.label_of(row), dict(series.memory_points(row))) for row in rows], size
+    )
 
 
 def growth_sheet(rows: Sequence[Mapping]) -> Sheet:
     """Tokens kept while a text comes in, a line per number of tokens, three columns per method."""
-    lines = [one for row in rows if (one := growth_of(row)) is not None]
-    columns = [Column("tokens seen", lambda row: count(row["at"]))]
-    for one in lines:
-        for name in ("mean", "least", "most"):
-            known = dict(zip(one.tokens, one.kept[name], strict=True))
-            columns.append(Column(f"{label_of(one.row)}, {name}", lambda row, known=known: three(known.get(row["at"]))))
-    tokens = thinned(sorted({at for one in lines for at in one.tokens}))
-    return sheet_of("Tokens kept as the text comes in, over all heads", columns, [{"at": at} for at in tokens])
+    columns = [
+        (f"{series.label_of(row)}, {name}", dict(zip(one.tokens, one.kept[name], strict=True)))
+        for row in rows if (one := series.growth_of(row)) is not None
+        for name in ("mean", "least", "most")
+    ]  # fmt: skip
+    return _over_tokens("Tokens kept as the text comes in, over all heads", columns, three)
+
+
+def _over_tokens(
+    title: str, columns: Iterable[tuple[str, Mapping[float, float | None]]], say: Callable[[float | None], str]
+) -> Sheet:
+    """A column for each name, a line for each number of tokens that any of them has."""
+    tokens = sorted({at for _, points in columns for at in points})
+    heads = [Column("tokens seen", count)]
+    heads += [Column(name, lambda at, points=points: say(points.get(at))) for name, points in columns]
+    return sheet_of(title + _every(tokens, " (every {}th measured point, and the last)"), heads, thinned(tokens))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -337,9 +331,11 @@ def kept_sheets(rows: Iterable[Mapping]) -> list[Sheet]:
             continue
         say, name = (count, "tokens kept") if key == "kept" else (three, words(row, "value_name") or "score")
         columns = [Column("layer", lambda line: str(line[0]))]
-        for head in range(max(map(len, cells))):
-            columns.append(Column(f"head {head}", lambda line, head=head, say=say: _head_cell(line[1], head, say)))
-        title = f"{label_of(row)}: {name}" + (f" of {count(seen)} seen" if key == "kept" and seen else "")
+        columns += [
+            Column(f"head {head}", lambda line, head=head, say=say: _head_cell(line[1], head, say))
+            for head in range(max(map(len, cells)))
+        ]
+        title = f"{series.label_of(row)}: {name}" + (f" of {count(seen)} seen" if key == "kept" and seen else "")
         found.append(sheet_of(title, columns, zip(one.owners, cells, strict=False)))
     return found
 
@@ -349,7 +345,7 @@ def _head_cell(line: Sequence[float | None], head: int, say: Callable) -> str:
     return "–" if absent else say(line[head])
 
 
-def uptraining_sheet(roads: Sequence[Road]) -> Sheet:
+def uptraining_sheet(roads: Sequence[series.Road]) -> Sheet:
     """Models of one layout by the tokens they were trained on; the last line of each is extrapolated, and says so."""
     notes = {
         "model": "", "layers": "Which layers share keys and values.", "text": "",
@@ -362,7 +358,7 @@ def uptraining_sheet(roads: Sequence[Road]) -> Sheet:
     ]
     lines = []
     for road in roads:
-        layers, text, further = road.layers or "unnamed", road.text or "unnamed", road.end.tokens * FURTHER
+        layers, text, further = road.layers or "unnamed", road.text or "unnamed", road.end.tokens * series.FURTHER
         for stage in road.stages:
             lines.append((stage.name, layers, text, count(stage.tokens), difference(stage.change, stage.error, "%")))
         if (then := road.beyond(further)) is not None:
@@ -370,12 +366,12 @@ def uptraining_sheet(roads: Sequence[Road]) -> Sheet:
     return sheet_of("Over tokens of training", columns, lines)
 
 
-def known_table(kind: str) -> Callable[..., Table]:
+def known_table(kind: str, title: str = "") -> Callable[..., Table]:
     """What makes a table of sheets.toml of a result; `brief` leaves out what doesn't fit a terminal of ordinary width."""
 
     def table(result: Mapping, brief: bool = True) -> Table:
         # Scores stand beside the rows of a quality result.
-        return rich_table(known_sheet(kind, rows_of(result, kind if kind in result else "rows")), brief=brief)
+        return rich_table(known_sheet(kind, rows_of(result, kind if kind in result else "rows"), title), brief=brief)
 
     return table
 
@@ -383,25 +379,6 @@ def known_table(kind: str) -> Callable[..., Table]:
 def passkey_table(result: Mapping) -> Table:
     """Passkeys found, for a quality result that has them."""
     return rich_table(passkey_sheet(rows_of(result, "passkey"), method_labels(rows_of(result))))
-
-
-def table_of(title: str, columns: Mapping[str, str | Callable[[Mapping], str]]) -> Callable[[Mapping], Table]:
-    """What makes a table of a result that the report has no sheet for: a line for each row, the first column words.
-
-    A cell is a text with the row's fields in braces, empty where the row lacks one; or a function of the row.
-    """
-
-    def cell(shown: str | Callable[[Mapping], str], row: Mapping) -> str:
-        try:
-            return shown.format_map(row) if isinstance(shown, str) else shown(row)
-        except (KeyError, TypeError):  # nothing was measured there
-            return ""
-
-    found = [
-        Column(head, lambda row, shown=shown: cell(shown, row), is_text=not index)
-        for index, (head, shown) in enumerate(columns.items())
-    ]
-    return lambda result: rich_table(sheet_of(title, found, result["rows"]))
 
 
 def rich_table(sheet: Sheet, brief: bool = False) -> Table:
