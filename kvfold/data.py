@@ -203,19 +203,17 @@ class TextStream:
         check_there(path)
         self.share = 0.0
         """Of the file's bytes, or a parquet file's rows, those that were read."""
-        self._path, self._characters = path, characters
+        self.path, self._characters = path, characters
 
     def __iter__(self) -> Iterator[str]:
-        if self._path.suffix == ".parquet":
-            texts = self._column()
-        else:
-            texts = self._lines() if holds_lines(self._path) else self._blocks()
+        lines = self._lines if holds_lines(self.path) else self._blocks
+        texts = self._column() if self.path.suffix == ".parquet" else lines()
         return (text for text in texts if text and text.strip())
 
     @contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
         """The unpacked bytes; `share` follows."""
-        path = self._path
+        path = self.path
         try:
             with path.open("rb") as raw:
                 self._raw, self._size = raw, max(1, path.stat().st_size)
@@ -232,9 +230,9 @@ class TextStream:
     def _lines(self) -> Iterator[str]:
         with self._opened() as file:
             lines = (line.removesuffix(b"\n") for line in file)
-            for number, record in json_lines(self._path, lines, TEXT_RULE):
+            for number, record in json_lines(self.path, lines, TEXT_RULE):
                 self._note()
-                yield text_of(self._path, number, record)
+                yield text_of(self.path, number, record)
 
     def _blocks(self) -> Iterator[str]:
         with self._opened() as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
@@ -251,7 +249,7 @@ class TextStream:
         """The `text` of a parquet file's rows."""
         from pyarrow import ArrowInvalid, parquet
 
-        path = self._path
+        path = self.path
         try:
             with parquet.ParquetFile(path) as file:
                 found, done, total = file.schema_arrow.names, 0, max(1, file.metadata.num_rows)

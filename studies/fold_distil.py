@@ -36,7 +36,7 @@ from kvfold.ops.native import flush_denormals
 from kvfold.record import made
 from kvfold.train.calibrate import calibrate, fit_importance, take_gates
 from kvfold.train.data import Batch, TrainingOrder, draw_text
-from kvfold.train.objectives import divergence, fired_shares, ratio_loss, slice_rows, summed_in_slices
+from kvfold.train.objectives import divergence, fired_shares, ratio_loss, summed_in_slices
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import TeacherStates, retention_of, write_trained
 
@@ -118,8 +118,8 @@ class Run:
                 theirs_NV = next_token_logits(model, theirs[part])
             return divergence(next_token_logits(model, states_NC), theirs_NV, self.args.kl).sum()
 
-        rows = slice_rows(model.config.vocab_size)
-        main = summed_in_slices(loss_of, outputs.last_hidden_state[0, :-1], slice_rows=rows) / theirs.shape[0]
+        states = outputs.last_hidden_state[0, :-1]
+        main = summed_in_slices(loss_of, states, vocabulary=model.config.vocab_size) / theirs.shape[0]
         if self.folds:
             return main, main.new_zeros(())
         share = retention_of(model, self.settings).share_for(self.settings.compression)

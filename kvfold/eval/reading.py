@@ -203,7 +203,7 @@ _SLICE_BYTES = 2**25
 """Bytes of one slice of fp32 logits, about what a processor's cache holds."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Scores:
     """One value a position, fp32 [N] on the CPU."""
 
@@ -223,6 +223,12 @@ def next_token_logits(model: FoldForCausalLM, hidden_NC: Tensor) -> Tensor:
     return (logits if softcap is None else torch.tanh(logits / softcap) * softcap).float()
 
 
+def slices(positions: int, vocabulary: int) -> list[slice]:
+    """All positions, so many at a time that a processor's cache holds their fp32 logits."""
+    size = max(1, _SLICE_BYTES // (4 * vocabulary))
+    return [slice(start, start + size) for start in range(0, positions, size)]
+
+
 def score(
     model: FoldForCausalLM,
     hidden_NC: Tensor,
@@ -230,12 +236,9 @@ def score(
     reference: tuple[FoldForCausalLM, Tensor] | None = None,
 ) -> Scores:
     """Score states against the tokens that came, and against a reference: a model and its states at the same positions."""
-    slice_size = max(1, _SLICE_BYTES // (4 * model.config.vocab_size))
     loss, kl, agrees = [], [], []
-    for start in range(0, hidden_NC.shape[0], slice_size):
-        part = slice(start, start + slice_size)
-        logits = next_token_logits(model, hidden_NC[part])
-        log_p = torch.log_softmax(logits, dim=-1)
+    for part in slices(len(hidden_NC), model.config.vocab_size):
+        log_p = torch.log_softmax(next_token_logits(model, hidden_NC[part]), dim=-1)
         loss.append(-log_p.gather(1, targets_N[part, None])[:, 0])
         if reference is not None:
             judge, states_NC = reference
@@ -244,22 +247,16 @@ def score(
             # In place: these two arrays are as large as the logits.
             log_p.neg_().add_(log_r)
             kl.append(torch.einsum("nv,nv->n", log_r.exp_(), log_p))
-    return Scores(
-        loss=torch.cat(loss).cpu(),
-        kl=torch.cat(kl).cpu() if kl else None,
-        agrees=torch.cat(agrees).cpu() if agrees else None,
-    )
+    return Scores(*(torch.cat(parts).cpu() if parts else None for parts in (loss, kl, agrees)))
 
 
 def likelihoods(model: FoldForCausalLM, hidden_NC: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     """Of the tokens that came: their log probability, fp32 [N], nats, and whether each was the likeliest, bool [N]."""
-    slice_size = max(1, _SLICE_BYTES // (4 * model.config.vocab_size))
     log_p, likeliest = [], []
-    for start in range(0, hidden_NC.shape[0], slice_size):
-        logits = next_token_logits(model, hidden_NC[start : start + slice_size])
-        targets = targets_N[start : start + slice_size]
-        log_p.append(torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0])
-        likeliest.append(logits.argmax(dim=-1) == targets)
+    for part in slices(len(hidden_NC), model.config.vocab_size):
+        logits = next_token_logits(model, hidden_NC[part])
+        log_p.append(torch.log_softmax(logits, dim=-1).gather(1, targets_N[part, None])[:, 0])
+        likeliest.append(logits.argmax(dim=-1) == targets_N[part])
     return torch.cat(log_p), torch.cat(likeliest)
 
 

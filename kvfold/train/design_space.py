@@ -22,11 +22,11 @@ from kvfold.train.settings import (
     Count,
     FromZero,
     Share,
-    Stages,
     Texts,
     TrainSettings,
     Whole,
-    learning_rate_factor,
+    cosine_factor,
+    refuse,
 )
 
 
@@ -156,14 +156,13 @@ class PretrainSettings(TrainSettings):
 
     @model_validator(mode="after")
     def _check_shape(self) -> Self:
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"num_kv_heads {self.num_kv_heads}: each serves as many of the {self.num_heads} query heads: use a divisor"
-            )
-        if self.head_dim % 2:
-            raise UserError(f"head_dim {self.head_dim}: rotary positions turn channels in pairs: use an even number")
-        if self.warmup_share == 1:
-            raise UserError(f"warmup_share {self.warmup_share:g}: it is a share of the steps: use 0 to below 1")
+        kv_heads, dim, warmup = self.num_kv_heads, self.head_dim, self.warmup_share
+        refuse(
+            (self.num_heads % kv_heads, f"num_kv_heads {kv_heads}: each serves as many of the {self.num_heads} query heads: use "
+             "a divisor"),
+            (dim % 2, f"head_dim {dim}: rotary positions turn channels in pairs: use an even number"),
+            (warmup == 1, f"warmup_share {warmup:g}: it is a share of the steps: use 0 to below 1"),
+        )  # fmt: skip
         self.layout  # noqa: B018  a pattern that does not fit is refused here
         return self
 
@@ -199,13 +198,13 @@ class PretrainSettings(TrainSettings):
 
     def rate_factor(self, step: int) -> float:
         """What the learning rate is multiplied by at `step` (from 0): up in a line, then down a cosine."""
-        return learning_rate_factor(
-            step, kind="cosine", stages=Stages(compression=1.0, ramp_steps=self.total_steps),
-            warmup_steps=round(self.warmup_share * self.total_steps), final=self.final_learning_rate,
-        )  # fmt: skip
+        warmup = round(self.warmup_share * self.total_steps)
+        return cosine_factor(
+            step, start=warmup, total=self.total_steps, warmup_steps=warmup, final=self.final_learning_rate
+        )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One published model."""
 
@@ -217,44 +216,35 @@ class Row:
     """KV heads."""
     head_dim: int
     """Channels of a head."""
-    layers: str = "full"
+    layers: str
     """Who stores keys and values."""
     kv_bytes: int
     """Published bytes of keys and values a token, at 16 bit."""
-    perplexity: float | None
+    perplexity: float
     """Published validation perplexity at a learning rate of 3e-4."""
 
 
-def _row(
-    name: str, heads: int, kv_heads: int, head_dim: int, layers: str, kv_bytes: int, perplexity: float | None
-) -> Row:
-    return Row(
-        name=name, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, layers=layers, kv_bytes=kv_bytes,
-        perplexity=perplexity,
-    )  # fmt: skip
-
-
 DESIGN_SPACE = (
-    _row("h128-mha", 16, 16, 128, "full", 163840, 13.15),
-    _row("h128-gqa4", 16, 4, 128, "full", 40960, 13.36),
-    _row("h128-gqa2", 16, 2, 128, "full", 20480, 13.52),
-    _row("h128-mqa", 16, 1, 128, "full", 10240, 13.54),
-    _row("h64-mqa", 32, 1, 64, "full", 5120, 13.81),
-    _row("h46-mqa", 45, 1, 46, "full", 3680, 13.96),
-    _row("h32-mqa", 64, 1, 32, "full", 2560, 14.37),
-    _row("h512-mqa-cla2", 4, 1, 512, "cla2", 20480, 13.49),
-    _row("h256-mqa-cla2", 8, 1, 256, "cla2", 10240, 13.51),
-    _row("h128-mqa-cla2", 16, 1, 128, "cla2", 5120, 13.60),
-    _row("h90-mqa-cla2", 22, 1, 90, "cla2", 3600, 13.73),
-    _row("h64-mqa-cla2", 32, 1, 64, "cla2", 2560, 13.89),
-    _row("h256-gqa4-cla2", 8, 4, 256, "cla2", 40960, 13.38),
-    _row("h128-gqa4-cla2", 16, 4, 128, "cla2", 20480, 13.48),
-    _row("h128-gqa2-cla2", 16, 2, 128, "cla2", 10240, 13.59),
-    _row("h128-mqa-cla3", 16, 1, 128, "cla3", 3584, 13.77),
-    _row("h128-mqa-cla4", 16, 1, 128, "cla4", 2560, 13.95),
-    _row("h128-mqa-cla2-keep-ends", 16, 1, 128, "cla2-keep-ends", 5632, 13.62),
-    _row("h128-mqa-cla2-dense-front", 16, 1, 128, "cla2-dense-front", 5632, 13.75),
-    _row("h128-mqa-cla2-dense-back", 16, 1, 128, "cla2-dense-back", 5632, 14.03),
+    Row("h128-mha", 16, 16, 128, "full", 163840, 13.15),
+    Row("h128-gqa4", 16, 4, 128, "full", 40960, 13.36),
+    Row("h128-gqa2", 16, 2, 128, "full", 20480, 13.52),
+    Row("h128-mqa", 16, 1, 128, "full", 10240, 13.54),
+    Row("h64-mqa", 32, 1, 64, "full", 5120, 13.81),
+    Row("h46-mqa", 45, 1, 46, "full", 3680, 13.96),
+    Row("h32-mqa", 64, 1, 32, "full", 2560, 14.37),
+    Row("h512-mqa-cla2", 4, 1, 512, "cla2", 20480, 13.49),
+    Row("h256-mqa-cla2", 8, 1, 256, "cla2", 10240, 13.51),
+    Row("h128-mqa-cla2", 16, 1, 128, "cla2", 5120, 13.60),
+    Row("h90-mqa-cla2", 22, 1, 90, "cla2", 3600, 13.73),
+    Row("h64-mqa-cla2", 32, 1, 64, "cla2", 2560, 13.89),
+    Row("h256-gqa4-cla2", 8, 4, 256, "cla2", 40960, 13.38),
+    Row("h128-gqa4-cla2", 16, 4, 128, "cla2", 20480, 13.48),
+    Row("h128-gqa2-cla2", 16, 2, 128, "cla2", 10240, 13.59),
+    Row("h128-mqa-cla3", 16, 1, 128, "cla3", 3584, 13.77),
+    Row("h128-mqa-cla4", 16, 1, 128, "cla4", 2560, 13.95),
+    Row("h128-mqa-cla2-keep-ends", 16, 1, 128, "cla2-keep-ends", 5632, 13.62),
+    Row("h128-mqa-cla2-dense-front", 16, 1, 128, "cla2-dense-front", 5632, 13.75),
+    Row("h128-mqa-cla2-dense-back", 16, 1, 128, "cla2-dense-back", 5632, 14.03),
 )
 """The 1B design space."""
 

@@ -1,5 +1,8 @@
 """The training loop that every kind of training shares: optimizer steps on samples in a fixed order, a curve, and checkpoints
 that are whole or not there (run_folder.py). What is minimised stands in objectives.py.
+
+One process trains, or several that torchrun started, each of which has the model's weights whole (replicas) or in part (FSDP2):
+what they sum, wait for and agree on stands here, too. Such functions are called by all of them, in the same order.
 """
 
 import atexit
@@ -10,12 +13,12 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 import torch.distributed as dist
@@ -29,26 +32,27 @@ from torch.distributed.tensor import DTensor
 from kvfold.errors import UserError
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.record import write_whole_file
-from kvfold.train.data import Batch, TrainingOrder
-from kvfold.train.run_folder import CURVE, PARTIAL, drop_old, newest_whole, read_curve, seal, step_of
+from kvfold.train.data import TrainingOrder
+from kvfold.train.run_folder import CURVE, PARTIAL, OnStep, drop_old, newest_whole, read_curve, seal, step_of
 from kvfold.train.settings import TrainSettings
 from kvfold.train.student import trained_weights
+
+if TYPE_CHECKING:
+    from kvfold.train.objectives import NextToken
 
 _PATIENCE = timedelta(hours=12)
 """The leading process may pack text for hours. One that dies is noticed at once, by its closed connections."""
 
 
-def check_processes() -> None:
-    """Raise `UserError` where there is nothing to spread over."""
+def join(device: torch.device, *, spreads: bool = False) -> torch.device:
+    """Meet the other processes, if there are any. Gives the device of this one. Raises `UserError` where weights are to be spread
+    over one process.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        raise UserError(
-            "fsdp: there is one process, and nothing to spread over: start it with torchrun, or leave it out"
-        )
-
-
-def join(device: torch.device) -> torch.device:
-    """Meet the other processes, if there are any. Gives the device of this one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        if spreads:
+            raise UserError(
+                "fsdp: there is one process, and nothing to spread over: start it with torchrun, or leave it out"
+            )
         return device
     on_cuda = device.type == "cuda"
     if on_cuda:
@@ -128,47 +132,27 @@ def unsharded(model: FoldForCausalLM) -> FoldForCausalLM:
     if not is_sharded(model):
         return model
     model.reshard()
-    weights: Mapping[str, Tensor] = {name: whole(weight) for name, weight in model.named_parameters()}
-    device = next(iter(weights.values())).device
     with torch.random.fork_rng(devices=[]):
-        plain = FoldForCausalLM(model.config).to(device=device, dtype=model.dtype)
+        plain = FoldForCausalLM(model.config).to(device=model.device, dtype=model.dtype)
     for name, weight in plain.named_parameters():
-        weight.copy_(weights[name])
+        weight.copy_(whole(model.get_parameter(name)))
     return plain
 
 
 _KEPT_CHECKPOINTS = 2
-
-OnStep = Callable[[dict[str, Any]], None]
-"""Takes the figures of a step that is done."""
 
 
 class DivergedError(RuntimeError):
     """A loss or a weight that is no number."""
 
 
-class Objective(Protocol):
-    """What is minimised, and what happens beside that. Steps are counted from 0, `done` is how many were made."""
-
-    model: nn.Module
-
-    def losses(self, step: int, batch: Batch) -> dict[str, Tensor]:
-        """`loss`, and other figures, of a part of a step's batch; the sum over all parts is the step's."""
-
-    def figures(self, done: int, sums: dict[str, Any]) -> dict[str, Any]:
-        """What the curve says of a step beyond its loss."""
-
-    def end(self, done: int) -> None:
-        """Called after a step, when its figures are told."""
-
-
 class Loop:
     """Trains the model of an objective, in `folder`. All processes make the same calls."""
 
     def __init__(
-        self, objective: Objective, samples: TrainingOrder, settings: TrainSettings, folder: Path, *, on_step: OnStep
+        self, objective: "NextToken", samples: TrainingOrder, settings: TrainSettings, folder: Path, *, on_step: OnStep
     ):
-        """The model is where it is to be trained, see processes.py. `on_step` is told of each step, on the leading process."""
+        """The model is where it is to be trained, see `join`, `shard`. `on_step` is told of each step, on the leading process."""
         self._objective, self._samples, self._settings, self._folder = objective, samples, settings, folder
         self._model, self._on_step, (rank, number) = objective.model, on_step, place()
         self._leads, self._shared, self._sharded = rank == 0, number > 1, is_sharded(objective.model)
@@ -288,13 +272,10 @@ class Curve:
         self._file.write(json.dumps(point) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        if self._board is not None:
-            for name, value in point.items():
-                if isinstance(value, list):
-                    for index, one in enumerate(value):
-                        self._board.add_scalar(f"{name}/{index}", one, point["step"])
-                elif name != "step" and value is not None:
-                    self._board.add_scalar(name, value, point["step"])
+        for name, value in point.items() if self._board is not None else ():
+            for index, one in enumerate(value if isinstance(value, list) else [value]):
+                label = f"{name}/{index}" if isinstance(value, list) else name
+                self._board.add_scalar(label, one, point["step"])
 
     def __enter__(self) -> Self:
         return self
@@ -323,8 +304,7 @@ def save_checkpoint(
 ) -> None:
     """What learns, its moving average (empty = none), and the optimizer's state: each process writes its part."""
     state = {"weights": trained_weights(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    with _one_process_is_enough():
-        dcp.save(state | ({"average": average} if average else {}), checkpoint_id=folder, no_dist=place()[1] == 1)
+    _move(dcp.save, state | ({"average": average} if average else {}), folder)
 
 
 def load_checkpoint(
@@ -340,8 +320,7 @@ def load_checkpoint(
         state["average"] = average
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
-    with _one_process_is_enough():
-        dcp.load(state, checkpoint_id=folder, no_dist=place()[1] == 1)
+    _move(dcp.load, state, folder)
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
@@ -353,12 +332,11 @@ def load_result(folder: Path, model: nn.Module, settings: TrainSettings) -> None
     put_averages(model, average)
 
 
-@contextmanager
-def _one_process_is_enough() -> Iterator[None]:
-    """Without torch's warning that there is no other."""
+def _move(save_or_load: Callable[..., Any], state: dict[str, Any], folder: Path) -> None:
+    """Without torch's warning that there is one process alone."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        save_or_load(state, checkpoint_id=folder, no_dist=place()[1] == 1)
 
 
 def _adamw(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:

@@ -28,8 +28,6 @@ from kvfold.train.design_space import PretrainSettings, recipes
 from kvfold.train.loop import (
     DivergedError,
     Loop,
-    OnStep,
-    check_processes,
     join,
     load_result,
     place,
@@ -39,15 +37,11 @@ from kvfold.train.loop import (
     wait_for_all,
 )
 from kvfold.train.objectives import NextToken, next_token_loss
-from kvfold.train.run_folder import RunFolder, leads, read_curve, staged
+from kvfold.train.run_folder import OnStep, RunFolder, leads, read_curve, staged
 from kvfold.train.student import write_model
 
 _CURVE_POINTS = 60
 """Of a result's curve: each the mean of neighbouring steps."""
-
-
-def _nobody(point: dict[str, Any]) -> None:
-    """Nobody listens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,14 +58,12 @@ class Pretrain:
     about: dict[str, Any] = field(default_factory=dict)
     """For the card: command, version, commit, hardware."""
     report: Report = silent
-    on_step: OnStep = _nobody
+    on_step: OnStep = lambda point: None
 
     def run(self) -> dict[str, Any]:
         """Train, or go on training, and write the result. Gives its facts, on the main process."""
-        if self.settings.fsdp:
-            check_processes()
         with self.folder.locked() if leads() else nullcontext():
-            return self._run(join(self.device))
+            return self._run(join(self.device, spreads=self.settings.fsdp))
 
     def _run(self, device: torch.device) -> dict[str, Any]:
         if leads():

@@ -24,9 +24,9 @@ from kvfold.models.decoder import FoldForCausalLM
 from kvfold.record import write_whole_file
 from kvfold.train.calibrate import calibrate, least_missed_channel, measure_kept_ratios, warm_start
 from kvfold.train.data import TrainingOrder, TrainingText, draw_text
-from kvfold.train.loop import Loop, OnStep, check_processes, join, load_result, shard, unsharded
+from kvfold.train.loop import Loop, join, load_result, shard, unsharded
 from kvfold.train.objectives import Distillation, ignored_tokens
-from kvfold.train.run_folder import RunFolder, leads, read_curve, step_of
+from kvfold.train.run_folder import OnStep, RunFolder, leads, read_curve, step_of
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import (
     Student,
@@ -41,10 +41,6 @@ from kvfold.train.student import (
 
 MEASURED_WINDOWS = 8
 """Windows of held-out text that the card's figures come from."""
-
-
-def _nobody(point: dict[str, Any]) -> None:
-    """Nobody listens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,17 +62,15 @@ class Retrofit:
     snapshot: Path | None = None
     """A folder for the newest checkpoint as a result of its own; nothing is trained then."""
     report: Report = silent
-    on_step: OnStep = _nobody
+    on_step: OnStep = lambda point: None
 
     def run(self) -> dict[str, Any]:
         """Train, or go on training, and write the result. Gives the facts of the card, on the main process."""
-        if self.settings.fsdp:
-            check_processes()
         with self.folder.locked() if leads() and self.snapshot is None else nullcontext():
             return self._run()
 
     def _run(self) -> dict[str, Any]:
-        self.model.to(join(self.model.device))
+        self.model.to(join(self.model.device, spreads=self.settings.fsdp))
         widest_layout(self.model, self.settings)  # refused before anything takes long
         check_method(self.model, self.settings)
         if self.settings.hidden_loss_weight and self.teacher is not None:

@@ -267,6 +267,7 @@ _SECONDS_BETWEEN_LINES = 60.0
 """Where stderr is no terminal, a line as often as this says how far training is."""
 
 OnStep = Callable[[dict[str, Any]], None]
+"""Takes the figures of a step that is done."""
 
 
 @contextmanager

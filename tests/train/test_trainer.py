@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvfold.methods.registry import parse_time
 from kvfold.train import objectives
 from kvfold.train.data import TrainingOrder, draw_text, noise_key
 from kvfold.train.loop import Loop
@@ -66,7 +65,7 @@ def test_the_first_step_is_what_the_papers_say(retrofit, text, weight):
     student = outputs.logits[:, :-1].log_softmax(-1)
     kl = F.kl_div(plain.log_softmax(-1), student, reduction="none", log_target=True).sum(-1).mean()
     fired = torch.stack([one.detach().mean(dim=(1, 2)) for one in outputs.decisions]).mean(dim=0)
-    target = Retention.of_method(parse_time("dms:4"), 32).share_for(2.0)
+    target = Retention.of(KVLayout.plain(1, 1, 1).with_time("dms:4"), 32).share_for(2.0)
     ratio = (target - fired).clamp(min=0).mean()
     first = points[0]
     assert first["target_compression"] == 2.0
