@@ -117,9 +117,9 @@ def test_a_read_of_a_freed_page_gives_nan():
         feed(cache, draw(layout, 9, rows=2))
         group = cache.store.groups[0]
         page = page_of(group, 1)
-        assert not cache.store.pools[0].k[page].isnan().any()
+        assert not cache.store.pools[0].arrays["k"][page].isnan().any()
         group.pool.free(page[None])
-        assert cache.store.pools[0].k[page].isnan().all() and cache.store.pools[0].v[page].isnan().all()
+        assert cache.store.pools[0].arrays["k"][page].isnan().all() and cache.store.pools[0].v[page].isnan().all()
         (out,) = feed(cache, draw(layout, columns, rows=2))
         assert not out[0].isnan().any() and out[1, :, :2].isnan().all() and not out[1, :, 2:].isnan().any()
 
