@@ -119,7 +119,10 @@ def test_a_read_of_a_freed_page_gives_nan():
         page = page_of(group, 1)
         assert not cache.store.pools[0].arrays["k"][page].isnan().any()
         group.pool.free(page[None])
-        assert cache.store.pools[0].arrays["k"][page].isnan().all() and cache.store.pools[0].v[page].isnan().all()
+        assert (
+            cache.store.pools[0].arrays["k"][page].isnan().all()
+            and cache.store.pools[0].arrays["v"][page].isnan().all()
+        )
         (out,) = feed(cache, draw(layout, columns, rows=2))
         assert not out[0].isnan().any() and out[1, :, :2].isnan().all() and not out[1, :, 2:].isnan().any()
 
@@ -148,5 +151,8 @@ def test_a_page_that_changes_hands_carries_nothing_over():
     cache.store.free([0])
     feed(second, draw(layout, 9))
     page = page_of(cache.store.groups[0], 1, 2)
-    assert not cache.store.pools[0].k[page, 0].isnan().any() and cache.store.pools[0].k[page, 1:].isnan().all()
+    assert (
+        not cache.store.pools[0].arrays["k"][page, 0].isnan().any()
+        and cache.store.pools[0].arrays["k"][page, 1:].isnan().all()
+    )
     assert not feed(second, draw(layout, 1))[0].isnan().any()
