@@ -3,6 +3,7 @@ lives in serve/. Names of its options are vLLM's.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,10 +98,7 @@ def _answer_file(
     if defaults["temperature"]:
         defaults = defaults | {"seed": seed}
     with Engine(weights, tokenizer, kv_memory=kv_memory) as engine, progress() as bar:
-        counts = answer_file(
-            engine, source, target, defaults=defaults,
-            report=lambda facts: bar("answering", facts["done"], facts["total"]),
-        )  # fmt: skip
+        counts = answer_file(engine, source, target, defaults=defaults, report=partial(bar, "answering"))
         stats = engine.stats()
     if as_json:
         show_json(counts | {"output": str(target), "stats": stats})

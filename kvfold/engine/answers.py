@@ -8,7 +8,6 @@ a record with an `error`; the others go on.
 
 import hashlib
 import json
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +20,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from kvfold.engine.request import FinishReason, Request, Usage
-from kvfold.engine.sampler import Sampled, SamplingState, TokenLogprob
+from kvfold.engine.sampler import Sampled, SamplingState, TokenLogprob, matcher_error
 from kvfold.errors import UserError
 
 if TYPE_CHECKING:
@@ -191,9 +190,9 @@ class Live:
             self.shown.append(self.text.add(sampled.token, may_stop=request.num_outputs > params.min_tokens))
         if ends or (self.text is not None and self.text.stopped):
             return "stop", None
-        if matcher is not None and matcher.error:
-            return "error", f"structured output failed: {matcher.error}"
-        if matcher is not None and matcher.is_complete:
+        if matcher is not None and matcher.is_error():
+            return "error", f"structured output failed: {matcher_error(matcher)}"
+        if matcher is not None and matcher.is_stopped():  # it matches, and nothing may follow
             return "stop", None
         return ("length" if request.num_outputs >= request.max_tokens else None), None
 
@@ -217,18 +216,15 @@ class Live:
 
 LOOKAHEAD = 1024
 """Lines that are read and submitted ahead of the first one that is not answered yet."""
-REPORT_SECONDS = 0.5
-
-Report = Callable[[dict[str, Any]], None]
-"""Is told `done` and `total` lines, `tokens_per_s` of answers and `running` requests."""
 
 
 def answer_file(
     engine: "Engine", source: str | Path, target: str | Path, *, defaults: Mapping[str, Any] | None = None,
-    report: Report = lambda facts: None,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, int]:  # fmt: skip
     """Answer every line of `source`, a JSON object of OpenAI's field names, into `target`. `defaults` hold where a line says
-    nothing. Gives the numbers of lines answered now, of those among them that are errors, and of lines that were there already.
+    nothing; `report` is told the lines that are done, and all. Gives the numbers of lines answered now, of those among them
+    that are errors, and of lines that were there already.
     """
     source, target = Path(source), Path(target)
     if not source.is_file():
@@ -237,7 +233,6 @@ def answer_file(
         total = sum(1 for line in file if line.strip())
     there = _lines_done(source, target)
     counts = {"answered": 0, "errors": 0, "skipped": there}
-    began, tokens, reported = time.monotonic(), 0, 0.0
     under_way: deque[tuple[int, bytes]] = deque()
 
     def asked() -> Iterator[Any]:
@@ -252,14 +247,7 @@ def answer_file(
             out.flush()
             counts["answered"] += 1
             counts["errors"] += any("error" in choice for choice in record["choices"])
-            tokens += record["usage"]["completion_tokens"]
-            now = time.monotonic()
-            if now - reported > REPORT_SECONDS or there + counts["answered"] == total:
-                reported, speed = now, tokens / max(1e-9, now - began)
-                report({
-                    "done": there + counts["answered"], "total": total, "tokens_per_s": speed,
-                    "running": engine.stats()["running"],
-                })  # fmt: skip
+            report(there + counts["answered"], total)
     return counts
 
 

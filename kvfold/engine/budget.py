@@ -7,6 +7,7 @@ everything until the first sequence has told better. No torch here; the bytes th
 """
 
 import math
+from bisect import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -209,17 +210,16 @@ class Budget:
 
     def most_tokens(self, request: Request) -> int:
         """The largest `max_tokens` up to the request's own that can fit; 0 where none does."""
-        wanted, fitting, over = request.max_tokens, 0, request.max_tokens + 1
+        wanted = request.max_tokens
+
+        def refused(tokens: int) -> bool:
+            request.max_tokens = tokens
+            return self.refusal(request) is not None
+
         try:
-            while over - fitting > 1:
-                request.max_tokens = over - 1 if over > wanted else (fitting + over) // 2
-                if self.refusal(request) is None:
-                    fitting = request.max_tokens
-                else:
-                    over = request.max_tokens
+            return wanted if not refused(wanted) else bisect(range(1, wanted), False, key=refused)
         finally:
             request.max_tokens = wanted
-        return fitting
 
     def preempted(self) -> None:
         """Memory ran out under a request: expect more of those to come."""

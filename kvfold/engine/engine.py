@@ -204,7 +204,7 @@ class Engine:
                     skip_special_tokens=params.skip_special_tokens,
                 )  # fmt: skip
             sampling = SamplingState(request=request, eos_ids=self._eos_ids, bad_words=bad_words)
-            sampling.matcher = None if matcher is None else matcher.copy()
+            sampling.matcher = None if matcher is None else matcher.deep_copy()
             new = Piece(index=index)
             lives.append(Live(request=request, sampling=sampling, deliver=deliver, text=text, streams=streams, new=new))
         refusal = self._budget.refusal(lives[0].request)

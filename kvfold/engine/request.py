@@ -176,15 +176,10 @@ def parse_question(asked: "str | Sequence[int] | Mapping[str, Any]") -> Question
 
 
 def _prompt(prompt: Any) -> str | tuple[int, ...] | None:
-    if prompt is None or isinstance(prompt, str):
-        if prompt == "":
-            raise UserError("prompt must have 1 token or more, got an empty text")
-        return prompt
-    return _ids("prompt", prompt) if len(prompt) else _empty_prompt()
-
-
-def _empty_prompt() -> None:
-    raise UserError("prompt must have 1 token or more, got none")
+    prompt = prompt if prompt is None or isinstance(prompt, str) else _ids("prompt", prompt)
+    if prompt is not None and not prompt:
+        raise UserError("prompt must have 1 token or more, got none")
+    return prompt
 
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:

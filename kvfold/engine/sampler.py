@@ -26,8 +26,10 @@ class Grammars:
         self._tokenizer, self._vocab_size, self._eos_ids = tokenizer, vocab_size, eos_ids
         self._tables: Any = None
 
-    def compile(self, kind: str, text: str) -> "Matcher":
-        """A matcher for `json`, `regex` or `grammar` (Lark). Raises `UserError` for what is malformed or can't be met."""
+    def compile(self, kind: str, text: str) -> Any:
+        """llguidance's `LLMatcher` for `json`, `regex` or `grammar` (Lark): how far an answer has come. Raises `UserError` for
+        what is malformed or can't be met.
+        """
         try:
             from llguidance import LLMatcher, LLTokenizer
         except ImportError as error:
@@ -41,43 +43,25 @@ class Grammars:
             "grammar": LLMatcher.grammar_from_lark,
         }[kind]
         try:
-            found = Matcher(LLMatcher(self._tables, make(text), log_level=0), self._vocab_size)
+            matcher = LLMatcher(self._tables, make(text), log_level=0)
+            wrong = matcher_error(matcher)
         except ValueError as error:
-            raise UserError(f"{kind} can't be used for structured output: {one_line(error)}") from error
-        if found.error:
-            raise UserError(f"{kind} can't be used for structured output: {found.error}")
-        return found
+            wrong = one_line(error)
+        if wrong:
+            raise UserError(f"{kind} can't be used for structured output: {wrong}")
+        return matcher
 
 
-class Matcher:
-    """How far one answer has come in its grammar."""
+def matcher_error(matcher: Any) -> str:
+    """What went wrong with an answer that must match, in one line; empty where nothing did."""
+    return " ".join(matcher.get_error().split()) if matcher.is_error() else ""
 
-    def __init__(self, matcher: Any, vocab_size: int):
-        self._matcher, self._vocab_size = matcher, vocab_size
 
-    @property
-    def error(self) -> str:
-        """What went wrong, in one line; empty where nothing did."""
-        return " ".join(self._matcher.get_error().split()) if self._matcher.is_error() else ""
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the answer matches and nothing may follow."""
-        return self._matcher.is_stopped() and not self._matcher.is_error()
-
-    def allowed(self, device: torch.device | str = "cpu") -> Tensor:
-        """Tokens that may come next, bool [V]."""
-        packed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
-        bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1  # the lowest bit is the first token
-        return bits.flatten()[: self._vocab_size].bool().to(device)
-
-    def accept(self, token: int) -> None:
-        """The answer goes on with this token."""
-        self._matcher.consume_token(token)
-
-    def copy(self) -> "Matcher":
-        """Another answer to the same request, as far as this one."""
-        return Matcher(self._matcher.deep_copy(), self._vocab_size)
+def matcher_allows(matcher: Any, vocab_size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Tokens that may come next, bool [V]."""
+    packed = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1  # the lowest bit is the first token
+    return bits.flatten()[:vocab_size].bool().to(device)
 
 
 BANNED = -torch.inf
@@ -92,7 +76,8 @@ class SamplingState:
     """The model's end tokens."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Runs of tokens that the answer must not contain."""
-    matcher: Matcher | None = None
+    matcher: Any = None
+    """llguidance's, where the answer must match something."""
     counts_V: Tensor | None = None
     """Times that each token was generated, int32; None where no penalty asks."""
     prompt_V: Tensor | None = None
@@ -124,7 +109,7 @@ class SamplingState:
         if self.counts_V is not None:
             self.counts_V[token] += 1
         if self.matcher is not None:
-            self.matcher.accept(token)
+            self.matcher.consume_token(token)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,7 +212,9 @@ def _allowed(state: SamplingState, like_V: Tensor) -> Tensor:
     listed = state.request.params.allowed_token_ids
     if listed is not None:
         allowed = torch.zeros_like(allowed).index_fill_(0, _ids(listed, like_V.device), True)
-    return allowed if state.matcher is None else allowed & state.matcher.allowed(like_V.device)
+    if state.matcher is not None:
+        allowed &= matcher_allows(state.matcher, len(like_V), like_V.device)
+    return allowed
 
 
 def _penalised(scores_BV: Tensor, states: Sequence[SamplingState]) -> Tensor:

@@ -366,25 +366,17 @@ class PrefixTree:
 
     def match(self, method: str, tokens: Sequence[int]) -> tuple[int, int] | None:
         """Length and handle of the longest snapshot of a beginning of `tokens`, at least one token shorter than they are."""
-        found = self._find(method, tokens)
-        if found is not None:
-            self._snapshots.move_to_end((method, found[1]))
-        return found
-
-    def _find(self, method: str, tokens: Sequence[int]) -> tuple[int, int] | None:
         for node in reversed([self._roots[method], *self._path(method, tokens[:-1])]):
-            room = len(tokens) - 1 - node.depth
-            fitting = [tail for tail in node.tails if len(tail) <= room and self._follows(tokens, node.depth, tail)]
-            if fitting:
-                tail = max(fitting, key=len)
-                return node.depth + len(tail), node.tails[tail]
-            if node.handle is not None:
-                return node.depth, node.handle
+            start, room = node.depth, len(tokens) - 1 - node.depth
+            fitting = [
+                tail for tail in node.tails if len(tail) <= room and tuple(tokens[start : start + len(tail)]) == tail
+            ]
+            tail = max(fitting, key=len, default=())
+            handle = node.tails[tail] if tail else node.handle
+            if handle is not None:
+                self._snapshots.move_to_end((method, handle))
+                return start + len(tail), handle
         return None
-
-    @staticmethod
-    def _follows(tokens: Sequence[int], start: int, tail: tuple) -> bool:
-        return tuple(tokens[start : start + len(tail)]) == tail
 
     def border(self, method: str, tokens: Sequence[int], seen: int) -> int | None:
         """The next length after `seen` at which a snapshot is wanted: others came this far and then parted from `tokens`."""

@@ -46,6 +46,8 @@ class Call:
 
     prefix = ""
     """Of its id."""
+    forms: tuple[tuple[type[BaseModel], str], ...] = ()
+    """OpenAI's type of what a stream carries at once and of a whole answer, each with its name."""
     answers: int
     """Its prompts times its `n`."""
     characters: int
@@ -66,17 +68,28 @@ class Call:
     def submit(self, job: Job) -> None:
         """Make token ids and hand them to the engine; on a worker thread."""
 
-    async def answer(self, job: Job) -> BaseModel:
-        """The whole answer."""
+    def whole(self, index: int, answer: Answer) -> Any:
+        """One whole answer, as a choice."""
 
-    def news(self, index: int, piece: Piece) -> Sequence[BaseModel]:
+    def news(self, index: int, piece: Piece) -> list[Any]:
         """What is new of one answer, as choices."""
 
-    def chunk(self, choices: Sequence[BaseModel], **extra: Any) -> BaseModel:
-        """What a stream carries at once."""
+    def extras(self, first: Answer) -> dict[str, Any]:
+        """What whole answers have besides choices and usage."""
+        return {}
+
+    async def answer(self, job: Job) -> BaseModel:
+        """All answers, once they are whole."""
+        answers = [Answer() for _ in range(self.answers)]
+        async for batch in job.batches():
+            for index, piece in batch:
+                answers[index].add(piece)
+        self.serving.log_text(self.id, "answer", [one.text for one in answers])
+        choices = [self.whole(index, one) for index, one in enumerate(answers)]
+        return self._filled(1, choices, usage=self.usage(job), **self.extras(answers[0]))
 
     async def events(self, job: Job) -> AsyncIterator[bytes]:
-        """The answer as events."""
+        """The same as events."""
         options = self.body.stream_options
         always = bool(options and options.continuous_usage_stats)
         async for batch in job.batches(self.serving.settings.ping_s):
@@ -84,20 +97,27 @@ class Call:
                 yield PING
             for index, piece in batch:
                 for choice in self.news(index, piece):
-                    chunk = self.chunk([choice])
+                    chunk = self._filled(0, [choice])
                     if always:
                         chunk.usage = self.usage(job)
                     yield event(chunk)
         if options and options.include_usage:
-            yield event(self.chunk([], usage=self.usage(job)))
+            yield event(self._filled(0, [], usage=self.usage(job)))
 
-    async def whole_answers(self, job: Job) -> list[Answer]:
-        """All of them, once they have ended."""
-        answers = [Answer() for _ in range(self.answers)]
-        async for batch in job.batches():
-            for index, piece in batch:
-                answers[index].add(piece)
-        return answers
+    def _filled(self, form: int, choices: list[Any], **more: Any) -> BaseModel:
+        kind, name = self.forms[form]
+        return filled(
+            kind, id=self.id, object=name, created=self.created, model=self.model, choices=choices, **more
+        )  # fmt: skip
+
+    def end(self, choice: Any, piece: Piece, reason: str | None = None) -> None:
+        """Say in its last choice how an answer ended, where `reason` is None as OpenAI's API says it: an answer whose time was
+        over was cut off like one whose tokens were.
+        """
+        choice.finish_reason = reason or ("stop" if piece.finish_reason == "stop" else "length")
+        if piece.finish_reason == "timeout":
+            choice.stop_reason = "timeout"
+        self.ended.append(piece.usage)
 
     def usage(self, job: Job) -> CompletionUsage:
         """So far."""
@@ -156,11 +176,6 @@ async def _until_done(asked: Call, job: Job) -> AsyncIterator[bytes]:
     yield DONE
 
 
-def _finish_reason(piece: Piece | Answer) -> str:
-    """As OpenAI's API says it: an answer whose time was over was cut off like one whose tokens were."""
-    return "stop" if piece.finish_reason == "stop" else "length"
-
-
 # -- texts -----------------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +195,7 @@ class _Text:
 class TextCall(Call):
     """/v1/completions: texts or token ids in, texts out; several prompts and several answers each."""
 
-    prefix = "cmpl-"
+    prefix, forms = "cmpl-", ((Completion, "text_completion"),) * 2
     body: CompletionRequest
 
     def __init__(self, serving: Serving, body: CompletionRequest, model: str, name: str):
@@ -213,8 +228,8 @@ class TextCall(Call):
         job.prompt_tokens = sum(len(one["prompt"]) for one in asked)
         job.submit(asked)
 
-    def _choice(self, index: int, piece: Piece | Answer) -> CompletionChoice:
-        """What is new of one answer, or the whole."""
+    def whole(self, index: int, piece: Piece) -> CompletionChoice:
+        """See `Call`; or what is new of one answer."""
         state, body = self.texts[index], self.body
         silent = body.max_tokens == 0
         text = "" if silent else piece.text
@@ -231,14 +246,12 @@ class TextCall(Call):
                 fields["prompt_token_ids"] = state.ids
         state.begun = True
         self.num_tokens += 0 if silent else len(piece.token_ids)
+        choice = filled(CompletionChoice, **fields)
         if piece.finish_reason is not None:
-            fields["finish_reason"] = "length" if silent else _finish_reason(piece)
-            if piece.finish_reason == "timeout":
-                fields["stop_reason"] = "timeout"
-            self.ended.append(piece.usage)
-        return filled(CompletionChoice, **fields)
+            self.end(choice, piece, "length" if silent else None)
+        return choice
 
-    def _logprobs(self, state: _Text, piece: Piece | Answer, silent: bool) -> Logprobs:
+    def _logprobs(self, state: _Text, piece: Piece, silent: bool) -> Logprobs:
         tokens, as_ids = self.serving.tokens, bool(self.body.return_tokens_as_token_ids)
         of_tokens = [] if silent else list(piece.logprobs)
         first = None
@@ -253,20 +266,7 @@ class TextCall(Call):
 
     def news(self, index: int, piece: Piece) -> list[CompletionChoice]:
         """See `Call`."""
-        return [self._choice(index, piece)]
-
-    def chunk(self, choices: Sequence[CompletionChoice], **extra: Any) -> Completion:
-        """See `Call`."""
-        return filled(
-            Completion, id=self.id, object="text_completion", created=self.created, model=self.model,
-            choices=list(choices), **extra,
-        )  # fmt: skip
-
-    async def answer(self, job: Job) -> Completion:
-        """See `Call`."""
-        choices = [self._choice(index, one) for index, one in enumerate(await self.whole_answers(job))]
-        self.serving.log_text(self.id, "answer", [one.text for one in choices])
-        return self.chunk(choices, usage=self.usage(job))
+        return [self.whole(index, piece)]
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:
@@ -296,9 +296,8 @@ class ChatCall(Call):
         self.answers = self.n
         self.tools = tool_choice(body.tools, body.tool_choice, body.parallel_tool_calls)
         if self.tools.forced and self.structured:
-            raise invalid(
-                "tool_choice", "tool_choice and response_format can't both say what the answer is: leave one out"
-            )
+            message = "tool_choice and response_format can't both say what the answer is: leave one out"
+            raise invalid("tool_choice", message)
         self.structured |= self.tools.forced
         texts = (message.get("content") for message in body.messages)
         length = sum(len(text) if isinstance(text, str | list) else 0 for text in texts)
@@ -323,7 +322,7 @@ class ChatCall(Call):
         reasons = self.serving.template.reasons and not self.structured
         return AnswerReader(choice=self.tools, reasons=reasons, in_reasoning=self._in_reasoning)
 
-    def logprobs(self, piece: Piece | Answer) -> list[Any]:
+    def logprobs(self, piece: Piece) -> list[Any]:
         """As chat completions have them; none where none were asked for."""
         if not self.body.logprobs:
             return []
@@ -346,6 +345,7 @@ class MessageCall(ChatCall):
     """/v1/chat/completions: messages in; content, reasoning and tool calls out, whole or as they come."""
 
     prefix = "chatcmpl-"
+    forms = ((ChatCompletionChunk, "chat.completion.chunk"), (ChatCompletion, "chat.completion"))
 
     def __init__(self, serving: Serving, body: ChatRequest, model: str, name: str):
         super().__init__(serving, body, model, name)
@@ -358,29 +358,24 @@ class MessageCall(ChatCall):
         super().submit(job)
         self.messages = [_Message(reader=self.reader()) for _ in range(self.answers)]
 
-    def _finish_reason(self, piece: Piece | Answer, num_calls: int) -> str:
-        """With calls made of the model's own will, or required ones, that is the reason."""
-        reason = _finish_reason(piece)
-        return "tool_calls" if reason == "stop" and num_calls and self.tools.mode != "named" else reason
+    def end(self, choice: Any, piece: Piece, reason: str | None = None) -> None:
+        """See `Call`; with calls made of the model's own will, or required ones, that is the reason."""
+        called = self.messages[choice.index].reader.num_calls and self.tools.mode != "named"
+        super().end(choice, piece, "tool_calls" if piece.finish_reason == "stop" and called else reason)
 
-    async def answer(self, job: Job) -> ChatCompletion:
+    def extras(self, first: Answer) -> dict[str, Any]:
         """See `Call`."""
-        answers = await self.whole_answers(job)
-        self.ended = [one.usage for one in answers]
-        self.num_tokens = sum(len(one.token_ids) for one in answers)
-        answer = filled(
-            ChatCompletion, id=self.id, object="chat.completion", created=self.created, model=self.model,
-            choices=[self._whole(index, one) for index, one in enumerate(answers)], usage=self.usage(job),
-        )  # fmt: skip
+        found = {}
         if self.body.prompt_logprobs is not None:
-            answer.prompt_logprobs = self.serving.tokens.prompt_logprobs(answers[0].prompt_logprobs)
+            found["prompt_logprobs"] = self.serving.tokens.prompt_logprobs(first.prompt_logprobs)
         if self.body.return_token_ids:
-            answer.prompt_token_ids = self.prompt_ids
-        self.serving.log_text(self.id, "answer", [one.text for one in answers])
-        return answer
+            found["prompt_token_ids"] = self.prompt_ids
+        return found
 
-    def _whole(self, index: int, answer: Answer) -> chat_completion.Choice:
+    def whole(self, index: int, answer: Answer) -> chat_completion.Choice:
+        """See `Call`."""
         reader = self.messages[index].reader
+        self.num_tokens += len(answer.token_ids)
         parts = reader.feed(answer.text) + reader.finish()
 
         def text(kind: str, call: int = 0) -> str:
@@ -401,22 +396,13 @@ class MessageCall(ChatCall):
                 )
                 for part in parts if part.kind == "call"
             ]  # fmt: skip
-        reason = self._finish_reason(answer, reader.num_calls)
-        choice = filled(chat_completion.Choice, index=index, message=message, finish_reason=reason, logprobs=None)
+        choice = filled(chat_completion.Choice, index=index, message=message, logprobs=None)
+        self.end(choice, answer)
         if self.body.logprobs:
             choice.logprobs = chat_completion.ChoiceLogprobs(content=self.logprobs(answer))
         if self.body.return_token_ids:
             choice.token_ids = answer.token_ids
-        if answer.finish_reason == "timeout":
-            choice.stop_reason = "timeout"
         return choice
-
-    def chunk(self, choices: Sequence[chunks.Choice], **extra: Any) -> ChatCompletionChunk:
-        """See `Call`."""
-        return filled(
-            ChatCompletionChunk, id=self.id, object="chat.completion.chunk", created=self.created, model=self.model,
-            choices=list(choices), **extra,
-        )  # fmt: skip
 
     def news(self, index: int, piece: Piece) -> list[chunks.Choice]:
         """See `Call`."""
@@ -440,10 +426,7 @@ class MessageCall(ChatCall):
             if self.body.return_token_ids:
                 choices[-1].token_ids, state.token_ids = state.token_ids, []
         if last:
-            choices[-1].finish_reason = self._finish_reason(piece, state.reader.num_calls)
-            if piece.finish_reason == "timeout":
-                choices[-1].stop_reason = "timeout"
-            self.ended.append(piece.usage)
+            self.end(choices[-1], piece)
         return choices
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.types import ASGIApp
@@ -22,17 +22,9 @@ import kvfold
 from kvfold.engine.engine import Engine
 from kvfold.errors import UserError, one_line
 from kvfold.models.load import load, load_tokenizer
-from kvfold.serve import watch
+from kvfold.serve import fields, watch
 from kvfold.serve.answers import Call, MessageCall, TextCall, respond
-from kvfold.serve.fields import (
-    Base,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    ResponsesRequest,
-    TokenizeRequest,
-    read,
-)
+from kvfold.serve.fields import Base, read
 from kvfold.serve.http import Guard, Server
 from kvfold.serve.replies import ApiError, add_handlers, invalid
 from kvfold.serve.responses import ResponseCall
@@ -40,9 +32,9 @@ from kvfold.serve.serving import ServerSettings, Serving
 
 log = logging.getLogger("kvfold.serve")
 _ANSWERS: tuple[tuple[str, str, type[Base], type[Call], str], ...] = (
-    ("/v1/completions", "completions", CompletionRequest, TextCall, "Continue one text or several."),
-    ("/v1/chat/completions", "chat_completions", ChatRequest, MessageCall, "Answer a chat."),
-    ("/v1/responses", "responses", ResponsesRequest, ResponseCall, "Answer a conversation, item by item."),
+    ("/v1/completions", "completions", fields.CompletionRequest, TextCall, "Continue one text or several."),
+    ("/v1/chat/completions", "chat_completions", fields.ChatRequest, MessageCall, "Answer a chat."),
+    ("/v1/responses", "responses", fields.ResponsesRequest, ResponseCall, "Answer a conversation, item by item."),
 )
 """Path, name, body, what answers it, and what it does."""
 _ERRORS = {
@@ -69,14 +61,8 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
     )  # fmt: skip
     app.state.serving = serving
     add_handlers(app)
-    router = APIRouter()
-    _add_answers(router, serving)
-    _add_models(router, serving)
-    _add_tokens(router, serving)
-    _add_health(router, serving)
-    _add_refusals(router)
-    watch.add_routes(router, serving)
-    app.include_router(router)
+    for add_routes in (_add_answers, _add_models, _add_tokens, _add_health, watch.add_routes):
+        add_routes(app, serving)
     return app
 
 
@@ -107,7 +93,7 @@ def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
     return {key: _inlined(value, definitions) for key, value in schema.items()}
 
 
-def _add_answers(router: APIRouter, serving: Serving) -> None:
+def _add_answers(app: FastAPI, serving: Serving) -> None:
     def answered(kind: type[Base], call: type[Call]) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
             return await respond(serving, request, kind, call)
@@ -115,13 +101,13 @@ def _add_answers(router: APIRouter, serving: Serving) -> None:
         return answer
 
     for path, name, kind, call, text in _ANSWERS:
-        router.add_api_route(
+        app.add_api_route(
             path, answered(kind, call), methods=["POST"], name=name, description=text, openapi_extra=_takes(kind),
             response_model=None, tags=["answers"],
         )  # fmt: skip
 
 
-def _add_models(router: APIRouter, serving: Serving) -> None:
+def _add_models(app: FastAPI, serving: Serving) -> None:
     def model(name: str) -> dict[str, Any]:
         return {
             "id": name, "created": serving.created, "object": "model", "owned_by": "kvfold",
@@ -129,22 +115,34 @@ def _add_models(router: APIRouter, serving: Serving) -> None:
             "kvfold": {"methods": list(serving.engine.methods)},
         }  # fmt: skip
 
-    @router.get("/v1/models", tags=["models"])
+    @app.get("/v1/models", tags=["models"])
     async def models() -> dict[str, Any]:
         """The names under which the model may be asked for."""
         return {"object": "list", "data": [model(name) for name in serving.settings.model_names]}
 
-    @router.get("/v1/models/{name:path}", tags=["models"], responses={404: {"description": "No such model"}})
+    @app.get("/v1/models/{name:path}", tags=["models"], responses={404: {"description": "No such model"}})
     async def model_of(name: str) -> dict[str, Any]:
         """One of them."""
         return model(serving.model_name(name))
 
+    async def no_embeddings() -> None:
+        """Not what this server's model is for."""
+        message = "this model generates text and gives no embeddings: use a server with an embedding model"
+        raise ApiError(400, message, code="unsupported_endpoint")
 
-def _add_tokens(router: APIRouter, serving: Serving) -> None:
-    @router.post("/tokenize", openapi_extra=_takes(TokenizeRequest), response_model=None, tags=["tokens"])
+    for path in ("/v1/embeddings", "/embeddings", "/v1/rerank", "/v1/score", "/pooling", "/classify"):
+        name = path.strip("/").replace("/", "_")
+        app.add_api_route(
+            path, no_embeddings, methods=["POST"], name=name, include_in_schema=path == "/v1/embeddings", tags=["models"],
+            responses={400: {"description": "This model gives none"}}, response_model=None,
+        )  # fmt: skip
+
+
+def _add_tokens(app: FastAPI, serving: Serving) -> None:
+    @app.post("/tokenize", openapi_extra=_takes(fields.TokenizeRequest), response_model=None, tags=["tokens"])
     async def tokenize(request: Request) -> JSONResponse:
         """Token ids of a text or a chat."""
-        body = await read(request, TokenizeRequest, serving.settings.body_timeout_s)
+        body = await read(request, fields.TokenizeRequest, serving.settings.body_timeout_s)
         serving.model_name(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "the body must have a prompt or messages, one of the two")
@@ -159,10 +157,10 @@ def _add_tokens(router: APIRouter, serving: Serving) -> None:
         answer = {"count": len(found), "max_model_len": serving.max_model_len, "tokens": found, "token_strs": texts}
         return JSONResponse(answer)
 
-    @router.post("/detokenize", openapi_extra=_takes(DetokenizeRequest), response_model=None, tags=["tokens"])
+    @app.post("/detokenize", openapi_extra=_takes(fields.DetokenizeRequest), response_model=None, tags=["tokens"])
     async def detokenize(request: Request) -> JSONResponse:
         """The text of token ids."""
-        body = await read(request, DetokenizeRequest, serving.settings.body_timeout_s)
+        body = await read(request, fields.DetokenizeRequest, serving.settings.body_timeout_s)
         serving.model_name(body.model)
         most, vocab = serving.max_model_len, serving.tokens.vocab_size
         if not isinstance(body.tokens, list) or len(body.tokens) > most:
@@ -172,7 +170,7 @@ def _add_tokens(router: APIRouter, serving: Serving) -> None:
         return JSONResponse({"prompt": serving.tokens.decode(body.tokens)})
 
 
-def _add_health(router: APIRouter, serving: Serving) -> None:
+def _add_health(app: FastAPI, serving: Serving) -> None:
     async def alive() -> Response:
         """Status 200 while requests are taken, 503 once they are not."""
         broken = "the server is stopping" if serving.stopping else serving.engine.stopped
@@ -180,33 +178,19 @@ def _add_health(router: APIRouter, serving: Serving) -> None:
             raise ApiError(503, broken)
         return Response(status_code=200)
 
-    router.add_api_route("/health", alive, methods=["GET"], name="health", tags=["server"])
-    router.add_api_route("/ping", alive, methods=["GET"], name="ping", tags=["server"])
-    router.add_api_route("/ping", alive, methods=["POST"], include_in_schema=False)
+    app.add_api_route("/health", alive, methods=["GET"], name="health", tags=["server"])
+    app.add_api_route("/ping", alive, methods=["GET"], name="ping", tags=["server"])
+    app.add_api_route("/ping", alive, methods=["POST"], include_in_schema=False)
 
-    @router.get("/version", tags=["server"])
+    @app.get("/version", tags=["server"])
     async def version() -> dict[str, str]:
         """This server's version."""
         return {"version": kvfold.__version__}
 
-    @router.get("/load", tags=["server"])
+    @app.get("/load", tags=["server"])
     async def load() -> dict[str, int]:
         """Answers being made or waiting."""
         return {"server_load": serving.answers}
-
-
-def _add_refusals(router: APIRouter) -> None:
-    async def no_embeddings() -> None:
-        """Not what this server's model is for."""
-        message = "this model generates text and gives no embeddings: use a server with an embedding model"
-        raise ApiError(400, message, code="unsupported_endpoint")
-
-    for path in ("/v1/embeddings", "/embeddings", "/v1/rerank", "/v1/score", "/pooling", "/classify"):
-        name = path.strip("/").replace("/", "_")
-        router.add_api_route(
-            path, no_embeddings, methods=["POST"], name=name, include_in_schema=path == "/v1/embeddings", tags=["models"],
-            responses={400: {"description": "This model gives none"}}, response_model=None,
-        )  # fmt: skip
 
 
 DEMO_METHODS = ("dms:128", "full", "window:171+4", "h2o:87+88", "tova:175")

@@ -274,26 +274,21 @@ def _fields(body: bytes, kind: type[Fields]) -> Fields:
         raise invalid(place.partition(".")[0], place + what) from None
 
 
-def _check(data: dict[str, Any]) -> None:
+def _check(data: dict[str, Any] | list[Any], depth: int = 1) -> None:
     """Refuse what would only fail further in: deep nesting, numbers that no field needs."""
-    level: list[Any] = [data]
-    for _ in range(MAX_DEPTH):
-        deeper: list[Any] = []
-        for one in level:
-            values = one.values() if isinstance(one, dict) else one
-            kinds = set(map(type, values))  # a list of a million ids is looked at without a loop of Python's
-            if int in kinds:
-                numbers = [value for value in values if type(value) is int]
-                if not -MAX_INTEGER < min(numbers) <= max(numbers) < MAX_INTEGER:
-                    raise ApiError(400, "numbers must be smaller than 2^64 in magnitude, got a larger one")
-            if float in kinds and any(type(value) is float and math.isinf(value) for value in values):
-                raise ApiError(400, "numbers must fit into double precision, got a larger one")
-            if dict in kinds or list in kinds:
-                deeper += [value for value in values if isinstance(value, dict | list)]
-        if not deeper:
-            return
-        level = deeper
-    raise ApiError(400, f"the body must be nested at most {MAX_DEPTH} deep")
+    if depth > MAX_DEPTH:
+        raise ApiError(400, f"the body must be nested at most {MAX_DEPTH} deep")
+    values = data.values() if isinstance(data, dict) else data
+    kinds = set(map(type, values))  # a list of a million ids is looked at without a loop of Python's
+    if int in kinds:
+        numbers = [value for value in values if type(value) is int]
+        if not -MAX_INTEGER < min(numbers) <= max(numbers) < MAX_INTEGER:
+            raise ApiError(400, "numbers must be smaller than 2^64 in magnitude, got a larger one")
+    if float in kinds and any(type(value) is float and math.isinf(value) for value in values):
+        raise ApiError(400, "numbers must fit into double precision, got a larger one")
+    for value in values if kinds & {dict, list} else ():
+        if isinstance(value, dict | list):
+            _check(value, depth + 1)
 
 
 MAX_CHARACTERS = 128 << 10

@@ -31,7 +31,6 @@ OPEN_PATHS = ("/", "/health", "/ping", "/version", "/load", "/metrics", "/docs",
 LINGER_S = 2.0
 """Seconds for which the rest of a refused body is still taken, and thrown away."""
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
-_ALLOWED_HEADERS = "Authorization, Content-Type, X-Request-Id"
 
 
 class Guard:
@@ -94,7 +93,9 @@ class Guard:
         if self._hosts is not None and _host(headers.get("host", "")) not in self._hosts:
             return ApiError(403, "this server answers to localhost alone: start it with --host to let others in")
         if origin is not None and not shares:
-            return ApiError(403, f"pages of {origin[:80]} may not ask here: start the server with --allowed-origins")
+            return ApiError(
+                403, f"pages of {origin[:80]} may not ask here: the server's allowed_origins would let them in"
+            )
         length, most = headers.get("content-length", "0"), self._settings.max_body_bytes
         if length.isdecimal() and int(length) > most:
             # Before FastAPI's own limit, which answers in plain text; that one is for bodies of unknown length.
@@ -126,7 +127,7 @@ class Guard:
     def _sharing(self, origin: str) -> list[tuple[bytes, bytes]]:
         return [
             (b"access-control-allow-origin", origin.encode("latin-1", "replace")),
-            (b"access-control-allow-headers", _ALLOWED_HEADERS.encode()),
+            (b"access-control-allow-headers", b"Authorization, Content-Type, X-Request-Id"),
             (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
             (b"access-control-expose-headers", b"X-Request-Id, Retry-After"),
             (b"vary", b"Origin"),

@@ -8,11 +8,12 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fastapi import APIRouter
+from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -38,24 +39,19 @@ async def on_engine(engine: Engine, ask: Callable[[], Result], timeout_s: float 
     """What `ask` gives when it is called between two steps on the engine's thread; None where the engine is too busy."""
     if engine.stopped is not None or engine._thread is None:
         return None
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Result] = loop.create_future()
-
-    def deliver(result: Result | None, error: Exception | None) -> None:
-        if not future.done():
-            future.set_exception(error) if error is not None else future.set_result(result)
+    future: Future[Result] = Future()
 
     def run() -> None:
-        result, error = None, None
+        if not future.set_running_or_notify_cancel():
+            return
         try:
-            result = ask()
-        except Exception as caught:  # never the engine's trouble
-            error = caught
-        loop.call_soon_threadsafe(deliver, result, error)
+            future.set_result(ask())
+        except Exception as error:  # never the engine's trouble
+            future.set_exception(error)
 
     engine._inbox.put(run)
     try:
-        return await asyncio.wait_for(future, timeout_s)
+        return await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
     except TimeoutError:
         return None
 
@@ -232,27 +228,21 @@ class _Looker:
 
     async def state(self) -> dict[str, Any]:
         """What all watchers see."""
-        async with self._lock:
-            if time.monotonic() - self._at >= LOOK_S:
-                self._state = await self._look()
-                self._at = time.monotonic()
-        return self._state
-
-    async def _look(self) -> dict[str, Any]:
         serving, engine = self._serving, self._serving.engine
-        listed = [
-            (job.name, choice, request)
-            for job in list(serving.by_name.values())
-            for choice, request in enumerate(list(job.requests))
-        ][:MAX_LISTED]
-        use, holdings = await _looked(engine, lambda: [request for *_, request in listed])
-        stats = engine.stats()
-        rows = zip(listed, holdings, strict=False)
-        return {
-            "time": round(time.time(), 3), "pool": use, "in_flight": serving.answers,
-            **{name: stats[name] for name in ("pool_bytes", "running", "waiting", "completion_tokens")},
-            "requests": [{"id": name, "choice": choice} | holding for (name, choice, _), holding in rows],
-        }  # fmt: skip
+        async with self._lock:
+            if time.monotonic() - self._at < LOOK_S:
+                return self._state
+            jobs = list(serving.by_name.values())
+            listed = [(job.name, *one) for job in jobs for one in enumerate(list(job.requests))][:MAX_LISTED]
+            use, holdings = await _looked(engine, lambda: [request for *_, request in listed])
+            stats, rows = engine.stats(), zip(listed, holdings, strict=False)
+            self._state = {
+                "time": round(time.time(), 3), "pool": use, "in_flight": serving.answers,
+                **{name: stats[name] for name in ("pool_bytes", "running", "waiting", "completion_tokens")},
+                "requests": [{"id": name, "choice": choice} | holding for (name, choice, _), holding in rows],
+            }  # fmt: skip
+            self._at = time.monotonic()
+        return self._state
 
     async def kept_map(self, name: str) -> dict[str, Any] | None:
         """Which tokens each head of one running request keeps; None where it holds nothing."""
@@ -281,39 +271,39 @@ def _bits(positions: Sequence[int], tokens: int) -> str:
     return base64.b64encode(packed).decode()
 
 
-def add_routes(router: APIRouter, serving: "Serving") -> None:
+def add_routes(app: FastAPI, serving: "Serving") -> None:
     """Numbers for Prometheus, and the live page."""
     engine = serving.engine
 
-    @router.get("/metrics", response_model=None, tags=["server"])
+    @app.get("/metrics", response_model=None, tags=["server"])
     async def metrics() -> Response:
         """Numbers for Prometheus."""
         use, holdings = await _looked(engine, lambda: engine._scheduler.running)
         text = serving.metrics.text(engine, use, holdings)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @router.post("/reset_prefix_cache", response_model=None, tags=["server"])
+    @app.post("/reset_prefix_cache", response_model=None, tags=["server"])
     async def reset_prefix_cache() -> Response:
         """Forget all stored prefixes."""
         await on_engine(engine, engine._scheduler.drop_prefixes, timeout_s=30.0)
         return Response(status_code=200)
 
-    _add_live_routes(router, serving)
+    _add_live_routes(app, serving)
 
 
-def _add_live_routes(router: APIRouter, serving: "Serving") -> None:
+def _add_live_routes(app: FastAPI, serving: "Serving") -> None:
     """The page where the settings want it, and its two sources."""
     engine, looker, page = serving.engine, _Looker(serving), PAGE.read_text(encoding="utf-8")
     full = kvfold.plan(engine.model, time="full", bits="model").bytes_per_token
 
     if serving.settings.page:
 
-        @router.get("/", response_class=HTMLResponse, include_in_schema=False)
+        @app.get("/", response_class=HTMLResponse, include_in_schema=False)
         async def index() -> Response:
             """The live page."""
             return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"})
 
-    @router.get("/kvfold/model", tags=["live"])
+    @app.get("/kvfold/model", tags=["live"])
     async def model() -> dict[str, Any]:
         """The model's layers and heads, and the methods loaded."""
         return {
@@ -323,7 +313,7 @@ def _add_live_routes(router: APIRouter, serving: "Serving") -> None:
             "pool_bytes": engine.stats()["pool_bytes"],
         }  # fmt: skip
 
-    @router.get("/kvfold/live", response_model=None, tags=["live"])
+    @app.get("/kvfold/live", response_model=None, tags=["live"])
     async def live(once: bool = False, maps: str | None = None) -> Response:
         """Events: the engine's state, four times a second. `maps`: ids of requests, comma separated, whose kept tokens are
         told too. `once`: one JSON object instead.

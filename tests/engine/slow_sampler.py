@@ -2,7 +2,7 @@
 
 import math
 
-from kvfold.engine.sampler import uniform
+from kvfold.engine.sampler import matcher_allows, uniform
 
 
 def slow_scores(logits, state):
@@ -18,7 +18,7 @@ def slow_scores(logits, state):
     if params.allowed_token_ids is not None:
         scores = [x if token in params.allowed_token_ids else -math.inf for token, x in enumerate(scores)]
     if state.matcher is not None:
-        allowed = state.matcher.allowed().tolist()
+        allowed = matcher_allows(state.matcher, len(scores)).tolist()
         scores = [x if ok else -math.inf for x, ok in zip(scores, allowed, strict=True)]
     if request.num_outputs < params.min_tokens:
         for token in (*state.eos_ids, *params.stop_token_ids):

@@ -27,7 +27,7 @@ def test_spellings_of_openai_and_vllm():
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"prompt": ""}, "prompt must have 1 token or more, got an empty text"),
+        ({"prompt": ""}, "prompt must have 1 token or more, got none"),
         ([], "prompt must have 1 token or more, got none"),
         ({}, "a request must have a prompt or messages"),
         ({"prompt": "a", "messages": [{}]}, "a request must have a prompt or messages"),

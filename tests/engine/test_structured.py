@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from byte_tokenizer import EOS, VOCAB_SIZE, byte_tokenizer
-from kvfold.engine.sampler import Grammars, sample
+from kvfold.engine.sampler import Grammars, matcher_allows, sample
 from test_sampler import make_state
 
 TOKENIZER = byte_tokenizer()
@@ -27,7 +27,7 @@ def complete(kind, text, seed, limit=200):
     state = make_state(prompt=[3], seed=seed)
     state.matcher = GRAMMARS.compile(kind, text)
     generator = torch.Generator().manual_seed(seed)
-    while not state.matcher.is_complete:
+    while not state.matcher.is_stopped():
         found = sample(torch.randn(1, SIZE, generator=generator), [state])[0]
         assert found.error is None
         if found.token == EOS:
@@ -63,6 +63,6 @@ def test_what_cannot_be_met_is_refused_in_one_line(kind, text, said):
 
 
 def test_the_mask_is_what_the_library_means():
-    allowed = GRAMMARS.compile("regex", "[bd]").allowed()
+    allowed = matcher_allows(GRAMMARS.compile("regex", "[bd]"), SIZE)
     assert allowed.shape == (SIZE,)
     assert TOKENIZER.decode(allowed.nonzero()[:, 0].tolist()) == "bd"
