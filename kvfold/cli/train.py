@@ -45,9 +45,7 @@ def train(
     recipe: Annotated[
         str | None, Argument(metavar="RECIPE", help="A name that --list shows, or a .yaml file.", show_default=False)
     ] = None,
-    out: Annotated[
-        Path | None, Option(help="The folder to write; an unfinished run there is resumed. Default: the recipe's name.")
-    ] = None,
+    out: Annotated[Path | None, Option(help="The folder to write; a begun run is resumed. Default: the recipe's name.")] = None,
     sweep_lr: Annotated[
         float | None,
         Option(help="Raise the learning rate by this factor until held-out perplexity stops improving, e.g. 1.5."),
@@ -57,7 +55,7 @@ def train(
     training: Pretraining,
     device: Device = None,
     as_json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Train a model from scratch, layers and heads as the recipe says. Run again, it resumes where it stopped.
 
     Example: `kvfold train mini-h128-mqa-cla2 --data notes.txt --out my-model`
@@ -229,7 +227,7 @@ def retrofit(
     out: Annotated[Path, Argument(metavar="OUT", help="The folder to write; an unfinished run there is resumed.")],
     recipe: Annotated[str | None, Option(help="Settings by name, or a .yaml file; other options override it.")] = None,
     snapshot: Annotated[
-        Path | None, Option(help="Write what the begun run's newest checkpoint is to this folder, and train nothing.")
+        Path | None, Option(help="Write the begun run's newest checkpoint to this folder, and train nothing.")
     ] = None,
     *,
     learns: Learns,
