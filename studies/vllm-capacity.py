@@ -95,7 +95,7 @@ def _row(budget: str, name: str, kv_bytes: int, about: dict, mine: list[VllmRun]
         "most_in_flight": max(max(run.step_rows) for run in mine),
         "tokens_per_second": _spread([run.tokens_per_second for run in mine]),
         "seconds": _spread([run.step_ends[-1] for run in mine]),
-        "steps": mine[-1].num_steps, "preemptions": mine[-1].preemptions, "over_plain": _spread(ratios),
+        "steps": len(mine[-1].step_ends), "preemptions": mine[-1].preemptions, "over_plain": _spread(ratios),
     }  # fmt: skip
 
 

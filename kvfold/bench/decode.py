@@ -20,18 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from kvfold.bench.measuring import (
-    Machine,
-    PeakMemory,
-    check_size,
-    in_turns,
-    measure_machine,
-    measured_on,
-    ratios,
-    seconds,
-    spread,
-    step_allowed,
-)
+from kvfold.bench import measuring
 from kvfold.bench.vllm_peer import VllmPeer
 from kvfold.cache.hf import FoldCache
 from kvfold.data import TextFile, text_windows
@@ -113,8 +102,8 @@ def bench_decode(
     """
     layouts = method_layouts(ours, methods)
     for point in points:
-        check_size(ours, f"point '{point.name}'", point.prompt_tokens + point.new_tokens, repeats)
-    rows, machine = [], measure_machine(ours.dtype)
+        measuring.check_size(ours, f"point '{point.name}'", point.prompt_tokens + point.new_tokens, repeats)
+    rows, machine = [], measuring.measure_machine(ours.dtype)
     for point in points:
         for pads in padded:
             ids = random_ids(point, ours.config.vocab_size) if prompts is None else prompts(point)
@@ -122,7 +111,7 @@ def bench_decode(
             found = _measure_point(ours, theirs, None if pads else vllm, layouts, point, pads, prompt, repeats, report)
             rows += found if pads else [row | _allowed(row, machine, ours, point) for row in found]
     versions = {} if vllm is None else {"vllm": vllm.about["version"]}
-    return measured_on(ours, name, **machine.about(), **versions) | {"repeats": repeats, "rows": rows}
+    return measuring.measured_on(ours, name, **machine.about(), **versions) | {"repeats": repeats, "rows": rows}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,7 +158,7 @@ def _measure_point(
     sides += [] if vllm is None else [lambda tokens: _run_vllm(vllm, prompt[0], tokens)]
     sides += [lambda tokens, layout=layout: _run_ours(ours, layout, prompt, tokens) for layout in layouts]
     timed = [lambda turn, side=side: side(point.new_tokens if turn else _WARM_UP_TOKENS) for side in sides]
-    runs = in_turns(timed, repeats, point.name + (", padded" if pads else ""), report, warm_up=True)
+    runs = measuring.in_turns(timed, repeats, point.name + (", padded" if pads else ""), report, warm_up=True)
     peer = None if theirs is None else runs.pop(0)
     engine = None if vllm is None else runs.pop(0)
     first = runs[0] if len(runs) > 1 else None
@@ -187,13 +176,13 @@ def _row(
         "ours": _figures(ours),
     }  # fmt: skip
     if first is not None:
-        row["over_first"] = ratios(_speeds(ours), _speeds(first))
+        row["over_first"] = measuring.ratios(_speeds(ours), _speeds(first))
     if vllm is not None:
-        row |= {"vllm": _figures(vllm), "vllm_ratio": ratios(_speeds(ours), _speeds(vllm))}
+        row |= {"vllm": _figures(vllm), "vllm_ratio": measuring.ratios(_speeds(ours), _speeds(vllm))}
     if theirs is not None:
         pairs = zip(ours, theirs, strict=True)
         equal = [(mine.new_ids == other.new_ids).float().mean().item() for mine, other in pairs]
-        row |= {"theirs": _figures(theirs), "ratio": ratios(_speeds(ours), _speeds(theirs))}
+        row |= {"theirs": _figures(theirs), "ratio": measuring.ratios(_speeds(ours), _speeds(theirs))}
         row["equal_tokens"] = statistics.fmean(equal)
     return row
 
@@ -205,8 +194,8 @@ def _speeds(runs: list[_Run]) -> list[float]:
 def _figures(runs: list[_Run]) -> dict[str, Any]:
     peaks = [run.peak_bytes for run in runs]
     return {
-        "tokens_per_second": spread(_speeds(runs)),
-        "step_ms": spread([1000 * statistics.median(run.step_seconds) for run in runs]),
+        "tokens_per_second": measuring.spread(_speeds(runs)),
+        "step_ms": measuring.spread([1000 * statistics.median(run.step_seconds) for run in runs]),
         "allocated_bytes": runs[-1].allocated_bytes,
         "peak_bytes": None if None in peaks else round(statistics.median(peaks)),
     }
@@ -245,7 +234,7 @@ def _run(
     model: PreTrainedModel, cache: Any, held: Callable[[], int], prompt: tuple[Tensor, Tensor | None], new_tokens: int
 ) -> _Run:
     ids, mask = prompt
-    clock, peak = _Clock(), PeakMemory(model.device)
+    clock, peak = _Clock(), measuring.PeakMemory(model.device)
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids) if mask is None else mask, past_key_values=cache, streamer=clock,
         do_sample=False, num_beams=1, min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0,
@@ -256,12 +245,14 @@ def _run(
     )  # fmt: skip
 
 
-def _allowed(row: dict[str, Any], machine: Machine, model: FoldForCausalLM, point: Point) -> dict[str, Any]:
+def _allowed(row: dict[str, Any], machine: measuring.Machine, model: FoldForCausalLM, point: Point) -> dict[str, Any]:
     """The roofline of a step in the middle of the answer."""
     layout, tokens = model.config.layout, point.prompt_tokens + point.new_tokens // 2
     kept = tokens / row["compression"]
     entries = sum(layer.num_kv_heads * _entry_bytes(model, layout, place) for place, layer in enumerate(layout.layers))
-    allowed = step_allowed(machine, model, rows=point.batch, kv_bytes=point.batch * kept * entries, kept_mean=kept)
+    allowed = measuring.step_allowed(
+        machine, model, rows=point.batch, kv_bytes=point.batch * kept * entries, kept_mean=kept
+    )
     return allowed | {"over_roofline": row["ours"]["step_ms"]["median"] / allowed["roofline_ms"]}
 
 
@@ -292,8 +283,8 @@ def bench_filled(
     need `tokens` of them. Raises `UserError` where the model reads fewer tokens, or a side can't be made.
     """
     steps = new_tokens * (repeats + 1)
-    check_size(ours, "a filled cache and its steps", tokens + steps, repeats)
-    machine, caches = measure_machine(ours.dtype), []
+    measuring.check_size(ours, "a filled cache and its steps", tokens + steps, repeats)
+    machine, caches = measuring.measure_machine(ours.dtype), []
     for side in sides:
         report("filling caches", len(caches), len(sides))
         cache = ours.new_cache(rows=batch, time=side.layout.time_text(), bits=side.layout.bits_text())
@@ -306,26 +297,28 @@ def bench_filled(
     ids_B1 = torch.randint(0, ours.config.vocab_size, (batch, 1), generator=draw).to(ours.device)
 
     def step_ms(model: Any, cache: Any) -> float:
-        times = [seconds(lambda: model(ids_B1, past_key_values=cache), ours.device) for _ in range(new_tokens)]
+        times = [
+            measuring.seconds(lambda: model(ids_B1, past_key_values=cache), ours.device) for _ in range(new_tokens)
+        ]
         return 1e3 * sum(times) / new_tokens
 
     timed = [lambda _, model=model, cache=cache: step_ms(model, cache) for model, cache in pairs]
-    runs = in_turns(timed, repeats, "decoding", report, warm_up=True)
-    machine = max(machine, measure_machine(ours.dtype), key=lambda one: one.read_bytes_per_second)
+    runs = measuring.in_turns(timed, repeats, "decoding", report, warm_up=True)
+    machine = max(machine, measuring.measure_machine(ours.dtype), key=lambda one: one.read_bytes_per_second)
     rows = []
     for side, cache, before, steps_ms in zip(sides, caches, begun, runs, strict=False):
         kept_OK = (before + _held(cache)) / 2  # of the middle of the run
         row = _filled_row(ours, machine, side, cache, kept_OK, steps_ms, tokens) | {"new_tokens": new_tokens}
         if rows:
-            row["over_first"] = ratios(runs[0], steps_ms)
+            row["over_first"] = measuring.ratios(runs[0], steps_ms)
         if theirs is not None:
             row["theirs"] = {"tokens_per_second": _per_second(batch, runs[-1])}
-            row["ratio"] = ratios(runs[-1], steps_ms)
+            row["ratio"] = measuring.ratios(runs[-1], steps_ms)
         rows.append(row)
     for cache in caches:
         cache.free()
     context = "random keys and values, no prompt was read"
-    return measured_on(ours, name, **machine.about()) | {"context": context, "repeats": repeats, "rows": rows}
+    return measuring.measured_on(ours, name, **machine.about()) | {"context": context, "repeats": repeats, "rows": rows}
 
 
 def fill_cache(cache: FoldCache, entries_OK: Tensor, *, tokens: int) -> None:
@@ -403,11 +396,11 @@ def _their_cache(model: PreTrainedModel, batch: int, tokens: int) -> DynamicCach
 
 
 def _per_second(batch: int, steps_ms: Sequence[float]) -> dict[str, float]:
-    return spread([1e3 * batch / step for step in steps_ms])
+    return measuring.spread([1e3 * batch / step for step in steps_ms])
 
 
 def _filled_row(
-    model: FoldForCausalLM, machine: Machine, side: Side, cache: FoldCache, kept_OK: Tensor, steps_ms: Sequence[float],
+    model: FoldForCausalLM, machine: measuring.Machine, side: Side, cache: FoldCache, kept_OK: Tensor, steps_ms: Sequence[float],
     tokens: int,
 ) -> dict[str, Any]:  # fmt: skip
     layout, batch = side.layout, len(cache.rows)
@@ -417,8 +410,8 @@ def _filled_row(
         of_owner = of_owner[of_owner >= 0]
         kv_bytes += batch * of_owner.sum().item() * _entry_bytes(model, layout, layer)
         kept_sum, streams = kept_sum + of_owner.sum().item(), streams + len(of_owner)
-    allowed = step_allowed(machine, model, rows=batch, kv_bytes=kv_bytes, kept_mean=kept_sum / streams)
-    step = spread(steps_ms)
+    allowed = measuring.step_allowed(machine, model, rows=batch, kv_bytes=kv_bytes, kept_mean=kept_sum / streams)
+    step = measuring.spread(steps_ms)
     return {
         "point": f"{batch} x {tokens:,}, filled", "batch": batch, "context_tokens": tokens, "padded": False,
         **method_about(layout), "bits": layout.bits_text(),

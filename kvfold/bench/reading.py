@@ -14,17 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.bench.measuring import (
-    attention_flop,
-    check_size,
-    in_turns,
-    linear_flop,
-    measure_machine,
-    measured_on,
-    ratios,
-    seconds,
-    spread,
-)
+from kvfold.bench import measuring
 from kvfold.cache.allocator import CacheFull
 from kvfold.cache.hf import FoldCache
 from kvfold.errors import UserError
@@ -46,30 +36,30 @@ def bench_prefill(
     allow at the peak of torch's products, measured beside: `share_of_allowed` = speed / that.
     """
     batch, tokens = ids_BT.shape
-    check_size(model, "prompts", tokens, repeats)
+    measuring.check_size(model, "prompts", tokens, repeats)
     layouts, rows = method_layouts(model, methods), []
     with torch.inference_mode():  # compiles, and touches memory for the first time
         model.model(ids_BT[:1, : min(tokens, 64)].to(model.device), use_cache=False)
-    peak = measure_machine(model.dtype)
+    peak = measuring.measure_machine(model.dtype)
     for size in (size or tokens for size in call_tokens):
         sides = [lambda _, layout=layout, size=size: _read_prompts(model, layout, ids_BT, size) for layout in layouts]
-        runs = in_turns(sides, repeats, f"calls of {size} tokens", report, turning=True)
-        peak = max(peak, measure_machine(model.dtype), key=lambda one: one.flops)
+        runs = measuring.in_turns(sides, repeats, f"calls of {size} tokens", report, turning=True)
+        peak = max(peak, measuring.measure_machine(model.dtype), key=lambda one: one.flops)
         speeds = [[batch * tokens / taken for taken, _ in mine] for mine in runs]
         for layout, mine, own in zip(layouts, runs, speeds, strict=True):
             row = {
                 "batch": batch, "prompt_tokens": tokens, "call_tokens": size, **method_about(layout),
-                "bits": layout.bits_text(), "compression": mine[-1][1], "tokens_per_second": spread(own),
+                "bits": layout.bits_text(), "compression": mine[-1][1], "tokens_per_second": measuring.spread(own),
             }  # fmt: skip
-            rows.append(row if own is speeds[0] else row | {"over_first": ratios(own, speeds[0])})
+            rows.append(row if own is speeds[0] else row | {"over_first": measuring.ratios(own, speeds[0])})
     # Of full attention; the logits of the last token alone are computed.
-    flop = linear_flop(model, tokens=batch * tokens, logits=batch)
-    flop += attention_flop(model, pairs=batch * tokens * (tokens + 1) / 2)
+    flop = measuring.linear_flop(model, tokens=batch * tokens, logits=batch)
+    flop += measuring.attention_flop(model, pairs=batch * tokens * (tokens + 1) / 2)
     allowed = batch * tokens / (flop / peak.flops)
     for row in rows:
         row["allowed_tokens_per_second"] = allowed
         row["share_of_allowed"] = row["tokens_per_second"]["median"] / allowed
-    return measured_on(model, name, **peak.about()) | {"repeats": repeats, "rows": rows}
+    return measuring.measured_on(model, name, **peak.about()) | {"repeats": repeats, "rows": rows}
 
 
 def _read_prompts(model: FoldForCausalLM, layout: KVLayout, ids_BT: Tensor, call_tokens: int) -> tuple[float, float]:
@@ -80,7 +70,7 @@ def _read_prompts(model: FoldForCausalLM, layout: KVLayout, ids_BT: Tensor, call
             for part in ids_BT.to(model.device).split(call_tokens, dim=1):
                 model(part, past_key_values=cache, logits_to_keep=1)
 
-        taken, kept = seconds(read, model.device), cache.kept_tokens
+        taken, kept = measuring.seconds(read, model.device), cache.kept_tokens
         return taken, ids_BT.shape[1] / kept[kept >= 0].double().mean().item()
 
 
@@ -98,7 +88,7 @@ def bench_capacity(
         rows.append(_rows_that_fit(model, layout, ids_BT, kv_bytes, most_rows, report))
         if len(rows) > 1 and rows[0]["rows"]:
             rows[-1]["over_first"] = rows[-1]["rows"] / rows[0]["rows"]
-    return measured_on(model, name) | {"kv_bytes": kv_bytes, "context_tokens": ids_BT.shape[1], "rows": rows}
+    return measuring.measured_on(model, name) | {"kv_bytes": kv_bytes, "context_tokens": ids_BT.shape[1], "rows": rows}
 
 
 @torch.inference_mode()
@@ -196,7 +186,7 @@ def read_document(
     Raises `UserError` for more tokens than the model reads, a head that is not there, or a method that can't be run.
     """
     layouts = method_layouts(model, methods)
-    check_size(model, "a text", len(ids_T))
+    measuring.check_size(model, "a text", len(ids_T))
     check_heads(model.config.layout, heads)
     found = [_read(model, ids_T, layout, report) for layout in layouts]
     if not heads:

@@ -17,18 +17,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from transformers import DynamicCache, GenerationConfig
 
 from kvfold.bench.measuring import check_size, in_turns, measured_on, ratios, spread
 from kvfold.bench.vllm_peer import VllmPeer
-from kvfold.data import TextFile, file_bytes, json_lines
+from kvfold.data import TextFile, file_bytes
 from kvfold.engine.answers import Piece
 from kvfold.engine.budget import WATERMARK, SequenceCost
 from kvfold.engine.engine import Engine
-from kvfold.errors import UserError
+from kvfold.errors import UserError, one_line
 from kvfold.eval.cells import load_theirs
 from kvfold.eval.progress import Report, silent
 from kvfold.eval.reading import method_about, method_layouts
@@ -37,19 +38,16 @@ from kvfold.layout.planner import PAGE_SLOTS
 from kvfold.models.blocks import packed_bytes
 from kvfold.models.decoder import FoldForCausalLM
 
-MOST_NEW_TOKENS = 16
-"""Tokens of an answer where a trace does not say: what OpenAI's API takes."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wanted:
     """One request."""
 
-    prompt: str | tuple[int, ...]
+    prompt: str | Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     """A text, for an endpoint alone, or token ids."""
-    max_tokens: int
-    """Tokens of the answer, all of which are generated."""
-    at_s: float = 0.0
+    max_tokens: PositiveInt = 16
+    """Tokens of the answer, all of which are generated; OpenAI's API takes 16 where nothing is said."""
+    at_s: NonNegativeFloat = 0.0
     """When it comes, seconds after the first one."""
     time: str | None = None
     """A method of kvfold's; other servers ignore it."""
@@ -85,23 +83,23 @@ def drawn_requests(
     return found
 
 
+_WANTED = TypeAdapter(Wanted)
+
+
 def read_trace(path: Path) -> list[Wanted]:
-    """Requests of a file of JSON lines, by their times: `prompt` (a text or token ids), and where they have them `max_tokens`,
-    `at_s`, seconds after the first, and `time`. Raises `UserError` for a line that is none, and for none at all.
+    """Requests of a file of JSON lines with the fields of `Wanted`, by their times. Raises `UserError` for a line that is none,
+    and for none at all.
     """
-    found, rule = [], "a line of a trace is an object with a prompt"
-    for number, one in json_lines(path, file_bytes(path).split(b"\n"), rule):
-        line = one if isinstance(one, dict) else {}
-        prompt, new, at = line.get("prompt"), line.get("max_tokens", MOST_NEW_TOKENS), line.get("at_s", 0.0)
-        is_text, are_ids = isinstance(prompt, str), isinstance(prompt, list)
-        are_ids = are_ids and bool(prompt) and all(type(one) is int and one >= 0 for one in prompt)
-        if not ((is_text or are_ids) and type(new) is int and new > 0 and isinstance(at, int | float) and at >= 0):
-            raise UserError(
-                f"{path} line {number}: a request has a prompt, 1 or more max_tokens and at_s from 0 on: "
-                'write e.g. {"prompt": "Once", "max_tokens": 64, "at_s": 0.5}'
-            )
-        prompt = prompt if is_text else tuple(prompt)
-        found.append(Wanted(prompt=prompt, max_tokens=new, at_s=float(at), time=line.get("time")))
+    found = []
+    for number, line in enumerate(file_bytes(path).splitlines(), start=1):
+        if line.strip():
+            try:
+                found.append(_WANTED.validate_json(line, strict=True))
+            except ValidationError as error:
+                raise UserError(
+                    f"{path} line {number}: it is no request, {one_line(error)}: write e.g. "
+                    '{"prompt": "Once", "max_tokens": 64, "at_s": 0.5}'
+                ) from error
     if not found:
         raise UserError(f"{path}: a trace of 0 requests: there is nothing to ask: write 1 line or more")
     return sorted(found, key=lambda one: one.at_s)

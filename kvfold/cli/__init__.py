@@ -10,13 +10,13 @@ import typer
 from typer import Option
 from typer.core import TyperGroup
 
-from kvfold.cli import bench, convert, generate, report, retrofit, train
+from kvfold.cli import bench, convert, generate, report, train
 from kvfold.cli.eval import evaluate
 from kvfold.cli.options import clear_errors, debug_mode, with_groups
 
 COMMANDS = {
-    "plan": convert.plan, "convert": convert.convert, "train": train.train, "retrofit": retrofit.retrofit,
-    "calibrate": retrofit.calibrate, "eval": evaluate, "inspect": report.inspect, "generate": generate.generate,
+    "plan": convert.plan, "convert": convert.convert, "train": train.train, "retrofit": train.retrofit,
+    "calibrate": train.calibrate, "eval": evaluate, "inspect": report.inspect, "generate": generate.generate,
     "serve": generate.serve, "report": report.report, "demo": report.demo,
 }  # fmt: skip
 BENCH_COMMANDS = {

@@ -104,9 +104,7 @@ def _prompts(text: Path | None, tokenizer: Any, batch: int, tokens: int) -> Any:
 
 
 def kernel(
-    storage: Annotated[
-        list[str] | None, Option(help="fp32 | bf16 | fp16 | fp8 | int8 | int4; several times: rows for each. Default: all."),
-    ] = None,
+    storage: Annotated[list[str] | None, Option(help="fp32 | bf16 | fp16 | fp8 | int8 | int4; several. Default: all.")] = None,
     tokens: Annotated[list[int] | None, Option(help="Mean entries of a head; several times. Default: 1024, 4096.")] = None,
     spread: Annotated[list[int] | None, Option(help="Longest head over shortest; several times. Default: 1, 100.")] = None,
     batch: Annotated[int, Option(help="Sequences.")] = 8,
@@ -187,23 +185,17 @@ def train(
 def decode(
     model: Model,
     time: Times = None,
-    batch: Annotated[
-        int | None, Option(help="Rows of one point. Default: the points 1 x 64, 16 x (32 + 64), 8 x 1,024.")
-    ] = None,
+    batch: Annotated[int | None, Option(help="Rows of one point. Default: the points 1 x 64, 16 x (32 + 64), 8 x 1,024.")] = None,
     prompt: Annotated[int, Option(help="Tokens of the prompt, with `--batch`.")] = 32,
     new: Annotated[int, Option(help="Tokens generated, with `--batch`.")] = 64,
     text: Annotated[Path | None, Option(help="A file that the prompts are taken from. Default: random tokens.")] = None,
     padding: Annotated[Literal["both", "none", "left"], Option(help="Whether rows are padded.")] = "both",
-    filled: Annotated[
-        bool, Option("--filled", help="With `--batch`: caches of random keys and values, no prompt is read.")
-    ] = False,
+    filled: Annotated[bool, Option("--filled", help="With `--batch`: caches of random keys and values, no prompt.")] = False,
     compression: Annotated[
         list[float] | None,
-        Option(help="With `--filled`: what a learned method holds, whatever its gates keep; several times: a row each."),
+        Option(help="With `--filled`: what a learned method holds; several: a row each."),
     ] = None,
-    compare_bits: Annotated[
-        list[str] | None, Option(help="With `--filled`: storages beside `--bits`; several times: rows for each.")
-    ] = None,
+    compare_bits: Annotated[list[str] | None, Option(help="With `--filled`: storages beside `--bits`; several.")] = None,
     peers: Annotated[str, Option(help="transformers | vllm | both, by a comma | none")] = "transformers",
     repeats: Repeats = 5,
     *,
@@ -304,9 +296,7 @@ def serve(
     clients: Annotated[int | None, Option(help="Requests open at once, each followed by the next.")] = None,
     rate: Annotated[float | None, Option(help="Requests a second, at random times (Poisson).")] = None,
     requests: Annotated[int, Option(help="Requests in all, where no trace is named.")] = 100,
-    trace: Annotated[
-        Path | None, Option(help="JSON lines with prompt and max_tokens, and at_s and time where they have them.")
-    ] = None,
+    trace: Annotated[Path | None, Option(help="JSON lines with prompt, and where known max_tokens, at_s and time.")] = None,
     text: Text = None,
     prompt_words: Annotated[str, Option(help="Words of a prompt, at least and at most.")] = "20-200",
     max_tokens: Annotated[str, Option(help="Tokens of an answer, at least and at most.")] = "16-128",
@@ -317,7 +307,7 @@ def serve(
     out: Out = None,
     picture: Annotated[Path | None, Option(help="Draw how long clients waited to this PNG.")] = None,
     as_json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Load on OpenAI endpoints, one after the other: first tokens, gaps, whole answers, failures.
 
     Example: `kvfold bench serve http://127.0.0.1:8000/v1 --clients 16 --picture load.png`
@@ -358,19 +348,17 @@ def serve_offline(
     time: Times = None,
     budget: Annotated[
         list[str] | None,
-        Option(help="Uncompressed requests that the KV memory holds, e.g. 4, or bytes, e.g. 200MB; several: rows each."),
+        Option(help="Uncompressed requests that it holds, e.g. 4, or bytes, e.g. 200MB; several."),
     ] = None,
     requests: Annotated[int, Option(help="Requests, all sent at once.")] = 16,
     prompt: Annotated[str, Option(help="Tokens of a prompt: 128, or bounds to draw from: 64-512.")] = "128",
     new: Annotated[str, Option(help="Tokens of an answer, likewise; all are generated.")] = "128",
-    trace: Annotated[
-        Path | None, Option(help="JSON lines with prompt, max_tokens and at_s, in place of drawn requests.")
-    ] = None,
+    trace: Annotated[Path | None, Option(help="JSON lines with prompt, max_tokens and at_s, in place of drawn requests.")] = None,
     text: Text = None,
     temperature: Annotated[float, Option(min=0, help="0 takes the likeliest token.")] = 0.0,
     peers: Annotated[
         list[str] | None,
-        Option(help="generate (kvfold's own) | transformers | continuous (transformers' batching) | vllm; several."),
+        Option(help="generate | transformers | continuous (transformers' batching) | vllm; several."),
     ] = None,
     repeats: Repeats = 1,
     seed: Annotated[int, Option(help="Random seed of the lengths.")] = 0,

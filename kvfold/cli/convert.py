@@ -45,17 +45,15 @@ def plan(
     heads: Heads = None,
     time: Annotated[str | None, Option(help=f"{METHODS} (the most they may hold).")] = None,
     compression: Annotated[
-        float | None, Option(help="What the gates of dmc or dms reach, delay included. Default: they never fire.")
+        float | None, Option(help="What dmc's or dms's gates reach, delay included. Default: none fires.")
     ] = None,
     bits: Bits = None,
-    memory: Annotated[
-        str | None, Option(help="The device's, e.g. 80GB or 16GiB: adds what fits beside the weights.")
-    ] = None,
+    memory: Annotated[str | None, Option(help="The device's, e.g. 80GB or 16GiB: adds what fits beside the weights.")] = None,
     kv_memory: Annotated[str | None, Option(help="What the cache alone may take: adds what fits.")] = None,
     context: Annotated[str, Option(help="Tokens of a row, e.g. 4096 or 32k.")] = "4k",
     batch: Annotated[int, Option(help="Rows.")] = 1,
     as_json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """What the cache of a model costs, and what each axis saves, alone and together. Needs no weights.
 
     Example: `kvfold plan llama-3.1-8b --layers cla2 --time h2o:512+512 --memory 24GB --context 32k --batch 4`
@@ -112,12 +110,10 @@ def convert(
     heads: Heads = None,
     init: Annotated[str, Option(help="mean | drop | fitted: what shared layers start from.")] = "mean",
     calibration: Annotated[
-        list[Path] | None, Option(help="Text to fit on; given several times: a share of each. Default: a novel.")
+        list[Path] | None, Option(help="Text to fit on; several times: a share of each. Default: a novel.")
     ] = None,
     tokens: Annotated[str, Option(help="Tokens of calibration text, e.g. 24k.")] = "24k",
-    pair_heads: Annotated[
-        bool, Option("--pair-heads", help="Merge the heads most alike, instead of neighbours.")
-    ] = False,
+    pair_heads: Annotated[bool, Option("--pair-heads", help="Merge the heads most alike, instead of neighbours.")] = False,
     target: Annotated[
         str,
         Option("--for", help="kvfold | vllm, where its plugin can serve it | transformers, where only heads changed."),
@@ -127,7 +123,7 @@ def convert(
     dtype: Annotated[str | None, Option(help="float32 | bfloat16 | float16. Default: the source's own.")] = None,
     device: Device = None,
     as_json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """A model with fewer KV heads or with shared layers, as a checkpoint of its own.
 
     Example: `kvfold convert my-model my-model-cla2 --layers cla2 --init fitted`

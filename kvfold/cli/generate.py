@@ -30,12 +30,8 @@ from kvfold.errors import UserError, need_packages
 def generate(
     model: Model,
     prompt: Annotated[str, Argument(metavar="PROMPT", help="The text to go on from; - reads stdin.")] = "-",
-    source: Annotated[
-        Path | None, Option("--input", help="Requests as JSON lines, OpenAI's field names: all run at once.")
-    ] = None,
-    target: Annotated[
-        Path | None, Option("--output", help="Their answers, line by line; resumed where it stopped.")
-    ] = None,
+    source: Annotated[Path | None, Option("--input", help="Requests as JSON lines, OpenAI's fields: all run at once.")] = None,
+    target: Annotated[Path | None, Option("--output", help="Their answers, line by line; resumed where it stopped.")] = None,
     kv_memory: KvMemory = "2GB",
     max_new_tokens: Annotated[int, Option(min=1, help="Tokens to write, at most.")] = 128,
     temperature: Annotated[float, Option(min=0.0, help="0 takes the likeliest token, more is more daring.")] = 0.0,
@@ -44,7 +40,7 @@ def generate(
     *,
     loading: Loading,
     as_json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Go on from a text with a folded cache, and say what the cache held.
 
     Example: `kvfold generate my-model 'Once upon a time' --time tova:256`
@@ -119,9 +115,7 @@ def _piped() -> str:
 def serve(
     model: Annotated[str | None, Argument(metavar="MODEL", help="A folder, a .gguf file or a hub name.")] = None,
     demo: Annotated[bool, Option("--demo", help="The small model of the demo, with its gates.")] = False,
-    method: Annotated[
-        list[str] | None, Option(help="Methods that requests may name; the first is the default.")
-    ] = None,
+    method: Annotated[list[str] | None, Option(help="Methods that requests may name; the first is the default.")] = None,
     kv_memory: KvMemory = "2GB",
     host: Annotated[str, Option(help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, Option(help="0 takes a free one.")] = 8000,
@@ -135,7 +129,7 @@ def serve(
     adapter: Adapter = None,
     dtype: Dtype = None,
     device: Device = None,
-) -> None:
+) -> None:  # fmt: skip
     """Answer OpenAI's clients from one compressed cache, with a live page at `/`.
 
     Example: `kvfold serve my-model --kv-memory 4GB --method full --method h2o:256+256`

@@ -6,7 +6,6 @@ comes from a result file is escaped there. Here is what templates ask for.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from inspect import getdoc
 from pathlib import Path
@@ -99,26 +98,19 @@ def _templates() -> Environment:
     return environment
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Panel:
-    """One picture, drawn for a wide page and for a phone, or once where it fits both."""
-
-    title: str
-    wide: Markup
-    narrow: Markup | None
-
-
 def draw(
     picture: Callable[..., Any], *about: Any, spoken: str, wide: float = WIDE, title: str = "", **options: Any
-) -> list[Panel]:
-    """A picture of pictures.py, as a list of one; none where there is nothing to draw. `spoken`: what it shows."""
+) -> list[dict[str, Any]]:
+    """A picture of pictures.py, as a list of one, drawn for a wide page and for a phone, or once where it fits both; none where
+    there is nothing to draw. `spoken`: what it shows.
+    """
     of_width = partial(picture, *about, **options)
     figure = of_width(width=wide)
     if figure is None:
         return []
     spoken += ". The table below has the numbers."
     narrow = svg(of_width(width=NARROW), spoken) if wide > NARROW + 10 else None
-    return [Panel(title=title, wide=svg(figure, spoken), narrow=narrow)]
+    return [{"title": title, "wide": svg(figure, spoken), "narrow": narrow}]
 
 
 def side_by_side(pictures: Sequence) -> float:
@@ -201,50 +193,32 @@ def passkey_grids(group: Group) -> list[dict[str, Any]]:
     return grids
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeadText:
-    """What one head holds of a text."""
-
-    name: str
-    """`layer 3, head 1: 120 of 1,024 kept (8.53×)`."""
-    marks: tuple[tuple[str, str, int], ...]
-    """(state, characters, tokens) of each stretch in one state; a run that was merged is one stretch, its state `MERGED`."""
-
-    @property
-    def states(self) -> str:
-        """Letters of the states that occur."""
-        return "".join(sorted({state for state, _, _ in self.marks}))
-
-    @property
-    def parts(self) -> tuple[list, list]:
-        """The stretches that are seen at once, and the rest."""
-        passed, first = 0, 0
-        while first < len(self.marks) and passed < FIRST_TOKENS:
-            passed, first = passed + self.marks[first][2], first + 1
-        return list(self.marks[:first]), list(self.marks[first:])
-
-
-def head_texts(row: Mapping, tokens: object) -> list[HeadText]:
-    """Of each head that a row tells about, or one for all where they hold the same; those without a state a token are left
-    out.
+def head_texts(row: Mapping, tokens: object) -> list[dict[str, Any]]:
+    """What each head that a row tells about holds of a text, or one for all where they hold the same; those without a state a
+    token are left out. `marks`: (state, characters, tokens) of each stretch in one state; a run that was merged is one stretch,
+    its state `MERGED`. `parts`: those that are seen at once, and the rest. `states`: letters of those that occur.
     """
-    pieces = [
-        piece if isinstance(piece, str) else "" for piece in (tokens if isinstance(tokens, list) else [])[:MOST_TOKENS]
-    ]
+    listed = tokens[:MOST_TOKENS] if isinstance(tokens, list) else []
+    pieces = [piece if isinstance(piece, str) else "" for piece in listed]
     told = [head for head in rows_of(row, "heads") if words(head, "states") and pieces]
-    marks = [tuple(_stretches(words(head, "states")[:MOST_TOKENS], pieces)) for head in told]
-    if len(told) > 1 and len(set(marks)) == 1:
-        # A method with one budget for all: the same page three times would say no more.
-        return [HeadText(name=_name("every head asked for", told[0], row), marks=marks[0])]
+    marks = [list(_stretches(words(head, "states")[:MOST_TOKENS], pieces)) for head in told]
     places = [f"layer {words(head, 'layer') or '?'}, head {words(head, 'head') or '?'}" for head in told]
-    return [HeadText(name=_name(*of, row), marks=one) for *of, one in zip(places, told, marks, strict=True)]
-
-
-def _name(where: str, head: Mapping, row: Mapping) -> str:
-    kept, seen = number(head, "kept_tokens"), number(row, "seen_tokens")
-    if kept is None or not seen:
-        return where
-    return f"{where}: {count(kept)} of {count(seen)} kept" + (f" ({times(seen / kept)})" if kept > 0 else "")
+    if len(told) > 1 and all(one == marks[0] for one in marks):
+        # A method with one budget for all: the same page three times would say no more.
+        told, marks, places = told[:1], marks[:1], ["every head asked for"]
+    found = []
+    for head, place, stretches in zip(told, places, marks, strict=True):
+        passed = first = 0
+        while first < len(stretches) and passed < FIRST_TOKENS:
+            passed, first = passed + stretches[first][2], first + 1
+        kept, seen = number(head, "kept_tokens"), number(row, "seen_tokens")
+        more = f" ({times(seen / kept)})" if seen and kept and kept > 0 else ""
+        name = place if kept is None or not seen else f"{place}: {count(kept)} of {count(seen)} kept{more}"
+        states = "".join(sorted({state for state, _, _ in stretches}))
+        found.append(
+            {"name": name, "marks": stretches, "states": states, "parts": (stretches[:first], stretches[first:])}
+        )
+    return found
 
 
 def _stretches(states: str, pieces: Sequence[str]) -> Iterator[tuple[str, str, int]]:
@@ -295,16 +269,14 @@ def _model(data: Mapping) -> str:
 def _machine(data: Mapping) -> str:
     about = data.get("environment")
     counted = [f"{count(value)} {name}" for name in ("cores", "threads") if (value := number(about, name))]
-    device = words(about, "device")
-    said = [words(about, "cpu"), *counted, f"device {device}" if device else "", words(about, "dtype")]
-    return ", ".join(filter(None, said))
+    device = [f"device {device}"] if (device := words(about, "device")) else []
+    return ", ".join(filter(None, [words(about, "cpu"), *counted, *device, words(about, "dtype")]))
 
 
 def _software(data: Mapping) -> str:
-    about, commit = data.get("environment"), words(data, "git_commit")
-    names = ("kvfold", "torch", "transformers", "python")
-    said = [f"{name} {version}" for name in names if (version := words(about, name))]
-    return ", ".join(said + ([f"commit {short_commit(commit)}"] if commit else []))
+    named = {name: words(data, "environment", name) for name in ("kvfold", "torch", "transformers", "python")}
+    named["commit"] = short_commit(words(data, "git_commit"))
+    return ", ".join(f"{name} {version}" for name, version in named.items() if version)
 
 
 def other_commits(source: Result) -> str:

@@ -96,22 +96,17 @@ def axes_of(panels: Sequence[tuple[str, Sequence[series.Line]]]) -> Axes:
 
 
 def quality(
-    panels: Sequence[tuple[str, Sequence[series.Line]]],
-    axes: Axes,
-    colours: Mapping[str, int],
-    width: float,
+    panels: Sequence[tuple[str, Sequence[series.Line]]], axes: Axes, colours: Mapping[str, int], width: float,
     named: bool = False,
-) -> Any:
+) -> Any:  # fmt: skip
     """Perplexity change against kept bytes, a panel a text, side by side; reading goes from the full cache to ever smaller ones.
     A line a method over its budgets, the unfolded model as the base line; `named`: whether a panel says its text.
     """
     names, room = name_room([line.title for _, lines in panels for line in lines], width / len(panels))
     left = max(46.0, 20 + LETTER * max(len(_signed(level)) for level in (axes.levels() if axes.bent else [axes.high])))
-    height = (
-        320 if named else max(300 if width < SMALL else 400, 72 + NAME_GAP * max(len(lines) for _, lines in panels))
-    )
+    height = max(300 if width < SMALL else 400, 72 + NAME_GAP * max(len(lines) for _, lines in panels))
     across, up = "share of the full cache kept", "perplexity change (lower is better)"
-    titles = across, "" if named else up
+    titles, height = ((across, ""), 320) if named else ((across, up), height)
     figure, places = chart(width, height, left=left, right=room, titles=titles, panels=len(panels))
     for index, (place, (text, lines)) in enumerate(zip(places, panels, strict=True)):
         place.set(xscale="log", xlim=(axes.most, axes.least), ylim=(axes.low, axes.high))
@@ -123,8 +118,7 @@ def quality(
         place.minorticks_off()
         place.axhline(0, color=SERIES[0], linewidth=1.5)
         place.annotate("unfolded", (1, 0), (0, -15), textcoords="offset points", fontsize=11.5, color=LIGHT["soft"])
-        ends = [_quality_line(place, line, names.pop(0), colours.get(line.family, 0)) for line in lines]
-        name_ends(place, ends)
+        name_ends(place, [_quality_line(place, line, names.pop(0), colours.get(line.family, 0)) for line in lines])
         if named:
             start = width / len(panels) * index + 4
             write(figure, start, 13, f"{text or 'unnamed text'}: {up}", color=LIGHT["ink"], fontweight="bold")
@@ -157,7 +151,7 @@ def uptraining(roads: Sequence[series.Road], width: float) -> Any:
     from matplotlib.ticker import LogLocator
 
     names, room = name_room([road.layers or road.end.name for road in roads], width)
-    figure, (place,) = chart(width, left=58, right=room, titles=("tokens of training", "perplexity change"))
+    _, (place,) = chart(width, left=58, right=room, titles=("tokens of training", "perplexity change"))
     place.set(xscale="log", yscale="log")
     for axis, subs, say in ((place.xaxis, (1,), count), (place.yaxis, (1, 2, 5), lambda change: f"+{tick(change)} %")):
         axis.set_major_locator(LogLocator(subs=subs))
@@ -167,17 +161,15 @@ def uptraining(roads: Sequence[series.Road], width: float) -> Any:
     for index, (road, name) in enumerate(zip(roads, names, strict=True)):
         colour, further = 1 + index % 7, road.end.tokens * series.FURTHER
         ends.append((further, road.beyond(further) or road.end.change, name, colour))
-        place.plot(
-            *zip(*((one.tokens, one.change) for one in road.best), strict=True), color=SERIES[colour], linewidth=2
-        )
+        tokens, changes = zip(*((one.tokens, one.change) for one in road.best), strict=True)
+        place.plot(tokens, changes, color=SERIES[colour], linewidth=2)
         place.plot([road.end.tokens, further], [road.end.change, ends[-1][1]], "--", color=SERIES[colour], linewidth=2)
         for stage in road.stages:
             said = f"{stage.name}: {count(stage.tokens)} tokens, {difference(stage.change, stage.error, '%')}"
             dot(place, stage.tokens, stage.change, colour, said, hollow=stage not in road.best)
     place.margins(y=0.06)
     place.set_xlim(min(road.stages[0].tokens for road in roads) * 0.9, max(end[0] for end in ends))
-    name_ends(place, ends)
-    return figure
+    return name_ends(place, ends)
 
 
 def memory(rows: Sequence[Mapping], colours: Mapping[str, int], width: float) -> Any:
@@ -186,22 +178,17 @@ def memory(rows: Sequence[Mapping], colours: Mapping[str, int], width: float) ->
     if not lines:
         return None
     names, room = name_room([series.label_of(row) for row, _ in lines], width)
-    figure, (place,) = chart(width, left=64, right=room, titles=("tokens seen", "bytes held by the cache"))
+    _, (place,) = chart(width, left=64, right=room, titles=("tokens seen", "bytes held by the cache"))
     most = max(held for _, points in lines for _, held in points) or 1
     unit, unit_name = size_unit(most)
     place.set(xlim=(0, max(points[-1][0] for _, points in lines) or 1), ylim=(0, most * 1.04))
     place.yaxis.set_major_formatter(lambda held, _: f"{tick(held / unit)} {unit_name}")
     ends = []
     for (row, points), name in zip(lines, names, strict=True):
-
-        def say(tokens: float, held: float, label: str = series.label_of(row)) -> str:
-            return f"{label}: {size(held)} after {count(tokens)} tokens"
-
-        ends.append(
-            curve(place, points, name, colours.get(series.family_of(row), 0), say, dashed="%" in series.label_of(row))
-        )
-    name_ends(place, ends)
-    return figure
+        label, colour = series.label_of(row), colours.get(series.family_of(row), 0)
+        said = [f"{label}: {size(held)} after {count(at)} tokens" for at, held in points]
+        ends.append(curve(place, points, name, colour, said, dashed="%" in label))
+    return name_ends(place, ends)
 
 
 def growth(rows: Sequence[Mapping], colours: Mapping[str, int], width: float) -> Any:
@@ -212,7 +199,7 @@ def growth(rows: Sequence[Mapping], colours: Mapping[str, int], width: float) ->
     if not lines:
         return None
     names, room = name_room([*(series.label_of(one.row) for one in lines), "tokens seen"], width)
-    figure, (place,) = chart(width, right=room, titles=("tokens seen", "tokens kept"))
+    _, (place,) = chart(width, right=room, titles=("tokens seen", "tokens kept"))
     most = max(one.tokens[-1] for one in lines)
     highest = max(value for one in lines for kept in one.kept.values() for value in kept if value is not None)
     place.set(xlim=(0, most or 1), ylim=(0, max(most, highest, 1) * 1.02))
@@ -226,21 +213,13 @@ def growth(rows: Sequence[Mapping], colours: Mapping[str, int], width: float) ->
             if below and above:
                 place.fill(*zip(*below, *reversed(above), strict=True), facecolor=(SERIES[colour], alpha),
                            edgecolor=(SERIES[colour], 0.45), linewidth=stroke)  # fmt: skip
-        spread_at = dict(zip(one.tokens, zip(one.kept["least"], one.kept["most"], strict=True), strict=True))
-
-        def say(seen: float, kept: float, label: str = series.label_of(one.row), spread_at: dict = spread_at) -> str:
-            around = (
-                "" if None in spread_at[seen] else ", from {} to {} over heads".format(*map(_whole, spread_at[seen]))
-            )
-            return f"{label}: {_whole(kept)} of {count(seen)} kept{around}"
-
-        ends.append(curve(place, series.known_pairs(one.tokens, one.kept["mean"]), name, colour, say))
-    name_ends(place, ends)
-    return figure
-
-
-def _whole(value: float) -> str:
-    return count(round(value))
+        said = []
+        for seen, *kept in zip(one.tokens, *(one.kept[name] for name in ("mean", "least", "most")), strict=True):
+            mean, *edges = ("" if value is None else count(round(value)) for value in kept)
+            around = ", from {} to {} over heads".format(*edges) if all(edges) else ""
+            said.append(f"{series.label_of(one.row)}: {mean} of {count(seen)} kept{around}")
+        ends.append(curve(place, series.known_pairs(one.tokens, one.kept["mean"]), name, colour, said))
+    return name_ends(place, ends)
 
 
 def over_steps(
@@ -252,21 +231,17 @@ def over_steps(
     if not lines:
         return None
     names, room = name_room([one.name for one in lines], width)
-    figure, (place,) = chart(width, 240 if width < SMALL else 300, right=max(110, room), titles=(across, title))
+    _, (place,) = chart(width, 240 if width < SMALL else 300, right=max(110, room), titles=(across, title))
     x, y = ([point[at] for one in lines for point in one.points] for at in (0, 1))
     low, high = min(y if least is None else [least, *y]), max(y)
     above = max(high - low, abs(high) * 1e-6, 1e-6)  # never so little that a picture could not tell them apart
     place.set(xlim=(min(x), max(max(x), min(x) + abs(min(x)) * 1e-6 + 1e-6)), ylim=(low, high + 0.04 * above))
     ends = []
     for index, (one, name) in enumerate(zip(lines, names, strict=True)):
-
-        def say(step: float, value: float, name: str = one.name) -> str:
-            return f"{across} {count(step)}: {name} {three(value)}"
-
+        said = [f"{across} {count(step)}: {one.name} {three(value)}" for step, value in one.points]
         # A line that was asked for is neutral, as the unfolded model is elsewhere.
-        ends.append(curve(place, one.points, name, 0 if one.dashed else 1 + index % 7, say, dashed=one.dashed))
-    name_ends(place, ends)
-    return figure
+        ends.append(curve(place, one.points, name, 0 if one.dashed else 1 + index % 7, said, dashed=one.dashed))
+    return name_ends(place, ends)
 
 
 def speed(
@@ -329,9 +304,7 @@ def design(models: Sequence[series.Model], width: float) -> Any:
         dot(place, one.kv_bytes, one.perplexity, colour, hover)
         ends.append((one.kv_bytes, one.perplexity, name, colour))
     place.margins(0.04, 0.06)
-    if named:
-        name_ends(place, ends)
-    return figure
+    return name_ends(place, ends) if named else figure
 
 
 def scale_of(maps: Sequence[HeadMap]) -> tuple[float, float]:
@@ -383,8 +356,8 @@ def layers(rows: Sequence[Mapping], width: float) -> Any:
         for layer, value in enumerate(line):
             if value is not None:
                 at = 0 if high <= low else round(9 * min(1.0, max(0.0, (value - low) / (high - low))))
-                left, right, top, bottom = column, column + 1, layer, layer + 0.95
-                box = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+                across, down = (column, column + 1), (layer, layer + 0.95)
+                box = [(across[x], down[y]) for x, y in ((0, 0), (1, 0), (1, 1), (0, 1), (0, 0))]
                 boxes.setdefault(at, []).append(box)
     for at, outlines in sorted(boxes.items()):
         # An outline a shade: a rectangle a cell would make the page ten times larger.
@@ -430,13 +403,9 @@ def head_cells(one: HeadMap, scale: tuple[float, float], width: float) -> Any:
     for column, line in enumerate(one.values):
         for head, value in enumerate(line):
             if value is not None:
-                style = {
-                    "facecolor": LIGHT["cell"],
-                    "alpha": shade(place_on(scale, value, one.value_name)),
-                    "linewidth": 0,
-                }
-                box = Rectangle((column, head), 1 - gaps[0], 1 - gaps[1], gid=tip([one.hovers[column][head]]), **style)
-                place.add_patch(box)
+                alpha, hover = shade(place_on(scale, value, one.value_name)), tip([one.hovers[column][head]])
+                style = {"facecolor": LIGHT["cell"], "alpha": alpha, "linewidth": 0, "gid": hover}
+                place.add_patch(Rectangle((column, head), 1 - gaps[0], 1 - gaps[1], **style))
     every = next(step for step in (1, 2, 5, 10, 20, 50, 1000) if step * wide >= 24)
     across = {column: str(one.owners[column]) for column in range(0, len(one.owners), every)}
     down = {head: f"head {head}" for head in range(0, num_heads, 1 if tall >= 13 else 4)}

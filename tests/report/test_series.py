@@ -146,8 +146,8 @@ def test_growth_keeps_its_columns_together():
 def test_runs_are_boxes_of_their_own():
     head = {"layer": 1, "head": 0, "kept_tokens": 4, "states": "kmkmmkkgw"}
     (one,) = head_texts({"seen_tokens": 9, "heads": [head]}, [*"abcdefgh", ""])
-    assert one.marks == (("k", "a", 1), ("m", "bc", 2), ("m", "def", 3), ("k", "g", 1), ("g", "h", 1), ("w", "·", 1))
-    assert one.name == "layer 1, head 0: 4 of 9 kept (2.25×)"
+    assert one["marks"] == [("k", "a", 1), ("m", "bc", 2), ("m", "def", 3), ("k", "g", 1), ("g", "h", 1), ("w", "·", 1)]
+    assert one["name"] == "layer 1, head 0: 4 of 9 kept (2.25×)"
 
 
 def test_long_runs_show_means_of_neighbours():
