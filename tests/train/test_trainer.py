@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.train import objectives
 from kvfold.train.data import TrainingOrder, draw_text, noise_key
 from kvfold.train.loop import Loop
