@@ -118,8 +118,8 @@ def _trainer_of(recipe: str, device: str | None, *, text: Path) -> Any:
     """What trains one model in its folder; `text` is the folder of the packed text."""
     import torch
 
+    from kvfold.eval.progress import watched_steps
     from kvfold.train.pretrain import Pretrain
-    from kvfold.train.run_folder import watched_steps
 
     where = torch.device(device or "cpu")
     about = begin_training(where)

@@ -30,10 +30,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from kvfold.errors import UserError
+from kvfold.eval.progress import OnStep
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.record import write_whole_file
 from kvfold.train.data import TrainingOrder
-from kvfold.train.run_folder import CURVE, PARTIAL, OnStep, drop_old, newest_whole, read_curve, seal, step_of
+from kvfold.train.run_folder import CURVE, PARTIAL, drop_old, newest_whole, read_curve, seal, step_of
 from kvfold.train.settings import TrainSettings
 from kvfold.train.student import trained_weights
 

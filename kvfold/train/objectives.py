@@ -230,9 +230,9 @@ class Distillation(NextToken):
             bytes_ = student.model.dtype.itemsize
             self._kept = KeptAtEnd(student.model.config.layout, from_next=from_next, model_bytes=bytes_)
         self._frees = settings.compresses and settings.trains == "full" and settings.spec.gate_form.zero_out
-        self._teacher = self._ask
+        self._teacher = self._asked
         if kept is not None:
-            self._teacher = lambda ids: (kept.of(ids, lambda missing: self._ask(missing)[-1]),)
+            self._teacher = lambda ids: (kept.of(ids, lambda missing: self._asked(missing)[-1]),)
         if student.teacher is not None:  # each process has a device of its own
             student.teacher.to(student.model.device)
 
@@ -264,7 +264,7 @@ class Distillation(NextToken):
         return parts
 
     @torch.no_grad()
-    def _ask(self, ids_BT: Tensor) -> tuple[Tensor, ...]:
+    def _asked(self, ids_BT: Tensor) -> tuple[Tensor, ...]:
         """What the teacher has before its head, [B, T, C], or what goes into each layer, too: a model of its own, or the
         student's weights with what is trained switched off.
         """

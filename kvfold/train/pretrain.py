@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kvfold.errors import UserError
-from kvfold.eval.progress import Report, silent
+from kvfold.eval.progress import OnStep, Report, silent
 from kvfold.eval.reading import next_token_logits
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
@@ -37,7 +37,7 @@ from kvfold.train.loop import (
     wait_for_all,
 )
 from kvfold.train.objectives import NextToken, next_token_loss
-from kvfold.train.run_folder import OnStep, RunFolder, leads, read_curve, staged
+from kvfold.train.run_folder import RunFolder, leads, read_curve, staged
 from kvfold.train.student import write_model
 
 _CURVE_POINTS = 60

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kvfold.errors import UserError
 from kvfold.eval.perplexity import measure_quality
-from kvfold.eval.progress import Report, silent
+from kvfold.eval.progress import OnStep, Report, silent
 from kvfold.eval.reading import Protocol
 from kvfold.models.adapters import Base
 from kvfold.models.decoder import FoldForCausalLM
@@ -26,7 +26,7 @@ from kvfold.train.calibrate import calibrate, least_missed_channel, measure_kept
 from kvfold.train.data import TrainingOrder, TrainingText, draw_text
 from kvfold.train.loop import Loop, join, load_result, shard, unsharded
 from kvfold.train.objectives import Distillation, ignored_tokens
-from kvfold.train.run_folder import OnStep, RunFolder, leads, read_curve, step_of
+from kvfold.train.run_folder import RunFolder, leads, read_curve, step_of
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import (
     Student,
