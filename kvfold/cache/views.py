@@ -50,9 +50,9 @@ class TrainingView:
     ) -> Tensor:  # fmt: skip
         """See `KVView`. A reader attends to what its owner attended to, with the owner's bias."""
         owner = self._layout.owner_of(layer)
-        if owner == layer:
-            self._shared[owner] = self._own(owner, k_BTKD, v_BTKD, rotation, gates)
-        shared = self._shared[owner] if layer < self._layout.last_reader(owner) else self._shared.pop(owner)
+        shared = self._own(owner, k_BTKD, v_BTKD, rotation, gates) if owner == layer else self._shared[owner]
+        if owner == layer != self._layout.last_reader(owner):
+            self._shared[owner] = shared
         q = rotate_queries(rotation, q_BTHD, None if gates is None else gates.q_keep_HD)
         common = {"scale": self._scale, "softcap": self._softcap}
         if isinstance(shared, Lives):
