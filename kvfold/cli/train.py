@@ -278,8 +278,8 @@ def _retrofitted(source: str, out: Path, settings: Any, snapshot: Path | None, l
     if snapshot is not None:
         _check_snapshot(snapshot, folder)
     need_packages("peft", extra="train", what="training")
+    from kvfold.eval.progress import watched_steps
     from kvfold.train.retrofit import Retrofit
-    from kvfold.train.run_folder import watched_steps
 
     model, tokenizer = loading.load(source)
     teacher = None if settings.teacher is None else loading.load(settings.teacher)[0]

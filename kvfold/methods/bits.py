@@ -32,9 +32,7 @@ class BitsSpec:
         """`int8` for both, or `int8,int4` for keys and values apart."""
         parts = [part.strip() for part in text.split(",")]
         if len(parts) > 2:
-            raise UserError(
-                f"bits '{text}': it names one storage, or one for keys and one for values: write e.g. 'int8,int4'"
-            )
+            raise UserError(f"bits '{text}': storage is named once, or for keys and values: write e.g. 'int8,int4'")
         return cls(k=parts[0], v=parts[-1])
 
     def format(self) -> str:
