@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from typer import Argument, Option
 
 from kvfold.cli.options import (
@@ -24,7 +23,7 @@ from kvfold.cli.options import (
     progress,
     quiet_transformers,
     say,
-    show_json,
+    tell,
     waiting,
 )
 from kvfold.data import SAMPLE
@@ -152,8 +151,13 @@ def convert(
             wanted = _with_choice(source, out, wanted, owners, ids, device, report)
         run(source, out, wanted, config=before, calibration_WT=ids, dtype=dtype, device=device, report=report)
     if owners is not None:
-        _keep_costs(out)
-    _tell(_summary(before, new_config(before, wanted), out, init), as_json)
+        # What was measured of layers goes with the model that came of it.
+        for file in _costs_folder(out).iterdir():
+            shutil.move(file, Path(os.path.expanduser(out)) / file.name)
+        _costs_folder(out).rmdir()
+    summary = _summary(before, new_config(before, wanted), out, init)
+    changed = [f"{name}: {old} -> {new}" for name, (old, new) in summary["changed"].items()]
+    tell({"kind": "convert", **summary}, as_json, *changed, out=summary["out"])
 
 
 def _check(before: "FoldConfig", wanted: "Conversion", owners: int | None) -> None:
@@ -188,14 +192,6 @@ def _costs_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.layers")
 
 
-def _keep_costs(out: Path) -> None:
-    """What was measured of layers goes with the model that came of it."""
-    folder = _costs_folder(out)
-    for file in folder.iterdir():
-        shutil.move(file, Path(os.path.expanduser(out)) / file.name)
-    folder.rmdir()
-
-
 def _calibration(source: str, files: list[Path], tokens: int, config: "FoldConfig") -> Any:
     from kvfold.convert.conversion import calibration_windows
     from kvfold.models.load import load_tokenizer
@@ -203,15 +199,6 @@ def _calibration(source: str, files: list[Path], tokens: int, config: "FoldConfi
     context = min(_WINDOW_TOKENS, config.max_position_embeddings)
     with waiting("reading the calibration text"):
         return calibration_windows(load_tokenizer(source), files, tokens=tokens, context_tokens=context)
-
-
-def _tell(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        show_json({"kind": "convert", **result})
-        return
-    for name, (old, new) in result["changed"].items():
-        say(f"{name}: {old} -> {new}")
-    typer.echo(result["out"])
 
 
 def _summary(before: "FoldConfig", after: "FoldConfig", out: Path, init: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from kvfold.cli.options import (
     progress,
     quiet_transformers,
     say,
-    show_json,
+    tell,
 )
 from kvfold.errors import UserError, need_packages
 
@@ -72,15 +72,12 @@ def generate(
     cache = weights.new_cache(rows=1)
     ids = weights.generate(**inputs, **chosen, max_new_tokens=max_new_tokens, past_key_values=cache, streamer=streamer)
     method, seen, kept = cache.layout.time_text(), int(cache.seen_tokens[0]), cache.kept_tokens[:, 0]
-    if as_json:
-        written = tokenizer.decode(ids[0], skip_special_tokens=True)
-        held = {"allocated_bytes": cache.allocated_bytes, "full_bytes": cache.full_bytes}
-        show_json({"text": written, "method": method, "seen_tokens": seen, "kept_tokens": kept.tolist(), **held})
-    else:
-        held = f"{size(cache.allocated_bytes)} held where a full cache takes {size(cache.full_bytes)}"
-        say(
-            f"{method}: {count(seen)} tokens seen, {count(round(kept[kept >= 0].float().mean().item()))} kept a head, {held}"
-        )
+    facts = {
+        "text": tokenizer.decode(ids[0], skip_special_tokens=True), "method": method, "seen_tokens": seen,
+        "kept_tokens": kept.tolist(), "allocated_bytes": cache.allocated_bytes, "full_bytes": cache.full_bytes,
+    }  # fmt: skip
+    told = f"{method}: {count(seen)} tokens seen, {count(round(kept[kept >= 0].float().mean().item()))} kept a head, "
+    tell(facts, as_json, f"{told}{size(cache.allocated_bytes)} held where a full cache takes {size(cache.full_bytes)}")
 
 
 def _answer_file(
@@ -96,12 +93,8 @@ def _answer_file(
     with Engine(weights, tokenizer, kv_memory=kv_memory) as engine, progress() as bar:
         counts = answer_file(engine, source, target, defaults=defaults, report=partial(bar, "answering"))
         stats = engine.stats()
-    if as_json:
-        show_json(counts | {"output": str(target), "stats": stats})
-    else:
-        say(
-            f"{target}: {counts['answered']} answered, {counts['errors']} with an error, {counts['skipped']} were there"
-        )
+    told = "{answered} answered, {errors} with an error, {skipped} were there".format_map(counts)
+    tell(counts | {"output": str(target), "stats": stats}, as_json, f"{target}: {told}")
 
 
 def _piped() -> str:

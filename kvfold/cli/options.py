@@ -278,6 +278,17 @@ def show_json(data: Any) -> None:
     typer.echo(json.dumps(json.loads(json.dumps(data), parse_constant=lambda _: None)))
 
 
+def tell(facts: Mapping[str, Any], as_json: bool, *lines: str, out: object = None) -> None:
+    """How a command that writes files ends: with its facts as JSON, or with lines and, on stdout, the place that it wrote."""
+    if as_json:
+        show_json(facts)
+        return
+    for line in lines:
+        say(line)
+    if out is not None:
+        typer.echo(out)
+
+
 def command_line() -> str:
     """What was typed, to be typed again."""
     return shlex.join(["kvfold", *sys.argv[1:]])

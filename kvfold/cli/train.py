@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from typer import Argument, Option
 
 from kvfold.cli.options import (
@@ -26,7 +25,7 @@ from kvfold.cli.options import (
     model_name,
     progress,
     say,
-    show_json,
+    tell,
     waiting,
 )
 from kvfold.data import SAMPLE
@@ -66,10 +65,7 @@ def train(
     if recipe is None:
         raise UserError("no recipe: give a name that `kvfold train --list` shows, or a .yaml file")
     facts = _pretrained(recipe, out or Path(Path(recipe).stem), _pretrain_settings(recipe, training), sweep_lr, device)
-    if as_json:
-        show_json({"kind": "pretraining", **facts})
-    else:
-        typer.echo(facts["out"])
+    tell({"kind": "pretraining", **facts}, as_json, out=facts["out"])
 
 
 def _pretrain_settings(recipe: str, training: Pretraining) -> Any:
@@ -241,11 +237,11 @@ def retrofit(
     facts = _retrofitted(source, out, _retrofit_settings(recipe, learns, training), snapshot, loading)
     if "after" not in facts:
         return  # one of torchrun's other processes: the leading one measures, writes and tells
-    if as_json:
-        show_json({"kind": "retrofit", "out": str(snapshot or out), **facts})
-    else:
-        _show(facts)
-        typer.echo(snapshot or out)
+    before, after = facts["before"], facts["after"]
+    change = 100 * (after["perplexity"] / before["perplexity"] - 1)
+    told = f"held-out perplexity {before['perplexity']:.2f} -> {after['perplexity']:.2f} ({change:+.1f} %)"
+    told += f", compression {after['compression']:.2f} at {after['context_tokens']:,} tokens"
+    tell({"kind": "retrofit", "out": str(snapshot or out), **facts}, as_json, told, out=snapshot or out)
 
 
 def _retrofit_settings(recipe: str | None, learns: Learns, training: Retrofitting) -> Any:
@@ -264,6 +260,7 @@ def _retrofit_settings(recipe: str | None, learns: Learns, training: Retrofittin
 
 
 def _retrofitted(source: str, out: Path, settings: Any, snapshot: Path | None, loading: Loading) -> dict[str, Any]:
+    from kvfold.models.load import check_folder
     from kvfold.train.run_folder import RunFolder, leads
 
     folder = RunFolder(out=out)
@@ -276,7 +273,9 @@ def _retrofitted(source: str, out: Path, settings: Any, snapshot: Path | None, l
         say(f"{out}: done already")
         return done
     if snapshot is not None:
-        _check_snapshot(snapshot, folder)
+        check_folder(snapshot)
+        if folder.checkpoint is None:
+            raise UserError(f"{out}: no checkpoint there yet: wait for the first, or look at save_steps")
     need_packages("peft", extra="train", what="training")
     from kvfold.eval.progress import watched_steps
     from kvfold.train.retrofit import Retrofit
@@ -292,14 +291,6 @@ def _retrofitted(source: str, out: Path, settings: Any, snapshot: Path | None, l
         ).run()  # fmt: skip
 
 
-def _check_snapshot(snapshot: Path, folder: Any) -> None:
-    from kvfold.models.load import check_folder
-
-    check_folder(snapshot)
-    if folder.checkpoint is None:
-        raise UserError(f"{folder.out}: no checkpoint there yet: wait for the first, or look at save_steps")
-
-
 def _say_plan(settings: Any, done: int, model: Any) -> None:
     from kvfold.train.student import retention_of
 
@@ -310,13 +301,6 @@ def _say_plan(settings: Any, done: int, model: Any) -> None:
         told += f", compression {settings.compression:g} at {settings.seq_len:,} tokens"
         told += f" ({nominal:.2f} by the gates alone)"
     say(told + (f"; going on after step {done:,}" if done else ""))
-
-
-def _show(facts: dict[str, Any]) -> None:
-    before, after = facts["before"], facts["after"]
-    change = 100 * (after["perplexity"] / before["perplexity"] - 1)
-    told = f"held-out perplexity {before['perplexity']:.2f} -> {after['perplexity']:.2f} ({change:+.1f} %)"
-    say(told + f", compression {after['compression']:.2f} at {after['context_tokens']:,} tokens")
 
 
 def calibrate(
@@ -352,22 +336,11 @@ def calibrate(
     check_folder(out)
     weights, tokenizer = Loading(adapter=str(adapter), dtype=dtype, device=device).load(model)
     with waiting("drawing text"):
-        text = draw_text(
-            data or [str(SAMPLE)],
-            tokenizer,
-            tokens=sequences * tokens,
-            seq_len=tokens,
-            seed=0,
-            spared=1,
-        )
+        text = draw_text(data or [str(SAMPLE)], tokenizer, tokens=sequences * tokens, seq_len=tokens, seed=0, spared=1)
     with progress() as report:
         facts = recalibrate(weights, adapter, out, text.train, settings, report=report)
-    if as_json:
-        show_json({"kind": "calibrate", "out": str(out), **facts})
-    else:
-        told = f"kept ratios of {facts['sequences']} sequences up to {tokens:,} tokens"
-        if settings is not None:
-            shift = f"compression {facts['before']:.2f} -> {facts['after']:.2f} at {tokens:,} tokens"
-            told = f"{shift}; gates shifted by {facts['shift']:+.3f}; {told}"
-        say(told)
-        typer.echo(out)
+    told = f"kept ratios of {facts['sequences']} sequences up to {tokens:,} tokens"
+    if settings is not None:
+        shift = f"compression {facts['before']:.2f} -> {facts['after']:.2f} at {tokens:,} tokens"
+        told = f"{shift}; gates shifted by {facts['shift']:+.3f}; {told}"
+    tell({"kind": "calibrate", "out": str(out), **facts}, as_json, told, out=out)

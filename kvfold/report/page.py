@@ -120,7 +120,8 @@ def side_by_side(pictures: Sequence) -> float:
 
 def summary(group: Group, colours: Mapping[str, int]) -> list[dict[str, Any]]:
     """The page's first answer, a line a method: its share of the cache, what it costs on each text, passkeys all together."""
-    passkey, lines = _keys_shown(group), []
+    lines = []
+    passkey = [row for row in group.passkey if series.worth_showing(group.passkey, number(row, "length_tokens"))]
     for label, rows in _by_method(group.rows).items():
         by_text = {words(row, "text"): row for row in rows}
         found, tries = series.found_keys(row for row in passkey if words(row, "method") == words(rows[0], "method"))
@@ -148,10 +149,6 @@ def _change(row: Mapping | None) -> str:
     if row is not None and series.family_of(row) == series.UNFOLDED and number(row, "perplexity") is not None:
         return three(number(row, "perplexity"))
     return difference(*sheets.pair(row or {}, "perplexity_change_percent"), "%")
-
-
-def _keys_shown(group: Group) -> list[Mapping]:
-    return [row for row in group.passkey if series.worth_showing(group.passkey, number(row, "length_tokens"))]
 
 
 def best_way(group: Group) -> dict[str, Any] | None:
@@ -244,12 +241,25 @@ def _stretches(states: str, pieces: Sequence[str]) -> Iterator[tuple[str, str, i
 def _facts(files: Sequence[Mapping]) -> dict[str, list[str]]:
     """Model, machine, software and days: one line for each that is known."""
     days = sorted({day for data in files if (day := words(data, "created")[:10])})
+    known = zip(*map(_about, files), strict=True) if files else ((), (), ())
     return {
-        "Model": _distinct(map(_model, files)),
-        "Machine": _distinct(map(_machine, files)),
-        "Software": _distinct(map(_software, files)),
+        **{name: _distinct(lines) for name, lines in zip(("Model", "Machine", "Software"), known, strict=True)},
         "Measured": [" to ".join(dict.fromkeys([days[0], days[-1]]))] if days else ["not recorded"],
     }
+
+
+def _about(data: Mapping) -> tuple[str, str, str]:
+    """Model, machine and software of one file, as far as it says."""
+    about, parameters = data.get("environment"), number(data, "model", "parameters")
+    weights = f"{amount(parameters)} parameters" if parameters else ""
+    model = [words(data, "model", "name"), weights, words(data, "model", "note")]
+    counted = [f"{count(value)} {name}" for name in ("cores", "threads") if (value := number(about, name))]
+    device = f"device {device}" if (device := words(about, "device")) else ""
+    machine = [words(about, "cpu"), *counted, device, words(about, "dtype")]
+    versions = {name: words(about, name) for name in ("kvfold", "torch", "transformers", "python")}
+    versions["commit"] = short_commit(words(data, "git_commit"))
+    software = [f"{name} {version}" for name, version in versions.items() if version]
+    return "; ".join(filter(None, model)), ", ".join(filter(None, machine)), ", ".join(software)
 
 
 def _distinct(lines: Iterable[str]) -> list[str]:
@@ -258,25 +268,6 @@ def _distinct(lines: Iterable[str]) -> list[str]:
     said = [line for line in known if not any(other != line and other.startswith(line) for other in known)]
     more = [f"and {len(said) - MOST_FACTS + 1} more"] if len(said) > MOST_FACTS else []
     return said[: MOST_FACTS - len(more)] + more or ["not recorded"]
-
-
-def _model(data: Mapping) -> str:
-    parameters = number(data, "model", "parameters")
-    said = f"{amount(parameters)} parameters" if parameters else ""
-    return "; ".join(filter(None, [words(data, "model", "name"), said, words(data, "model", "note")]))
-
-
-def _machine(data: Mapping) -> str:
-    about = data.get("environment")
-    counted = [f"{count(value)} {name}" for name in ("cores", "threads") if (value := number(about, name))]
-    device = [f"device {device}"] if (device := words(about, "device")) else []
-    return ", ".join(filter(None, [words(about, "cpu"), *counted, *device, words(about, "dtype")]))
-
-
-def _software(data: Mapping) -> str:
-    named = {name: words(data, "environment", name) for name in ("kvfold", "torch", "transformers", "python")}
-    named["commit"] = short_commit(words(data, "git_commit"))
-    return ", ".join(f"{name} {version}" for name, version in named.items() if version)
 
 
 def other_commits(source: Result) -> str:

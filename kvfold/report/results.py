@@ -187,24 +187,24 @@ def group_results(results: Iterable[Result]) -> list[Group]:
     """Sections in the order of the kinds, within a kind the newest first."""
     found: dict[object, list[Result]] = {}
     for index, result in enumerate(results):
-        key = {"quality": _protocol, "pretraining": _training}.get(result.kind, lambda data, index=index: index)
-        found.setdefault(key(result.data), []).append(result)
+        found.setdefault(_comparable(result.kind, result.data) or index, []).append(result)
     many = len({words(members[-1].data, "model", "name") for members in found.values()}) > 1
     groups = [_group(members, many) for members in found.values()]
     groups.sort(key=lambda group: group.sources[-1].created, reverse=True)
     return sorted(groups, key=lambda group: KINDS.index(group.kind))
 
 
-def _protocol(data: Mapping) -> str:
-    environment = [words(data, "environment", key) for key in ("device", "dtype")]
-    model = [words(data, "model", key) for key in ("name", "fingerprint")]
-    return json.dumps([model, data.get("protocol"), environment], sort_keys=True)
-
-
-def _training(data: Mapping) -> str:
-    """Tokens trained on and held out: as many, and a design space can be seen as a whole."""
+def _comparable(kind: str, data: Mapping) -> str | None:
+    """Equal for what makes one section; None for what stands alone."""
+    if kind == "quality":
+        environment = [words(data, "environment", key) for key in ("device", "dtype")]
+        model = [words(data, "model", key) for key in ("name", "fingerprint")]
+        return json.dumps([model, data.get("protocol"), environment], sort_keys=True)
+    if kind != "pretraining":
+        return None
+    # Tokens trained on and held out: as many, and a design space can be seen as a whole.
     first = next(iter(rows_of(data)), {})
-    return json.dumps(["from scratch", *(number(first, key) for key in ("tokens", "validation_tokens"))])
+    return json.dumps([number(first, key) for key in ("tokens", "validation_tokens")])
 
 
 def _group(members: list[Result], is_one_of_many: bool) -> Group:

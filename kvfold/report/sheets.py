@@ -82,19 +82,6 @@ def _number(say: Callable[[float | None], str], keys: Sequence[str], row: Any) -
     return say(number(getattr(row, "row", row), *keys))
 
 
-def _words(keys: Sequence[str], row: Mapping, otherwise: str = "unnamed") -> str:
-    return words(row, *keys) or otherwise
-
-
-def _runs(keys: Sequence[str], row: Mapping, unit: str = "") -> str:
-    """A median with the smallest and largest behind it."""
-    return middle(*(number(row, *keys, edge) for edge in ("min", "median", "max")), unit)
-
-
-def _difference(keys: Sequence[str], row: Mapping, unit: str = "") -> str:
-    return difference(*pair(row, *keys), unit)
-
-
 def pair(row: Mapping, *keys: str) -> tuple[float | None, float | None]:
     """Mean and standard error of a difference."""
     return number(row, *keys, "mean"), number(row, *keys, "standard_error")
@@ -129,12 +116,11 @@ def step_name(row: Mapping) -> str:
 
 def _trains(row: Mapping) -> str:
     named = {"full": "all weights", "lora": "a low-rank addition", "adapter": "gates alone"}
-    return named.get(words(row, "trains"), words(row, "trains")) or MISSING
+    return _named(row, "trains", named)
 
 
-def _loss(row: Mapping) -> str:
-    named = {"reverse": "KL of student from teacher", "forward": "KL of teacher from student", "none": "next token"}
-    return named.get(words(row, "loss"), words(row, "loss")) or MISSING
+def _named(row: Mapping, key: str, names: Mapping[str, str]) -> str:
+    return names.get(words(row, key), words(row, key)) or MISSING
 
 
 def _kept(of: Callable[[list[float]], float], say: Callable[[float | None], str], row: Mapping) -> str:
@@ -160,8 +146,8 @@ def _percent(share: float) -> str:
 
 
 def _owners(one: series.Model) -> str:
-    owners, layers = number(one.row, "owners"), number(one.row, "num_layers")
-    return MISSING if owners is None or layers is None else f"{count(owners)} of {count(layers)}"
+    counts = [number(one.row, key) for key in ("owners", "num_layers")]
+    return MISSING if None in counts else " of ".join(map(count, counts))
 
 
 def _published(of: series.Model | series.Pair, key: str = "paper_perplexity") -> str:
@@ -173,15 +159,20 @@ def _published(of: series.Model | series.Pair, key: str = "paper_perplexity") ->
     return "none" if value is None else f"{value:.2f}"
 
 
+_LOSSES = {"reverse": "KL of student from teacher", "forward": "KL of teacher from student", "none": "next token"}
 WRITERS: dict[str, Callable[..., str]] = {
     **{write.__name__: partial(_number, write) for write in (count, percent, size, three, times)},
-    "words": _words, "runs": _runs, "difference": _difference, "label": series.label_of, "trained": _trained, "score": _score,
-    "point": point_name, "trains": _trains, "loss": _loss, "kept_mean": partial(_kept, series.mean_of, three),
+    "words": lambda keys, row, otherwise="unnamed": words(getattr(row, "row", row), *keys) or otherwise,
+    # A median with the smallest and largest behind it.
+    "runs": lambda keys, row, unit="": middle(*(number(row, *keys, edge) for edge in ("min", "median", "max")), unit),
+    "difference": lambda keys, row, unit="": difference(*pair(row, *keys), unit),
+    "label": series.label_of, "trained": _trained, "score": _score, "point": point_name, "trains": _trains,
+    "loss": lambda row: _named(row, "loss", _LOSSES), "kept_mean": partial(_kept, series.mean_of, three),
     "kept_least": partial(_kept, min, count), "kept_most": partial(_kept, max, count),
     "rows_found": lambda row: f"{count(number(row, 'rows'))}{' or more' if row.get('stopped') else ''}",
     # Of models from scratch, and of pairs of them.
-    "recipe": lambda one: one.recipe, "kv_bytes": lambda one: count(one.kv_bytes), "rates": lambda one: count(one.rates),
-    "perplexities": lambda one: _mean(one.perplexities), "owners": _owners, "published": _published,
+    "rates": lambda one: count(one.rates), "perplexities": lambda one: _mean(one.perplexities), "owners": _owners,
+    "published": _published,
     "seeds": lambda of: count(len(of.runs if isinstance(of, series.Model) else of.differences)),
     "shared": lambda pair: pair.shared.recipe, "other": lambda pair: pair.other.recipe,
     "bytes": lambda pair: f"{pair.other.kv_bytes / pair.shared.kv_bytes:.2f}×",
