@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kvfold.cache.views import TrainingView
@@ -24,7 +23,7 @@ from kvfold.eval.progress import Report, silent
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 from kvfold.methods.registry import parse_time
-from kvfold.models.adapters import ABOUT, WEIGHTS, AdapterAbout, adapter_folder, read_adapter
+from kvfold.models.adapters import adapter_folder, read_adapter
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.gates import CallOptions
 from kvfold.models.load import whole_folder
@@ -32,7 +31,7 @@ from kvfold.ops.gating import Gates
 from kvfold.ops.rotation import Rotation, rotate, rotate_queries
 from kvfold.train.objectives import KeptAtEnd
 from kvfold.train.settings import RetrofitSettings
-from kvfold.train.student import gate_config_of, retention_of
+from kvfold.train.student import gate_config_of, retention_of, save_adapter
 
 _ROUNDS = 12
 _CLOSE = 0.005
@@ -115,14 +114,14 @@ def shift_gates(model: FoldForCausalLM, shift: float) -> None:
     """Add `shift` to every logit: an adapter's biases have it, or the offset of gates that read a channel."""
     gates = model.config.gate_config
     if gates.source == "adapter":
-        for name in gate_biases(model.config.layout):
+        for name in _gate_biases(model.config.layout):
             # Of several numbers a head the first decides.
             model.get_parameter(name)[:: gates.form.outputs] += shift / gates.scale
     else:
         model.config.gates = model.config.gates | {"offset": gates.offset - shift}
 
 
-def gate_biases(layout: KVLayout) -> list[str]:
+def _gate_biases(layout: KVLayout) -> list[str]:
     """Names of the adapters' biases, of the owners whose gates decide."""
     owners = [owner for owner in layout.owners if layout.time_of(owner).trained]
     return [f"model.layers.{owner}.self_attn.fold_proj.bias" for owner in owners]
@@ -172,17 +171,16 @@ def kept_streams(kept_ONK: Tensor) -> Tensor:
     return by_sequence[:, by_sequence[0] >= 0].cpu()
 
 
-def shifted_settings(time: str, *, compression: float, seq_len: int) -> RetrofitSettings:
-    """What calibration goes by. Raises `UserError` for a compression that the method can't reach at this length."""
-    return RetrofitSettings(time=time, compression=compression, seq_len=seq_len, trains="full")
-
-
-def method_of(folder: Path) -> str:
-    """The method of an adapter. Raises `UserError` for a folder that is none, and for an adapter without gates."""
+def shifted_settings(folder: Path, *, compression: float | None, seq_len: int) -> RetrofitSettings | None:
+    """What `recalibrate` goes by, None where the gates are to stay. Raises `UserError` for a folder without an adapter, for an
+    adapter without gates, and for a compression that its method can't reach at this length.
+    """
     about, _ = read_adapter(folder)
     if about.gates is None or about.time is None:
         raise UserError(f"adapter {folder}: it has no gates to shift: give one that compresses")
-    return about.time
+    if compression is None:
+        return None
+    return RetrofitSettings(time=about.time, compression=compression, seq_len=seq_len, trains="full")
 
 
 def recalibrate(
@@ -198,25 +196,17 @@ def recalibrate(
         facts = calibrate(model, blocks_NT, settings, report=report)
     about, weights = read_adapter(folder)
     gates = GateConfig.from_json(about.gates)
-    if settings is None:
-        pass
-    elif gates.source == "adapter":
+    if gates.source == "adapter":
         # As calibration did to the model, which may be in another dtype.
-        for name in gate_biases(model.config.layout):
+        for name in _gate_biases(model.config.layout):
             weights[name][:: gates.form.outputs] += facts["shift"] / gates.scale
     else:
         about = replace(about, gates=about.gates | {"offset": gates.offset - facts["shift"]})
     model.config.kept_ratios = measure_kept_ratios(model, blocks_NT, report=report)
-    about = replace(about, kept_ratios=model.config.kept_ratios)
-    _write_adapter(about, weights, out, _card(out, folder, blocks_NT.shape[1], settings, facts))
+    with whole_folder(out) as partial:
+        (partial / "README.md").write_text(_card(out, folder, blocks_NT.shape[1], settings, facts), encoding="utf-8")
+        save_adapter(replace(about, kept_ratios=model.config.kept_ratios), weights, partial)
     return facts
-
-
-def _write_adapter(about: AdapterAbout, weights: dict[str, Tensor], out: Path, card: str) -> None:
-    with whole_folder(out) as folder:
-        save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / WEIGHTS)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        (folder / ABOUT).write_text(about.to_text(), encoding="utf-8")
 
 
 def _card(out: Path, folder: Path, tokens: int, settings: RetrofitSettings | None, facts: dict[str, Any]) -> str:
@@ -224,19 +214,16 @@ def _card(out: Path, folder: Path, tokens: int, settings: RetrofitSettings | Non
     if settings is None:
         # The same gates: their card holds.
         return old.read_text(encoding="utf-8") if old.is_file() else f"# {out.name}\n"
-    lines = [
-        f"# {out.name}",
-        "",
-        f"The adapter `{folder.name}` at another compression, written by `kvfold calibrate`: its gates were shifted by "
-        f"{facts['shift']:+.3f}, nothing was trained. Over {facts['sequences']} sequences of {tokens:,} tokens "
+    card = (
+        f"# {out.name}\n\nThe adapter `{folder.name}` at another compression, written by `kvfold calibrate`: its gates were "
+        f"shifted by {facts['shift']:+.3f}, nothing was trained. Over {facts['sequences']} sequences of {tokens:,} tokens "
         f"the compression was {facts['before']:.2f} before and is {facts['after']:.2f} now, window included; "
-        f"{settings.compression:g} was asked for.",
-        "",
-    ]
+        f"{settings.compression:g} was asked for.\n"
+    )
     if old.is_file():
-        lines += ["What follows is the card of that adapter; its figures are at its own compression.", ""]
-        lines.append(old.read_text(encoding="utf-8"))
-    return "\n".join(lines)
+        card += "\nWhat follows is the card of that adapter; its figures are at its own compression.\n\n"
+        card += old.read_text(encoding="utf-8")
+    return card
 
 
 @torch.no_grad()
@@ -279,7 +266,7 @@ SEQUENCES = 48
 _SHIFTED_SEQUENCES = 8
 _RIDGE = 1e-3
 """Beside normed inputs, whose mean square is 1."""
-SMALLEST = 1e-9
+_SMALLEST = 1e-9
 """A weight below this counts as this."""
 _LEAST_QUERIES_SHARE = 8
 """A token counts if at least one in so many of the queries that a first token has come after its delay."""
@@ -292,70 +279,85 @@ _QUERIES_AT_ONCE = 128
 def warm_start(
     model: FoldForCausalLM, blocks_NT: Tensor, settings: RetrofitSettings, *, report: Report = silent
 ) -> dict[str, Any]:
-    """Fit the model's gates on some blocks, in place, and shift them to the compression asked for. Gives what was found."""
-    model.eval()
-    used = blocks_NT[:SEQUENCES]
-    fits = {owner: Moments() for owner in gated_owners(model)}
-    for done, block in enumerate(used):
-        report("fitting gates", done, len(used))
-        for owner, x, y in attention_to_come(model, block[None].to(model.device)):
-            fits[owner].add(x, y)
-    report("fitting gates", len(used), len(used))
-    solved = {owner: fit.solve() for owner, fit in fits.items()}
-    spread = float(torch.cat([one.variance for one in solved.values()]).mean().sqrt())
-    _write_gates(model, solved, gain=_LOGIT_SPREAD / max(spread, 1e-6))
-    shifted = calibrate(model, blocks_NT[:_SHIFTED_SEQUENCES], settings, report=report)
-    explained = torch.cat([one.explained for one in solved.values()]).mean()
-    return {"tokens": used.numel(), "explained_variance": float(explained), "compression": shifted["after"]}
+    """Fit the model's gates to the attention that tokens receive, on some blocks, in place, and shift them to the compression
+    asked for. Gives what was found.
 
-
-def attention_to_come(model: FoldForCausalLM, ids_BT: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-    """Of each owner with gates: its layer, the normed residual stream [tokens, C], and the log of the largest attention to
-    come [tokens, K]. Tokens that too few queries will see are left out.
+    A token that some later query attends to strongly, after the delay, had better stay. So what is predicted, from a token's own
+    normed residual stream, is the log of the largest weight that any query beyond the delay gives it, over the query heads of the
+    group and over all readers. A gate then fires where the prediction is low; how low is set by the compression asked for, one
+    threshold for all heads of all layers.
     """
-    decoder, layout = model.model, model.config.layout
-    view = WatchedView(layout, **decoder.attention_options)
-    (hidden, rotations), inputs = decoder.opened(ids_BT), {}
+    model.eval()
+    used, gates = blocks_NT[:SEQUENCES], model.config.gate_config
+    solved = _fitted(model, used, "fitting gates", report)
+    spread = float(torch.cat([one.variance for one in solved.values()]).mean().sqrt())
+    gain = _LOGIT_SPREAD / max(spread, 1e-6)
+    for owner, fit in solved.items():
+        # The logit is minus the prediction times the gain; the threshold comes later, as a shift.
+        projection = model.model.layers[owner].self_attn.fold_proj
+        projection.weight.copy_(-gain / gates.scale * fit.weight_KC)
+        projection.bias.copy_((gates.offset - gain * fit.bias_K) / gates.scale)
+    shifted = calibrate(model, blocks_NT[:_SHIFTED_SEQUENCES], settings, report=report)
+    return {"tokens": used.numel(), "explained_variance": _explained(solved), "compression": shifted["after"]}
+
+
+def _fitted(model: FoldForCausalLM, blocks_NT: Tensor, what: str, report: Report, **watched: Any) -> dict[int, "Fit"]:
+    """Of each owner the fit to what comes to its tokens; `watched`: see `attention_to_come`."""
+    sums = {owner: Moments() for owner in _gated_owners(model)}
+    for done, block in enumerate(blocks_NT):
+        report(what, done, len(blocks_NT))
+        for owner, x, y in attention_to_come(model, block[None].to(model.device), **watched):
+            sums[owner].add(x, y)
+    report(what, len(blocks_NT), len(blocks_NT))
+    return {owner: one.solve() for owner, one in sums.items()}
+
+
+def _explained(fits: dict[int, "Fit"]) -> float:
+    return float(torch.cat([one.explained for one in fits.values()]).mean())
+
+
+def attention_to_come(
+    model: FoldForCausalLM, ids_BT: Tensor, *, measure: Callable[..., Tensor] | None = None,
+    join: Callable[[Tensor, Tensor], Tensor] = torch.maximum,
+) -> list[tuple[int, Tensor, Tensor]]:  # fmt: skip
+    """Of each owner with gates: its layer, the normed residual stream [tokens, C], and the log of the largest attention to
+    come [tokens, K]. Tokens that too few queries will see are left out. `measure`: in place of `largest_attention`, each head its
+    own; `join`: how the measures of two layers that read one owner become one.
+    """
+    decoder, layout, owners = model.model, model.config.layout, _gated_owners(model)
+    view = _WatchedView(layout, measure or largest_attention, join, **decoder.attention_options)
+    (hidden, rotations), inputs, found = decoder.opened(ids_BT), {}, []
     for index, (layer, rotation) in enumerate(zip(decoder.layers, rotations, strict=True)):
-        if layer.self_attn.fold_norm is not None:
+        if index in owners:
             inputs[index] = layer.self_attn.fold_norm(hidden)
         hidden = layer(hidden, view, rotation, None)
-    found = []
-    for owner in gated_owners(model):
-        largest = view.largest[owner]
-        if model.config.gate_config.per == "layer":
-            largest = largest.amax(dim=1, keepdim=True).expand_as(largest)
-        counted = counted_tokens(ids_BT.shape[1], layout.time_of(owner).eviction_delay)
-        y = largest[:, :, :counted].clamp(min=SMALLEST).log().transpose(1, 2)
+    for owner in owners:
+        seen = view.found[owner]
+        if measure is None and model.config.gate_config.per == "layer":
+            seen = seen.amax(dim=1, keepdim=True).expand_as(seen)
+        queries = max(0, ids_BT.shape[1] - 1 - layout.time_of(owner).eviction_delay)
+        counted = queries - queries // _LEAST_QUERIES_SHARE
+        y = seen[:, :, :counted].clamp(min=_SMALLEST).log().transpose(1, 2)
         found.append((owner, inputs[owner][:, :counted].flatten(0, 1), y.flatten(0, 1)))
     return found
 
 
-def counted_tokens(tokens: int, delay: int) -> int:
-    """First tokens of a sequence that enough queries see after their delay."""
-    queries = max(0, tokens - 1 - delay)
-    return queries - queries // _LEAST_QUERIES_SHARE
-
-
-def gated_owners(model: FoldForCausalLM) -> list[int]:
+def _gated_owners(model: FoldForCausalLM) -> list[int]:
     """Owners whose marked tokens leave after a delay."""
     layout = model.config.layout
     return [owner for owner in layout.owners if layout.time_of(owner).eviction_delay is not None]
 
 
-class WatchedView:
-    """Plain attention, and of each key the largest weight that queries beyond the delay give it."""
+class _WatchedView:
+    """Plain attention, and a measure of what queries beyond the delay give each key."""
 
     def __init__(
-        self, layout: KVLayout, *, scale: float, softcap: float | None, measure: Callable[..., Tensor] | None = None,
-        join: Callable[[Tensor, Tensor], Tensor] = torch.maximum,
-    ):  # fmt: skip
-        """`measure` in place of `largest_attention`, and how the measures of two layers that read one owner become one."""
-        self._layout, self._scale, self._softcap = layout, scale, softcap
-        self._measure, self._join = measure or largest_attention, join
-        self._plain = TrainingView(layout.base(), real_BT=None, scale=scale, softcap=softcap)
+        self, layout: KVLayout, measure: Callable[..., Tensor], join: Callable[[Tensor, Tensor], Tensor], **options: Any
+    ):
+        self._layout, self._measure, self._join, self._options = layout, measure, join, options
+        self._plain = TrainingView(layout.base(), real_BT=None, **options)
         self._keys: dict[int, Tensor] = {}
-        self.largest: dict[int, Tensor] = {}
+        self.found: dict[int, Tensor] = {}
         """Of each owner under DMS, [B, K, T]."""
 
     def attend(
@@ -364,18 +366,13 @@ class WatchedView:
     ) -> Tensor:  # fmt: skip
         """See `KVView`."""
         owner = self._layout.owner_of(layer)
-        spec = self._layout.time_of(owner)
-        if spec.eviction_delay is not None:
+        delay = self._layout.time_of(owner).eviction_delay
+        if delay is not None:
             if k_BTKD is not None:
                 self._keys[owner] = rotate(rotation, k_BTKD)
-            found = self._measure(
-                rotate_queries(rotation, q_BTHD),
-                self._keys[owner],
-                delay=spec.eviction_delay,
-                scale=self._scale,
-                softcap=self._softcap,
-            )
-            self.largest[owner] = self._join(self.largest[owner], found) if owner in self.largest else found
+            q = rotate_queries(rotation, q_BTHD)
+            found = self._measure(q, self._keys[owner], delay=delay, **self._options)
+            self.found[owner] = self._join(self.found[owner], found) if owner in self.found else found
             if self._layout.last_reader(owner) == layer:
                 del self._keys[owner]
         return self._plain.attend(layer, q_BTHD, k_BTKD, v_BTKD, rotation, gates)
@@ -388,12 +385,12 @@ def largest_attention(
     0 where there is no such query. q and k are rotated.
     """
     found = q_BTHD.new_zeros((q_BTHD.shape[0], k_BTKD.shape[2], q_BTHD.shape[1]), dtype=torch.float32)
-    for stop, weights in attention_beyond(q_BTHD, k_BTKD, delay=delay, scale=scale, softcap=softcap):
+    for stop, weights in _attention_beyond(q_BTHD, k_BTKD, delay=delay, scale=scale, softcap=softcap):
         found[..., :stop] = torch.maximum(found[..., :stop], weights.amax(dim=(2, 3)))
     return found
 
 
-def attention_beyond(
+def _attention_beyond(
     q_BTHD: Tensor, k_BTKD: Tensor, *, delay: int, scale: float, softcap: float | None
 ) -> Iterator[tuple[int, Tensor]]:
     """Some queries at a time: the number of keys that they may see, and the weights [B, K, G, queries, keys] of those more than
@@ -451,15 +448,6 @@ class Moments:
         return Fit(weight_KC=solved[:-1].T, bias_K=solved[-1], variance=variance, explained=explained)
 
 
-def _write_gates(model: FoldForCausalLM, fits: dict[int, Fit], *, gain: float) -> None:
-    """Gates whose logit is minus the prediction times `gain`; the threshold comes later, as a shift."""
-    gates = model.config.gate_config
-    for owner, fit in fits.items():
-        projection = model.model.layers[owner].self_attn.fold_proj
-        projection.weight.copy_(-gain / gates.scale * fit.weight_KC)
-        projection.bias.copy_((gates.offset - gain * fit.bias_K) / gates.scale)
-
-
 @torch.no_grad()
 def take_gates(model: FoldForCausalLM, time: str) -> None:
     """Put a model that has trained gates under the method `time`, in place: the decisions stay, whatever else the adapters give
@@ -489,31 +477,18 @@ def take_gates(model: FoldForCausalLM, time: str) -> None:
 
 @torch.no_grad()
 def fit_importance(model: FoldForCausalLM, blocks_NT: Tensor, *, report: Report = silent) -> dict[str, Any]:
-    """Fit what the model's adapters say beside their decisions on some blocks, in place. Gives what was found."""
+    """Fit what the model's adapters say beside their decisions on some blocks, in place: how much a token matters beside others
+    of its head. Gives what was found.
+    """
     model.eval()
-    owners, layout = gated_owners(model), model.config.layout
-    fits = {owner: Moments() for owner in owners}
-    for done, block in enumerate(blocks_NT):
-        report("fitting importance", done, len(blocks_NT))
-        view = WatchedView(layout, measure=mean_attention, join=add, **model.model.attention_options)
-        (hidden, rotations), inputs = model.model.opened(block[None].to(model.device)), {}
-        for index, (layer, rotation) in enumerate(zip(model.model.layers, rotations, strict=True)):
-            if index in fits:
-                inputs[index] = layer.self_attn.fold_norm(hidden)
-            hidden = layer(hidden, view, rotation, None)
-        for owner, fit in fits.items():
-            counted = counted_tokens(len(block), layout.time_of(owner).eviction_delay)
-            y = view.largest[owner][:, :, :counted].clamp(min=SMALLEST).log().transpose(1, 2)
-            fit.add(inputs[owner][:, :counted].flatten(0, 1), y.flatten(0, 1))
-    report("fitting importance", len(blocks_NT), len(blocks_NT))
-    outputs, explained = model.config.gate_config.form.outputs, []
-    for owner, fit in fits.items():
-        solved, projection = fit.solve(), model.model.layers[owner].self_attn.fold_proj
-        projection.weight[1::outputs] = solved.weight_KC.to(projection.weight)
+    outputs = model.config.gate_config.form.outputs
+    solved = _fitted(model, blocks_NT, "fitting importance", report, measure=mean_attention, join=add)
+    for owner, fit in solved.items():
+        projection = model.model.layers[owner].self_attn.fold_proj
+        projection.weight[1::outputs] = fit.weight_KC.to(projection.weight)
         if projection.bias is not None:
-            projection.bias[1::outputs] = solved.bias_K.to(projection.bias)
-        explained.append(solved.explained)
-    return {"tokens": blocks_NT.numel(), "explained_variance": float(torch.cat(explained).mean())}
+            projection.bias[1::outputs] = fit.bias_K.to(projection.bias)
+    return {"tokens": blocks_NT.numel(), "explained_variance": _explained(solved)}
 
 
 def mean_attention(q_BTHD: Tensor, k_BTKD: Tensor, *, delay: int, scale: float, softcap: float | None = None) -> Tensor:
@@ -522,7 +497,7 @@ def mean_attention(q_BTHD: Tensor, k_BTKD: Tensor, *, delay: int, scale: float, 
     """
     tokens = q_BTHD.shape[1]
     found = q_BTHD.new_zeros((q_BTHD.shape[0], k_BTKD.shape[2], tokens), dtype=torch.float32)
-    for stop, weights in attention_beyond(q_BTHD, k_BTKD, delay=delay, scale=scale, softcap=softcap):
+    for stop, weights in _attention_beyond(q_BTHD, k_BTKD, delay=delay, scale=scale, softcap=softcap):
         found[..., :stop] += weights.sum(dim=(2, 3))
     queries = (tokens - 1 - delay - torch.arange(tokens, device=found.device)).clamp(min=1)
     return found / queries

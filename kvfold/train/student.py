@@ -294,11 +294,12 @@ def _write_adapter(model: FoldForCausalLM, base: Base, folder: Path, tokens: int
         lora={"scale": scales.pop()} if scales else None, trained_tokens=tokens,
         kept_ratios=config.kept_ratios if learned else None,
     )  # fmt: skip
-    saved = {
-        name: weight.detach().to(device="cpu", dtype=torch.float32).contiguous() for name, weight in weights.items()
-    }
-    if not saved:
-        # The format needs a tensor: gates of a frozen channel have none.
-        raise RuntimeError("nothing was trained that an adapter could hold")
-    save_file(saved, folder / WEIGHTS)
+    assert weights, "nothing was trained that an adapter could hold"
+    save_adapter(about, weights, folder)
+
+
+def save_adapter(about: AdapterAbout, weights: dict[str, Tensor], folder: Path) -> None:
+    """The files of an adapter; a folder is loaded by the last."""
+    told = {"device": "cpu", "dtype": torch.float32}
+    save_file({name: weight.detach().to(**told).contiguous() for name, weight in weights.items()}, folder / WEIGHTS)
     (folder / ABOUT).write_text(about.to_text(), encoding="utf-8")
