@@ -8,7 +8,7 @@ keep alike. No torch here, and no tensors are moved.
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import inf
@@ -110,6 +110,19 @@ def token_bytes(layout: KVLayout, model_bytes: int) -> int:
     )
 
 
+def most_tokens(fits: Callable[[int], bool], most: int) -> int | None:
+    """Tokens of the longest text that fits: 0 where none does, None where one of over half of `most` does."""
+    found, too_long = 0, 1
+    while fits(too_long):
+        found, too_long = too_long, 2 * too_long
+        if too_long > most:
+            return None
+    while too_long - found > 1:
+        middle = (found + too_long) // 2
+        found, too_long = (middle, too_long) if fits(middle) else (found, middle)
+    return found
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """What one model's KV cache costs under one layout."""
@@ -153,16 +166,8 @@ class Plan:
         _refuse_negative(memory_bytes=memory_bytes)
         if rows < 1:
             raise UserError(f"rows {rows}: a context is that of 1 row or more: write 1 or more")
-        a_row = memory_bytes // rows
-        fits, too_long = 0, 1
-        while self.bytes([too_long]) <= a_row:
-            fits, too_long = too_long, 2 * too_long
-            if too_long > UNBOUNDED_TOKENS:
-                return self.model_tokens
-        while too_long - fits > 1:
-            middle = (fits + too_long) // 2
-            fits, too_long = (middle, too_long) if self.bytes([middle]) <= a_row else (fits, middle)
-        return fits
+        found = most_tokens(lambda tokens: self.bytes([tokens]) <= memory_bytes // rows, UNBOUNDED_TOKENS)
+        return self.model_tokens if found is None else found
 
     def compression(self, context_tokens: int) -> float:
         """Times smaller than the base layout, in bytes, for one row of `context_tokens` tokens."""
