@@ -206,9 +206,7 @@ class GridStep(EvictBeforeStep):
         group.cross(ids, self.batch.position_B[row], gates)
         length = group.lengths(ids)
         self.lengths_OBK[index, row] = length
-        place, slots = length.long() - 1, group.pool.slots
-        page = group.tables.flat[group.starts(ids) + place // slots].long()
-        self.slot_OBK[index, row] = page * slots + place % slots
+        self.slot_OBK[index, row] = group.slots_at(ids, length.long() - 1)
 
 
 class MergeStep(EvictBeforeStep):

@@ -77,10 +77,10 @@ class CacheGroup:
         old = self.length.shape[1]
         if sequences <= old:
             return
-        longer = [one.new_zeros((len(one), sequences, *one.shape[2:])) for one in self._by_sequence]
-        for new, one in zip(longer, self._by_sequence, strict=True):
-            new[:, :old] = one
-        self.length, self.state = (*longer, None)[:2]
+        for name in ("length", "state"):
+            one = getattr(self, name)
+            if one is not None:
+                setattr(self, name, torch.cat((one, one.new_zeros((len(one), sequences - old, *one.shape[2:]))), dim=1))
         self.tables.resize(sequences)
         self._bound += [0] * (sequences - old)
 
@@ -125,6 +125,11 @@ class CacheGroup:
         line, index = (torch.arange(most, device=ids.device) < count[:, None]).nonzero(as_tuple=True)
         return line, index, self.tables.flat[self.starts(ids[line]) + index]
 
+    def slots_at(self, id_X: Tensor, place_X: Tensor) -> Tensor:
+        """Flat slot, int64, of one entry of each stream, by its place among the stored."""
+        slots = self.pool.slots
+        return self.tables.flat[self.starts(id_X) + place_X // slots].long() * slots + place_X % slots
+
     def stored_slots(self, id_X: Tensor, stored: int) -> tuple[Tensor, Tensor]:
         """Flat slots [..., S] of these streams' entries, and which are filled; S = `stored`, no less than any length."""
         return stream_slots(self.tables.flat, self.starts(id_X), self.lengths(id_X), stored, self.pool.slots)
@@ -144,8 +149,7 @@ class CacheGroup:
     def note_before(self, id_BK: Tensor, length_BK: Tensor, values: dict[str, Tensor]) -> None:
         """Of one owner: write slot state [B, 1, K] of the newest of so many entries, where there is one; no one else holds it."""
         some, place = length_BK > 0, (length_BK - 1).clamp(min=0)
-        page = self.tables.flat[self.starts(id_BK) + place // self.pool.slots].long()
-        slot = (page * self.pool.slots + place % self.pool.slots)[some]
+        slot = self.slots_at(id_BK, place)[some]
         for name, one in values.items():
             array = self.pool.arrays[name].view(-1)
             array.index_copy_(0, slot, one[:, 0][some].to(array.dtype))

@@ -49,16 +49,19 @@ def usage_of(store: Store) -> Usage:
     held_bytes = store.allocated_bytes
     for group in store.groups:
         pool, streams = group.pool, torch.arange(group.length.numel(), device=group.length.device)
-        slot, filled = group.stored_slots(streams, int(group.length.max()) if group.length.numel() else 0)
-        places = slot[filled].unique()
+        line, index, page = group.page_ids(streams)
+        there = (group.lengths(line).long() - index * pool.slots).clamp(max=pool.slots)
+        page, holder = page.long().unique(return_inverse=True)
+        filled: Tensor = torch.zeros_like(page).scatter_reduce(0, holder, there, "amax")
+        leaving, marked = 0, group.method.marked(group.flat_state)
         if group.method.mark_array is not None:
-            leaving = int((pool.arrays[group.method.mark_array].view(-1)[places] > 0).sum())
-        else:
-            marked = group.method.marked(group.flat_state)
-            leaving = 0 if marked is None else slot[marked].unique().numel()
-        entries += (places.numel() - leaving) * pool.slot_bytes
+            is_there = torch.arange(pool.slots, device=page.device) < filled[:, None]
+            leaving = int(((pool.arrays[group.method.mark_array][page] > 0) & is_there).sum())
+        elif marked is not None:
+            leaving = group.slots_at(*marked).unique().numel()
+        entries += (int(filled.sum()) - leaving) * pool.slot_bytes
         waiting += leaving * pool.slot_bytes
-        rounding += (group.page_ids(streams)[2].unique().numel() * pool.slots - places.numel()) * pool.slot_bytes
+        rounding += (page.numel() * pool.slots - int(filled.sum())) * pool.slot_bytes
         rings += group.state_bytes(store.num_sequences)
     books = held_bytes - entries - waiting - rounding - rings
     return Usage(entries=entries, waiting=waiting, rounding=rounding, rings=rings, books=books)

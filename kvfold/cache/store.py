@@ -23,6 +23,7 @@ from kvfold.layout.planner import (
     PAGE_SLOTS,
     PageClass,
     layout_bytes,
+    most_tokens,
     page_bytes,
     page_class,
     page_classes,
@@ -130,14 +131,8 @@ class Store:
                 found[one] += sequences * heads * pages * self._page_bytes[one]
             return found
 
-        seen = 1
-        while seen < LONGEST_TEXT and sum(needs(2 * seen).values()) <= memory_bytes:
-            seen *= 2
-        step = seen
-        while step := step // 2:
-            if sum(needs(seen + step).values()) <= memory_bytes:
-                seen += step
-        return needs(seen)
+        seen = most_tokens(lambda tokens: sum(needs(tokens).values()) <= memory_bytes, LONGEST_TEXT)
+        return needs(LONGEST_TEXT if seen is None else max(1, seen))
 
     def _make_groups(self, sequences: int) -> tuple[list[CacheGroup], dict[int, tuple[CacheGroup, int]]]:
         """Groups of like owners, and for each owner its group and its place there."""

@@ -85,7 +85,7 @@ def plan(
 
 def _memory_of_cache(model: str, memory: str | None, kv_memory: str | None) -> tuple[int | None, str]:
     """Bytes that the cache may take, and how a heading says so. Of a device's memory the weights are subtracted."""
-    from kvfold.layout.hf_config import weight_bytes
+    from kvfold.layout.planner import weight_bytes
     from kvfold.report.results import size
 
     if memory is not None and kv_memory is not None:

@@ -326,13 +326,11 @@ def calibrate(
     Example: `kvfold calibrate my-model adapter-4x adapter-2x --compression 2`
     """
     from kvfold.models.load import check_folder
-    from kvfold.train.calibrate import method_of, recalibrate, shifted_settings
+    from kvfold.train.calibrate import recalibrate, shifted_settings
     from kvfold.train.data import draw_text
 
     tokens = parse_count(context)
-    method, settings = method_of(adapter), None
-    if compression is not None:
-        settings = shifted_settings(method, compression=compression, seq_len=tokens)
+    settings = shifted_settings(adapter, compression=compression, seq_len=tokens)
     check_folder(out)
     weights, tokenizer = Loading(adapter=str(adapter), dtype=dtype, device=device).load(model)
     with waiting("drawing text"):

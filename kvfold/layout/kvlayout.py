@@ -14,9 +14,8 @@ from typing import Any, Self, TypeVar
 
 from kvfold.errors import UserError
 from kvfold.layout.patterns import check_owners, owner_map, pattern_text
-from kvfold.methods.base import Method
+from kvfold.methods.base import Budget, Method
 from kvfold.methods.bits import BitsSpec
-from kvfold.methods.budget import Budget
 from kvfold.methods.registry import parse_time
 from kvfold.methods.window import Full, Window
 

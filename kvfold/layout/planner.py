@@ -1,5 +1,5 @@
-"""How many bytes a layout needs, and the inverses: how many rows, how much context fit; the rows of a plan's table; and amounts
-as people write them on a command line.
+"""How many bytes a layout needs, and the inverses: how many rows, how much context fit; the rows of a plan's table; what weights
+weigh; and amounts as people write them on a command line.
 
 The byte arithmetic is the store's own: it imports these terms, so that planned bytes equal allocated bytes. Where a method's
 need depends on its gates (DMC, DMS) the plan is the upper bound, or what gates of a given compression keep where all heads
@@ -8,14 +8,16 @@ keep alike. No torch here, and no tensors are moved.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import inf
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from kvfold.errors import UserError
-from kvfold.layout.hf_config import base_layout, config_layout, model_tokens, read_config, value_bytes
+from kvfold.layout.hf_config import base_layout, config_layout, model_tokens, read_config, text_config, value_bytes
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.base import DTYPE_BYTES
 from kvfold.methods.bits import Storage, storage_bytes
@@ -108,6 +110,19 @@ def token_bytes(layout: KVLayout, model_bytes: int) -> int:
     )
 
 
+def most_tokens(fits: Callable[[int], bool], most: int) -> int | None:
+    """Tokens of the longest text that fits: 0 where none does, None where one of over half of `most` does."""
+    found, too_long = 0, 1
+    while fits(too_long):
+        found, too_long = too_long, 2 * too_long
+        if too_long > most:
+            return None
+    while too_long - found > 1:
+        middle = (found + too_long) // 2
+        found, too_long = (middle, too_long) if fits(middle) else (found, middle)
+    return found
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """What one model's KV cache costs under one layout."""
@@ -151,16 +166,8 @@ class Plan:
         _refuse_negative(memory_bytes=memory_bytes)
         if rows < 1:
             raise UserError(f"rows {rows}: a context is that of 1 row or more: write 1 or more")
-        a_row = memory_bytes // rows
-        fits, too_long = 0, 1
-        while self.bytes([too_long]) <= a_row:
-            fits, too_long = too_long, 2 * too_long
-            if too_long > UNBOUNDED_TOKENS:
-                return self.model_tokens
-        while too_long - fits > 1:
-            middle = (fits + too_long) // 2
-            fits, too_long = (middle, too_long) if self.bytes([middle]) <= a_row else (fits, middle)
-        return fits
+        found = most_tokens(lambda tokens: self.bytes([tokens]) <= memory_bytes // rows, UNBOUNDED_TOKENS)
+        return self.model_tokens if found is None else found
 
     def compression(self, context_tokens: int) -> float:
         """Times smaller than the base layout, in bytes, for one row of `context_tokens` tokens."""
@@ -261,6 +268,44 @@ def plan_rows(
         )
         for name, one in plans.items()
     )  # fmt: skip
+
+
+_TIED_TYPES = ("cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text")
+"""Model types whose head is the embedding where the config does not say."""
+_OTHER_WEIGHTS = ("num_local_experts", "num_experts", "n_routed_experts", "vision_config", "audio_config")
+"""Keys that tell of weights that are not counted here."""
+_COUNTED = ("vocab_size", "hidden_size", "intermediate_size")
+
+
+def weight_bytes(source: Any) -> int | None:
+    """Bytes of the weights in the model's dtype: what a device's memory holds beside the cache; None where neither files nor
+    config tell. `source` as for `plan`.
+    """
+    if callable(getattr(source, "named_parameters", None)):
+        return sum(weight.numel() * weight.element_size() for _, weight in source.named_parameters())
+    if isinstance(source, str | PathLike) and Path(source).expanduser().is_dir():
+        files = list(Path(source).expanduser().glob("*.safetensors"))
+        if files:
+            return sum(file.stat().st_size for file in files)
+    return counted_bytes(read_config(source)[1])
+
+
+def counted_bytes(config: Mapping[str, Any]) -> int | None:
+    """The same counted from a raw config, for decoders of one plain form: embeddings, four attention projections, three of a
+    gated MLP, and a head unless it is the embedding. Biases and norms weigh next to nothing.
+    """
+    text = text_config(config)
+    if any(config.get(key) or text.get(key) for key in _OTHER_WEIGHTS) or not all(text.get(key) for key in _COUNTED):
+        return None
+    layout = config_layout(config)
+    hidden, heads = text["hidden_size"], text["num_attention_heads"]
+    is_tied = text.get("tie_word_embeddings", text.get("model_type") in _TIED_TYPES)
+    number = text["vocab_size"] * hidden * (1 if is_tied else 2)
+    for layer, kept in enumerate(layout.layers):
+        number += 3 * hidden * text["intermediate_size"] + 2 * hidden * heads * kept.head_dim
+        if layout.is_owner(layer):
+            number += 2 * hidden * kept.num_kv_heads * kept.head_dim
+    return number * value_bytes(config)
 
 
 SIZE_UNITS: dict[str, int] = {

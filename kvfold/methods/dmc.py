@@ -89,8 +89,7 @@ class DMC(Method):
         """All partial means are keys; a key's bias is log(1 - alpha) of the token after it."""
         import torch
 
-        from kvfold.ops.gating import first_real, from_next
-        from kvfold.ops.pooling import pooled_real
+        from kvfold.ops.gating import first_real, from_next, pooled_real
 
         gates, real, (k, v) = tokens.gates, tokens.real_BT, (tokens.k_BTKD, tokens.v_BTKD)
         opens = first_real(real, k.shape[1], k.device, self.alone + 1)[..., None]
@@ -135,7 +134,7 @@ class MergedChunk(ChunkPlan):
     def __init__(self, method: DMC, chunk: Chunk):
         import torch
 
-        from kvfold.ops.pooling import pooled_real
+        from kvfold.ops.gating import pooled_real
 
         super().__init__(method, chunk)
         k, gates, real = chunk.k_BTKD, chunk.gates, chunk.real_BT
@@ -210,8 +209,7 @@ class MergedChunk(ChunkPlan):
         """The weighted tokens of the entry that is open now go into the ring."""
         import torch
 
-        from kvfold.ops.gating import real_first, reordered
-        from kvfold.ops.pooling import open_entries
+        from kvfold.ops.gating import open_entries, real_first, reordered
 
         chunk = self.chunk
         order, _ = real_first(chunk.real_BT)

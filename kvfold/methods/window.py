@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from kvfold.errors import UserError
-from kvfold.methods.base import Method
-from kvfold.methods.budget import Budget, parse_pair
+from kvfold.methods.base import Budget, Method, parse_pair
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -212,25 +212,15 @@ class GateCall:
             return bool(self.table.freed)
         return config.source != "adapter" or config.form.with_weights
 
-    @property
-    def kept_share(self) -> float | None:
-        """Factor of a freed channel in this call, 0 where gates decide; None where it is left alone."""
-        if self.options.channel_factor is not None:
-            return self.options.channel_factor
-        return 0.0 if not self.off or self.table.freed else None
-
     def soft(self, layer: int, logit_BTK: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and log(1 - alpha) of a decision in training: under noise the difference of two Gumbel draws, the same on any
         device and process, is added to its logit.
         """
-        config = self.table.configs[layer]
+        config, shape, rows = self.table.configs[layer], logit_BTK.shape[1:], []
         if self.noise_key is not None:
-            rows = []
             for key in self.noise_key.tolist():
                 source = torch.Generator().manual_seed((key * _MIX + (layer + 1) * (_MIX >> 1)) % 2**63)
-                uniform = torch.rand(logit_BTK.shape[1:], generator=source, dtype=torch.float64).clamp_(
-                    1e-12, 1 - 1e-12
-                )
+                uniform = torch.rand(shape, generator=source, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)
                 rows.append(torch.logit(uniform))
             noise = torch.stack(rows).float().to(logit_BTK.device)
             logit_BTK = logit_BTK + (noise if config.per == "head" else noise[..., :1])
@@ -285,15 +275,14 @@ def _kept_channels(config: GateConfig, call: GateCall, q_BTHD: Tensor, k_BTKD: T
     """Factors of the channels of q and k: 0 (or the zero-out stage's factor) where a channel was freed. One that is freed in
     keys is so in the readers' queries too.
     """
-    share, first = call.kept_share, config.form.frees == "first query"
+    share, first = call.options.channel_factor, config.form.frees == "first query"
+    if share is None and (not call.off or call.table.freed):
+        share = 0.0
     if share is None or (first and k_BTKD is None):
         return {}
     q_keep = q_BTHD.new_ones(q_BTHD.shape[2:])
-    if first:
-        q_keep[:: q_BTHD.shape[2] // k_BTKD.shape[2], config.channel] = share
-        return {"q_keep_HD": q_keep}
-    q_keep[:, config.channel] = share
-    if k_BTKD is None:
+    q_keep[:: q_BTHD.shape[2] // k_BTKD.shape[2] if first else 1, config.channel] = share
+    if first or k_BTKD is None:
         return {"q_keep_HD": q_keep}
     k_keep = k_BTKD.new_ones(k_BTKD.shape[2:])
     k_keep[:, config.channel] = share

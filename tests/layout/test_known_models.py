@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvfold.layout.known_models import KNOWN_MODELS
+from kvfold.layout.hf_config import KNOWN_MODELS
 from kvfold.layout.planner import plan
 
 CLA_TABLE = {  # KV bytes per token at 16 bit, owners: arXiv 2405.12981, table 1

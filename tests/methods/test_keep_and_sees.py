@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfold.methods.budget import Budget
+from kvfold.methods.base import Budget
 from kvfold.methods.plans import Entries
 from kvfold.methods.registry import parse_time
 from kvfold.methods.scored import evict_lowest

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from kvfold.errors import UserError
 from kvfold.methods import registry
-from kvfold.methods.base import Method
-from kvfold.methods.budget import Budget
+from kvfold.methods.base import Budget, Method
 from kvfold.methods.dmc import DMC
 from kvfold.methods.dms import DMS
 from kvfold.methods.registry import METHODS, parse_time

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmc_golden
-from kvfold.ops.gating import real_first, reordered
-from kvfold.ops.pooling import open_entries, pooled
+from kvfold.ops.gating import open_entries, pooled, real_first, reordered
 
 WINDOWS = [1, 3, 12, None]
 windows = st.sampled_from([*WINDOWS, 2, 40])
