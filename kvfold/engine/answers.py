@@ -212,8 +212,6 @@ class Live:
         return piece
 
 
-# -- files of requests -----------------------------------------------------------------------------------------------
-
 LOOKAHEAD = 1024
 """Lines that are read and submitted ahead of the first one that is not answered yet."""
 

@@ -107,8 +107,6 @@ class Engine:
             "prefix_hits": prefixes.hits, "estimate_error": self._budget.mean_error, **self._counts,
         }  # fmt: skip
 
-    # -- asking --------------------------------------------------------------------------------------------------
-
     def generate(self, asked: Iterable[Asked]) -> list[Answer]:
         """Answers in the order of the requests. What is wrong with one of them stands in its answer's `error`."""
         groups = list(self.in_order(asked))
@@ -179,8 +177,6 @@ class Engine:
     def cancel(self, job: Sequence[Request]) -> None:
         """End a request; its pages are free before the next step. What has ended already is left alone."""
         self._inbox.put(lambda: [self._end(one, "abort") for one in job if one in self._live])
-
-    # -- what is asked, checked ----------------------------------------------------------------------------------
 
     def _prepare(self, asked: Asked, deliver: Deliver, *, streams: bool) -> list[Live]:
         """The answers to be made, on the caller's thread. Raises `UserError` for whatever is wrong."""
@@ -271,8 +267,6 @@ class Engine:
                 for text in (word, " " + word.lstrip()):
                     found.add(tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
         return tuple(sorted(found - {()}))
-
-    # -- the thread ----------------------------------------------------------------------------------------------
 
     def _send(self, lives: list[Live]) -> None:
         with self._lock:

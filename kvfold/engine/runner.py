@@ -97,8 +97,6 @@ class Runner:
             pools={one: pool for one, (pool, _) in self._pools.items()},
         )  # fmt: skip
 
-    # -- memory --------------------------------------------------------------------------------------------------
-
     @property
     def pool_bytes(self) -> int:
         """Bytes of all pages."""
@@ -192,8 +190,6 @@ class Runner:
                 for pool, number in zip(store.pools, pages, strict=True):
                     needed[id(pool)] += number
         return all(needed[id(pool)] <= pool.book.exact_free() for pool, _ in self._pools.values())
-
-    # -- forward -------------------------------------------------------------------------------------------------
 
     def forward(
         self, method: str, handles: Sequence[int], tokens: Sequence[Sequence[int]], *, every: bool = False

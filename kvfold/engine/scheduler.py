@@ -62,8 +62,6 @@ class Scheduler:
         self.preemptions = 0
         self.most_running = 0
 
-    # -- coming and going ----------------------------------------------------------------------------------------
-
     def submit(self, request: Request) -> None:
         """Let a request wait for its turn. Raises `UserError` for one that can never fit."""
         refusal = self.budget.refusal(request)
@@ -129,8 +127,6 @@ class Scheduler:
         """Forget all snapshots."""
         while self._evict():
             pass
-
-    # -- a step --------------------------------------------------------------------------------------------------
 
     def plan(self, now: float) -> Step:
         """What to run at this time, in seconds on the engine's clock. All of it surely fits."""
@@ -210,8 +206,6 @@ class Scheduler:
             if not same or (len(group) + 1) * max(*group, tokens) > self.prefill_tokens:
                 return 0
         return tokens
-
-    # -- admission -----------------------------------------------------------------------------------------------
 
     def _rank(self, request: Request, now: float) -> tuple:
         return request.priority - int((now - request.arrival) / AGING_S), request.arrival, request.id

@@ -32,7 +32,7 @@ from kvfold.models.adapters import read_adapter
 from kvfold.models.load import load, load_config, load_tokenizer
 from kvfold.serve import watch
 from kvfold.serve.app import create_app
-from kvfold.serve.replies import DONE, ApiError, error_event
+from kvfold.serve.replies import DONE, ApiError, busy, error_event
 from kvfold.serve.serving import ServerSettings
 
 if TYPE_CHECKING:
@@ -256,9 +256,9 @@ async def _rest(first: Part, stream: Any) -> AsyncIterator[bytes]:
 def lost(error: Exception) -> ApiError:
     """What a client is told whose replica did not answer. It may ask again: the next replica knows nothing of the request."""
     if isinstance(error, BackPressureError):
-        return ApiError(429, "all replicas are full: try again in 1 second", headers={"Retry-After": "1"})
+        return busy(429, "all replicas are full: try again in 1 second", 1)
     if isinstance(error, DeploymentUnavailableError):
-        return ApiError(503, "no replica can be started: see Ray Serve's log", headers={"Retry-After": "10"})
+        return busy(503, "no replica can be started: see Ray Serve's log", 10)
     return ApiError(
         503, "the replica that worked on this request was lost: ask again", code="replica_lost", headers={"Retry-After": "1"}
     )  # fmt: skip

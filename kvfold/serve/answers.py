@@ -84,7 +84,6 @@ class Call:
         async for batch in job.batches():
             for index, piece in batch:
                 answers[index].add(piece)
-        self.serving.log_text(self.id, "answer", [one.text for one in answers])
         choices = [self.whole(index, one) for index, one in enumerate(answers)]
         return self._filled(1, choices, usage=self.usage(job), **self.extras(answers[0]))
 
@@ -176,9 +175,6 @@ async def _until_done(asked: Call, job: Job) -> AsyncIterator[bytes]:
     yield DONE
 
 
-# -- texts -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(kw_only=True, slots=True)
 class _Text:
     """One answer to one prompt, as far as it was sent."""
@@ -224,44 +220,37 @@ class TextCall(Call):
                 text = serving.tokens.decode(ids)
             asked.append(serving.asked(sampling, ids, default_max_tokens=DEFAULT_MAX_TOKENS))
             self.texts += [_Text(ids=list(ids), echo=text if body.echo else "") for _ in range(self.n)]
-            serving.log_text(self.id, "prompt", prompt)
         job.prompt_tokens = sum(len(one["prompt"]) for one in asked)
         job.submit(asked)
 
     def whole(self, index: int, piece: Piece) -> CompletionChoice:
         """See `Call`; or what is new of one answer."""
         state, body = self.texts[index], self.body
-        silent = body.max_tokens == 0
-        text = "" if silent else piece.text
-        fields: dict[str, Any] = {
-            "index": index, "text": text if state.begun else state.echo + text, "logprobs": None, "finish_reason": None,
-        }  # fmt: skip
+        if body.max_tokens == 0:
+            piece.text, piece.token_ids, piece.logprobs = "", [], []
+        text = piece.text if state.begun else state.echo + piece.text
+        fields: dict[str, Any] = {"index": index, "text": text, "logprobs": None, "finish_reason": None}
         if body.logprobs is not None:
-            fields["logprobs"] = self._logprobs(state, piece, silent)
+            fields["logprobs"] = self._logprobs(state, piece)
         if body.prompt_logprobs is not None and not state.begun:
             fields["prompt_logprobs"] = self.serving.tokens.prompt_logprobs(piece.prompt_logprobs)
         if body.return_token_ids:
-            fields["token_ids"] = [] if silent else list(piece.token_ids)
+            fields["token_ids"] = piece.token_ids
             if not state.begun:
                 fields["prompt_token_ids"] = state.ids
         state.begun = True
-        self.num_tokens += 0 if silent else len(piece.token_ids)
+        self.num_tokens += len(piece.token_ids)
         choice = filled(CompletionChoice, **fields)
         if piece.finish_reason is not None:
-            self.end(choice, piece, "length" if silent else None)
+            self.end(choice, piece, "length" if body.max_tokens == 0 else None)
         return choice
 
-    def _logprobs(self, state: _Text, piece: Piece, silent: bool) -> Logprobs:
-        tokens, as_ids = self.serving.tokens, bool(self.body.return_tokens_as_token_ids)
-        of_tokens = [] if silent else list(piece.logprobs)
-        first = None
-        if self.body.echo and not state.begun:
-            of_tokens = [*piece.prompt_logprobs, *of_tokens]
-            first = state.ids[0]
-        logprobs = tokens.completion_logprobs(of_tokens, state.offset, first=first, as_ids=as_ids)
-        if of_tokens or first is not None:
-            last = of_tokens[-1].token if of_tokens else first
-            state.offset = logprobs.text_offset[-1] + len(tokens.text_of(last))
+    def _logprobs(self, state: _Text, piece: Piece) -> Logprobs:
+        echoes = self.body.echo and not state.begun
+        logprobs, state.offset = self.serving.tokens.completion_logprobs(
+            [*piece.prompt_logprobs, *piece.logprobs] if echoes else piece.logprobs, state.offset,
+            first=state.ids[0] if echoes else None, as_ids=bool(self.body.return_tokens_as_token_ids),
+        )  # fmt: skip
         return logprobs
 
     def news(self, index: int, piece: Piece) -> list[CompletionChoice]:
@@ -280,9 +269,6 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
         if isinstance(first, str | list) and all(isinstance(one, type(first)) for one in prompt):
             return prompt
     raise invalid("prompt", "prompt must be a text, token ids, or a list of 1 or more of either")
-
-
-# -- chats -----------------------------------------------------------------------------------------------------------
 
 
 class ChatCall(Call):
@@ -313,7 +299,6 @@ class ChatCall(Call):
             sampling["structured_outputs"] = {"json": self.tools.schema()}
         if body.logprobs:
             sampling["logprobs"] = body.top_logprobs or 0
-        serving.log_text(self.id, "messages", body.messages)
         job.prompt_tokens = len(ids)
         job.submit([serving.asked(sampling, ids, default_max_tokens=None)])
 

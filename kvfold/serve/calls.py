@@ -70,8 +70,6 @@ class AnswerReader:
         text, self._text = self._text, ""
         return [Part(kind="content", text=text)]
 
-    # -- reasoning -----------------------------------------------------------------------------------------------
-
     def _before_reasoning(self, last: bool) -> list[Part]:
         begun = self._text.lstrip()
         if begun.startswith(REASONING[0]):
@@ -94,8 +92,6 @@ class AnswerReader:
         if self._text or last:
             self._step = self._begin_content
         return []
-
-    # -- content -------------------------------------------------------------------------------------------------
 
     def _begin_content(self, last: bool) -> list[Part]:
         """Before the content's first letter, which decides whether it may be nothing but a call."""
@@ -120,8 +116,6 @@ class AnswerReader:
             certain = len(before[: certain - _held_back(before, CALL[0])].rstrip())
         text, self._text = before[:certain], before[certain:]
         return [Part(kind="content", text=text)] if text.strip() or not self.num_calls else []
-
-    # -- calls ---------------------------------------------------------------------------------------------------
 
     def _tagged(self, last: bool) -> list[Part]:
         """Between the tags of one call."""

@@ -29,45 +29,35 @@ TokenIds = Annotated[list[Annotated[int, Strict(), Field(ge=0)]], Field(max_leng
 
 _NEUTRAL = (None, False, 0, [], {}, "")
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "best_of": ((None, 1), "ask for n answers and choose"),
-    "suffix": (_NEUTRAL, "write what follows into the prompt"),
-    "use_beam_search": (_NEUTRAL, "sample instead"),
-    "length_penalty": ((None, 1, 1.0), "it belongs to beam search"),
-    "audio": (_NEUTRAL, "this model writes text"),
-    "modalities": ((None, ["text"], []), "this model writes text"),
-    "functions": (_NEUTRAL, "use tools"),
-    "function_call": ((None, "none", "auto"), "use tool_choice"),
-    "web_search_options": ((None,), "the server has no tools of its own"),
-    "moderation": (_NEUTRAL, "the server moderates nothing"),
-    "logits_processors": (_NEUTRAL, "use logit_bias, bad_words or structured_outputs"),
-    "truncate_prompt_tokens": ((None,), "shorten the prompt"),
-    "prompt_embeds": (_NEUTRAL, "send text or token ids"),
-    "chat_template": ((None,), "start the server with --chat-template"),
-    "cache_salt": ((None,), "stored prefixes are shared by all who may ask"),
-    "kv_transfer_params": (_NEUTRAL, "one engine serves the whole request"),
-    "repetition_detection": (_NEUTRAL, "use repetition_penalty"),
-    "thinking_token_budget": ((None,), "use max_tokens"),
-    "guided_json": ((None,), "use structured_outputs"),
-    "guided_regex": ((None,), "use structured_outputs"),
-    "guided_choice": ((None,), "use structured_outputs"),
-    "guided_grammar": ((None,), "use structured_outputs"),
-    "structural_tag": ((None,), "use structured_outputs"),
-    "previous_response_id": ((None,), "the server keeps no conversations: send the whole input"),
-    "conversation": ((None,), "the server keeps no conversations: send the whole input"),
-    "background": ((None, False), "stream the answer"),
-    "max_tool_calls": ((None,), "the server has no tools of its own"),
-    "truncation": ((None, "disabled"), "shorten the input"),
-    "encoding_format": ((None, "float"), "this model gives no embeddings"),
+    name: (neutral, remedy)
+    for names, neutral, remedy in (
+        ("best_of", (None, 1), "ask for n answers and choose"),
+        ("suffix", _NEUTRAL, "write what follows into the prompt"),
+        ("use_beam_search", _NEUTRAL, "sample instead"),
+        ("length_penalty", (None, 1, 1.0), "it belongs to beam search"),
+        ("audio", _NEUTRAL, "this model writes text"),
+        ("modalities", (None, ["text"], []), "this model writes text"),
+        ("functions", _NEUTRAL, "use tools"),
+        ("function_call", (None, "none", "auto"), "use tool_choice"),
+        ("web_search_options max_tool_calls", (None,), "the server has no tools of its own"),
+        ("moderation", _NEUTRAL, "the server moderates nothing"),
+        ("logits_processors", _NEUTRAL, "use logit_bias, bad_words or structured_outputs"),
+        ("truncate_prompt_tokens", (None,), "shorten the prompt"),
+        ("prompt_embeds", _NEUTRAL, "send text or token ids"),
+        ("chat_template", (None,), "start the server with --chat-template"),
+        ("cache_salt", (None,), "stored prefixes are shared by all who may ask"),
+        ("kv_transfer_params", _NEUTRAL, "one engine serves the whole request"),
+        ("repetition_detection", _NEUTRAL, "use repetition_penalty"),
+        ("thinking_token_budget", (None,), "use max_tokens"),
+        ("guided_json guided_regex guided_choice guided_grammar structural_tag", (None,), "use structured_outputs"),
+        ("previous_response_id conversation", (None,), "the server keeps no conversations: send the whole input"),
+        ("background", (None, False), "stream the answer"),
+        ("truncation", (None, "disabled"), "shorten the input"),
+        ("encoding_format", (None, "float"), "this model gives no embeddings"),
+    )
+    for name in names.split()
 }
 """By field: the values that change nothing, and what to do instead."""
-
-_PASSED = (
-    "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty",
-    "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words", "stop", "stop_token_ids",
-    "include_stop_str_in_output", "ignore_eos", "seed", "n", "skip_special_tokens", "structured_outputs",
-    "response_format", "prompt_logprobs", "priority",
-)  # fmt: skip
-"""Fields that the engine takes as they are."""
 
 
 class KvfoldFields(BaseModel):
@@ -138,9 +128,15 @@ class Base(_Body):
 
     def sampling(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """The engine's fields, `defaults` where this request is silent."""
-        asked = {name: value for name in _PASSED if (value := getattr(self, name, None)) is not None}
+        passed = {*Base.model_fields, "max_tokens"} - _NOT_THE_ENGINES
+        asked = {name: value for name in passed if (value := getattr(self, name, None)) is not None}
         time = self.kvfold.time if self.kvfold else None
         return {**defaults, **asked} | ({} if time is None else {"time": time})
+
+
+_NOT_THE_ENGINES = {
+    "model", "stream", "stream_options", "request_id", "return_token_ids", "return_tokens_as_token_ids", "kvfold",
+}  # fmt: skip
 
 
 class CompletionRequest(Base):

@@ -67,8 +67,6 @@ class Tokens:
                 return [_BYTE_OF[letter] for letter in piece]
         return list(text.encode())
 
-    # -- log probabilities ---------------------------------------------------------------------------------------
-
     def chat_logprobs(self, found: Sequence[TokenLogprob], *, as_ids: bool = False) -> list[ChatCompletionTokenLogprob]:
         """As chat completions have them."""
         return [
@@ -84,8 +82,10 @@ class Tokens:
 
     def completion_logprobs(
         self, found: Sequence[TokenLogprob], offset: int, *, first: int | None = None, as_ids: bool = False
-    ) -> Logprobs:
-        """As completions have them. `offset`: characters before. `first`: a token before all, which has no probability."""
+    ) -> tuple[Logprobs, int]:
+        """As completions have them, and the offset behind them. `offset`: characters before. `first`: a token before all, which
+        has no probability.
+        """
         tokens = [] if first is None else [first]
         tokens += [one.token for one in found]
         offsets = []
@@ -93,11 +93,12 @@ class Tokens:
             offsets.append(offset)
             offset += len(self.text_of(token))
         nothing = [] if first is None else [None]
-        return filled(
+        logprobs = filled(
             Logprobs, text_offset=offsets, tokens=[self._name(token, as_ids) for token in tokens],
             token_logprobs=nothing + [_finite(one.logprob) for one in found],
             top_logprobs=nothing + [self._top(one, as_ids) for one in found],
         )  # fmt: skip
+        return logprobs, offset
 
     def _top(self, one: TokenLogprob, as_ids: bool) -> dict[str, float]:
         """By token, likeliest first; the chosen one is always among them."""

@@ -58,6 +58,11 @@ def invalid(field: str | None, message: str) -> ApiError:
     return ApiError(400, message, param=field)
 
 
+def busy(status: int, message: str, seconds: int) -> ApiError:
+    """For a request that may be sent once more after so many seconds."""
+    return ApiError(status, message, headers={"Retry-After": str(seconds)})
+
+
 def unsupported(field: str, remedy: str) -> ApiError:
     """For a field that would change the answer's meaning and can't be honoured."""
     return ApiError(400, f"{field} is not supported: {remedy}", param=field, code="unsupported_parameter")

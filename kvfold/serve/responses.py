@@ -33,8 +33,6 @@ class ResponseCall(ChatCall):
         self.items: list[dict[str, Any]] = []
         self._number = 0
 
-    # -- the response as it stands -------------------------------------------------------------------------------
-
     def _response(self, status: str, **extra: Any) -> dict[str, Any]:
         body = self._asked
         return {
@@ -88,8 +86,6 @@ class ResponseCall(ChatCall):
         }  # fmt: skip
         details = None if whole else {"reason": "max_output_tokens"}
         yield self._event(status, response=self._response(status, usage=usage, incomplete_details=details))
-
-    # -- items ---------------------------------------------------------------------------------------------------
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
         self._number += 1

@@ -7,7 +7,6 @@ one client's megabytes do not hold up another's line.
 
 import asyncio
 import ipaddress
-import logging
 import math
 import re
 import secrets
@@ -27,7 +26,7 @@ from kvfold.engine.request import Request
 from kvfold.errors import UserError
 from kvfold.serve.fields import Base, check_structured
 from kvfold.serve.prompts import ChatTemplate, Tokens
-from kvfold.serve.replies import ApiError, invalid
+from kvfold.serve.replies import ApiError, busy, invalid
 from kvfold.serve.watch import Metrics
 
 _LEAST = {
@@ -46,8 +45,6 @@ class ServerSettings:
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     """A client must send one of these as its bearer token; none = everybody may ask."""
-    allowed_origins: tuple[str, ...] = ()
-    """Web pages of other origins that may ask, e.g. `https://chat.example.org`; `*` = all."""
     max_model_len: int | None = None
     """Tokens of prompt and answer together, at most; None = the model's context."""
     chat_template: str | None = None
@@ -78,10 +75,6 @@ class ServerSettings:
     """Seconds without a token after which a stream carries a comment, so that proxies keep it open."""
     shutdown_timeout_s: float = 30.0
     """Seconds that running requests have to finish once the server is told to stop."""
-    log_requests: bool = False
-    """Write prompts and answers to the log."""
-    page: bool = True
-    """Serve the live page at `/`."""
 
     def __post_init__(self) -> None:
         if not self.model_names or not all(self.model_names):
@@ -105,7 +98,6 @@ class ServerSettings:
         return self.host == "localhost"
 
 
-log = logging.getLogger("kvfold.serve")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:+/=-]{1,128}")
 LONG_CHARACTERS = 32_768
 """Texts from this length on are prepared on threads of their own."""
@@ -138,7 +130,7 @@ class Job:
                 self.close()
                 raise _refused(error) from None
             except RuntimeError as error:
-                raise ApiError(503, str(error), headers={"Retry-After": "5"}) from None
+                raise busy(503, str(error), 5) from None
             first += one.get("n", 1)
         if self._closed:  # the client left meanwhile
             engine.cancel(self.requests)
@@ -214,16 +206,13 @@ class Serving:
         self._short = ThreadPoolExecutor(2, thread_name_prefix="kvfold short requests")
         self._long = ThreadPoolExecutor(2, thread_name_prefix="kvfold long requests")
 
-    # -- requests in flight --------------------------------------------------------------------------------------
-
     def open(self, name: str, answers: int, *, streams: bool) -> Job:
         """A place for one more request. Raises `ApiError` 429 where too many wait, 503 where the server is stopping."""
         self.loop = self.loop or asyncio.get_running_loop()
         if self.stopping:
-            raise ApiError(503, "the server is stopping", headers={"Retry-After": "10"})
+            raise busy(503, "the server is stopping", 10)
         if self.engine.stopped is not None:
-            message = f"the engine can't take requests: {self.engine.stopped}"
-            raise ApiError(503, message, headers={"Retry-After": "10"})
+            raise busy(503, f"the engine can't take requests: {self.engine.stopped}", 10)
         most = self.settings.max_answers
         if answers > most:
             raise ApiError(400, f"prompts times n must be at most {most}, got {answers}: send several requests")
@@ -231,10 +220,8 @@ class Serving:
         room = self.engine.max_running + self.settings.max_queue
         if self.answers + answers > room or (waiting and waiting + answers > self.settings.max_queue):
             wait = min(60, max(1, math.ceil(self.mean_duration_s)))
-            raise ApiError(
-                429, f"{self.answers} answers are being made or wait, and no more fit: try again in {wait} seconds",
-                headers={"Retry-After": str(wait)},
-            )  # fmt: skip
+            message = f"{self.answers} answers are being made or wait, and no more fit: try again in {wait} seconds"
+            raise busy(429, message, wait)
         while name in self.by_name:
             name += "+"
         job = Job(self, name, answers, streams=streams)
@@ -284,8 +271,6 @@ class Serving:
         for pool in (self._short, self._long):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    # -- one request ---------------------------------------------------------------------------------------------
-
     def check(self, body: Base) -> str:
         """The model's name as this client calls it. Raises `ApiError` for another model and for what can't be honoured."""
         body.refuse_unsupported()
@@ -332,15 +317,10 @@ class Serving:
         check_structured(asked)
         return asked
 
-    def log_text(self, name: str, what: str, text: object) -> None:
-        """Prompts and answers are logged only where the operator asked for it."""
-        if self.settings.log_requests:
-            log.info("%s %s %r", name, what, text)
-
     def failure(self, piece: Piece) -> ApiError:
         """Why an answer ended without being one."""
         if piece.finish_reason == "abort":
-            return ApiError(503, "the server is stopping: the answer was cut off", headers={"Retry-After": "10"})
+            return busy(503, "the server is stopping: the answer was cut off", 10)
         message = piece.error or "the engine failed"
         broken = message.startswith("the model failed") or self.engine.stopped is not None
         return ApiError(500 if broken else 400, message)

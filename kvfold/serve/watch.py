@@ -21,7 +21,7 @@ import kvfold
 from kvfold.engine.engine import Engine, Piece
 from kvfold.engine.request import Request
 from kvfold.engine.runner import SequenceView
-from kvfold.serve.replies import ApiError, Stream, event
+from kvfold.serve.replies import Stream, busy, event
 
 if TYPE_CHECKING:
     from kvfold.serve.serving import Job, Serving
@@ -92,7 +92,6 @@ def demand_bytes(engine: Engine) -> int:
     return _pool_use(engine)["requests"] + waiting
 
 
-# -- Prometheus ------------------------------------------------------------------------------------------------------
 # Counters and histograms are kept here, on the event loop; gauges are read from the engine when somebody looks.
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -203,8 +202,6 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-# -- the live page ---------------------------------------------------------------------------------------------------
-
 PAGE = Path(__file__).with_name("page.html")
 LOOK_S = 0.25
 """Seconds between two looks at the engine."""
@@ -292,16 +289,14 @@ def add_routes(app: FastAPI, serving: "Serving") -> None:
 
 
 def _add_live_routes(app: FastAPI, serving: "Serving") -> None:
-    """The page where the settings want it, and its two sources."""
+    """The page and its two sources."""
     engine, looker, page = serving.engine, _Looker(serving), PAGE.read_text(encoding="utf-8")
     full = kvfold.plan(engine.model, time="full", bits="model").bytes_per_token
 
-    if serving.settings.page:
-
-        @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-        async def index() -> Response:
-            """The live page."""
-            return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"})
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def index() -> Response:
+        """The live page."""
+        return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"})
 
     @app.get("/kvfold/model", tags=["live"])
     async def model() -> dict[str, Any]:
@@ -327,7 +322,7 @@ def _add_live_routes(app: FastAPI, serving: "Serving") -> None:
         if once:
             return Response(event(await state())[6:].strip(), media_type="application/json")
         if looker.watchers >= MAX_WATCHERS:
-            raise ApiError(429, "too many pages are watching: try again later", headers={"Retry-After": "10"})
+            raise busy(429, "too many pages are watching: try again later", 10)
         looker.watchers += 1
 
         async def events() -> AsyncIterator[bytes]:
