@@ -182,67 +182,55 @@ def worker_environment(threads: int, devices: int) -> dict[str, str]:
     return kept | _SETTINGS | {"VLLM_CPU_OMP_THREADS_BIND": bound}
 
 
-class _Worker:
-    """vLLM's offline engine at the far end, driven step by step."""
+def _answered(llm: Any, job: Mapping[str, Any], first: int) -> dict[str, Any]:
+    """At the far end, greedy: `new_tokens` for each of `prompts` (token ids), all handed over at once and named from `first` on.
+    Gives the `ids`, and of each step its end in seconds since the start, the rows that got a token in it, and those that have
+    had one by then.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
-    def __init__(self, settings: Mapping[str, Any]):
-        """`settings`: `model`, and what vLLM's engine takes beside it."""
-        import vllm
+    def preemptions() -> int:
+        return sum(int(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
 
-        self._llm = vllm.LLM(**settings, enable_prefix_caching=False, disable_log_stats=False)
-        self._engine, self._version, self._asked = self._llm.llm_engine, vllm.__version__, 0
-
-    def about(self) -> dict[str, Any]:
-        """The version, and the tokens that the cache holds."""
-        cache = self._engine.vllm_config.cache_config
-        return {
-            "version": self._version, "kv_tokens": cache.kv_cache_size_tokens, "block_tokens": cache.block_size,
-        }  # fmt: skip
-
-    def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
-        """Greedy: `new_tokens` for each of `prompts` (token ids), all handed over at once. Gives the `ids`, and of each step its
-        end in seconds since the start, the rows that got a token in it, and those that have had one by then.
-        """
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        wanted = SamplingParams(
-            temperature=0, max_tokens=job["new_tokens"], ignore_eos=True, detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )  # fmt: skip
-        ids: dict[str, list[int]] = {}
-        ends, rows, begun, before = [], [], [], self._preemptions()
-        for prompt in job["prompts"]:
-            name, self._asked = str(self._asked), self._asked + 1
-            ids[name] = []
-            self._engine.add_request(name, {"prompt_token_ids": prompt}, wanted)
-        start = time.perf_counter()
-        while self._engine.has_unfinished_requests():
-            told = [(output.request_id, output.outputs[0].token_ids) for output in self._engine.step()]
-            ends.append(time.perf_counter() - start)
-            rows.append(sum(1 for _, new in told if new))
-            for name, new in told:
-                ids[name] += new
-            begun.append(sum(1 for row in ids.values() if row))
-        return {
-            "ids": list(ids.values()), "step_ends": ends, "step_rows": rows, "step_begun": begun,
-            "preemptions": self._preemptions() - before,
-        }  # fmt: skip
-
-    def _preemptions(self) -> int:
-        return sum(int(metric.value) for metric in self._llm.get_metrics() if metric.name == "vllm:num_preemptions")
+    wanted = SamplingParams(
+        temperature=0, max_tokens=job["new_tokens"], ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+    )  # fmt: skip
+    ids: dict[str, list[int]] = {}
+    ends, rows, begun, before = [], [], [], preemptions()
+    for number, prompt in enumerate(job["prompts"], start=first):
+        ids[str(number)] = []
+        llm.llm_engine.add_request(str(number), {"prompt_token_ids": prompt}, wanted)
+    start = time.perf_counter()
+    while llm.llm_engine.has_unfinished_requests():
+        told = [(output.request_id, output.outputs[0].token_ids) for output in llm.llm_engine.step()]
+        ends.append(time.perf_counter() - start)
+        rows.append(sum(1 for _, new in told if new))
+        for name, new in told:
+            ids[name] += new
+        begun.append(sum(1 for row in ids.values() if row))
+    return {
+        "ids": list(ids.values()), "step_ends": ends, "step_rows": rows, "step_begun": begun,
+        "preemptions": preemptions() - before,
+    }  # fmt: skip
 
 
 def main() -> None:
-    """Answer until stdin ends, or until something fails."""
+    """The far end: vLLM's offline engine, driven step by step; answers until stdin ends, or until something fails."""
     # What stdout was is for answers alone; from here on everybody else's stdout is stderr.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    answers, asked = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1), 0
     os.dup2(2, 1)
     try:
-        engine = _Worker(json.loads(sys.stdin.readline()))
-        answers.write(json.dumps(engine.about()) + "\n")
+        import vllm
+
+        llm = vllm.LLM(**json.loads(sys.stdin.readline()), enable_prefix_caching=False, disable_log_stats=False)
+        cache = llm.llm_engine.vllm_config.cache_config
+        about = {"kv_tokens": cache.kv_cache_size_tokens, "block_tokens": cache.block_size}
+        answers.write(json.dumps({"version": vllm.__version__, **about}) + "\n")
         for line in sys.stdin:
-            answers.write(json.dumps(engine.run(json.loads(line))) + "\n")
+            job = json.loads(line)
+            answers.write(json.dumps(_answered(llm, job, asked)) + "\n")
+            asked += len(job["prompts"])
     except Exception as error:
         answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
         raise

@@ -195,30 +195,30 @@ def growth(rows: Sequence[Mapping], colours: Mapping[str, int], width: float) ->
     """Tokens kept while a document is read: a line a method for the mean over all heads, the darker band for the middle half of
     the heads, the fainter one, with an outline, for all of them.
     """
-    lines = [one for row in rows if (one := series.growth_of(row)) is not None]
+    lines = [(row, one) for row in rows if (one := series.growth_of(row)) is not None]
     if not lines:
         return None
-    names, room = name_room([*(series.label_of(one.row) for one in lines), "tokens seen"], width)
+    names, room = name_room([*(series.label_of(row) for row, _ in lines), "tokens seen"], width)
     _, (place,) = chart(width, right=room, titles=("tokens seen", "tokens kept"))
-    most = max(one.tokens[-1] for one in lines)
-    highest = max(value for one in lines for kept in one.kept.values() for value in kept if value is not None)
-    place.set(xlim=(0, most or 1), ylim=(0, max(most, highest, 1) * 1.02))
+    most = max(one["tokens"][-1] for _, one in lines)
+    highest = max(value for _, one in lines for column in one.values() for value in column if value is not None)
+    place.set(xlim=(0, most or 1), ylim=(0, max(highest, 1) * 1.02))
     place.yaxis.set_major_formatter(lambda value, _: count(value))
     place.plot([0, most], [0, most], color=SERIES[0], linewidth=1.5)
     ends = [(most, most, names.pop(), 0)]
-    for one, name in zip(lines, names, strict=True):
-        colour = colours.get(series.family_of(one.row), 0)
+    for (row, one), name in zip(lines, names, strict=True):
+        colour = colours.get(series.family_of(row), 0)
         for low, high, alpha, stroke in (("least", "most", 0.09, 0.75), ("lower", "upper", 0.22, 0)):
-            below, above = (series.known_pairs(one.tokens, one.kept[edge]) for edge in (low, high))
+            below, above = (series.known_pairs(one["tokens"], one[edge]) for edge in (low, high))
             if below and above:
                 place.fill(*zip(*below, *reversed(above), strict=True), facecolor=(SERIES[colour], alpha),
                            edgecolor=(SERIES[colour], 0.45), linewidth=stroke)  # fmt: skip
         said = []
-        for seen, *kept in zip(one.tokens, *(one.kept[name] for name in ("mean", "least", "most")), strict=True):
+        for seen, *kept in zip(*(one[name] for name in ("tokens", "mean", "least", "most")), strict=True):
             mean, *edges = ("" if value is None else count(round(value)) for value in kept)
             around = ", from {} to {} over heads".format(*edges) if all(edges) else ""
-            said.append(f"{series.label_of(one.row)}: {mean} of {count(seen)} kept{around}")
-        ends.append(curve(place, series.known_pairs(one.tokens, one.kept["mean"]), name, colour, said))
+            said.append(f"{series.label_of(row)}: {mean} of {count(seen)} kept{around}")
+        ends.append(curve(place, list(zip(one["tokens"], one["mean"], strict=True)), name, colour, said))
     return name_ends(place, ends)
 
 

@@ -195,20 +195,10 @@ def mean_of(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Growth:
-    """How one method's kept tokens grow while a document is read."""
-
-    row: Mapping
-    """The row it came from."""
-    tokens: tuple[float, ...]
-    """Seen, ascending."""
-    kept: Mapping[str, tuple[float | None, ...]]
-    """Of each of `SPREAD`, as many as tokens."""
-
-
-def growth_of(row: Mapping) -> Growth | None:
-    """Of one row; None where it has no mean over time."""
+def growth_of(row: Mapping) -> dict[str, tuple[float | None, ...]] | None:
+    """How one method's kept tokens grow while a document is read: `tokens` seen, ascending, and each of `SPREAD` at them; None
+    where a row has no mean over time.
+    """
     told = row.get("over_time")
     if not isinstance(told, Mapping):
         return None
@@ -217,10 +207,8 @@ def growth_of(row: Mapping) -> Growth | None:
         (at, *(column[index] if index < len(column) else None for column in columns)) for index, at in enumerate(seen)
     ]
     known = [one for one in points if None not in one[:2] and min(value or 0 for value in one) >= 0]
-    if not known:
-        return None
-    tokens, *values = zip(*sorted(known, key=lambda point: point[0]), strict=True)
-    return Growth(row=row, tokens=tokens, kept=dict(zip(SPREAD, values, strict=True)))
+    known.sort(key=lambda point: point[0])
+    return dict(zip(("tokens", *SPREAD), zip(*known, strict=True), strict=True)) if known else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -246,7 +246,7 @@ def memory_sheet(rows: Sequence[Mapping]) -> Sheet:
 def growth_sheet(rows: Sequence[Mapping]) -> Sheet:
     """Tokens kept while a text comes in, a line per number of tokens, three columns per method."""
     columns = [
-        (f"{series.label_of(row)}, {name}", dict(zip(one.tokens, one.kept[name], strict=True)))
+        (f"{series.label_of(row)}, {name}", dict(zip(one["tokens"], one[name], strict=True)))
         for row in rows if (one := series.growth_of(row)) is not None
         for name in ("mean", "least", "most")
     ]  # fmt: skip

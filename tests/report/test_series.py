@@ -134,12 +134,8 @@ def test_compression_of_each_head_is_seen_over_kept():
 def test_growth_keeps_its_columns_together():
     row = {"over_time": {"tokens": [32, 0, None, 16], "mean": [4, 0, 3, 2], "least": [1, 0, 1, None], "most": [9, 0]}}
     growth = growth_of(row)
-    assert growth.tokens == (0, 16, 32)
-    assert (
-        growth.kept["mean"] == (0, 2, 4)
-        and growth.kept["least"] == (0, None, 1)
-        and growth.kept["most"] == (0, None, 9)
-    )
+    assert growth["tokens"] == (0, 16, 32)
+    assert growth["mean"] == (0, 2, 4) and growth["least"] == (0, None, 1) and growth["most"] == (0, None, 9)
     assert growth_of({"over_time": {"tokens": [1]}}) is None
 
 
