@@ -318,7 +318,9 @@ class Store:
         books = sum(group.bytes_with(places, most) for group, most in zip(self.groups, pages, strict=True))
         total = sum(pool.num_bytes for pool in self._pools.values()) + books + places * self.seen.itemsize
         if total > self.memory_bytes:
-            raise CacheFull(f"tables of {places} rows exceed memory_bytes={self.memory_bytes}: fewer rows or more memory")
+            raise CacheFull(
+                f"tables of {places} rows exceed memory_bytes={self.memory_bytes}: fewer rows or more memory"
+            )
 
     # -- calls ---------------------------------------------------------------------------------------------------
 

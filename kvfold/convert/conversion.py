@@ -1,5 +1,7 @@
-"""Converting a model to another layout: fewer KV heads, shared layers. Loading, checking and writing around what
-convert_heads.py, convert_layers.py and fitted.py do to the weights.
+"""Converting a model to another layout: fewer KV heads, shared layers. Loading, checking and writing around what heads.py and
+fitted.py do to the weights, the text that these are fitted on; and from our model back to its family's own, for plain
+transformers, wherever the family's config can say it all: the reverse of families.py and weights.py, checked by going there
+and back.
 
 Letters: W windows of calibration text, T tokens of a window.
 """
@@ -16,10 +18,11 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from kvfold.convert.fitted import Fit, Report, fit
+from kvfold.convert.fitted import Fit, fit
 from kvfold.convert.heads import average_groups, drop_readers, like_heads_together, merge_heads, reorder_heads
 from kvfold.data import read_text_file, text_windows
 from kvfold.errors import UserError, one_line, unknown_name
+from kvfold.eval.progress import Report, silent
 from kvfold.integrations import vllm
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.config import FoldConfig
@@ -40,28 +43,21 @@ def calibration_windows(tokenizer: Any, files: Sequence[Path], *, tokens: int, c
             f"{tokens} tokens of calibration text: a window has {context_tokens}, and 1 window is the least: ask for more"
         )
     shares = [len(range(place, windows, len(files))) for place in range(len(files))]
-    return torch.cat(
-        [
-            text_windows(read_text_file(path), tokenizer, windows=share, context_tokens=context_tokens).ids_WT
-            for path, share in zip(files, shares, strict=True)
-            if share
-        ]
-    )
+    sizes = [
+        (path, {"windows": share, "context_tokens": context_tokens}) for path, share in zip(files, shares, strict=True)
+    ]
+    read = [(read_text_file(path), size) for path, size in sizes if size["windows"]]
+    return torch.cat([text_windows(text, tokenizer, **size).ids_WT for text, size in read])
 
 
 _OURS_ALONE = (
-    "trained_tokens",
-    "freed_layers",
-    "layout",
-    "base_layout",
-    "architectures",
-    "transformers_version",
-    "_name_or_path",
+    *("trained_tokens", "freed_layers", "layout", "base_layout"),
+    *("architectures", "transformers_version", "_name_or_path"),
 )
 """What a config says of itself that going there and back need not keep."""
 
 
-def check_exportable(config: FoldConfig) -> None:
+def _check_exportable(config: FoldConfig) -> None:
     """Raise `UserError`, in one line, for a model that no config of its family describes."""
     layout = config.layout
     reasons = {
@@ -73,22 +69,23 @@ def check_exportable(config: FoldConfig) -> None:
         "its keys and values have a norm of their own": config.kv_norm,
         "a channel of it is freed": config.channel_freed,
     }
-    for reason, holds in reasons.items():
-        if holds:
-            raise UserError(f"for transformers: {reason}, which only kvfold can run: leave it out, or write for kvfold")
+    if told := next((reason for reason, holds in reasons.items() if holds), None):
+        raise UserError(f"for transformers: {told}, which only kvfold can run: leave it out, or write for kvfold")
 
 
 def family_config(config: FoldConfig) -> PreTrainedConfig:
     """The transformers config of our family that means what ours means. Raises `UserError` where there is none."""
-    check_exportable(config)
+    _check_exportable(config)
     family = family_named(config.family)
-    values = {name: getattr(config, name) for name in config.to_dict() if hasattr(config, name)}
-    values = {name: value for name, value in values.items() if name not in (*_OURS_ALONE, "family", "model_type")}
+    names = set(config.to_dict()) - {*_OURS_ALONE, "family", "model_type"}
     heads = config.layout.layers[0].num_kv_heads
-    theirs: dict[str, Any] = {**values, "num_key_value_heads": heads}
+    theirs = {name: getattr(config, name) for name in names if hasattr(config, name)} | {"num_key_value_heads": heads}
     for ours, (name, power) in family.taken.items():
         value = getattr(config, ours)
-        theirs[name] = value if power == 1 else _rounded(value ** (1.0 / power))
+        if power != 1:  # a power and its root leave a whole number a little beside itself
+            value = value ** (1.0 / power)
+            value = round(value) if abs(value - round(value)) < 1e-6 * max(1.0, abs(value)) else value
+        theirs[name] = value
     if family.windowed == "always":
         # One window for all needs no list of types, which these families don't know.
         theirs.pop("layer_types", None)
@@ -129,15 +126,8 @@ def _differing(config: FoldConfig, again: FoldConfig, heads: int) -> list[str]:
 
 
 def _same(ours: Any, theirs: Any) -> bool:
-    if isinstance(ours, float) and isinstance(theirs, float):
-        return abs(ours - theirs) <= 1e-9 * abs(theirs)
-    return ours == theirs
-
-
-def _rounded(value: float) -> float | int:
-    """A power and its root leave a whole number a little beside itself."""
-    whole = round(value)
-    return whole if abs(value - whole) < 1e-6 * max(1.0, abs(value)) else value
+    both = isinstance(ours, float) and isinstance(theirs, float)
+    return abs(ours - theirs) <= 1e-9 * abs(theirs) if both else ours == theirs
 
 
 INITS = ("mean", "drop", "fitted")
@@ -171,17 +161,10 @@ class Conversion:
 
 
 def convert(
-    source: str | Path,
-    out: str | Path,
-    wanted: Conversion,
-    *,
-    config: FoldConfig | None = None,
-    calibration_WT: Tensor | None = None,
-    options: Fit | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    report: Report | None = None,
-) -> FoldForCausalLM:
+    source: str | Path, out: str | Path, wanted: Conversion, *, config: FoldConfig | None = None,
+    calibration_WT: Tensor | None = None, options: Fit | None = None, dtype: str | None = None,
+    device: str | None = None, report: Report = silent,
+) -> FoldForCausalLM:  # fmt: skip
     """Write `source` in another layout to the new folder `out`, and give the model that was written.
 
     `config`: the source's, where it was read already. `calibration_WT`: token ids for `fitted`. dtype None = the checkpoint's

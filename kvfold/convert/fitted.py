@@ -15,15 +15,15 @@ Differs: none.
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from kvfold.cache.views import KVView, TrainingView
@@ -37,11 +37,13 @@ from kvfold.convert.fitted_group import (
     put_in_order,
 )
 from kvfold.errors import UserError
+from kvfold.eval.progress import Report, silent
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.rope import Rope
 from kvfold.ops.rotation import Rotation
+from kvfold.record import write_whole_file
 
 _MIDDLE = {"pre": "post_attention_layernorm", "post": "mlp", "sandwich": "pre_feedforward_layernorm"}
 """The module whose input is the residual stream between attention and feed-forward, by where the norms stand."""
@@ -71,7 +73,7 @@ class Half:
         return replace(self, inputs=self.inputs.new_empty(0))
 
 
-def run_until(
+def _run_until(
     module: nn.Module, run: Callable[[], object], watched: Mapping[str, nn.Module]
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """Call `run` until `module` is about to run. Gives what that would have taken, and of each watched module what it
@@ -102,25 +104,25 @@ def run_until(
     return taken[0], seen
 
 
-def attention_half(
+def _attention_half(
     config: FoldConfig, layer: nn.Module, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None
 ) -> Half:
     """The layer's attention on its residual stream."""
     middle = getattr(layer, _MIDDLE[config.norm_placement])
-    stream, seen = run_until(middle, lambda: layer(hidden_BTC, view, rotation), {"o_proj": layer.self_attn.o_proj})
+    stream, seen = _run_until(middle, lambda: layer(hidden_BTC, view, rotation), {"o_proj": layer.self_attn.o_proj})
     return Half(inputs=seen["o_proj"][0], raw=seen["o_proj"][1], stream=stream)
 
 
-def feed_half(config: FoldConfig, layer: nn.Module, middle_BTC: Tensor) -> Half:
+def _feed_half(config: FoldConfig, layer: nn.Module, middle_BTC: Tensor) -> Half:
     """The layer's feed-forward block on the residual stream behind its attention."""
     name, projection = _FEED_NORM[config.norm_placement], layer.mlp.down_proj
     normed = middle_BTC if name is None else getattr(layer, name)(middle_BTC)
-    inputs, _ = run_until(projection, lambda: layer.mlp(normed), {})
+    inputs, _ = _run_until(projection, lambda: layer.mlp(normed), {})
     raw = projection(inputs)
-    return Half(inputs=inputs, raw=raw, stream=stream_behind(config, layer, projection, middle_BTC, raw))
+    return Half(inputs=inputs, raw=raw, stream=_stream_behind(config, layer, projection, middle_BTC, raw))
 
 
-def stream_behind(
+def _stream_behind(
     config: FoldConfig, layer: nn.Module, projection: nn.Module, before_BTC: Tensor, raw_BTC: Tensor
 ) -> Tensor:
     """The residual stream behind the block that ends in `projection`, where that gave `raw`."""
@@ -128,7 +130,7 @@ def stream_behind(
     return before_BTC + (raw_BTC if norm is None else norm(raw_BTC)) * config.residual_multiplier
 
 
-def wanted_raw(
+def _wanted_raw(
     config: FoldConfig, layer: nn.Module, projection: nn.Module, change_BTC: Tensor, original_raw_BTC: Tensor
 ) -> Tensor:
     """What `projection` should give so that its block moves the residual stream by `change`. A norm behind it takes no
@@ -177,7 +179,7 @@ class Streams:
     def their_halves(self, index: int) -> list[Half]:
         """The original's attention in one layer."""
         layer, rotation = self.original.model.layers[index], self.rotations[index]
-        halves = (attention_half(self.config, layer, hidden, self._their_view(), rotation) for hidden in self.theirs)
+        halves = (_attention_half(self.config, layer, hidden, self._their_view(), rotation) for hidden in self.theirs)
         return [half.goal() for half in halves]
 
     def pass_theirs(self, index: int) -> None:
@@ -202,7 +204,7 @@ class Streams:
         if owner not in self._views:
             self._views[owner] = [self._view(self.config.layout) for _ in self.ours]
         layer = self.converted.model.layers[index]
-        return attention_half(self.config, layer, self.ours[place], self._views[owner][place], self.rotations[index])
+        return _attention_half(self.config, layer, self.ours[place], self._views[owner][place], self.rotations[index])
 
     def close(self, index: int) -> None:
         """Forget what no later layer reads."""
@@ -229,7 +231,8 @@ class Streams:
                     theirs = self.original.model.layers[index](theirs, self._their_view(), self.rotations[index])
             keys, values = torch.cat(keys, dim=-1), torch.cat(values, dim=-1)
             if sums is None:
-                sums = GroupSums(keys=_sums_of(source, keys), values=_sums_of(source, values))
+                shape = source.shape[-1], keys.shape[-1], source.device
+                sums = GroupSums(keys=LeastSquares(*shape), values=LeastSquares(*shape))
             sums.keys.add(source, keys)
             sums.values.add(source, values)
         return sums, squares
@@ -237,41 +240,30 @@ class Streams:
     def _owner_input(self, owner: int, hidden: Tensor) -> Tensor:
         """What the owner's keys and values are made of, with a channel of ones where they have biases."""
         layer = self.converted.model.layers[owner]
-        run = _layer_call(layer, hidden, self._view(self.config.layout), self.rotations[owner])
-        source, _ = run_until(layer.self_attn.k_proj, run, {})
-        return (
-            source if layer.self_attn.k_proj.bias is None else torch.cat((source, torch.ones_like(source[..., :1])), -1)
-        )
+        run = partial(layer, hidden, self._view(self.config.layout), self.rotations[owner])
+        source, _ = _run_until(layer.self_attn.k_proj, run, {})
+        biased = layer.self_attn.k_proj.bias is not None
+        return torch.cat((source, torch.ones_like(source[..., :1])), -1) if biased else source
 
     def _their_projections(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The original's q, k and v of a layer, before any norm and rotary positions."""
-        layer = self.original.model.layers[index]
-        own = layer.self_attn
-        run = _layer_call(layer, hidden, self._their_view(), self.rotations[index])
-        source, seen = run_until(own.v_proj, run, {"q": own.q_proj, "k": own.k_proj})
+        layer, own = self.original.model.layers[index], self.original.model.layers[index].self_attn
+        run = partial(layer, hidden, self._their_view(), self.rotations[index])
+        source, seen = _run_until(own.v_proj, run, {"q": own.q_proj, "k": own.k_proj})
         return seen["q"][1], seen["k"][1], own.v_proj(source)
 
     def _their_view(self) -> TrainingView:
         return self._view(self.original.config.layout)
 
     def _view(self, layout: KVLayout) -> TrainingView:
-        scale = self.config.head_dim**-0.5 if self.config.attention_scale is None else self.config.attention_scale
-        return TrainingView(layout.base(), real_BT=None, scale=scale, softcap=self.config.attention_softcap)
+        return TrainingView(layout.base(), real_BT=None, **self.converted.model.attention_options)
 
 
-def _layer_call(layer: nn.Module, *args: object):
-    return lambda: layer(*args)
-
-
-def _sums_of(inputs: Tensor, outputs: Sequence[Tensor] | Tensor) -> LeastSquares:
-    return LeastSquares(inputs.shape[-1], outputs.shape[-1], inputs.device)
-
-
-class FitState:
+class _FitState:
     """The finished layers of one fit. A folder of another model, text or setting is begun anew. `None`: nothing is kept."""
 
     def __init__(self, folder: Path | None, fingerprint: str):
-        self._folder, self._fingerprint = folder, fingerprint
+        self._folder, self._about = folder, {"fingerprint": fingerprint}
 
     def read(self, layer: int) -> dict[str, Tensor] | None:
         """The weights that this layer's turn changed; None where it isn't finished, or was for something else."""
@@ -279,21 +271,16 @@ class FitState:
             return None
         try:
             with safe_open(self._path(layer), framework="pt") as file:
-                if (file.metadata() or {}).get("fingerprint") != self._fingerprint:
-                    return None
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+                names = file.keys() if file.metadata() == self._about else None
+                return names and {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError):
             return None
 
     def write(self, layer: int, weights: Mapping[str, Tensor]) -> None:
         """Keep what this layer's turn changed; found whole or not at all."""
-        if self._folder is None:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        partial = self._path(layer).with_suffix(".partial")
-        tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-        save_file(tensors, partial, metadata={"fingerprint": self._fingerprint})
-        os.replace(partial, self._path(layer))
+        if self._folder is not None:
+            tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+            write_whole_file(self._path(layer), save(tensors, self._about))
 
     def _path(self, layer: int) -> Path:
         return self._folder / f"layer-{layer:04d}.safetensors"
@@ -309,42 +296,6 @@ def fingerprint_of(original: FoldForCausalLM, converted: FoldForCausalLM, ids_WT
     digest.update(repr(options).encode())
     return digest.hexdigest()
 
-
-def refit_queries(
-    layer: nn.Module,
-    given: Callable[[int], Tensor],
-    wanted: Sequence[tuple[Tensor, Tensor]],
-    *,
-    steps: int,
-    rate: float,
-) -> None:
-    """`steps` Adam steps on W_q, one batch each, so that the attention block gives what is wanted of it.
-
-    `given(place)`: what the output projection gives for a batch, [B, T, C]; `wanted[place]`: what it should give, and how
-    much each token's squared error counts, [B, T]. `rate` is the first step's size as a share of the weights' own; it falls
-    to zero along a cosine.
-    """
-    projection, asked = layer.self_attn.q_proj, [one for one in layer.parameters() if one.requires_grad]
-    for one in asked:
-        one.requires_grad_(False)
-    projection.weight = nn.Parameter(projection.weight.detach().clone())
-    start = rate * float(projection.weight.detach().square().mean().sqrt())
-    adam = torch.optim.Adam([projection.weight], lr=start, betas=(0.9, 0.95))
-    with torch.enable_grad():
-        for step in range(steps):
-            adam.param_groups[0]["lr"] = start * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-            place = step % len(wanted)
-            goal, weight = wanted[place]
-            loss = ((given(place) - goal).square().sum(dim=-1) * weight).mean()
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-    for one in asked:
-        one.requires_grad_(True)
-
-
-Report = Callable[[str, int, int], None]
-"""Takes what is being done, how much of it is done, and how much there is."""
 
 _HELD_OUT = 4
 """Every so many batches, one chooses the strength of the ridge."""
@@ -368,27 +319,18 @@ class Fit:
     """Windows read side by side."""
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("ridge", self.ridge or 0.0),
-            ("query_steps", self.query_steps),
-            ("query_rate", self.query_rate),
-        ):
-            if value < 0:
-                raise UserError(f"{name} {value}: it is 0 or more: correct it")
+        for name in ("ridge", "query_steps", "query_rate"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"{name} {getattr(self, name)}: it is 0 or more: correct it")
         if self.batch < 1:
             raise UserError(f"batch {self.batch}: 1 window or more are read at once: correct it")
 
 
 @torch.no_grad()
 def fit(
-    original: FoldForCausalLM,
-    converted: FoldForCausalLM,
-    ids_WT: Tensor,
-    *,
-    options: Fit | None = None,
-    folder: Path | None = None,
-    report: Report | None = None,
-) -> None:
+    original: FoldForCausalLM, converted: FoldForCausalLM, ids_WT: Tensor, *, options: Fit | None = None,
+    folder: Path | None = None, report: Report = silent,
+) -> None:  # fmt: skip
     """Refit `converted` in place. `ids_WT`: calibration windows. `folder`: where finished layers wait for a second start,
     for the caller to remove once the result is written. Raises `UserError` for an original that shares layers already.
     """
@@ -404,22 +346,22 @@ def fit(
             "windows"
         )
     options = replace(options, batch=max(1, min(options.batch, len(ids_WT) // _HELD_OUT)))
-    state = FitState(folder, fingerprint_of(original, converted, ids_WT, options))
+    state = _FitState(folder, fingerprint_of(original, converted, ids_WT, options))
     streams, goes_on = Streams(original, converted, ids_WT, options.batch), True
     for index in range(layout.num_layers):
-        if report is not None:
-            report("fitting layer by layer", index, layout.num_layers)
+        report("fitting layer by layer", index, layout.num_layers)
         found = state.read(index) if goes_on else None
         goes_on = found is not None
-        before = _weights_of(converted)
-        if found is not None:
-            _put(converted, found)
+        before = dict(converted.named_parameters())
+        for name, weight in (found or {}).items():
+            stem, _, kind = name.rpartition(".")
+            setattr(converted.get_submodule(stem), kind, nn.Parameter(weight.to(converted.device)))
         do_layer(streams, index, options, fitting=not goes_on)
         if not goes_on:
-            state.write(index, {name: one for name, one in _weights_of(converted).items() if one is not before[name]})
+            after = dict(converted.named_parameters())
+            state.write(index, {name: one for name, one in after.items() if one is not before[name]})
         streams.close(index)
-    if report is not None:
-        report("fitting layer by layer", layout.num_layers, layout.num_layers)
+    report("fitting layer by layer", layout.num_layers, layout.num_layers)
 
 
 def do_layer(streams: Streams, index: int, options: Fit, *, fitting: bool = True) -> None:
@@ -440,8 +382,8 @@ def do_layer(streams: Streams, index: int, options: Fit, *, fitting: bool = True
             )
     else:
         middle = [half.stream for half in halves]
-    goals = [feed_half(config, theirs, half.stream).goal() for half in goals]
-    halves = [feed_half(config, ours, stream) for stream in middle]
+    goals = [_feed_half(config, theirs, half.stream).goal() for half in goals]
+    halves = [_feed_half(config, ours, stream) for stream in middle]
     if fitting and options.feed_forward:
         streams.ours = _refit(streams, ours, ours.mlp.down_proj, halves, goals, middle, options)
     else:
@@ -491,30 +433,22 @@ def _part(streams: Streams, index: int, place: int, slot: int, head: int, energy
 
 
 def _refit(
-    streams: Streams,
-    layer: nn.Module,
-    projection: nn.Linear,
-    halves: Sequence[Half],
-    goals: Sequence[Half],
-    before: Sequence[Tensor],
-    options: Fit,
-) -> list[Tensor]:
+    streams: Streams, layer: nn.Module, projection: nn.Linear, halves: Sequence[Half], goals: Sequence[Half],
+    before: Sequence[Tensor], options: Fit,
+) -> list[Tensor]:  # fmt: skip
     """Refit the projection that ends a block, and give our stream behind it. `before`: our stream that the block adds to."""
-    config = streams.config
     shape = projection.in_features, projection.out_features, projection.weight.device
     sums, held = LeastSquares(*shape), LeastSquares(*shape)
     for place, (half, goal, start) in enumerate(zip(halves, goals, before, strict=True)):
         wanted, weight = _wanted(streams, layer, projection, goal, start)
         (held if place in held_places(len(halves)) else sums).add(half.inputs, wanted - half.raw, weight)
-    strength = options.ridge
-    if strength is None:
-        strength = sums.best_strength(held)
+    strength = sums.best_strength(held) if options.ridge is None else options.ridge
     sums.absorb(held)
     change = sums.solve(strength).to(projection.weight.dtype)
     projection.weight = nn.Parameter(projection.weight + change.T)
     # As a second start computes it, so that going on gives the very same weights.
     return [
-        stream_behind(config, layer, projection, start, projection(half.inputs))
+        _stream_behind(streams.config, layer, projection, start, projection(half.inputs))
         for half, start in zip(halves, before, strict=True)
     ]
 
@@ -529,30 +463,34 @@ def _wanted(
     streams: Streams, layer: nn.Module, projection: nn.Linear, goal: Half, start: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What a projection should give, and how much each token's squared error counts."""
-    wanted = wanted_raw(streams.config, layer, projection, goal.stream - start, goal.raw)
+    wanted = _wanted_raw(streams.config, layer, projection, goal.stream - start, goal.raw)
     return wanted, 1.0 / goal.stream.square().sum(dim=-1).clamp(min=1e-12)
 
 
 def _refit_queries(streams: Streams, index: int, goals: Sequence[Half], options: Fit) -> None:
-    layer = streams.converted.model.layers[index]
-    refit_queries(
-        layer,
-        lambda place: streams.our_half(index, place).raw,
-        [
-            _wanted(streams, layer, layer.self_attn.o_proj, goal, start)
-            for goal, start in zip(goals, streams.ours, strict=True)
-        ],
-        steps=options.query_steps,
-        rate=options.query_rate,
-    )
-
-
-def _weights_of(model: FoldForCausalLM) -> dict[str, Tensor]:
-    """The parameters themselves, to see which were put in anew."""
-    return dict(model.named_parameters())
-
-
-def _put(model: FoldForCausalLM, weights: dict[str, Tensor]) -> None:
-    for name, weight in weights.items():
-        stem, _, kind = name.rpartition(".")
-        setattr(model.get_submodule(stem), kind, nn.Parameter(weight.to(model.device)))
+    """Adam steps on W_q, one batch each, so that the attention block gives what is wanted of it. The rate is the first step's
+    size as a share of the weights' own; it falls to zero along a cosine.
+    """
+    layer, steps = streams.converted.model.layers[index], options.query_steps
+    projection, asked = layer.self_attn.q_proj, [one for one in layer.parameters() if one.requires_grad]
+    wanted = [
+        _wanted(streams, layer, layer.self_attn.o_proj, goal, start)
+        for goal, start in zip(goals, streams.ours, strict=True)
+    ]
+    for one in asked:
+        one.requires_grad_(False)
+    projection.weight = nn.Parameter(projection.weight.detach().clone())
+    start = options.query_rate * float(projection.weight.detach().square().mean().sqrt())
+    adam = torch.optim.Adam([projection.weight], lr=start, betas=(0.9, 0.95))
+    with torch.enable_grad():
+        for step in range(steps):
+            adam.param_groups[0]["lr"] = start * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+            place = step % len(wanted)
+            goal, weight = wanted[place]
+            given = streams.our_half(index, place).raw
+            loss = ((given - goal).square().sum(dim=-1) * weight).mean()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+    for one in asked:
+        one.requires_grad_(True)

@@ -7,6 +7,7 @@ none. Each says what it was made by (record.py), and goes with that into the row
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,9 +43,8 @@ class Beside:
 
 def check_labels(beside: Sequence[Beside]) -> None:
     """Raises `UserError` where two models would have the same name."""
-    labels = [other.label for other in beside]
-    twice = next((label for label in labels if labels.count(label) > 1), None)
-    if twice is not None:
+    twice, count = Counter(other.label for other in beside).most_common(1)[0] if beside else ("", 0)
+    if count > 1:
         raise UserError(f"two models beside are called '{twice}': a row's name is its folder's: rename one of the two")
 
 
@@ -104,11 +104,10 @@ class Cells:
             data = json.loads(self._path(name, key).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        same = isinstance(data, dict) and data.get("format") == _FORMAT and data.get("key") == _plain(key)
-        same = same and data.get("of", of) == of and isinstance(data.get("cell"), dict)
-        if not (same and made_alike(data["cell"].get("made") or {}, made(torch.get_num_threads()))):
+        if not isinstance(data, dict) or not isinstance(cell := data.get("cell"), dict):
             return None
-        return data["cell"]
+        same = (data.get("format"), data.get("key"), data.get("of", of)) == (_FORMAT, _plain(key), of)
+        return cell if same and made_alike(cell.get("made") or {}, made(torch.get_num_threads())) else None
 
     def write(
         self, name: str, key: Mapping[str, Any], cell: Mapping[str, Any], of: str | None = None
@@ -163,14 +162,9 @@ def _state(name: str, weight: Tensor) -> tuple:
 
 def model_about(model: nn.Module, key: Mapping[str, Any]) -> dict[str, Any]:
     """What a result says of its model, `model`, and of where it ran, `environment`. `key`: its `model_key`."""
-    return {
-        "model": {"name": key["name"], "parameters": model.num_parameters(), "fingerprint": key["fingerprint"]},
-        "environment": {
-            "device": model.device.type,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-        },
-    }
+    about = {"name": key["name"], "parameters": model.num_parameters(), "fingerprint": key["fingerprint"]}
+    dtype, threads = str(model.dtype).removeprefix("torch."), torch.get_num_threads()
+    return {"model": about, "environment": {"device": model.device.type, "dtype": dtype, "threads": threads}}
 
 
 def ids_key(*ids: Iterable[int]) -> str:

@@ -43,23 +43,12 @@ class FoldLM(HFLM):
     """A kvfold model as lm-eval asks for it: likelihoods of continuations, of whole texts, and generation."""
 
     def __init__(
-        self,
-        pretrained: str | FoldForCausalLM,
-        tokenizer: Any = None,
-        *,
-        time: str | None = None,
-        bits: str | None = None,
-        adapter: str | None = None,
-        dtype: str | None = None,
-        device: str | None = None,
-        batch_size: int | str = 1,
-        max_batch_size: int | None = None,
-        max_length: int | None = None,
-        add_bos_token: bool | None = None,
-        prefix_token_id: int | None = None,
-        truncation: bool = False,
+        self, pretrained: str | FoldForCausalLM, tokenizer: Any = None, *, time: str | None = None,
+        bits: str | None = None, adapter: str | None = None, dtype: str | None = None, device: str | None = None,
+        batch_size: int | str = 1, max_batch_size: int | None = None, max_length: int | None = None,
+        add_bos_token: bool | None = None, prefix_token_id: int | None = None, truncation: bool = False,
         report: Report | None = None,
-    ):
+    ):  # fmt: skip
         """`pretrained`: a folder, a hub name, a .gguf file, or a loaded model; then `tokenizer` is a tokenizer. Further ones
         are those of `kvfold.load` and of lm-eval's `hf`. `report`: told how far reading is; None draws bars on stderr.
         """
@@ -111,11 +100,9 @@ class FoldLM(HFLM):
         return {**info, "model_revision": "", "model_sha": "", "method": self.layout.time_text()}
 
     def _loglikelihood_tokens(
-        self,
-        requests: Sequence[tuple[Any, list[int], list[int]]],
-        disable_tqdm: bool = False,
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False,
         override_bs: int | None = None,
-    ) -> list[tuple[float, bool]]:
+    ) -> list[tuple[float, bool]]:  # fmt: skip
         """Log probability and greediness of continuations in tokens; contexts that are too long lose their beginning."""
         pairs = [_fitted(context, continuation, self.max_length) for _, context, continuation in requests]
         answers = score_answers(

@@ -1,7 +1,10 @@
-"""Reading rows of text through the cache, the way a method is meant to be fed, and watching what the cache keeps.
+"""Reading rows of text through the cache, the way a method is meant to be fed, watching what the cache keeps, and what the model
+says of the tokens that come: its loss, how far its distribution is from another one's, how likely given answers are.
 
-Prefix methods are read in calls of many tokens, steps methods one token a call (a call is a step of theirs).
-Letters: B rows, T tokens of a row, C model width.
+One model is read under many methods: the weights stay, each cache has a layout of its own. Prefix methods are read in calls of
+many tokens, steps methods one token a call (a call is a step of theirs). Logits of all positions at once would be gigabytes, so
+the states before the head are what is passed about, and the head is applied slice by slice.
+Letters: B rows, T tokens of a row (columns), C model width, N positions, V vocabulary.
 """
 
 import time
@@ -100,10 +103,6 @@ def method_about(layout: KVLayout) -> dict[str, object]:
     }
 
 
-OnStates = Callable[[Tensor, int], None]
-"""Takes states [B, t, C] of a call's tokens and the column of the first."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
     """What a cache held while and after rows of one length were read."""
@@ -122,11 +121,6 @@ class Reading:
     """Spent in the model."""
 
     @property
-    def compression(self) -> float:
-        """Tokens seen / tokens kept at the end."""
-        return 1 / self.kept_share[-1]
-
-    @property
     def compression_over_time(self) -> float:
         """Mean over the tokens of tokens seen / tokens kept; between two calls the number kept is taken as growing evenly."""
         total, before, kept_before = 0.0, 0, 0.0
@@ -139,11 +133,11 @@ class Reading:
 
 
 def read_rows(
-    model: FoldForCausalLM, layout: KVLayout, ids_BT: Tensor, on_states: OnStates, *, call_tokens: int | None = None
-) -> Reading:
-    """Feed the rows through a fresh cache of this layout; every call's states go to `on_states`.
-
-    `call_tokens`: tokens a row of one call; a steps method takes one as soon as something may be dropped.
+    model: FoldForCausalLM, layout: KVLayout, ids_BT: Tensor, on_states: Callable[[Tensor, int], None], *,
+    call_tokens: int | None = None,
+) -> Reading:  # fmt: skip
+    """Feed the rows through a fresh cache of this layout; every call's states [B, t, C], and the column of the first, go to
+    `on_states`. `call_tokens`: see `calls`.
     """
     shares, seen, seconds = [], [], 0.0
     weights = entry_bytes(layout, model.dtype.itemsize, model.device)
@@ -264,7 +258,7 @@ Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a prompt and of an answer, one or more each."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What became of one pair."""
 
@@ -279,18 +273,14 @@ class Answer:
 
 
 def score_answers(
-    model: FoldForCausalLM,
-    layout: KVLayout,
-    pairs: Sequence[Pair],
-    *,
-    rows: int = 32,
-    call_tokens: int | None = None,
-    what: str = "",
+    model: FoldForCausalLM, layout: KVLayout, pairs: Sequence[Pair], *, rows: int = 32, what: str = "",
     report: Report = silent,
-) -> list[Answer]:
-    """One `Answer` for each pair, in their order; up to `rows` answers are read side by side.
+) -> list[Answer]:  # fmt: skip
+    """One `Answer` for each pair, in their order; up to `rows` answers are read side by side. Raises `UserError` for an empty
+    prompt or answer.
 
-    `call_tokens`: tokens a row of one call, for prefix methods. Raises `UserError` for an empty prompt or answer.
+    A prompt that several answers share is read once, and its rows are forked. Prompts end in the same column, so that answers
+    begin in the same one; what stands at padding is never read, and is no step of any method.
     """
     for prompt, answer in pairs:
         if not len(prompt) or not len(answer):
@@ -298,70 +288,67 @@ def score_answers(
                 f"a prompt of {len(prompt)} tokens and an answer of {len(answer)}: a token is scored after another one: "
                 "give 1 or more of each"
             )
-    batches = list(_batches(pairs, rows))
-    total, done = sum(batch.columns for batch in batches), 0
+    batches = _batches(pairs, rows)
+    total, done = sum(map(_columns, batches)), 0
     found: dict[int, Answer] = {}
+
+    def on_columns(columns: int) -> None:
+        nonlocal done
+        done += columns
+        report(what, done, total)
+
     for batch in batches:
-
-        def on_columns(columns: int) -> None:
-            nonlocal done
-            done += columns
-            report(what, done, total)
-
-        found |= _read(model, layout, batch, call_tokens, on_columns)
+        found |= _read(model, layout, batch, on_columns)
     return [found[place] for place in range(len(pairs))]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Batch:
-    """Prompts that are read side by side, and the answers after each, by their places among all pairs."""
-
-    prompts: list[tuple[int, ...]]
-    answers: list[dict[int, list[int]]]
-
-    @property
-    def columns(self) -> int:
-        """Columns that are read: of prompts, then of answers."""
-        return max(map(len, self.prompts)) + max(len(answer) for some in self.answers for answer in some.values()) - 1
+Batch = list[tuple[tuple[int, ...], dict[int, list[int]]]]
+"""Prompts that are read side by side, and the answers after each, by their places among all pairs."""
 
 
-def _batches(pairs: Sequence[Pair], rows: int) -> Iterator[_Batch]:
+def _columns(batch: Batch) -> int:
+    """What is read: columns of prompts, then of answers."""
+    answers = max(len(answer) for _, some in batch for answer in some.values())
+    return max(len(prompt) for prompt, _ in batch) + answers - 1
+
+
+def _batches(pairs: Sequence[Pair], rows: int) -> list[Batch]:
     """Longest prompts first, so that those of one length meet and what takes most memory comes first."""
     answers: dict[tuple[int, ...], dict[int, list[int]]] = {}
     for place, (prompt, answer) in enumerate(pairs):
         answers.setdefault(tuple(prompt), {})[place] = list(answer)
-    groups = []
-    for prompt, some in answers.items():
-        places = list(some)
-        for first in range(0, len(places), rows):
-            groups.append((prompt, {place: some[place] for place in places[first : first + rows]}))
+    groups = [
+        (prompt, dict(list(some.items())[first : first + rows]))
+        for prompt, some in answers.items()
+        for first in range(0, len(some), rows)
+    ]
     groups.sort(key=lambda group: (len(group[0]), max(map(len, group[1].values()))), reverse=True)
-    batch, width = _Batch(prompts=[], answers=[]), 0
-    for prompt, some in groups:
+    batches: list[Batch] = []
+    width = 0
+    for group in groups:
         # An answer of one token needs no row of its own: the prompt's last state predicts it.
-        needed = max(1, sum(len(answer) > 1 for answer in some.values()))
-        if batch.prompts and width + needed > rows:
-            yield batch
-            batch, width = _Batch(prompts=[], answers=[]), 0
-        batch.prompts.append(prompt)
-        batch.answers.append(some)
+        needed = max(1, sum(len(answer) > 1 for answer in group[1].values()))
+        if not batches or width + needed > rows:
+            batches.append([])
+            width = 0
+        batches[-1].append(group)
         width += needed
-    if batch.prompts:
-        yield batch
+    return batches
 
 
 def _read(
-    model: FoldForCausalLM, layout: KVLayout, batch: _Batch, call_tokens: int | None, on_columns: Callable[[int], None]
+    model: FoldForCausalLM, layout: KVLayout, batch: Batch, on_columns: Callable[[int], None]
 ) -> dict[int, Answer]:
     """The prompts, then the answers on forks of their prompts' rows."""
-    owner = [row for row, some in enumerate(batch.answers) for _ in some]
-    places = [place for some in batch.answers for place in some]
-    answers = [answer for some in batch.answers for answer in some.values()]
-    prompts, prompts_real = padded(batch.prompts, model.device, flush="right")
+    places, owner, answers = zip(
+        *[(place, row, answer) for row, (_, some) in enumerate(batch) for place, answer in some.items()], strict=True
+    )
+    owner = list(owner)
+    prompts, prompts_real = padded([prompt for prompt, _ in batch], model.device, flush="right")
     ids, real = padded(answers, model.device, flush="left")
     weights = entry_bytes(layout, model.dtype.itemsize, model.device)
-    with folded_cache(model, layout, len(batch.prompts)) as cache:
-        for start, stop in calls(layout, prompts.shape[1], call_tokens):
+    with folded_cache(model, layout, len(batch)) as cache:
+        for start, stop in calls(layout, prompts.shape[1]):
             states = _states(model, cache, prompts[:, start:stop], prompts_real[:, start:stop])
             on_columns(stop - start)
         log_p, greedy = likelihoods(model, states[owner, -1], ids[:, 0])
@@ -370,22 +357,19 @@ def _read(
         if longer:
             cache.select_rows([owner[row] for row in longer])
             sums, all_greedy = _read_answers(
-                model, layout, cache, ids[longer], real[longer], prompts.shape[1], call_tokens, on_columns
+                model, layout, cache, ids[longer], real[longer], prompts.shape[1], on_columns
             )
             log_p, greedy = log_p.double(), greedy.clone()
             log_p[longer] += sums
             greedy[longer] &= all_greedy
             seen[longer], share[longer] = cache.seen_tokens, kept_shares(cache, weights)
     figures = zip(log_p.tolist(), greedy.tolist(), seen.tolist(), share.tolist(), strict=True)
-    return {
-        place: Answer(log_likelihood=a, is_greedy=b, seen_tokens=c, kept_share=d)
-        for place, (a, b, c, d) in zip(places, figures, strict=True)
-    }
+    return {place: Answer(*some) for place, some in zip(places, figures, strict=True)}
 
 
 def _read_answers(
     model: FoldForCausalLM, layout: KVLayout, cache: FoldCache, ids_BT: Tensor, real_BT: Tensor, begun: int,
-    call_tokens: int | None, on_columns: Callable[[int], None],
+    on_columns: Callable[[int], None],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log probability of all tokens but each row's first, summed, fp64 [B], and whether all were the likeliest, bool [B].
 
@@ -393,7 +377,7 @@ def _read_answers(
     """
     sums = torch.zeros(ids_BT.shape[0], dtype=torch.float64, device=ids_BT.device)
     greedy = torch.ones_like(sums, dtype=torch.bool)
-    for start, stop in calls(layout, begun + ids_BT.shape[1] - 1, call_tokens, begun):
+    for start, stop in calls(layout, begun + ids_BT.shape[1] - 1, begun=begun):
         here, following = slice(start - begun, stop - begun), slice(start - begun + 1, stop - begun + 1)
         scored_BT = real_BT[:, following].bool()
         states_BTC = _states(model, cache, ids_BT[:, here], scored_BT.long())

@@ -38,21 +38,11 @@ _SEED = 1234
 
 
 def measure_tasks(
-    model: FoldForCausalLM,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    methods: Sequence[str],
-    *,
-    name: str,
-    beside: Sequence[Beside] = (),
-    folder: str | Path | None = None,
-    limit: int | None = None,
-    lengths: Sequence[int] = (),
-    rows: int = 32,
-    cells: str | Path | Cells | None = None,
-    report: Report | None = None,
+    model: FoldForCausalLM, tokenizer: Any, tasks: Sequence[str], methods: Sequence[str], *, name: str,
+    beside: Sequence[Beside] = (), folder: str | Path | None = None, limit: int | None = None,
+    lengths: Sequence[int] = (), rows: int = 32, cells: str | Path | Cells | None = None, report: Report | None = None,
     peer: Callable[[], PreTrainedModel] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]]:  # fmt: skip
     """One row for each task and method, the unfolded model first; those of the models `beside` come last, each under its own.
 
     `tasks`: names of lm-eval's tasks, also of those in `folder`, and files of questions (`data.py`). `limit`:
@@ -73,12 +63,20 @@ def measure_tasks(
         tokenizer.save_pretrained(place)
         named = find_tasks(tasks, folder=folder, lengths=lengths, tokenizer=place)
         lm = FoldLM(model, tokenizer, batch_size=rows, report=report)
-        theirs = None if peer is None else cache(lambda: HFLM(peer(), tokenizer=tokenizer, batch_size=rows))
+        as_hf = partial(HFLM, backend="causal", tokenizer=tokenizer, batch_size=rows)
+        theirs = None if peer is None else cache(lambda: as_hf(peer()))
         for task in named:
             asked = {"model": key, "limit": limit, "task": task.identity}
             found += _rows(task, _of_task(task, layouts, lm, theirs, kept, asked))
     settings = {"folder": folder, "limit": limit, "lengths": lengths, "rows": rows, "cells": kept, "report": report}
-    return found + [row for other in beside for row in _beside(other, model, tokenizer, tasks, **settings)]
+    for other in beside:
+        with opened(other, model) as its:
+            layout = its.config.layout
+            rows_of_it = measure_tasks(its, tokenizer, tasks, [layout.time_text()], name=other.label, **settings)
+        # Their differences are from the other model unfolded, and not from the first one, as a reader would think.
+        about = about_beside(other, layout) | {"difference": None}
+        found += [row | about for row in rows_of_it if row["method"] == layout.time_text()]
+    return found
 
 
 def _of_task(
@@ -105,18 +103,6 @@ def _of_task(
         cell = cell_of(f"{task.name} {_PEER}", {"peer": title}, lambda: _scored(theirs(), task, loaded(), limit))
         found.append(({"method": _PEER, "title": title}, cell))
     return found
-
-
-def _beside(
-    other: Beside, first: FoldForCausalLM, tokenizer: Any, tasks: Sequence[str], **settings: Any
-) -> list[dict[str, Any]]:
-    """Rows of another model, under its own method."""
-    with opened(other, first) as model:
-        layout = model.config.layout
-        rows = measure_tasks(model, tokenizer, tasks, [layout.time_text()], name=other.label, **settings)
-    # Their differences are from the other model unfolded, and not from the first one, as a reader would think.
-    about = about_beside(other, layout) | {"difference": None}
-    return [row | about for row in rows if row["method"] == layout.time_text()]
 
 
 def check_tasks(names: Sequence[str], folder: str | Path | None = None) -> None:
@@ -251,16 +237,9 @@ def likelihoods(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[floa
     """The log probabilities, nats, that lm-eval was given for the requests of all samples, in their order; None where what a
     model wrote was asked.
     """
-    found = []
-    for of_task in samples.values():
-        for sample in of_task:
-            for (answer, *_), *_ in sample["resps"] if _are_pairs(sample["resps"]) else []:
-                found.append(float(answer))
-    return found or None
-
-
-def _are_pairs(answers: Sequence[Any]) -> bool:
-    return all(isinstance(one, Sequence) and one and isinstance(one[0], tuple | list) for one in answers)
+    told = [sample["resps"] for of_task in samples.values() for sample in of_task]
+    scored = [some for some in told if all(one and isinstance(one[0], tuple | list) for one in some)]
+    return [float(answer) for some in scored for (answer, *_), *_ in some] or None
 
 
 def largest_difference(one: Sequence[float] | None, other: Sequence[float] | None) -> float | None:
