@@ -14,14 +14,34 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from kvfold.data.whole_file import write_whole_file
-from kvfold.report.design import design_sheet, models_of, pairs_sheet
-from kvfold.report.numbers import MISSING, amount, count, middle, percent, three, times
+from kvfold.record import write_whole_file
 from kvfold.report.page import protocol_text, short_commit
 from kvfold.report.pictures import save_quality
-from kvfold.report.results import Group, group_results, number, read_results, words
-from kvfold.report.series import UNFOLDED, family_of, found_keys, lengths_of, texts_of, unfolded_share, worth_showing
-from kvfold.report.sheets import method_labels, point_name, quality_sheet
+from kvfold.report.results import (
+    MISSING,
+    Group,
+    amount,
+    count,
+    group_results,
+    middle,
+    number,
+    percent,
+    read_results,
+    three,
+    times,
+    words,
+)
+from kvfold.report.series import (
+    UNFOLDED,
+    family_of,
+    found_keys,
+    lengths_of,
+    models_of,
+    texts_of,
+    unfolded_share,
+    worth_showing,
+)
+from kvfold.report.sheets import known_sheet, method_labels, pairs_sheet, point_name
 
 NOTHING = "Not measured."
 ROOT = Path(__file__).parents[1]
@@ -64,7 +84,7 @@ def quality(group: Group) -> str:
     if not group.rows:
         return NOTHING
     rows = [row for text in texts_of(group.rows) for row in by_bytes(group.rows) if words(row, "text") == text]
-    sheet = quality_sheet(rows)
+    sheet = known_sheet("quality", rows)
     heads = [column.head for column in sheet.columns]
     places = [heads.index(head) for head in SHOWN]
     lines = [[*(cells[place] for place in places), megabytes(row)] for cells, row in zip(sheet.rows, rows, strict=True)]
@@ -81,7 +101,7 @@ def side_by_side(group: Group) -> str:
     if not group.rows:
         return NOTHING
     texts, lengths = texts_of(group.rows), lengths_of(group.passkey)
-    sheet = quality_sheet(group.rows)
+    sheet = known_sheet("quality", group.rows)
     heads = [column.head for column in sheet.columns]
     cells = {
         (words(row, "method"), words(row, "text")): dict(zip(heads, line, strict=True))
@@ -168,7 +188,7 @@ def decode(group: Group) -> str:
 def design(group: Group) -> str:
     """The models from scratch of a folder by their bytes, most first."""
     models = models_of(group.rows)
-    sheet = design_sheet(models)
+    sheet = known_sheet("design", models)
     places = [next(i for i, column in enumerate(sheet.columns) if column.head == head) for head in DESIGN]
     lines = [[line[place] for place in places] for line in sheet.rows]
     said = (

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from kvfold.methods.registry import parse_time
     from kvfold.models.config import FoldConfig
     from kvfold.models.decoder import FoldForCausalLM
+    from kvfold.models.gates import CallOptions
     from kvfold.models.load import load, load_tokenizer
-    from kvfold.models.options import CallOptions
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CallOptions": "kvfold.models.options",
+    "CallOptions": "kvfold.models.gates",
     "CacheFull": "kvfold.cache.allocator",
     "Engine": "kvfold.engine.engine",
     "FoldCache": "kvfold.cache.hf",

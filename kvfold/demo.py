@@ -11,15 +11,14 @@ from typing import Any
 import torch
 
 from kvfold.bench.decode import Point, bench_decode
-from kvfold.bench.document import measure_held, read_document
-from kvfold.data.texts import SAMPLE, read_text_file
-from kvfold.data.windows import text_beginning
+from kvfold.bench.reading import measure_held, read_document
+from kvfold.data import SAMPLE, read_text_file, text_beginning
 from kvfold.errors import UserError, need_packages
-from kvfold.eval.folding import Protocol
+from kvfold.eval.cells import load_theirs
 from kvfold.eval.passkey import measure_passkey
-from kvfold.eval.peer import load_theirs
 from kvfold.eval.perplexity import measure_quality
 from kvfold.eval.progress import Report
+from kvfold.eval.reading import Protocol
 from kvfold.models.load import load, load_tokenizer
 from kvfold.record import write_result
 from kvfold.report.page import write_page

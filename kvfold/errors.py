@@ -3,6 +3,8 @@ something.
 """
 
 import importlib.util
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class UserError(ValueError):
@@ -16,6 +18,16 @@ def one_line(error: BaseException) -> str:
     """An error's text on one line, cut to a readable length."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def unknown_name(what: str, name: str, known: Iterable[str], shown: Iterable[str] | None = None) -> UserError:
+    """The one-line error for a `name` that no `what` has, with what was probably meant; `shown` replaces `known` where that is
+    too long to read.
+    """
+    known = sorted(known)
+    near = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    hint = f" (did you mean '{near[0]}'?)" if near else ""
+    return UserError(f"unknown {what} '{name}'{hint}: use one of {', '.join(shown or known)}")
 
 
 def need_packages(*names: str, extra: str, what: str) -> None:

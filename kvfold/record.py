@@ -15,7 +15,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from kvfold.data.whole_file import write_whole_file
 from kvfold.errors import UserError
 
 KINDS = ("quality", "tasks", "memory", "kept", "document", "curve", "decode", "step", "plan", "pretraining", "serve")
@@ -132,3 +131,18 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return None if head.returncode != 0 else head.stdout.strip() + ("-dirty" if dirty else "")
+
+
+def write_whole_file(path: Path, content: str | bytes) -> Path:
+    """Write under a temporary name beside `path`, to the disk, then rename. Gives the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

@@ -36,15 +36,12 @@ def worker(source: str, data: list[str]) -> None:
     import torch
 
     import kvfold
+    from kvfold.train.design_space import PretrainSettings
     from kvfold.train.pretrain import Pretrain
     from kvfold.train.retrofit import Retrofit
     from kvfold.train.run_folder import RunFolder
     from kvfold.train.settings import RetrofitSettings
 
-    try:
-        from kvfold.train.pretrain_settings import PretrainSettings
-    except ImportError:
-        from kvfold.train.settings import PretrainSettings
     curves: dict[str, list] = {"a DMS adapter": [], "from scratch": []}
 
     def adapter_step(point: dict) -> None:
@@ -104,8 +101,7 @@ def main() -> None:
             f"{name}: {len(theirs)} steps, largest difference of a loss {apart:.1e}; all figures equal: {theirs == after[name]}"
         )
     if args.out is not None:
-        from kvfold.data.whole_file import write_whole_file
-        from kvfold.record import made
+        from kvfold.record import made, write_whole_file
 
         about = {"model": Path(args.model).name, **made(int(os.environ.get("OMP_NUM_THREADS", "0")) or None, "float32")}
         lines = [json.dumps({**row, **about}) + "\n" for row in rows]

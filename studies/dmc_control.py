@@ -22,9 +22,9 @@ import torch
 import kvfold
 from kvfold.record import made
 from kvfold.train.data import TrainingOrder, draw_text
+from kvfold.train.design_space import read_recipe
 from kvfold.train.loop import Loop
 from kvfold.train.objectives import Distillation, ignored_tokens
-from kvfold.train.recipes import read_recipe
 from kvfold.train.run_folder import newest_whole, step_of
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import make_student, trained_weights

@@ -18,13 +18,11 @@ import torch
 from torch import Tensor
 
 import kvfold
-from kvfold.data.texts import read_text_file
-from kvfold.data.windows import text_windows
-from kvfold.eval.scoring import score
+from kvfold.data import read_text_file, text_windows
+from kvfold.eval.reading import score
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.ops.attention import attention_with_weights
-from kvfold.ops.gating import STAY_NEVER, from_next
-from kvfold.ops.pooling import pooled
+from kvfold.ops.gating import STAY_NEVER, from_next, pooled
 from kvfold.ops.rotation import Rotation, rotate, rotate_queries
 from kvfold.record import made
 

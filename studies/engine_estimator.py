@@ -25,11 +25,10 @@ import torch
 
 import kvfold
 from kvfold.bench.serve import parse_lengths
-from kvfold.data.texts import read_text_file
-from kvfold.data.whole_file import write_whole_file
+from kvfold.data import read_text_file
 from kvfold.engine.budget import SequenceCost
 from kvfold.layout.planner import PAGE_SLOTS
-from kvfold.record import cpu_name, git_commit, made, with_record
+from kvfold.record import cpu_name, git_commit, made, with_record, write_whole_file
 from kvfold.train.calibrate import CALL_TOKENS, kept_streams
 
 

@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 
 import kvfold
-from kvfold.data.whole_file import write_whole_file
 from kvfold.engine.engine import Engine
-from kvfold.record import cpu_name, git_commit, made, with_record
+from kvfold.record import cpu_name, git_commit, made, with_record, write_whole_file
 
 SAMPLE = Path(kvfold.__file__).parent / "assets" / "sample" / "persuasion.txt"
 THINGS = (

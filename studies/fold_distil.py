@@ -26,21 +26,19 @@ import torch
 from torch import Tensor
 
 import kvfold
-from kvfold.data.texts import read_text_file
-from kvfold.data.windows import text_windows
-from kvfold.eval.scoring import next_token_logits, score
+from kvfold.data import read_text_file, text_windows
+from kvfold.eval.reading import next_token_logits, score
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import layout_bytes, page_bytes, page_class, page_classes
 from kvfold.models.adapters import Base, apply_adapter
 from kvfold.models.decoder import FoldForCausalLM
+from kvfold.ops.native import flush_denormals
 from kvfold.record import made
-from kvfold.train.calibrate import calibrate
+from kvfold.train.calibrate import calibrate, fit_importance, take_gates
 from kvfold.train.data import Batch, TrainingOrder, draw_text
-from kvfold.train.losses import divergence, fired_shares, ratio_loss, slice_rows, summed_in_slices
-from kvfold.train.results import write_trained
+from kvfold.train.objectives import divergence, fired_shares, ratio_loss, summed_in_slices
 from kvfold.train.settings import RetrofitSettings
-from kvfold.train.student import TeacherStates, retention_of
-from kvfold.train.warm_start import fit_importance, take_gates
+from kvfold.train.student import TeacherStates, retention_of, write_trained
 
 SEQUENCE_TOKENS = 1024
 FROM_POSITION = 256
@@ -120,8 +118,8 @@ class Run:
                 theirs_NV = next_token_logits(model, theirs[part])
             return divergence(next_token_logits(model, states_NC), theirs_NV, self.args.kl).sum()
 
-        rows = slice_rows(model.config.vocab_size)
-        main = summed_in_slices(loss_of, outputs.last_hidden_state[0, :-1], slice_rows=rows) / theirs.shape[0]
+        states = outputs.last_hidden_state[0, :-1]
+        main = summed_in_slices(loss_of, states, vocabulary=model.config.vocab_size) / theirs.shape[0]
         if self.folds:
             return main, main.new_zeros(())
         share = retention_of(model, self.settings).share_for(self.settings.compression)
@@ -398,6 +396,7 @@ def main() -> None:
     one.add_argument("--arm", required=True)
     one.add_argument("--against", action="append", required=True)
     args = parser.parse_args()
+    flush_denormals()
     args.run(args)
 
 

@@ -22,17 +22,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from fold_reference import FoldRule, FoldTrace, fold_attention_reference
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import kvfold
-from kvfold.cache.training import TrainingView
+from kvfold.cache.views import TrainingView
 from kvfold.convert.fitted_group import LeastSquares
-from kvfold.data.texts import read_text_file
-from kvfold.data.windows import text_windows
-from kvfold.eval.scoring import next_token_logits
+from kvfold.data import read_text_file, text_windows
+from kvfold.eval.reading import next_token_logits
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.ops.fold_reference import FoldRule, FoldTrace, fold_attention_reference
 from kvfold.ops.gating import Gates
 from kvfold.ops.rotation import Rotation, rotate, rotate_queries
 from kvfold.record import made

@@ -34,9 +34,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import kvfold
-from kvfold.data.whole_file import write_whole_file
 from kvfold.integrations.ray_serve import REPLICA, build
-from kvfold.record import cpu_name, git_commit, made, with_record
+from kvfold.record import cpu_name, git_commit, made, with_record, write_whole_file
 
 APP, NAMESPACE = "kvfold", "serve"
 BEGINNING, TAIL = 1200, 60

@@ -21,8 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kvfold.bench.vllm_peer import VllmPeer, VllmRun
-from kvfold.data.whole_file import write_whole_file
-from kvfold.record import cpu_name, git_commit, made, with_record
+from kvfold.record import cpu_name, git_commit, made, with_record, write_whole_file
 
 DTYPE, DTYPE_BYTES = "float32", 4
 BLOCK_TOKENS = 32
@@ -96,7 +95,7 @@ def _row(budget: str, name: str, kv_bytes: int, about: dict, mine: list[VllmRun]
         "most_in_flight": max(max(run.step_rows) for run in mine),
         "tokens_per_second": _spread([run.tokens_per_second for run in mine]),
         "seconds": _spread([run.step_ends[-1] for run in mine]),
-        "steps": mine[-1].num_steps, "preemptions": mine[-1].preemptions, "over_plain": _spread(ratios),
+        "steps": len(mine[-1].step_ends), "preemptions": mine[-1].preemptions, "over_plain": _spread(ratios),
     }  # fmt: skip
 
 

@@ -24,9 +24,8 @@ import torch
 
 import kvfold
 from kvfold.bench.vllm_peer import VllmPeer
-from kvfold.data.whole_file import write_whole_file
 from kvfold.errors import UserError
-from kvfold.record import made, with_record
+from kvfold.record import made, with_record, write_whole_file
 
 PROMPTS = [
     "The capital of France is", "Once upon a time there was a", "In the year 1815 the war ended and", "def add(a, b):",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import report_samples as samples
-from kvfold.data.whole_file import write_whole_file
+from kvfold.record import write_whole_file
 
 ROOT = Path(__file__).parents[1]
 FILES = ("quality.json", "decode.json")

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 import kvfold
 from kvfold.demo import SAMPLE, bundled_model
-from kvfold.models.weights import fold_weights
+from kvfold.models.families import fold_weights
 
 pytestmark = pytest.mark.slow
 
@@ -170,8 +170,7 @@ def test_tasks_score_as_lm_evals_own_model_and_otherwise_under_h2o(ours, theirs,
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from kvfold.eval.harness import FoldLM
-    from kvfold.eval.task_names import find_tasks
+    from kvfold.eval.lm_eval import FoldLM, find_tasks
 
     for name, (asked, answers) in QUESTIONS.items():
         choices = list(answers.values())

@@ -1,9 +1,9 @@
-"""Serving many requests at once, in process: methods against compression 1 in the same bytes, over several budgets.
+"""Serving many requests at once, in process: methods against compression 1 in the same bytes, over several budgets, beside other
+engines: kvfold's and transformers' `generate` as one batch, transformers' continuous batching, and vLLM in the same bytes.
 
-Every side answers the same requests, all handed over at once or when a trace says so; sides take turns, round after round,
-so that whatever else the machine does hits all. Throughput counts the time from the first request to the last token,
-prompts included. Seconds of the processor stand beside those of the clock: others' load lengthens the latter alone.
-Requests are stretches of a text of lengths drawn within bounds, or a trace of real ones. Other engines as sides: serve_peers.py.
+Every side answers the same requests, all handed over at once or when a trace says so. Throughput counts the time from the first
+request to the last token, prompts included. Seconds of the processor stand beside those of the clock: others' load lengthens the
+latter alone. Requests are stretches of a text of lengths drawn within bounds, or a trace of real ones.
 """
 
 import math
@@ -12,38 +12,45 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from transformers import DynamicCache, GenerationConfig
 
-from kvfold.data.texts import TextFile, file_bytes, json_lines
+from kvfold.bench.measuring import check_size, in_turns, measured_on, ratios, spread
+from kvfold.bench.vllm_peer import VllmPeer
+from kvfold.data import TextFile, file_bytes
 from kvfold.engine.answers import Piece
 from kvfold.engine.budget import WATERMARK, SequenceCost
 from kvfold.engine.engine import Engine
-from kvfold.errors import UserError
-from kvfold.eval.folding import method_about, method_layouts
+from kvfold.errors import UserError, one_line
+from kvfold.eval.cells import load_theirs
 from kvfold.eval.progress import Report, silent
+from kvfold.eval.reading import method_about, method_layouts
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import PAGE_SLOTS
+from kvfold.models.blocks import packed_bytes
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.packing import packed_bytes
-
-MOST_NEW_TOKENS = 16
-"""Tokens of an answer where a trace does not say: what OpenAI's API takes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wanted:
     """One request."""
 
-    prompt: tuple[int, ...]
-    max_tokens: int
-    """Tokens of the answer, all of which are generated."""
-    at_s: float = 0.0
+    prompt: str | Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+    """A text, for an endpoint alone, or token ids."""
+    max_tokens: PositiveInt = 16
+    """Tokens of the answer, all of which are generated; OpenAI's API takes 16 where nothing is said."""
+    at_s: NonNegativeFloat = 0.0
     """When it comes, seconds after the first one."""
+    time: str | None = None
+    """A method of kvfold's; other servers ignore it."""
 
 
 def parse_lengths(text: str) -> tuple[int, int]:
@@ -76,26 +83,34 @@ def drawn_requests(
     return found
 
 
-def trace_requests(path: str | Path, tokenizer: Any) -> list[Wanted]:
-    """Requests of a file of JSON lines: `prompt` (a text or token ids), `max_tokens`, and `at_s`, seconds after the first."""
-    path = Path(path)
-    rule = "a line of a trace is an object with a prompt"
+_WANTED = TypeAdapter(Wanted)
+
+
+def read_trace(path: Path) -> list[Wanted]:
+    """Requests of a file of JSON lines with the fields of `Wanted`, by their times. Raises `UserError` for a line that is none,
+    and for none at all.
+    """
     found = []
-    for number, one in json_lines(path, file_bytes(path).split(b"\n"), rule):
-        prompt = one.get("prompt") if isinstance(one, dict) else None
-        ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-        new, at = (one.get("max_tokens", MOST_NEW_TOKENS), one.get("at_s", 0.0)) if isinstance(one, dict) else (0, 0)
-        if not (_are_ids(ids) and isinstance(new, int) and new > 0 and isinstance(at, int | float) and at >= 0):
-            raise UserError(
-                f"{path}:{number}: a request has a prompt, 1 or more max_tokens and at_s from 0 on: "
-                'write e.g. {"prompt": "Once", "max_tokens": 64, "at_s": 0.5}'
-            )
-        found.append(Wanted(prompt=tuple(ids), max_tokens=new, at_s=float(at)))
+    for number, line in enumerate(file_bytes(path).splitlines(), start=1):
+        if line.strip():
+            try:
+                found.append(_WANTED.validate_json(line, strict=True))
+            except ValidationError as error:
+                raise UserError(
+                    f"{path} line {number}: it is no request, {one_line(error)}: write e.g. "
+                    '{"prompt": "Once", "max_tokens": 64, "at_s": 0.5}'
+                ) from error
+    if not found:
+        raise UserError(f"{path}: a trace of 0 requests: there is nothing to ask: write 1 line or more")
     return sorted(found, key=lambda one: one.at_s)
 
 
-def _are_ids(ids: object) -> bool:
-    return isinstance(ids, Sequence) and bool(ids) and all(type(one) is int and one >= 0 for one in ids)
+def tokenised(requests: Sequence[Wanted], tokenizer: Any) -> list[Wanted]:
+    """With token ids as prompts."""
+    return [
+        replace(one, prompt=tuple(tokenizer(one.prompt)["input_ids"])) if isinstance(one.prompt, str) else one
+        for one in requests
+    ]
 
 
 MAX_RUNNING = 256
@@ -129,100 +144,71 @@ class ServeRun:
 Side = Callable[[Sequence[Wanted]], ServeRun]
 
 
-def budget_bytes(model: FoldForCausalLM, requests: float, tokens: int, *, max_running: int = MAX_RUNNING) -> int:
+def budget_bytes(model: FoldForCausalLM, requests: float, tokens: int) -> int:
     """The KV memory in which so many requests of `tokens` tokens fit with nothing evicted, by the engine's own formula."""
     cost = SequenceCost(model.config.layout.base(), model_bytes=model.dtype.itemsize, page_slots=PAGE_SLOTS)
     pages = requests * cost.bytes(tokens) + cost.bytes(1)  # a page a stream more, as a budget is cut into whole pages
-    return math.ceil(pages / (1 - WATERMARK)) + 2 * max_running * cost.state_bytes
+    return math.ceil(pages / (1 - WATERMARK)) + 2 * MAX_RUNNING * cost.state_bytes
 
 
-def requests_held(model: FoldForCausalLM, memory_bytes: int, tokens: int, *, max_running: int = MAX_RUNNING) -> float:
+def _requests_held(model: FoldForCausalLM, memory_bytes: int, tokens: int) -> float:
     """The other way round: how many such requests a KV memory holds."""
-    one = budget_bytes(model, 1, tokens, max_running=max_running)
-    return 1 + (memory_bytes - one) / (budget_bytes(model, 2, tokens, max_running=max_running) - one)
+    one = budget_bytes(model, 1, tokens)
+    return 1 + (memory_bytes - one) / (budget_bytes(model, 2, tokens) - one)
 
 
 def bench_serve(
-    model: FoldForCausalLM,
-    requests: Sequence[Wanted],
-    *,
-    name: str,
-    methods: Sequence[str],
-    budgets: Sequence[int],
-    peers: Mapping[str, Side] | None = None,
-    repeats: int = 1,
-    max_running: int = MAX_RUNNING,
-    temperature: float = 0.0,
-    keep: Callable[[Mapping[str, Any]], None] = lambda result: None,
-    report: Report = silent,
-) -> dict[str, Any]:
+    model: FoldForCausalLM, requests: Sequence[Wanted], *, name: str, methods: Sequence[str], budgets: Sequence[int],
+    peers: Mapping[str, Side] | None = None, repeats: int = 1, temperature: float = 0.0,
+    keep: Callable[[Mapping[str, Any]], None] = lambda result: None, report: Report = silent,
+) -> dict[str, Any]:  # fmt: skip
     """A result of kind `serve`: a row for each budget and side. The first method is what the others are compared with.
 
     `budgets`: bytes of KV memory. `peers` by name, measured in the first budget's rounds. `keep`: is given the result so far
     after each budget. Greedy unless `temperature` says otherwise; every request generates all its tokens.
     """
-    if repeats < 1:
-        raise UserError(f"{repeats} repeats: 1 or more are measured: ask for more")
     if not requests:
         raise UserError("0 requests: there is nothing to serve: ask for 1 or more")
     layouts = method_layouts(model, methods)
     longest = max(len(one.prompt) + one.max_tokens for one in requests)
-    if longest > model.config.max_position_embeddings:
-        raise UserError(
-            f"a request of {longest} tokens: the model reads {model.config.max_position_embeddings} at most: ask for fewer"
-        )
-    result = {
-        **_about(model, name),
+    check_size(model, "a request", longest, repeats)
+    result = measured_on(model, name) | {
         "requests": {
             "number": len(requests), "prompt_tokens": _ends([len(one.prompt) for one in requests]),
             "new_tokens": _ends([one.max_tokens for one in requests]), "temperature": temperature,
         },
-        "repeats": repeats, "max_running": max_running, "rows": [],
+        "repeats": repeats, "max_running": MAX_RUNNING, "rows": [],
     }  # fmt: skip
+    result["model"]["packed_bytes"] = packed_bytes(model)
+    abouts = {layout.time_text(): method_about(layout) for layout in layouts}
     for place, memory in enumerate(budgets):
-        sides: dict[str, Side] = {}
-        for layout in layouts:
-            sides[layout.time_text()] = lambda wanted, layout=layout, memory=memory: run_engine(
-                model, layout, memory, wanted, max_running=max_running, temperature=temperature
-            )
+        sides: dict[str, Side] = {
+            layout.time_text(): partial(run_engine, model, layout, memory, temperature=temperature)
+            for layout in layouts
+        }
         sides |= (peers or {}) if place == 0 else {}
-        runs = _rounds(sides, requests, repeats, f"{memory / 1e6:,.0f} MB", report)
-        first = runs[layouts[0].time_text()]
-        about = {layout.time_text(): method_about(layout) for layout in layouts}
-        for side, found in runs.items():
+        timed = [lambda _, side=side: side(requests) for side in sides.values()]
+        runs = in_turns(timed, repeats, f"{memory / 1e6:,.0f} MB", report, turning=True)
+        speeds = [[run.tokens / run.seconds for run in found] for found in runs]
+        for side, found, own in zip(sides, runs, speeds, strict=True):
             result["rows"].append({
-                "budget_bytes": memory, "holds_uncompressed": requests_held(
-                    model, memory, longest - 1, max_running=max_running
-                ), "side": side,
-                **about.get(side, {"method": None, "title": side}), **_figures(found),
-                "over_first": _spread([
-                    _speed(one) / _speed(other) for one, other in zip(found, first, strict=True)
-                ]),
+                "budget_bytes": memory, "holds_uncompressed": _requests_held(model, memory, longest - 1), "side": side,
+                **abouts.get(side, {"method": None, "title": side}), "tokens_per_second": spread(own), **_figures(found),
+                "over_first": ratios(own, speeds[0]),
             })  # fmt: skip
         keep(result)
     return result
 
 
-def _about(model: FoldForCausalLM, name: str) -> dict[str, Any]:
-    """The model, and where it ran."""
-    return {
-        "model": {"name": name, "parameters": model.num_parameters(), "packed_bytes": packed_bytes(model)},
-        "environment": {
-            "device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
-        },
-    }  # fmt: skip
-
-
 def run_engine(
-    model: FoldForCausalLM, layout: KVLayout, memory_bytes: int, requests: Sequence[Wanted], *, max_running: int = MAX_RUNNING,
-    temperature: float = 0.0,
-) -> ServeRun:  # fmt: skip
+    model: FoldForCausalLM, layout: KVLayout, memory_bytes: int, requests: Sequence[Wanted], *, temperature: float = 0.0
+) -> ServeRun:
     """All requests through one fresh engine of one method. Raises `UserError` for a request that it refuses."""
     times: list[list[float]] = [[] for _ in requests]
     outputs: list[list[int]] = [[] for _ in requests]
     ends: list[Piece | None] = [None] * len(requests)
     over = threading.Semaphore(0)
-    with Engine(model, None, memory_bytes, [layout.time_text()], max_running=max_running) as engine:
+    with Engine(model, None, memory_bytes, [layout.time_text()], max_running=MAX_RUNNING) as engine:
 
         def deliver_to(place: int) -> Callable[[Piece], None]:
             def deliver(piece: Piece) -> None:
@@ -269,34 +255,14 @@ def run_engine(
     )  # fmt: skip
 
 
-# -- figures -----------------------------------------------------------------------------------------------------
-
-
-def _rounds(
-    sides: Mapping[str, Side], requests: Sequence[Wanted], repeats: int, what: str, report: Report
-) -> dict[str, list[ServeRun]]:
-    runs: dict[str, list[ServeRun]] = {side: [] for side in sides}
-    total = repeats * len(sides)
-    for number in range(total):
-        turn, place = divmod(number, len(sides))
-        # The order turns, so that no side is always the one behind another.
-        names = list(sides)
-        side = names[(place + turn) % len(names)]
-        report(f"{what}, {side}", number, total)
-        runs[side].append(sides[side](requests))
-    report(what, total, total)
-    return runs
-
-
 def _figures(runs: Sequence[ServeRun]) -> dict[str, Any]:
     stats = runs[-1].stats
     seconds = [one.stats for one in runs if "forward_s" in one.stats]
     return {
-        "tokens_per_second": _spread([_speed(one) for one in runs]),
-        "tokens_per_cpu_second": None if runs[-1].cpu_seconds is None else _spread([
+        "tokens_per_cpu_second": None if runs[-1].cpu_seconds is None else spread([
             one.tokens / max(1e-9, one.cpu_seconds) for one in runs
         ]),
-        "seconds": _spread([one.seconds for one in runs]),
+        "seconds": spread([one.seconds for one in runs]),
         "first_token_ms": _quantiles([1000 * x for one in runs for x in one.first_token_s]),
         "inter_token_ms": _quantiles([1000 * x for one in runs for x in one.gaps_s]),
         "most_running": stats.get("most_running"),
@@ -305,18 +271,10 @@ def _figures(runs: Sequence[ServeRun]) -> dict[str, Any]:
         "prompt_tokens_read": stats.get("prompt_tokens"),
         "pool_bytes": stats.get("pool_bytes"),
         "compression": runs[-1].compression,
-        "outside_forwards": None if not seconds else _spread([
+        "outside_forwards": None if not seconds else spread([
             1 - one["forward_s"] / max(1e-9, one["step_s"]) for one in seconds
         ]),
     }  # fmt: skip
-
-
-def _speed(run: ServeRun) -> float:
-    return run.tokens / run.seconds
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def _ends(values: Sequence[int]) -> dict[str, float]:
@@ -328,3 +286,90 @@ def _quantiles(values: Sequence[float]) -> dict[str, float] | None:
         return None
     ordered = sorted(values)
     return {"p50": statistics.median(ordered), "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]}
+
+
+PEERS = ("generate", "transformers", "continuous", "vllm")
+"""Names on the command line."""
+
+
+def check_peers(names: Sequence[str]) -> None:
+    """Raise `UserError` for a peer that nobody knows."""
+    unknown = sorted(set(names) - set(PEERS))
+    if unknown:
+        raise UserError(f"peers '{unknown[0]}': it is one of {', '.join(PEERS)}: write one of them")
+
+
+def open_peers(
+    names: Sequence[str], model: FoldForCausalLM, source: str, requests: Sequence[Wanted], kv_bytes: int, stack: ExitStack
+) -> dict[str, Side]:  # fmt: skip
+    """The sides of these names, on the checkpoint `source`; `stack` closes what they hold."""
+    sides: dict[str, Side] = {}
+    if "generate" in names:
+        sides["generate"] = batch_side(model, lambda rows: model.new_cache(rows=rows, time="full"))
+    if {"transformers", "continuous"} & set(names):
+        theirs = load_theirs(source, dtype=model.dtype, device=model.device)
+        if "transformers" in names:
+            sides["transformers"] = batch_side(theirs, lambda rows: DynamicCache(config=theirs.config))
+        if "continuous" in names:
+            sides["continuous"] = _continuous_side(theirs)
+    if "vllm" in names:
+        sides["vllm"] = _vllm_side(source, kv_bytes, requests, stack)
+    return sides
+
+
+def batch_side(model: Any, new_cache: Callable[[int], Any]) -> Side:
+    """`generate` of ours or of transformers: all requests as one batch, padded at the left, until the longest is done."""
+
+    def run(requests: Sequence[Wanted]) -> ServeRun:
+        widest, most = max(len(one.prompt) for one in requests), max(one.max_tokens for one in requests)
+        pads = [widest - len(one.prompt) for one in requests]
+        ids = torch.tensor([[0] * pad + list(one.prompt) for pad, one in zip(pads, requests, strict=True)])
+        mask = torch.arange(widest) >= torch.tensor(pads)[:, None]
+        cpu, start = time.process_time(), time.perf_counter()
+        out = model.generate(
+            ids.to(model.device), attention_mask=mask.long().to(model.device), past_key_values=new_cache(len(requests)),
+            do_sample=False, num_beams=1, min_new_tokens=most, max_new_tokens=most, pad_token_id=0,
+        )  # fmt: skip
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        new = out[:, widest:].tolist()
+        outputs = tuple(tuple(row[: one.max_tokens]) for row, one in zip(new, requests, strict=True))
+        return ServeRun(seconds=seconds, tokens=sum(map(len, outputs)), cpu_seconds=cpu, outputs=outputs)
+
+    return run
+
+
+def _continuous_side(model: Any) -> Side:
+    """transformers' continuous batching; every request generates as many tokens as the longest, and those are counted."""
+
+    def run(requests: Sequence[Wanted]) -> ServeRun:
+        most = max(one.max_tokens for one in requests)
+        wanted = GenerationConfig(do_sample=False, max_new_tokens=most, eos_token_id=-1, pad_token_id=0)
+        cpu, start = time.process_time(), time.perf_counter()
+        found = model.generate_batch([list(one.prompt) for one in requests], generation_config=wanted, warmup=False)
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        outputs = tuple(tuple(one.generated_tokens) for one in found.values())
+        return ServeRun(seconds=seconds, tokens=sum(map(len, outputs)), cpu_seconds=cpu, outputs=outputs)
+
+    return run
+
+
+def _vllm_side(source: str, kv_bytes: int, requests: Sequence[Wanted], stack: ExitStack) -> Side:
+    """vLLM in so many bytes, in a process of its own that `stack` ends."""
+    tokens = max(len(one.prompt) + one.max_tokens for one in requests)
+    peer = stack.enter_context(
+        VllmPeer(source, max_rows=len(requests), max_tokens=tokens, kv_bytes=kv_bytes, threads=torch.get_num_threads())
+    )
+
+    def run(requests: Sequence[Wanted]) -> ServeRun:
+        if len({one.max_tokens for one in requests}) > 1:
+            raise UserError(
+                "requests of several lengths: vLLM is asked for one length of answers: draw one, or leave it out"
+            )
+        found = peer.run([list(one.prompt) for one in requests], requests[0].max_tokens)
+        return ServeRun(
+            seconds=found.step_ends[-1], tokens=sum(map(len, found.new_ids)), gaps_s=found.step_seconds,
+            stats={"most_running": max(found.step_rows), "preemptions": found.preemptions, **peer.about},
+            outputs=found.new_ids,
+        )  # fmt: skip
+
+    return run

@@ -1,8 +1,7 @@
 """Load on an OpenAI endpoint, ours or another's, and what its clients see: first tokens, steps, whole answers, failures.
 
-Requests come at random times (`rate` a second, Poisson) or as a fixed number of clients of which each asks again once it
-has its answer (`clients`). Their prompts and lengths are a trace's, or drawn from a text. Every run ends: it has a number of
-requests, and each request a time.
+Requests come at random times (`rate` a second, Poisson), as a fixed number of clients of which each asks again once it has its
+answer (`clients`), or when their trace says so. Every run ends: it has a number of requests, and each request a time.
 """
 
 import asyncio
@@ -11,26 +10,13 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import fmean, quantiles
 from typing import Any
 
 import httpx
 
+from kvfold.bench.serve import Wanted
 from kvfold.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """One request of a trace."""
-
-    prompt: str | tuple[int, ...]
-    """Text, or token ids."""
-    max_tokens: int
-    at_s: float | None = None
-    """Seconds from the trace's begin; None = as the load says."""
-    time: str | None = None
-    """A method of kvfold's; other servers ignore it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,29 +63,10 @@ class _Failed(Exception):
     """An answer that says that the request failed."""
 
 
-def read_trace(path: str | Path) -> list[Asked]:
-    """Requests from JSON lines with `prompt` and `max_tokens`, and `at_s` and `time` where they have them."""
-    found = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompt = row["prompt"] if isinstance(row["prompt"], str) else tuple(row["prompt"])
-            found.append(Asked(prompt=prompt, max_tokens=row["max_tokens"], at_s=row.get("at_s"), time=row.get("time")))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"trace {path} line {number} must be a JSON object with prompt and max_tokens: {error}"
-            ) from None
-    if not found:
-        raise UserError(f"trace {path} must hold 1 request or more, got none")
-    return found
-
-
 def draw_requests(
     text: str, number: int, *, prompt_words: tuple[int, int], max_tokens: tuple[int, int], seed: int = 0,
     time: str | None = None,
-) -> list[Asked]:  # fmt: skip
+) -> list[Wanted]:  # fmt: skip
     """Requests with prompts cut from a text; both lengths drawn evenly between their bounds."""
     words, rng = text.split(), random.Random(seed)
     if len(words) <= prompt_words[1]:
@@ -109,12 +76,12 @@ def draw_requests(
         length = rng.randint(*prompt_words)
         start = rng.randrange(len(words) - length)
         prompt = " ".join(words[start : start + length])
-        found.append(Asked(prompt=prompt, max_tokens=rng.randint(*max_tokens), time=time))
+        found.append(Wanted(prompt=prompt, max_tokens=rng.randint(*max_tokens), time=time))
     return found
 
 
 def bench_serve(
-    url: str, requests: Sequence[Asked], load: Load, *, model: str | None = None, api_key: str | None = None,
+    url: str, requests: Sequence[Wanted], load: Load, *, model: str | None = None, api_key: str | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Ask an endpoint (`url` ends in /v1) all of `requests`, and summarise. `report` is told done and total requests."""
@@ -124,7 +91,7 @@ def bench_serve(
 
 
 async def _bench(
-    url: str, requests: Sequence[Asked], load: Load, model: str | None, api_key: str | None,
+    url: str, requests: Sequence[Wanted], load: Load, model: str | None, api_key: str | None,
     report: Callable[[int, int], None],
 ) -> dict[str, Any]:  # fmt: skip
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -138,7 +105,7 @@ async def _bench(
             raise UserError(f"{url} must be an OpenAI endpoint, such as http://127.0.0.1:8000/v1: {error}") from None
         began, done = time.monotonic(), 0
 
-        async def one(asked: Asked) -> Seen:
+        async def one(asked: Wanted) -> Seen:
             nonlocal done
             seen = Seen(began_s=time.monotonic() - began)
             try:
@@ -155,7 +122,7 @@ async def _bench(
         return summary(found, name, url, load)
 
 
-async def _run(requests: Sequence[Asked], load: Load, one: Callable[[Asked], Any], began: float) -> list[Seen]:
+async def _run(requests: Sequence[Wanted], load: Load, one: Callable[[Wanted], Any], began: float) -> list[Seen]:
     """All requests, as the load says."""
     if load.clients is not None:
         waiting, found = iter(requests), []
@@ -170,14 +137,14 @@ async def _run(requests: Sequence[Asked], load: Load, one: Callable[[Asked], Any
     for asked in requests:
         if load.rate is not None:
             at += rng.expovariate(load.rate)
-        elif asked.at_s is not None:
+        else:
             at = asked.at_s
         await asyncio.sleep(max(0.0, at - (time.monotonic() - began)))
         tasks.append(asyncio.create_task(one(asked)))
     return list(await asyncio.gather(*tasks))
 
 
-async def _ask(client: httpx.AsyncClient, url: str, model: str, asked: Asked, seen: Seen, began: float) -> None:
+async def _ask(client: httpx.AsyncClient, url: str, model: str, asked: Wanted, seen: Seen, began: float) -> None:
     body: dict[str, Any] = {
         "model": model, "prompt": asked.prompt, "max_tokens": asked.max_tokens, "temperature": 0, "stream": True,
         "ignore_eos": True, "stream_options": {"include_usage": True},
@@ -214,7 +181,7 @@ def summary(found: Sequence[Seen], model: str, url: str, load: Load) -> dict[str
     seconds = max(one.ended_s for one in found) - min(one.began_s for one in found)
     output, read = sum(one.completion_tokens for one in good), sum(one.prompt_tokens for one in good)
     steps = [(one.ended_s - one.first_s) / (one.completion_tokens - 1) for one in good if one.completion_tokens > 1]
-    kept = [one.kvfold for one in good if one.kvfold]
+    told = [one.kvfold for one in good if one.kvfold]
     return {
         "url": url, "model": model, "load": asdict(load), "requests": len(found), "completed": len(good),
         "failed": len(found) - len(good), "errors": sorted({one.error for one in found if one.error})[:10],
@@ -224,8 +191,7 @@ def summary(found: Sequence[Seen], model: str, url: str, load: Load) -> dict[str
         "time_per_output_token_ms": _spread(steps),
         "inter_token_ms": _spread([gap for one in good for gap in one.gaps_s]),
         "whole_answer_ms": _spread([one.ended_s - one.began_s for one in good]),
-        "kept_tokens": sum(one["kept_tokens"] for one in kept) if kept else None,
-        "seen_tokens": sum(one["seen_tokens"] for one in kept) if kept else None,
+        **{name: sum(one[name] for one in told) if told else None for name in ("kept_tokens", "seen_tokens")},
         "points": [[one.began_s, one.first_s, one.ended_s, one.completion_tokens] for one in good],
     }  # fmt: skip
 
@@ -244,14 +210,11 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
         f"{result['completed']} of {result['requests']} requests in {result['seconds']:.1f} s: "
         f"{result['requests_per_s']:.2f} requests/s, {result['output_tokens_per_s']:.1f} tokens/s"
     ]
-    for name, words in (
-        ("first_token_ms", "first token"), ("inter_token_ms", "between tokens"), ("whole_answer_ms", "whole answer"),
-    ):  # fmt: skip
-        spread = result[name]
-        if spread is not None:
-            lines.append(
-                f"{words}: median {spread['median']:.0f} ms, p95 {spread['p95']:.0f} ms, p99 {spread['p99']:.0f} ms"
-            )
+    told = {"first_token_ms": "first token", "inter_token_ms": "between tokens", "whole_answer_ms": "whole answer"}
+    for name, words in told.items():
+        if result[name] is not None:
+            said = "median {median:.0f} ms, p95 {p95:.0f} ms, p99 {p99:.0f} ms".format_map(result[name])
+            lines.append(f"{words}: {said}")
     if result["seen_tokens"]:
         lines.append(f"kept {result['kept_tokens']:.0f} of {result['seen_tokens']} tokens seen")
     return lines + [f"failed: {error}" for error in result["errors"]]

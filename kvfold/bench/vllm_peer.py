@@ -1,5 +1,9 @@
 """The other side of a comparison: vLLM on the same checkpoint, in a process and an environment of its own, since it pins its
-own torch and transformers. vllm_worker.py is the far end of the pipe.
+own torch and transformers.
+
+The far end of the pipe is this same file, run under the Python in which vLLM is installed, where it needs nothing of kvfold: the
+first line of stdin is the engine's settings, every further line a job; each is answered by one line of JSON on stdout. What vLLM
+and its libraries print goes to stderr.
 """
 
 import importlib.util
@@ -9,13 +13,12 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
-
-from kvfold.errors import UserError
 
 PYTHON_VARIABLE = "KVFOLD_VLLM_PYTHON"
 """The environment variable that names the Python in which vLLM is installed."""
@@ -24,7 +27,6 @@ _SIZE_LINE = "KV cache size"
 """Words of the line in which vLLM logs how many tokens its cache holds."""
 _WRAPPED = re.compile(r"Value error, (.*?) \[type=value_error")
 """A sentence that says what is wrong, as pydantic, which reads vLLM's settings, wraps it."""
-_WORKER = Path(__file__).with_name("vllm_worker.py")
 _SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 """One process, so that a step can be timed, and no word to the network."""
 
@@ -48,30 +50,12 @@ class VllmRun:
     """Times that a row gave up its memory and had to begin again."""
 
     @property
-    def num_steps(self) -> int:
-        """Steps of the engine, prompts included."""
-        return len(self.step_ends)
-
-    @property
-    def prefill_steps(self) -> int:
-        """Steps until every row had its first token; of rows that wait for memory, all until the last one has begun."""
-        return self.step_begun.index(len(self.new_ids)) + 1
-
-    @property
-    def prefill_seconds(self) -> float:
-        """Seconds until every row had its first token."""
-        return self.step_ends[self.prefill_steps - 1]
-
-    @property
     def step_seconds(self) -> tuple[float, ...]:
-        """Of each step behind the prompts."""
-        ends = self.step_ends[self.prefill_steps - 1 :]
+        """Of each step behind the prompts: those until every row had its first token; of rows that wait for memory, all until the
+        last one has begun.
+        """
+        ends = self.step_ends[self.step_begun.index(len(self.new_ids)) :]
         return tuple(after - before for before, after in pairwise(ends))
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Of all rows together, from the step that ends the prompts to the last."""
-        return sum(self.step_rows[self.prefill_steps :]) / (self.step_ends[-1] - self.prefill_seconds)
 
     @property
     def tokens_per_second(self) -> float:
@@ -104,7 +88,7 @@ class VllmPeer:
             **(options or {}),
         }  # fmt: skip
         self._process = subprocess.Popen(
-            [str(python or vllm_python()), str(_WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
+            [str(python or vllm_python()), __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
             env=worker_environment(threads, settings.get("tensor_parallel_size", 1)), text=True, bufsize=1,
         )  # fmt: skip
         try:
@@ -148,7 +132,7 @@ class VllmPeer:
         if "error" in answer:
             error = " ".join(answer["error"].split())
             wrapped = _WRAPPED.search(error)
-            raise UserError(f"vLLM: {wrapped[1] if wrapped else error}")
+            raise _refused(f"vLLM: {wrapped[1] if wrapped else error}")
         return answer
 
     def _logged(self, words: str) -> str | None:
@@ -160,13 +144,16 @@ class VllmPeer:
     def _last_words(self) -> str:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").split("\n")
-        return f"its process ended with {self._ended()}; the last it said: " + next(
-            (line for line in reversed(lines) if line.strip()), "nothing"
-        )
+        said = next((line for line in reversed(lines) if line.strip()), "nothing")
+        code = self._process.wait(timeout=_PATIENCE_SECONDS)  # -9 is what a machine without memory gives
+        return f"its process ended with {code}; the last it said: {said}"
 
-    def _ended(self) -> int:
-        """The exit code; -9 is what a machine without memory gives."""
-        return self._process.wait(timeout=_PATIENCE_SECONDS)
+
+def _refused(text: str) -> ValueError:
+    """A `UserError`, which the far end lacks."""
+    from kvfold.errors import UserError
+
+    return UserError(text)
 
 
 def vllm_python() -> str:
@@ -174,10 +161,10 @@ def vllm_python() -> str:
     named = os.environ.get(PYTHON_VARIABLE)
     if named:
         if not Path(named).is_file():
-            raise UserError(f"{PYTHON_VARIABLE} {named}: there is no such file: name the Python of vLLM's environment")
+            raise _refused(f"{PYTHON_VARIABLE} {named}: there is no such file: name the Python of vLLM's environment")
         return named
     if importlib.util.find_spec("vllm") is None:
-        raise UserError(
+        raise _refused(
             f"vLLM is not installed beside kvfold: set {PYTHON_VARIABLE} to the Python of an environment that has it"
         )
     return sys.executable
@@ -193,3 +180,62 @@ def worker_environment(threads: int, devices: int) -> dict[str, str]:
     bound = "|".join(",".join(map(str, group)) for group in groups)
     kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")}
     return kept | _SETTINGS | {"VLLM_CPU_OMP_THREADS_BIND": bound}
+
+
+def _answered(llm: Any, job: Mapping[str, Any], first: int) -> dict[str, Any]:
+    """At the far end, greedy: `new_tokens` for each of `prompts` (token ids), all handed over at once and named from `first` on.
+    Gives the `ids`, and of each step its end in seconds since the start, the rows that got a token in it, and those that have
+    had one by then.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    def preemptions() -> int:
+        return sum(int(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+    wanted = SamplingParams(
+        temperature=0, max_tokens=job["new_tokens"], ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+    )  # fmt: skip
+    ids: dict[str, list[int]] = {}
+    ends, rows, begun, before = [], [], [], preemptions()
+    for number, prompt in enumerate(job["prompts"], start=first):
+        ids[str(number)] = []
+        llm.llm_engine.add_request(str(number), {"prompt_token_ids": prompt}, wanted)
+    start = time.perf_counter()
+    while llm.llm_engine.has_unfinished_requests():
+        told = [(output.request_id, output.outputs[0].token_ids) for output in llm.llm_engine.step()]
+        ends.append(time.perf_counter() - start)
+        rows.append(sum(1 for _, new in told if new))
+        for name, new in told:
+            ids[name] += new
+        begun.append(sum(1 for row in ids.values() if row))
+    return {
+        "ids": list(ids.values()), "step_ends": ends, "step_rows": rows, "step_begun": begun,
+        "preemptions": preemptions() - before,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """The far end: vLLM's offline engine, driven step by step; answers until stdin ends, or until something fails."""
+    # What stdout was is for answers alone; from here on everybody else's stdout is stderr.
+    answers, asked = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1), 0
+    os.dup2(2, 1)
+    try:
+        import vllm
+
+        llm = vllm.LLM(**json.loads(sys.stdin.readline()), enable_prefix_caching=False, disable_log_stats=False)
+        cache = llm.llm_engine.vllm_config.cache_config
+        about = {"kv_tokens": cache.kv_cache_size_tokens, "block_tokens": cache.block_size}
+        answers.write(json.dumps({"version": vllm.__version__, **about}) + "\n")
+        for line in sys.stdin:
+            job = json.loads(line)
+            answers.write(json.dumps(_answered(llm, job, asked)) + "\n")
+            asked += len(job["prompts"])
+    except Exception as error:
+        answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
+        raise
+
+
+# vLLM may start further processes, which import this file again.
+if __name__ == "__main__":
+    main()

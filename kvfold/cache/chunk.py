@@ -1,18 +1,19 @@
-"""The chunk segment of a call: several real tokens for each of its sequences.
+"""The view of a call that brings several real tokens to some of its sequences.
 
-Of each owner, stored entries and the call's own tokens are attended to side by side; then the method says what stays, and
-only that is written: what a long prompt loses at once never takes a page.
+Such a call is cut into segments: the sequences that decode (exactly one real token), attended over pages in place (decode.py),
+and those with a chunk of text. Of a chunk's every owner, stored entries and the call's own tokens are attended to side by side;
+then the method says what stays, and only that is written: what a long prompt loses at once never takes a page.
 Letters: B sequences, T columns of the call, S stored, E = S + T entries, H query heads, K kv heads, D head dim.
 """
 
 import torch
 from torch import Tensor
 
+from kvfold.cache.decode import DecodeSegment, decoding
 from kvfold.cache.group import CacheGroup
 from kvfold.cache.store import Batch, Store
 from kvfold.methods.plans import Chunk, Crossed, Held
-from kvfold.ops.attention import attention_with_weights, dense_attention
-from kvfold.ops.blockwise import FOREVER, lifespan_attention
+from kvfold.ops.attention import FOREVER, attention_with_weights, dense_attention, lifespan_attention
 from kvfold.ops.gating import Gates
 from kvfold.ops.rotation import Rotation, rotate, rotate_queries
 
@@ -31,11 +32,6 @@ class ChunkSegment:
         self.seen_B = self.before_B + order[:, -1]
         self.position_BT = (self.before_B[:, None] + order - 1).masked_fill(~self.real_BT, -1)
         self._groups: dict[int, _OwnerChunk] = {}
-
-    @property
-    def newest_BT(self) -> Tensor:
-        """The newest real token of each sequence."""
-        return self.real_BT & (self.position_BT == self.seen_B[:, None] - 1)
 
     def attend(
         self, layer: int, q_BTHD: Tensor, k_BTKD: Tensor | None, v_BTKD: Tensor | None, rotation: Rotation | None,
@@ -145,7 +141,7 @@ class _OwnerChunk:
 
     def _slot_bias(self) -> Tensor | None:
         """What the method adds to the logits of stored entries, fp32 [B, K, E]; 0 for the call's own tokens."""
-        array = self._group.pool.slot_array(self._group.method.bias_array)
+        array = self._group.pool.arrays.get(self._group.method.bias_array)
         if array is None or not self._stored:
             return None
         bias = array.view(-1)[self._slot_BKS].float().masked_fill(~self._filled_BKS, 0)
@@ -196,7 +192,8 @@ class _OwnerChunk:
         common = {"scale": scale, "softcap": softcap, "mask": self._mask, "bias_BKE": self._bias_BKE}
         if scores is None:
             return dense_attention(q_BTHD, self._k_BEKD, self._v_BEKD, **common)
-        weigh = call.real_BT if scores == "cumulative" else call.newest_BT
+        newest_BT = call.real_BT & (call.position_BT == call.seen_B[:, None] - 1)
+        weigh = call.real_BT if scores == "cumulative" else newest_BT
         out, received = attention_with_weights(q_BTHD, self._k_BEKD, self._v_BEKD, weigh_BT=weigh, **common)
         self._score_BKE = received if self._score_BKE is None else self._score_BKE + received
         return out
@@ -210,10 +207,9 @@ class _OwnerChunk:
         if group.method.attention_scores == "cumulative" and stored:
             group.copy_on_write(self._id_BK)
             self._slot_BKS = group.stored_slots(self._id_BK, stored)[0]
-            kept = group.pool.slot_array("score").view(-1)
-            kept.index_add_(
-                0, self._slot_BKS.reshape(-1), score[..., :stored].masked_fill(~self._filled_BKS, 0).reshape(-1)
-            )
+            kept = group.pool.arrays["score"].view(-1)
+            old = score[..., :stored].masked_fill(~self._filled_BKS, 0)
+            kept.index_add_(0, self._slot_BKS.reshape(-1), old.reshape(-1))
             score = torch.cat((kept[self._slot_BKS], score[..., stored:]), dim=-1)
         keep = self._plan.retained(score)
         if keep is None:
@@ -239,3 +235,46 @@ class _OwnerChunk:
         chosen = crossed.stays_BKE[..., stored:] & call.real_BT[:, None]
         state = {name: one[..., stored:] for name, one in crossed.arrays.items()}
         group.append(self._id_BK, chosen, self._k_BTKD, crossed.v_BEKD[:, stored:], call.position_BT, state)
+
+
+def view_of(store: Store, batch: Batch) -> "DecodeSegment | ChunkSegment | SegmentedView":
+    """The view that a call's layers attend through."""
+    if max(batch.added) == 1 == min(batch.added):
+        return decoding(store, batch)
+    return ChunkSegment(store, batch) if min(batch.added) > 1 else SegmentedView(store, batch)
+
+
+class SegmentedView:
+    """A call whose sequences are at different work; see `KVView`."""
+
+    def __init__(self, store: Store, batch: Batch):
+        steps = [row for row, added in enumerate(batch.added) if added == 1]
+        chunks = [row for row, added in enumerate(batch.added) if added > 1]
+        self._segments: list[tuple[Tensor, DecodeSegment | ChunkSegment]] = []
+        for rows, kind in ((steps, decoding), (chunks, ChunkSegment)):
+            if rows:
+                index = torch.tensor(rows, device=store.device)
+                self._segments.append((index, kind(store, batch.segment(store, rows))))
+
+    def attend(
+        self, layer: int, q_BTHD: Tensor, k_BTKD: Tensor | None, v_BTKD: Tensor | None, rotation: Rotation | None,
+        gates: Gates | None = None,
+    ) -> Tensor:  # fmt: skip
+        """See `KVView`. Rows without a real token get zeros."""
+        out = torch.zeros_like(q_BTHD)
+        for index, segment in self._segments:
+            q, k, v = (None if x is None else x[index] for x in (q_BTHD, k_BTKD, v_BTKD))
+            segment_rotation = None if rotation is None else rotation.rows(index)
+            segment_gates = None if gates is None else gates.rows(index)
+            out[index] = segment.attend(layer, q, k, v, segment_rotation, segment_gates)
+        return out
+
+    def close(self) -> None:
+        """All layers have attended: what the call evicts leaves now."""
+        for _, segment in self._segments:
+            segment.close()
+
+    def abandon(self) -> None:
+        """The call has failed: pages that it allocated and did not use are free again."""
+        for _, segment in self._segments:
+            segment.abandon()

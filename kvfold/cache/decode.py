@@ -143,7 +143,7 @@ class EvictBeforeStep:
         """Evict what does not make room one for one."""
         ids = self.streams.id_OBK
         self.group.evict(ids[uneven_OBK], ~gone_OBKS[uneven_OBK])
-        self.streams = self.streams.with_lengths(self.group.lengths(ids).long())
+        self.streams = replace(self.streams, length_OBK=self.group.lengths(ids).long())
 
     def new_token(
         self, index: int, k_B1KD: Tensor | None, v_B1KD: Tensor | None, rotation: Rotation | None, gates: Gates | None
@@ -151,8 +151,13 @@ class EvictBeforeStep:
         """Key (rotated) and value [B, K, D] of an owner's new token; None in a reader, whose owner has stored it."""
         if k_B1KD is None:
             return None, None
-        self.plan.enter(index, gates, k_B1KD[:, 0], v_B1KD[:, 0])
+        k_B1KD, v_B1KD = self._entered(index, k_B1KD, v_B1KD, gates)
         return rotate(rotation, k_B1KD, None if gates is None else gates.k_keep_KD)[:, 0], v_B1KD[:, 0]
+
+    def _entered(self, index: int, k_B1KD: Tensor, v_B1KD: Tensor, gates: Gates | None) -> tuple[Tensor, Tensor]:
+        """What takes the new token's place in the attention of an owner's layer, before it is rotated."""
+        self.plan.enter(index, gates, k_B1KD[:, 0], v_B1KD[:, 0])
+        return k_B1KD, v_B1KD
 
     def described(self, index: int) -> DecodeBatch:
         """What attention needs to know of one owner's streams."""
@@ -182,12 +187,7 @@ class GridStep(EvictBeforeStep):
         grid = self.group.method.grid
         self._rows = [row for row, before in enumerate(self.batch.before) if before and before % grid == 0]
 
-    def new_token(
-        self, index: int, k_B1KD: Tensor | None, v_B1KD: Tensor | None, rotation: Rotation | None, gates: Gates | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """See `EvictBeforeStep.new_token`."""
-        if k_B1KD is None:
-            return None, None
+    def _entered(self, index: int, k_B1KD: Tensor, v_B1KD: Tensor, gates: Gates | None) -> tuple[Tensor, Tensor]:
         noted = self.group.method.noted(gates, None)
         if noted:
             slot = self.slot_OBK[index].reshape(-1)
@@ -197,7 +197,7 @@ class GridStep(EvictBeforeStep):
             self.group.note_before(self.streams.id_OBK[index], self.streams.length_OBK[index], before)
         if self._rows:
             self._cross(index, gates)
-        return rotate(rotation, k_B1KD, None if gates is None else gates.k_keep_KD)[:, 0], v_B1KD[:, 0]
+        return k_B1KD, v_B1KD
 
     def _cross(self, index: int, gates: Gates | None) -> None:
         """The new token is the last of its stream before and after."""
@@ -206,9 +206,7 @@ class GridStep(EvictBeforeStep):
         group.cross(ids, self.batch.position_B[row], gates)
         length = group.lengths(ids)
         self.lengths_OBK[index, row] = length
-        place, slots = length.long() - 1, group.pool.slots
-        page = group.tables.flat[group.starts(ids) + place // slots].long()
-        self.slot_OBK[index, row] = page * slots + place % slots
+        self.slot_OBK[index, row] = group.slots_at(ids, length.long() - 1)
 
 
 class MergeStep(EvictBeforeStep):
@@ -224,12 +222,7 @@ class MergeStep(EvictBeforeStep):
         self._order_OBK = (self._border_OBK.view(-1).cumsum(0) - 1).clamp(min=0).view_as(length)
         self._used = torch.zeros_like(self._ahead)
 
-    def new_token(
-        self, index: int, k_B1KD: Tensor | None, v_B1KD: Tensor | None, rotation: Rotation | None, gates: Gates | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """See `EvictBeforeStep.new_token`."""
-        if k_B1KD is None:
-            return None, None
+    def _entered(self, index: int, k_B1KD: Tensor, v_B1KD: Tensor, gates: Gates | None) -> tuple[Tensor, Tensor]:
         entered = self.plan.enter(index, gates, k_B1KD[:, 0], v_B1KD[:, 0])
         length = self.streams.length_OBK[index]
         grows = entered.place_BK == length
@@ -241,18 +234,14 @@ class MergeStep(EvictBeforeStep):
             self._used.index_add_(0, order.view(-1), used.view(-1).int())
         self.lengths_OBK[index] = (length + grows).int()
         self.slot_OBK[index] = self._note(index, entered.place_BK, self.lengths_OBK[index])
-        keep = None if gates is None else gates.k_keep_KD
-        return rotate(rotation, entered.k_BKD.unsqueeze(1), keep)[:, 0], entered.v_BKD
-
-    def close(self) -> None:
-        """All layers have attended."""
-        self.return_unused()
+        return entered.k_BKD.unsqueeze(1), entered.v_BKD.unsqueeze(1)
 
     def return_unused(self) -> None:
         """Pages that were allocated ahead and not needed are free again."""
         self.group.pool.unused(self._ahead, self._used == 0)
-        self._ahead = self._ahead[:0]
-        self._used = self._used[:0]
+        self._ahead, self._used = self._ahead[:0], self._used[:0]
+
+    close = return_unused
 
 
 class EvictAfterStep(EvictBeforeStep):

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from kvfold.cache.allocator import pages_for
-from kvfold.cache.pages import PagePool
-from kvfold.cache.tables import BlockTables
+from kvfold.cache.pages import BlockTables, PagePool
 from kvfold.methods.base import Method
 from kvfold.methods.plans import Crossed, Held
 from kvfold.ops.gating import Gates
@@ -37,46 +36,51 @@ class CacheGroup:
         self.has_shared = False
         self.is_gated = method.trained
         """Whether only gates know what a call will need."""
-        self._form = method.stream_state(pool.page_class.head_dim)
+        form = method.stream_state(pool.page_class.head_dim)
         self.state: Tensor | None = None
         """What the method keeps for each stream, [O, R, K, ...]."""
-        if self._form is not None:
-            dtype = getattr(torch, self._form.dtype)
-            self.state = torch.zeros((*shape, *self._form.shape), dtype=dtype, device=pool.device)
+        if form is not None:
+            self.state = torch.zeros((*shape, *form.shape), dtype=getattr(torch, form.dtype), device=pool.device)
         # Entries of each sequence's longest stream, at most, where gates decide: the host's own count.
         self._bound = [0] * sequences
         self._unasked_steps = 0
+
+    @property
+    def _by_sequence(self) -> list[Tensor]:
+        """What lies by sequence, in the second dimension."""
+        return [self.length] if self.state is None else [self.length, self.state]
+
+    def _index(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self.length.device)
 
     # -- bytes and places ----------------------------------------------------------------------------------------
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of tables, lengths and stream state."""
-        return self.tables.num_bytes + self.length.nbytes + (0 if self.state is None else self.state.nbytes)
+        """Bytes of lengths and stream state."""
+        return sum(one.nbytes for one in self._by_sequence)
 
     def bytes_with(self, sequences: int, pages: dict[int, int]) -> int:
-        """`num_bytes` once there is room for so many sequences, and for so many pages a stream of some of them."""
-        streams = len(self.owners) * max(sequences, self.length.shape[1]) * self.num_kv_heads
-        state = 0 if self._form is None else self._form.num_bytes
-        return self.tables.bytes_with(sequences, pages) + streams * (self.length.itemsize + state)
+        """Bytes of all books once there is room for so many sequences, and for so many pages a stream of some of them."""
+        places = max(sequences, self.length.shape[1])
+        lengths = len(self.owners) * places * self.num_kv_heads * self.length.itemsize
+        return self.tables.bytes_with(sequences, pages) + lengths + self.state_bytes(places)
 
     def state_bytes(self, sequences: int) -> int:
         """Bytes of the stream state of so many sequences."""
-        return 0 if self._form is None else len(self.owners) * sequences * self.num_kv_heads * self._form.num_bytes
+        form = self.method.stream_state_bytes(self.pool.page_class.head_dim)
+        return len(self.owners) * sequences * self.num_kv_heads * form
 
     @torch.inference_mode(False)
     def resize(self, sequences: int) -> None:
         """Room for at least so many sequences."""
-        owners, old, heads = self.length.shape
+        old = self.length.shape[1]
         if sequences <= old:
             return
-        length = self.length.new_zeros((owners, sequences, heads))
-        length[:, :old] = self.length
-        self.length = length
-        if self.state is not None:
-            state = self.state.new_zeros((owners, sequences, *self.state.shape[2:]))
-            state[:, :old] = self.state
-            self.state = state
+        for name in ("length", "state"):
+            one = getattr(self, name)
+            if one is not None:
+                setattr(self, name, torch.cat((one, one.new_zeros((len(one), sequences - old, *one.shape[2:]))), dim=1))
         self.tables.resize(sequences)
         self._bound += [0] * (sequences - old)
 
@@ -114,17 +118,17 @@ class CacheGroup:
         return self._pages(self.length[:, sequences]).sum(dim=(0, 2))
 
     def page_ids(self, id_X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Every page that these streams hold: stream id, index within the stream, page id; flat."""
-        line, index, page = self._page_lines(id_X.reshape(-1))
-        return id_X.reshape(-1)[line], index, page
-
-    def _page_lines(self, id_X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`page_ids` with each stream's place among the X."""
-        count = self._pages(self.lengths(id_X))
+        """Every page that these streams hold: the stream's place among the X, index within the stream, page id; flat."""
+        ids = id_X.reshape(-1)
+        count = self._pages(self.lengths(ids))
         most = int(count.max()) if count.numel() else 0
-        index = torch.arange(most, device=id_X.device)
-        line, index = (index < count[:, None]).nonzero(as_tuple=True)
-        return line, index, self.tables.flat[self.starts(id_X[line]) + index]
+        line, index = (torch.arange(most, device=ids.device) < count[:, None]).nonzero(as_tuple=True)
+        return line, index, self.tables.flat[self.starts(ids[line]) + index]
+
+    def slots_at(self, id_X: Tensor, place_X: Tensor) -> Tensor:
+        """Flat slot, int64, of one entry of each stream, by its place among the stored."""
+        slots = self.pool.slots
+        return self.tables.flat[self.starts(id_X) + place_X // slots].long() * slots + place_X % slots
 
     def stored_slots(self, id_X: Tensor, stored: int) -> tuple[Tensor, Tensor]:
         """Flat slots [..., S] of these streams' entries, and which are filled; S = `stored`, no less than any length."""
@@ -145,8 +149,7 @@ class CacheGroup:
     def note_before(self, id_BK: Tensor, length_BK: Tensor, values: dict[str, Tensor]) -> None:
         """Of one owner: write slot state [B, 1, K] of the newest of so many entries, where there is one; no one else holds it."""
         some, place = length_BK > 0, (length_BK - 1).clamp(min=0)
-        page = self.tables.flat[self.starts(id_BK) + place // self.pool.slots].long()
-        slot = (page * self.pool.slots + place % self.pool.slots)[some]
+        slot = self.slots_at(id_BK, place)[some]
         for name, one in values.items():
             array = self.pool.arrays[name].view(-1)
             array.index_copy_(0, slot, one[:, 0][some].to(array.dtype))
@@ -170,7 +173,7 @@ class CacheGroup:
         """Of one owner: a border that each of these sequences has come to with its token at `position`, which is stored."""
         most = int(self.lengths(id_BK).max())
         slot, filled = self.stored_slots(id_BK, most)
-        position = self.pool.position.view(-1)[slot].masked_fill(~filled, -1)
+        position = self.stored_positions(id_BK, most)
         # The new token's key and value are not there yet.
         there = (filled & (position < position_B[:, None, None])).unsqueeze(-1)
         k, v = (self.pool.read(name, slot).masked_fill(~there, 0).transpose(1, 2) for name in ("k", "v"))
@@ -214,7 +217,7 @@ class CacheGroup:
         ids, stay = id_X.reshape(-1), stay_XS.reshape(-1, stay_XS.shape[-1])
         filled_XS = self.stored_slots(ids, stay.shape[-1])[1]
         stay = stay & filled_XS
-        length, kept = self.lengths(ids), stay.sum(dim=-1)
+        kept = stay.sum(dim=-1)
         # What lies before the first entry that leaves is not moved, and pages left empty are only read.
         first = (stay.cumsum(dim=-1) == torch.arange(1, stay.shape[-1] + 1, device=stay.device)).sum(dim=-1)
         self.copy_on_write(ids, first // self.pool.slots, self._pages(kept))
@@ -223,14 +226,9 @@ class CacheGroup:
         moved = stay & (place != torch.arange(stay.shape[-1], device=stay.device))
         target = slot_XS.gather(-1, place.clamp(min=0))
         self.pool.move(slot_XS[moved], target[moved])
-        held, needed = self._pages(length), self._pages(kept)
-        most = int(held.max()) if held.numel() else 0
-        index = torch.arange(most, device=ids.device)
-        empty = (index >= needed[:, None]) & (index < held[:, None])
-        line, index = empty.nonzero(as_tuple=True)
-        pages = self.tables.flat[self.starts(ids[line]) + index]
+        line, index, page = self.page_ids(ids)
         self.length.view(-1)[ids] = kept.int()
-        self.pool.free(pages)
+        self.pool.free(page[index >= self._pages(kept)[line]])
 
     def copy_on_write(self, id_X: Tensor, first_X: Tensor | None = None, stop_X: Tensor | None = None) -> None:
         """Copy the pages of these streams that others hold too, before they are written: all of them, or those from index
@@ -239,7 +237,7 @@ class CacheGroup:
         if not self.has_shared or id_X.numel() == 0:
             return
         ids = id_X.reshape(-1)
-        line, index, page = self._page_lines(ids)
+        line, index, page = self.page_ids(ids)
         written = torch.ones_like(page, dtype=torch.bool)
         if first_X is not None:
             written = (index >= first_X.reshape(-1)[line]) & (index < stop_X.reshape(-1)[line])
@@ -262,8 +260,10 @@ class CacheGroup:
         """Pages that `copy_on_write` may allocate for a call on these streams, at most."""
         if not self.has_shared:
             return 0
-        stream, index, page = self.page_ids(id_X)
-        written = torch.ones_like(page, dtype=torch.bool) if self.method.lossy else self._is_open(stream, index)
+        line, index, page = self.page_ids(id_X)
+        written = torch.ones_like(page, dtype=torch.bool)
+        if not self.method.lossy:  # only the page that the next entry goes into
+            written = index == self.lengths(id_X).reshape(-1)[line].long() // self.pool.slots
         return int(self._must_copy(page, written).sum())
 
     def _must_copy(self, page: Tensor, written: Tensor) -> Tensor:
@@ -277,10 +277,6 @@ class CacheGroup:
         first = order.new_zeros(ids.numel()).scatter_reduce(0, holder, order, "amin", include_self=False)
         copied[where[first[here == self.pool.references[ids]]]] = False
         return copied
-
-    def _is_open(self, stream: Tensor, index: Tensor) -> Tensor:
-        """Whether page `index` of a stream is the one that the next entry goes into."""
-        return index == self.lengths(stream).long() // self.pool.slots
 
     def _extend(self, id_X: Tensor, first_X: Tensor, count_X: Tensor) -> None:
         """Give stream X `count` new pages from index `first` on."""
@@ -298,25 +294,21 @@ class CacheGroup:
     def fork(self, sources: list[int], targets: list[int]) -> None:
         """The targets go on from what the sources hold; pages are shared until one side writes."""
         self.tables.widen({target: self.tables.width[source] for source, target in zip(sources, targets, strict=True)})
-        source_B, target_B = (
-            torch.tensor(one, dtype=torch.int64, device=self.length.device) for one in (sources, targets)
-        )
+        source_B, target_B = self._index(sources), self._index(targets)
         for source, target in zip(sources, targets, strict=True):
             self.tables.copy(source, target)
             self._bound[target] = self._bound[source]
-        self.length[:, target_B] = self.length[:, source_B]
+        for one in self._by_sequence:
+            one[:, target_B] = one[:, source_B]
         self.pool.share(self.page_ids(self.ids(target_B))[2])
-        if self.state is not None:
-            self.state[:, target_B] = self.state[:, source_B]
         self.has_shared = self.has_shared or bool(targets)
 
     def free(self, sequences: list[int], *, compact: bool) -> None:
         """Free all that these sequences hold; `compact`: tables may be moved."""
-        sequence_B = torch.tensor(sequences, dtype=torch.int64, device=self.length.device)
+        sequence_B = self._index(sequences)
         self.pool.free(self.page_ids(self.ids(sequence_B))[2])
-        self.length[:, sequence_B] = 0
-        if self.state is not None:
-            self.state[:, sequence_B] = 0
+        for one in self._by_sequence:
+            one[:, sequence_B] = 0
         for one in sequences:
             self._bound[one] = 0
         self.tables.clear(sequences, compact=compact)
@@ -349,9 +341,8 @@ class CacheGroup:
         """
         slots = self.pool.slots
         if self.is_gated:
-            sequence_B = torch.tensor(sequences, dtype=torch.int64, device=self.length.device)
-            more = torch.tensor(added, dtype=torch.int64, device=self.length.device)
-            total = int(self._pages(self.length[:, sequence_B].long() + more[:, None]).sum())
+            after = self.length[:, self._index(sequences)].long() + self._index(added)[:, None]
+            total = int(self._pages(after).sum())
             bounds = zip(sequences, added, strict=True)
             return total, {one: pages_for(self.most_stored(one, 0, more), slots) for one, more in bounds}
         each = [pages_for(self.method.max_kept(tokens), slots) for tokens in seen]

@@ -1,4 +1,4 @@
-"""The store as transformers sees it: a `Cache` that `generate` carries from step to step.
+"""The store as transformers sees it: a `Cache` that `generate` carries from step to step, and what its bytes are used for.
 
 Columns fed (padding included) are what transformers counts; tokens seen are the real ones; tokens kept are what the
 store holds. Letters: B rows, T columns of a call.
@@ -6,20 +6,65 @@ store holds. Letters: B rows, T columns of a call.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvfold.cache.call import view_of
+from kvfold.cache.chunk import view_of
 from kvfold.cache.decode import DecodeSegment
 from kvfold.cache.store import Batch, Store
-from kvfold.cache.usage import Usage, usage_of
 from kvfold.cache.views import KVView
 from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import PAGE_SLOTS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """Bytes held, by use; together the store's `allocated_bytes`."""
+
+    entries: int
+    """Entries that stay, each with its position."""
+    waiting: int
+    """Entries that a gate has marked and that are seen until their delay is over."""
+    rounding: int
+    """Places of pages that no entry fills: pages are held whole."""
+    rings: int
+    """What a learned method keeps of a KV stream's newest tokens beside its pages."""
+    books: int
+    """Tables, lengths, and what a page takes beside its entries."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.entries + self.waiting + self.rounding + self.rings + self.books
+
+
+def usage_of(store: Store) -> Usage:
+    """Bytes that the sequences of a store hold, by use; a page that they share counts once."""
+    entries = waiting = rounding = rings = 0
+    held_bytes = store.allocated_bytes
+    for group in store.groups:
+        pool, streams = group.pool, torch.arange(group.length.numel(), device=group.length.device)
+        line, index, page = group.page_ids(streams)
+        there = (group.lengths(line).long() - index * pool.slots).clamp(max=pool.slots)
+        page, holder = page.long().unique(return_inverse=True)
+        filled: Tensor = torch.zeros_like(page).scatter_reduce(0, holder, there, "amax")
+        leaving, marked = 0, group.method.marked(group.flat_state)
+        if group.method.mark_array is not None:
+            is_there = torch.arange(pool.slots, device=page.device) < filled[:, None]
+            leaving = int(((pool.arrays[group.method.mark_array][page] > 0) & is_there).sum())
+        elif marked is not None:
+            leaving = group.slots_at(*marked).unique().numel()
+        entries += (int(filled.sum()) - leaving) * pool.slot_bytes
+        waiting += leaving * pool.slot_bytes
+        rounding += (page.numel() * pool.slots - int(filled.sum())) * pool.slot_bytes
+        rings += group.state_bytes(store.num_sequences)
+    books = held_bytes - entries - waiting - rounding - rings
+    return Usage(entries=entries, waiting=waiting, rounding=rounding, rings=rings, books=books)
 
 
 class _LayerFace(CacheLayerMixin):
@@ -58,6 +103,13 @@ class _LayerFace(CacheLayerMixin):
 class FoldCache(Cache):
     """Keys and values of B rows, folded as the layout says. Made by `model.new_cache`."""
 
+    is_compileable = False
+    """Lengths change from step to step."""
+    is_croppable = False
+    """See `crop`."""
+    is_initialized = True
+    """The store is ready from the start."""
+
     def __init__(
         self, layout: KVLayout, *, dtype: torch.dtype, device: torch.device | str = "cpu", rows: int = 1,
         memory_bytes: int | None = None, page_slots: int = PAGE_SLOTS, base_layout: KVLayout | None = None,
@@ -73,14 +125,8 @@ class FoldCache(Cache):
         self.gate_table: Any = None
         """What the model worked out from them for this layout."""
         self.store = Store(
-            layout,
-            dtype=dtype,
-            device=device,
-            memory_bytes=memory_bytes,
-            sequences=rows,
-            page_slots=page_slots,
-            poison=poison,
-        )
+            layout, dtype=dtype, device=device, memory_bytes=memory_bytes, sequences=rows, page_slots=page_slots, poison=poison
+        )  # fmt: skip
         self.rows: list[int] = self.store.new_sequences(rows)
         """Handles of the store, one for each row."""
         self.columns = 0
@@ -119,10 +165,8 @@ class FoldCache(Cache):
         for owner in self.layout.owners:
             group, place = self.store.place_of[owner]
             ids = group.ids(self.store.index(self.rows))[place]
-            slot, filled = group.stored_slots(ids, int(group.length.max()) if group.length.numel() else 0)
-            position = group.pool.position.view(-1)[slot]
-            held.append([[sorted(p[f].tolist()) for p, f in zip(*pair, strict=True)]
-                         for pair in zip(position, filled, strict=True)])  # fmt: skip
+            position = group.stored_positions(ids, int(group.length.max()) if group.length.numel() else 0)
+            held.append([[sorted(head[head >= 0].tolist()) for head in row] for row in position])
         return held
 
     @property
@@ -200,12 +244,10 @@ class FoldCache(Cache):
     def _fit_rows(self, num_rows: int, num_tokens: int) -> None:
         if num_tokens < 1 or num_rows < 1:
             raise UserError(
-                f"a call of {num_rows} rows and {num_tokens} tokens: a call brings 1 or more of each: feed some"
+                f"a call of {num_rows} rows and {num_tokens} tokens: it brings 1 or more of each: feed some"
             )
         if self.columns:
-            raise UserError(
-                f"the cache holds {len(self.rows)} rows and the call brings {num_rows}: give it as many rows"
-            )
+            raise UserError(f"the cache holds {len(self.rows)} rows, the call brings {num_rows}: give it as many")
         self.store.split_anew(num_rows)
         surplus, self.rows = self.rows[num_rows:], self.rows[:num_rows]
         self.store.free(surplus)
@@ -222,16 +264,6 @@ class FoldCache(Cache):
     def layers(self, layers: list) -> None:
         assert not layers, "transformers sets the list once, empty"
 
-    @property
-    def is_compileable(self) -> bool:
-        """No: lengths change from step to step."""
-        return False
-
-    @property
-    def is_croppable(self) -> bool:
-        """No, see `crop`."""
-        return False
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns fed so far, padding included: what was evicted has been fed all the same."""
         return self.columns
@@ -244,11 +276,6 @@ class FoldCache(Cache):
     def batch_size(self) -> int:
         """Rows."""
         return len(self.rows)
-
-    @property
-    def is_initialized(self) -> bool:
-        """Always: the store is ready from the start."""
-        return True
 
     def select_rows(self, rows: list[int]) -> None:
         """Go on with these rows of the present ones, in this order; one may stand several times or not at all."""
@@ -280,8 +307,7 @@ class FoldCache(Cache):
         twin.rows = self.store.fork(self.rows)
         return twin
 
-    def __copy__(self) -> "FoldCache":
-        return self.copy()
+    __copy__ = copy
 
     def free(self) -> None:
         """Free all pages now; the cache is empty and has no rows."""

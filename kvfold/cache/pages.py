@@ -1,8 +1,9 @@
-"""The tensors of one page class: keys, values, positions and slot state of P pages, and the list of free ones.
+"""The tensors of one page class, and the block tables that say which pages each KV stream holds.
 
-Every array is declared once, in `array_forms`: a page id indexes all of them alike, so what belongs to a slot is
-copied, counted, poisoned and freed together. Which stream holds which page is the business of group.py.
-Letters: P pages, N slots a page, D head dim, X any number of slots.
+Every array of a pool is declared once, in `array_forms`: a page id indexes all of them alike, so what belongs to a slot is
+copied, counted, poisoned and freed together. All tables of a cache group lie in one flat array; a sequence owns a block of it,
+`width` entries for each of its streams, so that one long sequence costs the others nothing.
+Letters: P pages, N slots a page, D head dim, X any number of slots, R places for sequences.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from torch import Tensor
 from kvfold.cache.allocator import PageBook
 from kvfold.layout.planner import PageClass
 from kvfold.ops.native import huge_pages
-from kvfold.ops.quantised import dequantise, page_arrays, quantise, turned
+from kvfold.ops.quantised import dequantise, indexable, page_arrays, quantise, turned
 
 HUGE_PAGE_BYTES = 2**21
 """A large memory page of the machine; a smaller array can't lie in one."""
@@ -54,23 +55,9 @@ class PagePool:
         self._top = torch.full((), pages, dtype=torch.int64, device=device)
 
     @property
-    def k(self) -> Tensor:
-        """Keys as they are stored, [P, N, width]."""
-        return self.arrays["k"]
-
-    @property
-    def v(self) -> Tensor:
-        """Values as they are stored, [P, N, width]."""
-        return self.arrays["v"]
-
-    @property
     def position(self) -> Tensor:
         """int32 [P, N]."""
         return self.arrays["position"]
-
-    def slot_array(self, name: str | None) -> Tensor | None:
-        """A slot array [P, N, ...]; None where the class has none of that name."""
-        return self.arrays.get(name)
 
     @property
     def num_bytes(self) -> int:
@@ -129,12 +116,12 @@ class PagePool:
         if self._poison:
             for array in self.arrays.values():
                 if array.is_floating_point():
-                    _movable(array)[free] = _movable(array.new_full((), torch.nan))
+                    indexable(array)[free] = indexable(array.new_full((), torch.nan))
 
     def copy_pages(self, source: Tensor, target: Tensor) -> None:
         """Copy whole pages with all that belongs to their slots."""
         source, target = source.long(), target.long()
-        for array in map(_movable, self.arrays.values()):
+        for array in map(indexable, self.arrays.values()):
             array[target] = array[source]
 
     # -- slots ---------------------------------------------------------------------------------------------------
@@ -145,35 +132,30 @@ class PagePool:
             self._write_one(name, slot_X, new)
 
     def _write_one(self, name: str, slot_X: Tensor, new_XD: Tensor) -> None:
-        array, storage = self.arrays[name], self.page_class.k if name == "k" else self.page_class.v
-        new_XD = new_XD.to(self.dtype)
-        codes, scales = quantise(turned(new_XD, storage) if name == "k" else new_XD, storage)
-        _movable(array).flatten(0, 1).index_copy_(0, slot_X, _movable(codes))
+        codes, scales = self._coded(name, new_XD)
+        indexable(self.arrays[name]).flatten(0, 1).index_copy_(0, slot_X, indexable(codes))
         if scales is not None:
             self.arrays[f"{name}_scale"].flatten(0, 1).index_copy_(0, slot_X, scales)
 
     def read(self, name: str, slot: Tensor) -> Tensor:
         """Keys (`k`) or values (`v`) at flat slots of any shape, [..., D] in the model's dtype."""
-        storage = self.page_class.k if name == "k" else self.page_class.v
-        array = self.arrays[name]
-        codes = _movable(array).flatten(0, 1)[slot].view(array.dtype)
-        if storage == "model":
-            return codes
-        scales = self.slot_array(f"{name}_scale")
-        scales = None if scales is None else scales.flatten(0, 1)[slot]
-        if name == "k":
-            return turned(dequantise(codes, scales, storage, self.page_class.head_dim, torch.float32), storage).to(
-                self.dtype
-            )
-        return dequantise(codes, scales, storage, self.page_class.head_dim, self.dtype)
+        array, scales = self.arrays[name], self.arrays.get(f"{name}_scale")
+        codes = indexable(array).flatten(0, 1)[slot].view(array.dtype)
+        return self._decoded(name, codes, None if scales is None else scales.flatten(0, 1)[slot])
 
     def as_stored(self, x: Tensor, name: str) -> Tensor:
         """Keys (`k`) or values (`v`) [..., D] as they would be read back, in their own dtype."""
-        storage = self.page_class.k if name == "k" else self.page_class.v
-        own = x.to(self.dtype)
-        codes, scales = quantise(turned(own, storage) if name == "k" else own, storage)
-        found = dequantise(codes, scales, storage, x.shape[-1], torch.float32 if name == "k" else self.dtype)
-        return (turned(found, storage).to(self.dtype) if name == "k" else found).to(x.dtype)
+        return self._decoded(name, *self._coded(name, x)).to(x.dtype)
+
+    def _coded(self, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, storage = x.to(self.dtype), getattr(self.page_class, name)
+        return quantise(turned(x, storage) if name == "k" else x, storage)
+
+    def _decoded(self, name: str, codes: Tensor, scales: Tensor | None) -> Tensor:
+        storage, head_dim = getattr(self.page_class, name), self.page_class.head_dim
+        if storage == "model" or name == "v":
+            return dequantise(codes, scales, storage, head_dim, self.dtype)
+        return turned(dequantise(codes, scales, storage, head_dim, torch.float32), storage).to(self.dtype)
 
     def rewrite(self, slot_X: Tensor, v_XD: Tensor, values: Mapping[str, Tensor]) -> None:
         """Other values at flat slots, and other slot state under these names; keys and positions stay."""
@@ -192,7 +174,7 @@ class PagePool:
 
     def move(self, source_X: Tensor, target_X: Tensor) -> None:
         """Copy entries from flat slots to others, with all that belongs to them."""
-        for array in map(_movable, self.arrays.values()):
+        for array in map(indexable, self.arrays.values()):
             flat = array.flatten(0, 1)
             flat.index_copy_(0, target_X, flat[source_X])
 
@@ -226,6 +208,98 @@ class PagePool:
         book.capacity, book.free = capacity, free + fresh.numel()
 
 
-def _movable(array: Tensor) -> Tensor:
-    """The array in a dtype that can be indexed: torch moves fp8 about only as bytes."""
-    return array.view(torch.uint8) if array.dtype == torch.float8_e4m3fn else array
+WIDTH_STEP = 8
+"""Widths grow by whole steps, so that a block is not moved for every page."""
+
+
+class BlockTables:
+    """The tables of a group's sequences. A width is what the host knows; what is filled the lengths say."""
+
+    @torch.inference_mode(False)
+    def __init__(self, streams: int, sequences: int, device: torch.device, *, is_bounded: bool):
+        """`streams`: of one sequence. `sequences`: places for them. `is_bounded`: no room is kept for later growth."""
+        self._streams, self._device, self._is_bounded = streams, device, is_bounded
+        # The last entry takes what a masked write must not touch.
+        self.flat = torch.zeros(1, dtype=torch.int32, device=device)
+        self._base, self.width = [0] * sequences, [0] * sequences
+        """Entries of each stream, by sequence."""
+        self._end = 0
+        self.place_R2 = torch.zeros((sequences, 2), dtype=torch.int64, device=device)
+        """Base and width of each sequence's block: its table number z starts at base + z * width."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tables and of where they lie."""
+        return self.flat.nbytes + self.place_R2.nbytes
+
+    def bytes_with(self, sequences: int, widths: Mapping[int, int]) -> int:
+        """`num_bytes` once there are places for so many sequences, and some of them have tables at least so wide."""
+        live = sum(max(width, widths.get(one, 0)) for one, width in enumerate(self.width))
+        new = sum(width for one, width in widths.items() if one >= len(self.width))
+        places = max(sequences, len(self.width))
+        return 4 * (self._streams * (live + new) + 1) + 16 * places
+
+    @torch.inference_mode(False)
+    def resize(self, sequences: int) -> None:
+        """Places for so many sequences."""
+        missing = sequences - len(self.width)
+        if missing > 0:
+            self._base += [0] * missing
+            self.width += [0] * missing
+            self.place_R2 = torch.cat((self.place_R2, self.place_R2.new_zeros((missing, 2))))
+
+    def widen(self, widths: Mapping[int, int]) -> None:
+        """Tables at least so wide for these sequences."""
+        grown = {one: width for one, width in widths.items() if width > self.width[one]}
+        if not grown:
+            return
+        if not self._is_bounded:
+            grown = {one: -(-width // WIDTH_STEP) * WIDTH_STEP for one, width in grown.items()}
+        size = self._streams * sum(grown.values())
+        if self._end + size > self.flat.shape[0] - 1:
+            self._compact(grown)
+            return
+        for one, width in grown.items():
+            self._end = self._move(self.flat, one, self._end, width)
+        self._tell()
+
+    def clear(self, sequences: list[int], *, compact: bool) -> None:
+        """These sequences hold nothing any more; `compact`: what is left may be moved."""
+        for one in sequences:
+            self._base[one] = self.width[one] = 0
+        if compact and 2 * self._streams * sum(self.width) < self.flat.shape[0] - 1:
+            self._compact({})
+        else:
+            self._tell()
+
+    def copy(self, source: int, target: int) -> None:
+        """The target's table is the source's; widths are equal already."""
+        size = self._streams * self.width[source]
+        start, end = self._base[source], self._base[target]
+        self.flat[end : end + size] = self.flat[start : start + size]
+
+    @torch.inference_mode(False)
+    def _compact(self, grown: Mapping[int, int]) -> None:
+        """Lay all blocks side by side in a new array, some of them wider."""
+        widths = [grown.get(one, width) for one, width in enumerate(self.width)]
+        live = self._streams * sum(widths)
+        capacity = live if self._is_bounded else live + live // 2
+        flat, end = self.flat.new_zeros(capacity + 1), 0
+        for one, width in enumerate(widths):
+            if width:
+                end = self._move(flat, one, end, width)
+        self.flat, self._end = flat, end
+        self._tell()
+
+    def _move(self, flat: Tensor, one: int, to: int, width: int) -> int:
+        """Copy a sequence's block to `to`, each stream's table widened; gives the end of the block."""
+        streams, old, base = self._streams, self.width[one], self._base[one]
+        block = flat[to : to + streams * width].view(streams, width)
+        block[:, :old] = self.flat[base : base + streams * old].view(streams, old)
+        block[:, old:] = 0
+        self._base[one], self.width[one] = to, width
+        return to + streams * width
+
+    def _tell(self) -> None:
+        places = torch.tensor([self._base, self.width], dtype=torch.int64).t()
+        self.place_R2.copy_(places.to(self._device))

@@ -19,12 +19,11 @@ from kvfold.cache.pages import PagePool
 from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import (
-    LENGTH_BYTES,
     PAGE_OVERHEAD_BYTES,
     PAGE_SLOTS,
-    SEQUENCE_BYTES,
     PageClass,
     layout_bytes,
+    most_tokens,
     page_bytes,
     page_class,
     page_classes,
@@ -102,7 +101,7 @@ class Store:
     def _limits(self, sequences: int) -> dict[PageClass, int]:
         """Pages of each class: the budget is split by what `sequences` sequences take in each."""
         sequences = max(1, sequences)
-        left = max(0, self.memory_bytes - sequences * self._sequence_bytes())
+        left = max(0, self.memory_bytes - sequences * self._sequence_bytes)
         needs = self._needs(left, sequences)
         limits = {one: left * need // sum(needs.values()) // self._page_bytes[one] for one, need in needs.items()}
         if min(limits.values()) < 1:
@@ -132,14 +131,8 @@ class Store:
                 found[one] += sequences * heads * pages * self._page_bytes[one]
             return found
 
-        seen = 1
-        while seen < LONGEST_TEXT and sum(needs(2 * seen).values()) <= memory_bytes:
-            seen *= 2
-        step = seen
-        while step := step // 2:
-            if sum(needs(seen + step).values()) <= memory_bytes:
-                seen += step
-        return needs(seen)
+        seen = most_tokens(lambda tokens: sum(needs(tokens).values()) <= memory_bytes, LONGEST_TEXT)
+        return needs(LONGEST_TEXT if seen is None else max(1, seen))
 
     def _make_groups(self, sequences: int) -> tuple[list[CacheGroup], dict[int, tuple[CacheGroup, int]]]:
         """Groups of like owners, and for each owner its group and its place there."""
@@ -159,12 +152,10 @@ class Store:
             place_of |= {owner: (group, index) for index, owner in enumerate(owners)}
         return groups, place_of
 
+    @cached_property
     def _sequence_bytes(self) -> int:
-        layout, streams = self.layout, 0
-        for owner in layout.owners:
-            layer = layout.layers[owner]
-            streams += layer.num_kv_heads * (LENGTH_BYTES + layout.time_of(owner).stream_state_bytes(layer.head_dim))
-        return SEQUENCE_BYTES + streams
+        """Books of one sequence, whatever it holds."""
+        return layout_bytes(self.layout, [0], self.dtype.itemsize, self.page_slots)
 
     def split_anew(self, sequences: int) -> None:
         """Divide the budget between the page classes for so many sequences; only while nothing is held."""
@@ -191,10 +182,9 @@ class Store:
     def pool_bytes(self) -> int:
         """Bytes reserved from the device; room for the tables of every page is set aside even while they are smaller."""
         pages = sum(pool.book.capacity for pool in self.pools)
-        held = sum(group.tables.num_bytes for group in self.groups)
-        tables = max(held, TABLE_BYTES * pages)
-        lengths = sum(group.num_bytes for group in self.groups) - held
-        reserved = sum(pool.num_bytes for pool in self._pools.values()) + tables + lengths + self.seen.nbytes
+        tables = max(TABLE_BYTES * pages, sum(group.tables.num_bytes for group in self.groups))
+        books = tables + sum(group.num_bytes for group in self.groups) + self.seen.nbytes
+        reserved = books + sum(pool.num_bytes for pool in self._pools.values())
         return reserved if self.memory_bytes is None else min(reserved, self.memory_bytes)
 
     @property
@@ -202,7 +192,7 @@ class Store:
         """Bytes that the sequences hold: pages (whole ones, shared ones once), tables, lengths, state."""
         sizes = self._page_bytes.values()
         pages = sum(pool.held_pages * size for pool, size in zip(self.pools, sizes, strict=True))
-        return pages + self.num_sequences * self._sequence_bytes()
+        return pages + self.num_sequences * self._sequence_bytes
 
     @property
     def free_pages(self) -> int:
@@ -301,7 +291,7 @@ class Store:
     def held_bytes(self, sequences: Sequence[int]) -> int:
         """Bytes that these sequences hold; a page that they share with others counts whole."""
         self.drain()
-        total = len(sequences) * self._sequence_bytes()
+        total = len(sequences) * self._sequence_bytes
         for group in self.groups:
             size = self._page_bytes[page_class(self.layout, group.owners[0])]
             total += size * group.held_pages(group.ids(self.index(sequences)))
@@ -329,7 +319,7 @@ class Store:
         total = sum(pool.num_bytes for pool in self._pools.values()) + books + places * self.seen.itemsize
         if total > self.memory_bytes:
             raise CacheFull(
-                f"the tables of {places} rows exceed memory_bytes={self.memory_bytes}: fewer rows, or more memory"
+                f"tables of {places} rows exceed memory_bytes={self.memory_bytes}: fewer rows or more memory"
             )
 
     # -- calls ---------------------------------------------------------------------------------------------------
@@ -367,10 +357,8 @@ class Store:
         for group in self.groups:
             # Each stream takes a page at the most.
             free[id(group.pool)] -= len(group.owners) * group.num_kv_heads * len(sequences)
-            narrow = any(
-                group.most_stored(one, self._seen[one] + 1, 1) > group.tables.width[one] * self.page_slots
-                for one in sequences
-            )
+            most = (group.most_stored(one, self._seen[one] + 1, 1) for one in sequences)
+            narrow = any(n > group.tables.width[one] * self.page_slots for n, one in zip(most, sequences, strict=True))
             if narrow or group.has_shared or free[id(group.pool)] < 0:
                 return False
         return max(added) <= 1

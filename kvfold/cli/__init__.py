@@ -1,5 +1,5 @@
 """The command line: commands of a kind in one module, each of which parses, calls and prints. What they do lives in the rooms
-below; their options stand in options.py, where their words go in console.py.
+below; what they share stands in options.py.
 """
 
 from collections.abc import Callable
@@ -10,28 +10,18 @@ import typer
 from typer import Option
 from typer.core import TyperGroup
 
-from kvfold.cli import (
-    bench,
-    bench_serve,
-    console,
-    convert,
-    generate,
-    plan,
-    report,
-    retrofit,
-    train,
-)  # fmt: skip
+from kvfold.cli import bench, convert, generate, report, train
 from kvfold.cli.eval import evaluate
-from kvfold.cli.options import with_groups
+from kvfold.cli.options import clear_errors, debug_mode, with_groups
 
 COMMANDS = {
-    "plan": plan.plan, "convert": convert.convert, "train": train.train, "retrofit": retrofit.retrofit,
-    "calibrate": retrofit.calibrate, "eval": evaluate, "inspect": report.inspect, "generate": generate.generate,
+    "plan": convert.plan, "convert": convert.convert, "train": train.train, "retrofit": train.retrofit,
+    "calibrate": train.calibrate, "eval": evaluate, "inspect": report.inspect, "generate": generate.generate,
     "serve": generate.serve, "report": report.report, "demo": report.demo,
 }  # fmt: skip
 BENCH_COMMANDS = {
     "decode": bench.decode, "prefill": bench.prefill, "capacity": bench.capacity, "kernel": bench.kernel,
-    "gpu": bench.gpu, "train": bench.train, "serve": bench_serve.serve, "serve-offline": bench_serve.serve_offline,
+    "gpu": bench.gpu, "train": bench.train, "serve": bench.serve, "serve-offline": bench.serve_offline,
 }  # fmt: skip
 app = typer.Typer(
     epilog="Begin with `kvfold plan llama-3.1-8b --time h2o:512+512`, which needs no weights, or with `kvfold demo`.",
@@ -44,7 +34,7 @@ def kvfold(
     debug: Annotated[bool, Option("--debug", help="Show where an error came from, before its line.")] = False,
 ) -> None:
     """Make the KV cache of a language model small: plan it, train for it, measure it, generate with it."""
-    console.debug.set(debug)
+    debug_mode.set(debug)
 
 
 class BenchGroup(TyperGroup):
@@ -63,7 +53,7 @@ def _add(group: typer.Typer, commands: dict[str, Callable]) -> None:
         words, _, example = cleandoc(command.__doc__ or "").partition("\n\nExample: ")
         words = " ".join(words.split())
         said = {"help": words, "short_help": words, "epilog": f"Example: {example}" if example else None}
-        group.command(name, **said)(console.clear_errors(with_groups(command)))
+        group.command(name, **said)(clear_errors(with_groups(command)))
 
 
 _add(app, COMMANDS)

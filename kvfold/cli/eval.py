@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Option
 
-from kvfold.cli.console import progress, say
-from kvfold.cli.options import Loading, Model, Output, Times, model_name
-from kvfold.data.texts import SAMPLE
+from kvfold.cli.options import Loading, Model, Output, Times, model_name, progress, say
+from kvfold.data import SAMPLE
 from kvfold.errors import UserError
 
 if TYPE_CHECKING:
-    from kvfold.eval.beside import Beside
+    from kvfold.eval.cells import Beside
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,13 +99,12 @@ def evaluate(
 
     Example: `kvfold eval my-model --text notes.txt --time h2o:128+128 --time tova:256 --out results/notes.json`
     """
-    from kvfold.eval.cells import Cells, model_about, model_key
-    from kvfold.eval.folding import Protocol
+    from kvfold.eval.cells import Cells, load_theirs, model_about, model_key
     from kvfold.eval.passkey import check_lengths, measure_passkey
-    from kvfold.eval.peer import load_theirs
     from kvfold.eval.perplexity import measure_quality
+    from kvfold.eval.reading import Protocol
     from kvfold.eval.tasks import measure_tasks
-    from kvfold.report.sheets import passkey_table, quality_table, tasks_table
+    from kvfold.report.sheets import known_table, passkey_table
 
     _check_adapter(loading.adapter, tasks.peers)
     protocol = Protocol(windows=windows, context_tokens=context, batch=batch, call_tokens=chunk)
@@ -135,8 +133,8 @@ def evaluate(
             peer = None if tasks.peers == "none" else theirs
             rows = measure_tasks(weights, tokenizer, tasks.names, methods, peer=peer, rows=batch, **settings)
             result["tasks" if texts else "rows"] = rows
-    asked = {quality_table: texts, passkey_table: passkeys.passkey, tasks_table: tasks.names}
-    output.hand_over("quality" if texts else "tasks", result, *(table for table in asked if asked[table]))
+    tables = {known_table("quality"): texts, passkey_table: passkeys.passkey, known_table("tasks"): tasks.names}
+    output.hand_over("quality" if texts else "tasks", result, *(table for table, asked in tables.items() if asked))
 
 
 def _check_adapter(adapter: str | None, peers: str) -> None:
@@ -158,7 +156,7 @@ def _check_adapter(adapter: str | None, peers: str) -> None:
 
 def _compared(texts: Sequence[str], source: str, loading: Loading) -> list["Beside"]:
     """Models to be opened later; what is no folder of either kind is refused now."""
-    from kvfold.eval.beside import Beside, check_labels
+    from kvfold.eval.cells import Beside, check_labels
     from kvfold.models.adapters import is_adapter, read_adapter
     from kvfold.models.load import load, load_config
 

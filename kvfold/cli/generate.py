@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from kvfold.cli.console import progress, say, show_json
 from kvfold.cli.options import (
     Adapter,
     Device,
@@ -20,7 +19,10 @@ from kvfold.cli.options import (
     Model,
     Time,
     model_name,
+    progress,
     quiet_transformers,
+    say,
+    tell,
 )
 from kvfold.errors import UserError, need_packages
 
@@ -28,12 +30,8 @@ from kvfold.errors import UserError, need_packages
 def generate(
     model: Model,
     prompt: Annotated[str, Argument(metavar="PROMPT", help="The text to go on from; - reads stdin.")] = "-",
-    source: Annotated[
-        Path | None, Option("--input", help="Requests as JSON lines, OpenAI's field names: all run at once.")
-    ] = None,
-    target: Annotated[
-        Path | None, Option("--output", help="Their answers, line by line; resumed where it stopped.")
-    ] = None,
+    source: Annotated[Path | None, Option("--input", help="Requests as JSON lines, OpenAI's fields: all run at once.")] = None,
+    target: Annotated[Path | None, Option("--output", help="Their answers, line by line; resumed where it stopped.")] = None,
     kv_memory: KvMemory = "2GB",
     max_new_tokens: Annotated[int, Option(min=1, help="Tokens to write, at most.")] = 128,
     temperature: Annotated[float, Option(min=0.0, help="0 takes the likeliest token, more is more daring.")] = 0.0,
@@ -42,14 +40,14 @@ def generate(
     *,
     loading: Loading,
     as_json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Go on from a text with a folded cache, and say what the cache held.
 
     Example: `kvfold generate my-model 'Once upon a time' --time tova:256`
     """
     from transformers import TextStreamer, set_seed
 
-    from kvfold.report.numbers import count, size
+    from kvfold.report.results import count, size
 
     if (source is None) != (target is None):
         raise UserError("--input and --output: a file of requests needs a file for its answers: give both")
@@ -74,15 +72,12 @@ def generate(
     cache = weights.new_cache(rows=1)
     ids = weights.generate(**inputs, **chosen, max_new_tokens=max_new_tokens, past_key_values=cache, streamer=streamer)
     method, seen, kept = cache.layout.time_text(), int(cache.seen_tokens[0]), cache.kept_tokens[:, 0]
-    if as_json:
-        written = tokenizer.decode(ids[0], skip_special_tokens=True)
-        held = {"allocated_bytes": cache.allocated_bytes, "full_bytes": cache.full_bytes}
-        show_json({"text": written, "method": method, "seen_tokens": seen, "kept_tokens": kept.tolist(), **held})
-    else:
-        held = f"{size(cache.allocated_bytes)} held where a full cache takes {size(cache.full_bytes)}"
-        say(
-            f"{method}: {count(seen)} tokens seen, {count(round(kept[kept >= 0].float().mean().item()))} kept a head, {held}"
-        )
+    facts = {
+        "text": tokenizer.decode(ids[0], skip_special_tokens=True), "method": method, "seen_tokens": seen,
+        "kept_tokens": kept.tolist(), "allocated_bytes": cache.allocated_bytes, "full_bytes": cache.full_bytes,
+    }  # fmt: skip
+    told = f"{method}: {count(seen)} tokens seen, {count(round(kept[kept >= 0].float().mean().item()))} kept a head, "
+    tell(facts, as_json, f"{told}{size(cache.allocated_bytes)} held where a full cache takes {size(cache.full_bytes)}")
 
 
 def _answer_file(
@@ -98,12 +93,8 @@ def _answer_file(
     with Engine(weights, tokenizer, kv_memory=kv_memory) as engine, progress() as bar:
         counts = answer_file(engine, source, target, defaults=defaults, report=partial(bar, "answering"))
         stats = engine.stats()
-    if as_json:
-        show_json(counts | {"output": str(target), "stats": stats})
-    else:
-        say(
-            f"{target}: {counts['answered']} answered, {counts['errors']} with an error, {counts['skipped']} were there"
-        )
+    told = "{answered} answered, {errors} with an error, {skipped} were there".format_map(counts)
+    tell(counts | {"output": str(target), "stats": stats}, as_json, f"{target}: {told}")
 
 
 def _piped() -> str:
@@ -117,9 +108,7 @@ def _piped() -> str:
 def serve(
     model: Annotated[str | None, Argument(metavar="MODEL", help="A folder, a .gguf file or a hub name.")] = None,
     demo: Annotated[bool, Option("--demo", help="The small model of the demo, with its gates.")] = False,
-    method: Annotated[
-        list[str] | None, Option(help="Methods that requests may name; the first is the default.")
-    ] = None,
+    method: Annotated[list[str] | None, Option(help="Methods that requests may name; the first is the default.")] = None,
     kv_memory: KvMemory = "2GB",
     host: Annotated[str, Option(help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, Option(help="0 takes a free one.")] = 8000,
@@ -133,7 +122,7 @@ def serve(
     adapter: Adapter = None,
     dtype: Dtype = None,
     device: Device = None,
-) -> None:
+) -> None:  # fmt: skip
     """Answer OpenAI's clients from one compressed cache, with a live page at `/`.
 
     Example: `kvfold serve my-model --kv-memory 4GB --method full --method h2o:256+256`

@@ -1,20 +1,32 @@
-"""The options that commands share, each declared once; those that always come together are a group, of which a command takes one
-parameter. Also what every command does with them: open a model, hand over a result.
+"""What all commands share: their options, each declared once (those that always come together are a group, of which a command
+takes one parameter); opening a model, handing over a result; where words, tables and JSON go, and how a command ends when
+something is wrong.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 a failure while running, 2 bad usage or bad input, which
+is a `UserError` or typer's own.
 """
 
+import functools
 import inspect
+import json
 import logging
+import shlex
+import sys
+import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
-from rich.console import RenderableType
+import typer
+from rich.console import Console, RenderableType
+from safetensors import SafetensorError
 from typer import Argument, Option
 
-from kvfold.cli.console import command_line, say, show, show_json, waiting
-from kvfold.errors import UserError
+from kvfold.errors import UserError, is_out_of_memory, raised_in_kvfold
 
 METHODS = "full | window:W+S | h2o:R+Y | tova:N, in tokens or percent; trained: dmc[:W][+S] | dms[:W] | fold[:W]"
 LAYERS = "Which layers share: cla2 | cla2-keep-ends | trailing:N | yoco | 0_0_2_2..."
@@ -29,12 +41,9 @@ Bits = Annotated[
 ]
 Heads = Annotated[int | None, Option(help="KV heads of a layer; divides the source's.")]
 Adapter = Annotated[str | None, Option(help="A folder that `kvfold retrofit` wrote.")]
-Dtype = Annotated[
-    str | None, Option(help="float32 | bfloat16 | float16. Default: float32 on a CPU, else the checkpoint's.")
-]
-WeightsDtype = Annotated[
-    str | None, Option("--dtype", help="float32 | bfloat16 | float16, of the weights. Default: float32.")
-]
+_DTYPES = "float32 | bfloat16 | float16"
+Dtype = Annotated[str | None, Option(help=f"{_DTYPES}. Default: float32 on a CPU, else the checkpoint's.")]
+WeightsDtype = Annotated[str | None, Option("--dtype", help=f"{_DTYPES}, of the weights. Default: float32.")]
 Device = Annotated[str | None, Option(help="cpu | cuda. Default: cpu.")]
 KvMemory = Annotated[str, Option(help="Bytes of the cache, never exceeded.")]
 Text = Annotated[Path | None, Option(help="A text, .jsonl or .gz file that tokens are taken from. Default: a novel.")]
@@ -88,8 +97,8 @@ class Training:
         """A recipe's values, then those of options that were given and `more`, then those of `--set`. Checked as the fields of
         `settings`, see train/recipes.py.
         """
-        from kvfold.layout.units import parse_count
-        from kvfold.train.recipes import checked_values, parse_assignments
+        from kvfold.layout.planner import parse_count
+        from kvfold.train.design_space import checked_values, parse_assignments
 
         given = {name: value for name, value in asdict(self).items() if value is not None and name != "set_"} | more
         given |= {name: parse_count(given[name]) for name in ("tokens", "seq_len") if name in given}
@@ -129,21 +138,20 @@ def with_groups(command: Callable) -> Callable:
     signature = inspect.signature(command)
     groups = {name: it.annotation for name, it in signature.parameters.items() if is_dataclass(it.annotation)}
 
-    @wraps(command)
+    @functools.wraps(command)
     def gathering(**options: Any) -> None:
         for name, group in groups.items():
             options[name] = group(**{field.name: options.pop(field.name) for field in fields(group)})
         command(**options)
 
-    def parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
-        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-    parameters = []
+    found = []
     for name, plain in signature.parameters.items():
         if name in groups:
-            parameters += [parameter(field.name, field.default, field.type) for field in fields(groups[name])]
+            found += [(field.name, field.default, field.type) for field in fields(groups[name])]
         else:
-            parameters.append(parameter(name, plain.default, plain.annotation))
+            found.append((name, plain.default, plain.annotation))
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter(name, kind, default=value, annotation=of) for name, value, of in found]
     gathering.__signature__ = signature.replace(parameters=parameters)
     gathering.__annotations__ = {each.name: each.annotation for each in parameters}
     return gathering
@@ -165,7 +173,7 @@ def quiet_transformers(*, bars: bool = True) -> None:
     theirs.set_verbosity_error()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     if hasattr(gguf_reading, "tqdm"):
-        gguf_reading.tqdm = partial(gguf_reading.tqdm, disable=True)
+        gguf_reading.tqdm = functools.partial(gguf_reading.tqdm, disable=True)
     if not bars:
         theirs.disable_progress_bar()
 
@@ -180,7 +188,7 @@ def begin_training(device: Any, dtype: str = "float32") -> dict[str, Any]:
     import torch
 
     from kvfold import __version__
-    from kvfold.ops.denormals import flush_denormals
+    from kvfold.ops.native import flush_denormals
     from kvfold.record import cpu_name, git_commit, made
     from kvfold.train.retrofit import device_name
 
@@ -191,3 +199,96 @@ def begin_training(device: Any, dtype: str = "float32") -> dict[str, Any]:
     hardware = device_name(device, cpu_name())
     about = {"command": command_line(), "version": __version__, "git_commit": git_commit(), "hardware": hardware}
     return about | {"made": made(torch.get_num_threads(), dtype)}
+
+
+debug_mode = ContextVar("debug_mode", default=False)
+"""Whether the command line began with `--debug`."""
+UNBOUNDED_COLUMNS = 160
+"""Width of what goes to a file or another program."""
+
+
+def clear_errors(command: Callable) -> Callable:
+    """Whatever goes wrong ends in one line on stderr and an exit code; `kvfold --debug` shows the traceback before it."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            with warnings.catch_warnings():
+                # Our own warnings are notes to the reader; other packages' are meant for us.
+                warnings.simplefilter("ignore")
+                warnings.filterwarnings("default", module=r"kvfold\.")
+                warnings.showwarning = lambda message, *_: say(f"note: {message}")
+                command(*args, **kwargs)
+        except (BrokenPipeError, typer.Exit, typer.Abort):
+            # Whoever reads our output has seen enough, or typer says the line and the code.
+            raise
+        except KeyboardInterrupt as error:
+            say("stopped")
+            raise typer.Exit(1) from error
+        except Exception as error:
+            if debug_mode.get():
+                say("".join(traceback.format_exception(error)).rstrip("\n"))
+            say(_told(error))
+            raise typer.Exit(2 if isinstance(error, UserError) else 1) from error
+
+    return guarded
+
+
+def _told(error: Exception) -> str:
+    """The one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return f"error: {text}"
+    if is_out_of_memory(error):
+        why = text or type(error).__name__
+        return f"failed: out of memory ({why}): make the batch, the context or the cache smaller"
+    # A failure of a command that is right explains itself: a disk, a file, and what our own code raises as one.
+    if isinstance(error, OSError | SafetensorError) or (isinstance(error, RuntimeError) and raised_in_kvfold(error)):
+        return f"failed: {text or type(error).__name__}"
+    hint = "" if debug_mode.get() else ": `kvfold --debug ...` shows where"
+    return f"failed: {type(error).__name__}: {text or 'no more is known'}{hint}"
+
+
+def say(line: str) -> None:
+    """One line to the reader, however long, on stderr."""
+    Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(line)
+
+
+def waiting(what: str) -> Any:
+    """A sign of life on stderr while something is done, where stderr is a terminal; to be used in a `with`."""
+    return Console(stderr=True).status(what)
+
+
+def progress() -> Any:
+    """Bars on stderr for whatever takes a while, or where it is no terminal a line a minute; to be used in a `with`."""
+    from kvfold.eval.progress import progress_bars, progress_lines
+
+    return progress_bars() if Console(stderr=True).is_interactive else nullcontext(progress_lines(say))
+
+
+def show(*parts: RenderableType) -> None:
+    """Lines and tables on stdout."""
+    console = Console(width=None if sys.stdout.isatty() else UNBOUNDED_COLUMNS, highlight=False, markup=False)
+    for part in parts:
+        console.print(part)
+
+
+def show_json(data: Any) -> None:
+    """One JSON value on stdout; numbers that are not finite, for which JSON has no word, become null."""
+    typer.echo(json.dumps(json.loads(json.dumps(data), parse_constant=lambda _: None)))
+
+
+def tell(facts: Mapping[str, Any], as_json: bool, *lines: str, out: object = None) -> None:
+    """How a command that writes files ends: with its facts as JSON, or with lines and, on stdout, the place that it wrote."""
+    if as_json:
+        show_json(facts)
+        return
+    for line in lines:
+        say(line)
+    if out is not None:
+        typer.echo(out)
+
+
+def command_line() -> str:
+    """What was typed, to be typed again."""
+    return shlex.join(["kvfold", *sys.argv[1:]])

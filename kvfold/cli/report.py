@@ -1,4 +1,4 @@
-"""`kvfold report`: result files to a page; `kvfold inspect`: what heads keep of one text, read in bench/document.py; and
+"""`kvfold report`: result files to a page; `kvfold inspect`: what heads keep of one text, read in bench/reading.py; and
 `kvfold demo`: the whole road once.
 """
 
@@ -8,9 +8,21 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from kvfold.cli.console import command_line, progress, say, show
-from kvfold.cli.options import Loading, Model, Output, Text, Times, check_out, model_name, quiet_transformers
-from kvfold.data.texts import SAMPLE, read_text_file
+from kvfold.cli.options import (
+    Loading,
+    Model,
+    Output,
+    Text,
+    Times,
+    check_out,
+    command_line,
+    model_name,
+    progress,
+    quiet_transformers,
+    say,
+    show,
+)
+from kvfold.data import SAMPLE, read_text_file
 from kvfold.errors import UserError
 
 
@@ -42,9 +54,9 @@ def inspect(
 
     Example: `kvfold inspect my-model --adapter my-adapter --text notes.txt --out results/notes-inside.json`
     """
-    from kvfold.bench.document import check_heads, read_document
-    from kvfold.data.windows import text_beginning
-    from kvfold.report.sheets import document_table
+    from kvfold.bench.reading import check_heads, read_document
+    from kvfold.data import text_beginning
+    from kvfold.report.sheets import known_table
 
     heads = [_head(one) for one in head or []]
     file = read_text_file(text or SAMPLE)
@@ -56,7 +68,7 @@ def inspect(
             weights, ids, pieces, time or [weights.config.layout.time_text()], name=model_name(model), text=file.name,
             heads=heads, report=report,
         )  # fmt: skip
-    output.hand_over("document", result, document_table)
+    output.hand_over("document", result, known_table("document"))
 
 
 def _head(text: str) -> tuple[int, int]:
@@ -71,11 +83,11 @@ def _head(text: str) -> tuple[int, int]:
 def demo(out: Annotated[Path, Option(help="The folder for result files and the page.")] = Path("demo-out")) -> None:
     """Everything on a small real model, in minutes: tables here, result files and a page with pictures in a folder."""
     from kvfold.demo import run_demo
-    from kvfold.report import sheets
+    from kvfold.report.sheets import known_table, passkey_table
 
     def tables_of(kind: str, result: dict) -> None:
-        found = {"quality": [sheets.quality_table], "decode": [sheets.decode_table]}.get(kind, [])
-        show(*(table(result) for table in found), *([sheets.passkey_table(result)] if "passkey" in result else []))
+        known = [known_table(kind)(result)] if kind in ("quality", "decode") else []
+        show(*known, *([passkey_table(result)] if "passkey" in result else []))
 
     check_out(out / "index.html")
     quiet_transformers(bars=False)

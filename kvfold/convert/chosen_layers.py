@@ -11,21 +11,21 @@ Letters: W windows, B windows of one batch, T tokens, C model width.
 """
 
 import json
-import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kvfold.convert.conversion import Conversion, converted_model, new_config
-from kvfold.convert.fitted import Fit, Report, do_layer, fingerprint_of
-from kvfold.convert.fitted_streams import Streams
+from kvfold.convert.fitted import Fit, Streams, do_layer, fingerprint_of
 from kvfold.errors import UserError
-from kvfold.eval.scoring import score
+from kvfold.eval.progress import Report, silent
+from kvfold.eval.reading import score
 from kvfold.layout.patterns import explicit_text
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
+from kvfold.record import write_whole_file
 
 Group = tuple[int, ...]
 """Layers that share, ascending; the first is the owner."""
@@ -58,7 +58,7 @@ def most_layers(num_layers: int, owners: int) -> int:
 
 
 def group_costs(
-    model: FoldForCausalLM, ids_WT: Tensor, *, most: int, folder: Path | None = None, report: Report | None = None
+    model: FoldForCausalLM, ids_WT: Tensor, *, most: int, folder: Path | None = None, report: Report = silent
 ) -> dict[Group, float]:
     """The cost of every group of 2 to `most` neighbours of one kind. `ids_WT`: windows of text, three or more. `folder`: where
     costs wait for a second start, for the caller to remove. Raises `UserError` for a model that shares layers already.
@@ -69,7 +69,7 @@ def group_costs(
         )
     search = _Search(model, _cut(ids_WT), folder)
     groups = _groups(layer_kinds(model.config), most)
-    return search.costs(groups, report or (lambda *_: None))
+    return search.costs(groups, report)
 
 
 def cheapest_owners(costs: Mapping[Group, float], kinds: Sequence[Hashable], owners: int) -> list[int]:
@@ -91,7 +91,7 @@ def cheapest_owners(costs: Mapping[Group, float], kinds: Sequence[Hashable], own
 
 
 def chosen_layers(
-    model: FoldForCausalLM, ids_WT: Tensor, owners: int, *, folder: Path | None = None, report: Report | None = None
+    model: FoldForCausalLM, ids_WT: Tensor, owners: int, *, folder: Path | None = None, report: Report = silent
 ) -> str:
     """A `--layers` text with so many owners, the cheapest. Arguments and errors as above; all costs lie in `folder`."""
     most = check_choice(model.config, owners)
@@ -168,7 +168,7 @@ class _Search:
         self._key = fingerprint_of(model, model, ids_WT, self._options)
 
     @torch.no_grad()
-    def costs(self, groups: Sequence[Group], report: Callable[[str, int, int], None]) -> dict[Group, float]:
+    def costs(self, groups: Sequence[Group], report: Report) -> dict[Group, float]:
         """Of each group; those that were found before are not measured again."""
         known, model = self._known(), self._model
         streams = Streams(model, model, self._fitted_on, self._batch)
@@ -215,11 +215,7 @@ class _Search:
             return {}
 
     def _keep(self, costs: Mapping[Group, float]) -> None:
-        if self._path is None:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_suffix(".partial")
-        named = {"-".join(map(str, group)): cost for group, cost in costs.items()}
-        told = {"what": "KL in nats where these layers share", "fingerprint": self._key, "costs": named}
-        partial.write_text(json.dumps(told, indent=1), encoding="utf-8")
-        os.replace(partial, self._path)
+        if self._path is not None:
+            named = {"-".join(map(str, group)): cost for group, cost in costs.items()}
+            told = {"what": "KL in nats where these layers share", "fingerprint": self._key, "costs": named}
+            write_whole_file(self._path, json.dumps(told, indent=1))

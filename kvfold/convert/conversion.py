@@ -1,30 +1,134 @@
-"""Converting a model to another layout: fewer KV heads, shared layers. Loading, checking and writing around what
-convert_heads.py, convert_layers.py and fitted.py do to the weights.
+"""Converting a model to another layout: fewer KV heads, shared layers. Loading, checking and writing around what heads.py and
+fitted.py do to the weights, the text that these are fitted on; and from our model back to its family's own, for plain
+transformers, wherever the family's config can say it all: the reverse of families.py and weights.py, checked by going there
+and back.
 
 Letters: W windows of calibration text, T tokens of a window.
 """
 
 import os
 import shutil
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from kvfold.convert.export import export_model, family_config
-from kvfold.convert.fitted import Fit, Report, fit
+from kvfold.convert.fitted import Fit, fit
 from kvfold.convert.heads import average_groups, drop_readers, like_heads_together, merge_heads, reorder_heads
-from kvfold.errors import UserError
+from kvfold.data import read_text_file, text_windows
+from kvfold.errors import UserError, one_line, unknown_name
+from kvfold.eval.progress import Report, silent
 from kvfold.integrations import vllm
 from kvfold.layout.kvlayout import KVLayout
-from kvfold.methods.names import unknown_name
-from kvfold.models.checkpoint_files import check_folder, write_model
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.load import load, load_config
+from kvfold.models.families import family_named, family_weights, fold_config
+from kvfold.models.load import check_folder, load, load_config, write_model
 from kvfold.models.source import find_source
+
+
+def calibration_windows(tokenizer: Any, files: Sequence[Path], *, tokens: int, context_tokens: int) -> Tensor:
+    """Token ids [W, T] of about `tokens` tokens, an equal share of windows from each file, evenly spaced over it.
+
+    Raises `UserError` where that is less than a window.
+    """
+    windows = tokens // context_tokens
+    if windows < 1:
+        raise UserError(
+            f"{tokens} tokens of calibration text: a window has {context_tokens}, and 1 window is the least: ask for more"
+        )
+    shares = [len(range(place, windows, len(files))) for place in range(len(files))]
+    sizes = [
+        (path, {"windows": share, "context_tokens": context_tokens}) for path, share in zip(files, shares, strict=True)
+    ]
+    read = [(read_text_file(path), size) for path, size in sizes if size["windows"]]
+    return torch.cat([text_windows(text, tokenizer, **size).ids_WT for text, size in read])
+
+
+_OURS_ALONE = (
+    *("trained_tokens", "freed_layers", "layout", "base_layout"),
+    *("architectures", "transformers_version", "_name_or_path"),
+)
+"""What a config says of itself that going there and back need not keep."""
+
+
+def _check_exportable(config: FoldConfig) -> None:
+    """Raise `UserError`, in one line, for a model that no config of its family describes."""
+    layout = config.layout
+    reasons = {
+        f"it shares layers ({layout.layers_text()})": len(layout.owners) < layout.num_layers,
+        "its layers have different numbers of KV heads": len({layer.num_kv_heads for layer in layout.layers}) > 1,
+        f"it folds along time ({layout.time_text()})": layout.time != layout.base().time,
+        f"its bits are {layout.bits_text()}": layout.bits != layout.base().bits,
+        "its gates have weights of their own": config.gates is not None,
+        "its keys and values have a norm of their own": config.kv_norm,
+        "a channel of it is freed": config.channel_freed,
+    }
+    if told := next((reason for reason, holds in reasons.items() if holds), None):
+        raise UserError(f"for transformers: {told}, which only kvfold can run: leave it out, or write for kvfold")
+
+
+def family_config(config: FoldConfig) -> PreTrainedConfig:
+    """The transformers config of our family that means what ours means. Raises `UserError` where there is none."""
+    _check_exportable(config)
+    family = family_named(config.family)
+    names = set(config.to_dict()) - {*_OURS_ALONE, "family", "model_type"}
+    heads = config.layout.layers[0].num_kv_heads
+    theirs = {name: getattr(config, name) for name in names if hasattr(config, name)} | {"num_key_value_heads": heads}
+    for ours, (name, power) in family.taken.items():
+        value = getattr(config, ours)
+        if power != 1:  # a power and its root leave a whole number a little beside itself
+            value = value ** (1.0 / power)
+            value = round(value) if abs(value - round(value)) < 1e-6 * max(1.0, abs(value)) else value
+        theirs[name] = value
+    if family.windowed == "always":
+        # One window for all needs no list of types, which these families don't know.
+        theirs.pop("layer_types", None)
+    if family.windowed == "typed":
+        theirs["use_sliding_window"] = config.sliding_window is not None
+    if family.rope_flags is not None:
+        theirs[family.rope_flags] = [int(layer not in config.nope_layers) for layer in range(config.num_hidden_layers)]
+    try:
+        found = CONFIG_MAPPING[config.family](**theirs)
+        again = fold_config(found)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"for transformers: {config.family} can't say this config ({one_line(error)}): write for kvfold"
+        ) from error
+    differing = _differing(config, again, heads)
+    if differing:
+        raise UserError(f"for transformers: {config.family} can't say {', '.join(differing)}: write for kvfold")
+    return found
+
+
+def export_model(model: FoldForCausalLM) -> PreTrainedModel:
+    """The family's own model with the same weights, which are handed over, not copied."""
+    config = family_config(model.config)
+    config.dtype = model.dtype
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    weights = family_weights(dict(model.state_dict()), theirs.state_dict().keys())
+    theirs.load_state_dict(weights, assign=True)
+    theirs.tie_weights()
+    theirs.generation_config = model.generation_config
+    return theirs.eval()
+
+
+def _differing(config: FoldConfig, again: FoldConfig, heads: int) -> list[str]:
+    ours, theirs = config.to_dict() | {"num_key_value_heads": heads}, again.to_dict()
+    names = [name for name in theirs if name not in _OURS_ALONE and not _same(ours.get(name), theirs[name])]
+    return names + (["the layout"] if again.layout.layers != config.layout.layers else [])
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    both = isinstance(ours, float) and isinstance(theirs, float)
+    return abs(ours - theirs) <= 1e-9 * abs(theirs) if both else ours == theirs
+
 
 INITS = ("mean", "drop", "fitted")
 TARGETS = ("kvfold", "transformers", "vllm")
@@ -57,17 +161,10 @@ class Conversion:
 
 
 def convert(
-    source: str | Path,
-    out: str | Path,
-    wanted: Conversion,
-    *,
-    config: FoldConfig | None = None,
-    calibration_WT: Tensor | None = None,
-    options: Fit | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    report: Report | None = None,
-) -> FoldForCausalLM:
+    source: str | Path, out: str | Path, wanted: Conversion, *, config: FoldConfig | None = None,
+    calibration_WT: Tensor | None = None, options: Fit | None = None, dtype: str | None = None,
+    device: str | None = None, report: Report = silent,
+) -> FoldForCausalLM:  # fmt: skip
     """Write `source` in another layout to the new folder `out`, and give the model that was written.
 
     `config`: the source's, where it was read already. `calibration_WT`: token ids for `fitted`. dtype None = the checkpoint's

@@ -15,27 +15,255 @@ Differs: none.
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from kvfold.convert.fitted_group import LeastSquares, Part, fit_keys, fit_values, matching_order, put_in_order
-from kvfold.convert.fitted_streams import Half, Streams, feed_half, stream_behind, wanted_raw
+from kvfold.cache.views import KVView, TrainingView
+from kvfold.convert.fitted_group import (
+    GroupSums,
+    LeastSquares,
+    Part,
+    fit_keys,
+    fit_values,
+    matching_order,
+    put_in_order,
+)
 from kvfold.errors import UserError
+from kvfold.eval.progress import Report, silent
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
+from kvfold.models.rope import Rope
+from kvfold.ops.rotation import Rotation
+from kvfold.record import write_whole_file
+
+_MIDDLE = {"pre": "post_attention_layernorm", "post": "mlp", "sandwich": "pre_feedforward_layernorm"}
+"""The module whose input is the residual stream between attention and feed-forward, by where the norms stand."""
+_FEED_NORM = {"pre": "post_attention_layernorm", "post": None, "sandwich": "pre_feedforward_layernorm"}
+"""The norm before the feed-forward block."""
+_TINY = 1e-6
+"""A gain below this share of the largest lets nothing through, so nothing is asked of what stands before it."""
 
 
-class FitState:
+class _ReachedError(Exception):
+    """The module that was waited for is about to run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Half:
+    """One half of a layer at work."""
+
+    inputs: Tensor
+    """What its last projection takes, [B, T, I]."""
+    raw: Tensor
+    """What that projection gives, [B, T, C]."""
+    stream: Tensor
+    """The residual stream behind the half, [B, T, C]."""
+
+    def goal(self) -> Self:
+        """The same without the inputs, which are large and which a target has no use for."""
+        return replace(self, inputs=self.inputs.new_empty(0))
+
+
+def _run_until(
+    module: nn.Module, run: Callable[[], object], watched: Mapping[str, nn.Module]
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Call `run` until `module` is about to run. Gives what that would have taken, and of each watched module what it
+    took and gave.
+    """
+    taken: list[Tensor] = []
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        taken.append(args[0])
+        raise _ReachedError
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[name] = args[0], output
+
+        return hook
+
+    hooks = [one.register_forward_hook(note(name)) for name, one in watched.items()]
+    hooks.append(module.register_forward_pre_hook(stop))
+    try:
+        run()
+    except _ReachedError:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return taken[0], seen
+
+
+def _attention_half(
+    config: FoldConfig, layer: nn.Module, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None
+) -> Half:
+    """The layer's attention on its residual stream."""
+    middle = getattr(layer, _MIDDLE[config.norm_placement])
+    stream, seen = _run_until(middle, lambda: layer(hidden_BTC, view, rotation), {"o_proj": layer.self_attn.o_proj})
+    return Half(inputs=seen["o_proj"][0], raw=seen["o_proj"][1], stream=stream)
+
+
+def _feed_half(config: FoldConfig, layer: nn.Module, middle_BTC: Tensor) -> Half:
+    """The layer's feed-forward block on the residual stream behind its attention."""
+    name, projection = _FEED_NORM[config.norm_placement], layer.mlp.down_proj
+    normed = middle_BTC if name is None else getattr(layer, name)(middle_BTC)
+    inputs, _ = _run_until(projection, lambda: layer.mlp(normed), {})
+    raw = projection(inputs)
+    return Half(inputs=inputs, raw=raw, stream=_stream_behind(config, layer, projection, middle_BTC, raw))
+
+
+def _stream_behind(
+    config: FoldConfig, layer: nn.Module, projection: nn.Module, before_BTC: Tensor, raw_BTC: Tensor
+) -> Tensor:
+    """The residual stream behind the block that ends in `projection`, where that gave `raw`."""
+    norm = _output_norm(config, layer, projection)
+    return before_BTC + (raw_BTC if norm is None else norm(raw_BTC)) * config.residual_multiplier
+
+
+def _wanted_raw(
+    config: FoldConfig, layer: nn.Module, projection: nn.Module, change_BTC: Tensor, original_raw_BTC: Tensor
+) -> Tensor:
+    """What `projection` should give so that its block moves the residual stream by `change`. A norm behind it takes no
+    notice of the size, so the original's is asked for.
+    """
+    norm, change = _output_norm(config, layer, projection), change_BTC / config.residual_multiplier
+    if norm is None:
+        return change
+    gain = norm.weight + 1.0 if norm.offset else norm.weight
+    usable = gain.abs() > _TINY * gain.abs().max()
+    size = original_raw_BTC.square().mean(dim=-1, keepdim=True).add(norm.eps).sqrt()
+    return torch.where(usable, change / torch.where(usable, gain, 1.0) * size, original_raw_BTC)
+
+
+def _output_norm(config: FoldConfig, layer: nn.Module, projection: nn.Module) -> nn.Module | None:
+    """The norm through which a block's output reaches the residual stream."""
+    if config.norm_placement == "pre":
+        return None
+    ends_attention = projection is layer.self_attn.o_proj
+    return layer.post_attention_layernorm if ends_attention else layer.post_feedforward_layernorm
+
+
+class Streams:
+    """`theirs` and `ours`, one [B, T, C] a batch, move up layer by layer as both models' layers are done."""
+
+    def __init__(
+        self, original: FoldForCausalLM, converted: FoldForCausalLM, ids_WT: Tensor, batch: int,
+        start: Sequence[Tensor] | None = None,
+    ):  # fmt: skip
+        """`start`: both streams where the first layer that will be done begins, where that is not the lowest."""
+        self.original, self.converted = original, converted
+        if start is None:
+            start = [original.model.opened(ids.to(original.device))[0] for ids in ids_WT.split(batch)]
+        self.theirs = list(start)
+        self.ours = list(self.theirs)
+        rope, positions = Rope(self.config), torch.arange(ids_WT.shape[1], device=original.device)[None]
+        self.rotations = rope.rotations(positions, torch.float32, continued=False)
+        self.rotation_groups = rope.group_of
+        self._views: dict[int, list[TrainingView]] = {}
+
+    @property
+    def config(self) -> FoldConfig:
+        """The converted model's."""
+        return self.converted.config
+
+    def their_halves(self, index: int) -> list[Half]:
+        """The original's attention in one layer."""
+        layer, rotation = self.original.model.layers[index], self.rotations[index]
+        halves = (_attention_half(self.config, layer, hidden, self._their_view(), rotation) for hidden in self.theirs)
+        return [half.goal() for half in halves]
+
+    def pass_theirs(self, index: int) -> None:
+        """Move the original's stream alone over a layer."""
+        layer, rotation = self.original.model.layers[index], self.rotations[index]
+        self.theirs = [layer(hidden, self._their_view(), rotation) for hidden in self.theirs]
+
+    def to_the_end(self, index: int, hidden_BTC: Tensor) -> Tensor:
+        """What the converted model has behind its last norm, for a stream below layer `index` on which nothing below is read."""
+        view = self._view(self.config.layout)
+        for place, layer in enumerate(self.converted.model.layers[index:], start=index):
+            hidden_BTC = layer(hidden_BTC, view, self.rotations[place])
+        return self.converted.model.norm(hidden_BTC)
+
+    def our_halves(self, index: int) -> list[Half]:
+        """The converted model's. What an owner stores stays until its last reader is done with."""
+        return [self.our_half(index, place) for place in range(len(self.ours))]
+
+    def our_half(self, index: int, place: int) -> Half:
+        """Of one batch."""
+        owner = self.config.layout.owner_of(index)
+        if owner not in self._views:
+            self._views[owner] = [self._view(self.config.layout) for _ in self.ours]
+        layer = self.converted.model.layers[index]
+        return _attention_half(self.config, layer, self.ours[place], self._views[owner][place], self.rotations[index])
+
+    def close(self, index: int) -> None:
+        """Forget what no later layer reads."""
+        owner = self.config.layout.owner_of(index)
+        if self.config.layout.last_reader(owner) == index:
+            self._views.pop(owner, None)
+
+    def group_sums(self, owner: int) -> tuple[GroupSums, dict[int, Tensor]]:
+        """What fitting a group's keys and values takes, gathered while the original runs from the owner to the last reader;
+        and the mean squares of each layer's queries, [H * D].
+        """
+        group = self.config.layout.readers_of(owner)
+        sums, squares = None, {}
+        for theirs, ours in zip(self.theirs, self.ours, strict=True):
+            source = self._owner_input(owner, ours)
+            keys, values = [], []
+            for index in range(owner, group[-1] + 1):
+                if index in group:
+                    q, k, v = self._their_projections(index, theirs)
+                    squares[index] = squares.get(index, 0.0) + q.double().square().mean(dim=(0, 1)) / len(self.ours)
+                    keys.append(k)
+                    values.append(v)
+                if index < group[-1]:
+                    theirs = self.original.model.layers[index](theirs, self._their_view(), self.rotations[index])
+            keys, values = torch.cat(keys, dim=-1), torch.cat(values, dim=-1)
+            if sums is None:
+                shape = source.shape[-1], keys.shape[-1], source.device
+                sums = GroupSums(keys=LeastSquares(*shape), values=LeastSquares(*shape))
+            sums.keys.add(source, keys)
+            sums.values.add(source, values)
+        return sums, squares
+
+    def _owner_input(self, owner: int, hidden: Tensor) -> Tensor:
+        """What the owner's keys and values are made of, with a channel of ones where they have biases."""
+        layer = self.converted.model.layers[owner]
+        run = partial(layer, hidden, self._view(self.config.layout), self.rotations[owner])
+        source, _ = _run_until(layer.self_attn.k_proj, run, {})
+        biased = layer.self_attn.k_proj.bias is not None
+        return torch.cat((source, torch.ones_like(source[..., :1])), -1) if biased else source
+
+    def _their_projections(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The original's q, k and v of a layer, before any norm and rotary positions."""
+        layer, own = self.original.model.layers[index], self.original.model.layers[index].self_attn
+        run = partial(layer, hidden, self._their_view(), self.rotations[index])
+        source, seen = _run_until(own.v_proj, run, {"q": own.q_proj, "k": own.k_proj})
+        return seen["q"][1], seen["k"][1], own.v_proj(source)
+
+    def _their_view(self) -> TrainingView:
+        return self._view(self.original.config.layout)
+
+    def _view(self, layout: KVLayout) -> TrainingView:
+        return TrainingView(layout.base(), real_BT=None, **self.converted.model.attention_options)
+
+
+class _FitState:
     """The finished layers of one fit. A folder of another model, text or setting is begun anew. `None`: nothing is kept."""
 
     def __init__(self, folder: Path | None, fingerprint: str):
-        self._folder, self._fingerprint = folder, fingerprint
+        self._folder, self._about = folder, {"fingerprint": fingerprint}
 
     def read(self, layer: int) -> dict[str, Tensor] | None:
         """The weights that this layer's turn changed; None where it isn't finished, or was for something else."""
@@ -43,21 +271,16 @@ class FitState:
             return None
         try:
             with safe_open(self._path(layer), framework="pt") as file:
-                if (file.metadata() or {}).get("fingerprint") != self._fingerprint:
-                    return None
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+                names = file.keys() if file.metadata() == self._about else None
+                return names and {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError):
             return None
 
     def write(self, layer: int, weights: Mapping[str, Tensor]) -> None:
         """Keep what this layer's turn changed; found whole or not at all."""
-        if self._folder is None:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        partial = self._path(layer).with_suffix(".partial")
-        tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-        save_file(tensors, partial, metadata={"fingerprint": self._fingerprint})
-        os.replace(partial, self._path(layer))
+        if self._folder is not None:
+            tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+            write_whole_file(self._path(layer), save(tensors, self._about))
 
     def _path(self, layer: int) -> Path:
         return self._folder / f"layer-{layer:04d}.safetensors"
@@ -73,42 +296,6 @@ def fingerprint_of(original: FoldForCausalLM, converted: FoldForCausalLM, ids_WT
     digest.update(repr(options).encode())
     return digest.hexdigest()
 
-
-def refit_queries(
-    layer: nn.Module,
-    given: Callable[[int], Tensor],
-    wanted: Sequence[tuple[Tensor, Tensor]],
-    *,
-    steps: int,
-    rate: float,
-) -> None:
-    """`steps` Adam steps on W_q, one batch each, so that the attention block gives what is wanted of it.
-
-    `given(place)`: what the output projection gives for a batch, [B, T, C]; `wanted[place]`: what it should give, and how
-    much each token's squared error counts, [B, T]. `rate` is the first step's size as a share of the weights' own; it falls
-    to zero along a cosine.
-    """
-    projection, asked = layer.self_attn.q_proj, [one for one in layer.parameters() if one.requires_grad]
-    for one in asked:
-        one.requires_grad_(False)
-    projection.weight = nn.Parameter(projection.weight.detach().clone())
-    start = rate * float(projection.weight.detach().square().mean().sqrt())
-    adam = torch.optim.Adam([projection.weight], lr=start, betas=(0.9, 0.95))
-    with torch.enable_grad():
-        for step in range(steps):
-            adam.param_groups[0]["lr"] = start * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-            place = step % len(wanted)
-            goal, weight = wanted[place]
-            loss = ((given(place) - goal).square().sum(dim=-1) * weight).mean()
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-    for one in asked:
-        one.requires_grad_(True)
-
-
-Report = Callable[[str, int, int], None]
-"""Takes what is being done, how much of it is done, and how much there is."""
 
 _HELD_OUT = 4
 """Every so many batches, one chooses the strength of the ridge."""
@@ -132,27 +319,18 @@ class Fit:
     """Windows read side by side."""
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("ridge", self.ridge or 0.0),
-            ("query_steps", self.query_steps),
-            ("query_rate", self.query_rate),
-        ):
-            if value < 0:
-                raise UserError(f"{name} {value}: it is 0 or more: correct it")
+        for name in ("ridge", "query_steps", "query_rate"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"{name} {getattr(self, name)}: it is 0 or more: correct it")
         if self.batch < 1:
             raise UserError(f"batch {self.batch}: 1 window or more are read at once: correct it")
 
 
 @torch.no_grad()
 def fit(
-    original: FoldForCausalLM,
-    converted: FoldForCausalLM,
-    ids_WT: Tensor,
-    *,
-    options: Fit | None = None,
-    folder: Path | None = None,
-    report: Report | None = None,
-) -> None:
+    original: FoldForCausalLM, converted: FoldForCausalLM, ids_WT: Tensor, *, options: Fit | None = None,
+    folder: Path | None = None, report: Report = silent,
+) -> None:  # fmt: skip
     """Refit `converted` in place. `ids_WT`: calibration windows. `folder`: where finished layers wait for a second start,
     for the caller to remove once the result is written. Raises `UserError` for an original that shares layers already.
     """
@@ -168,22 +346,22 @@ def fit(
             "windows"
         )
     options = replace(options, batch=max(1, min(options.batch, len(ids_WT) // _HELD_OUT)))
-    state = FitState(folder, fingerprint_of(original, converted, ids_WT, options))
+    state = _FitState(folder, fingerprint_of(original, converted, ids_WT, options))
     streams, goes_on = Streams(original, converted, ids_WT, options.batch), True
     for index in range(layout.num_layers):
-        if report is not None:
-            report("fitting layer by layer", index, layout.num_layers)
+        report("fitting layer by layer", index, layout.num_layers)
         found = state.read(index) if goes_on else None
         goes_on = found is not None
-        before = _weights_of(converted)
-        if found is not None:
-            _put(converted, found)
+        before = dict(converted.named_parameters())
+        for name, weight in (found or {}).items():
+            stem, _, kind = name.rpartition(".")
+            setattr(converted.get_submodule(stem), kind, nn.Parameter(weight.to(converted.device)))
         do_layer(streams, index, options, fitting=not goes_on)
         if not goes_on:
-            state.write(index, {name: one for name, one in _weights_of(converted).items() if one is not before[name]})
+            after = dict(converted.named_parameters())
+            state.write(index, {name: one for name, one in after.items() if one is not before[name]})
         streams.close(index)
-    if report is not None:
-        report("fitting layer by layer", layout.num_layers, layout.num_layers)
+    report("fitting layer by layer", layout.num_layers, layout.num_layers)
 
 
 def do_layer(streams: Streams, index: int, options: Fit, *, fitting: bool = True) -> None:
@@ -204,8 +382,8 @@ def do_layer(streams: Streams, index: int, options: Fit, *, fitting: bool = True
             )
     else:
         middle = [half.stream for half in halves]
-    goals = [feed_half(config, theirs, half.stream).goal() for half in goals]
-    halves = [feed_half(config, ours, stream) for stream in middle]
+    goals = [_feed_half(config, theirs, half.stream).goal() for half in goals]
+    halves = [_feed_half(config, ours, stream) for stream in middle]
     if fitting and options.feed_forward:
         streams.ours = _refit(streams, ours, ours.mlp.down_proj, halves, goals, middle, options)
     else:
@@ -255,30 +433,22 @@ def _part(streams: Streams, index: int, place: int, slot: int, head: int, energy
 
 
 def _refit(
-    streams: Streams,
-    layer: nn.Module,
-    projection: nn.Linear,
-    halves: Sequence[Half],
-    goals: Sequence[Half],
-    before: Sequence[Tensor],
-    options: Fit,
-) -> list[Tensor]:
+    streams: Streams, layer: nn.Module, projection: nn.Linear, halves: Sequence[Half], goals: Sequence[Half],
+    before: Sequence[Tensor], options: Fit,
+) -> list[Tensor]:  # fmt: skip
     """Refit the projection that ends a block, and give our stream behind it. `before`: our stream that the block adds to."""
-    config = streams.config
     shape = projection.in_features, projection.out_features, projection.weight.device
     sums, held = LeastSquares(*shape), LeastSquares(*shape)
     for place, (half, goal, start) in enumerate(zip(halves, goals, before, strict=True)):
         wanted, weight = _wanted(streams, layer, projection, goal, start)
         (held if place in held_places(len(halves)) else sums).add(half.inputs, wanted - half.raw, weight)
-    strength = options.ridge
-    if strength is None:
-        strength = sums.best_strength(held)
+    strength = sums.best_strength(held) if options.ridge is None else options.ridge
     sums.absorb(held)
     change = sums.solve(strength).to(projection.weight.dtype)
     projection.weight = nn.Parameter(projection.weight + change.T)
     # As a second start computes it, so that going on gives the very same weights.
     return [
-        stream_behind(config, layer, projection, start, projection(half.inputs))
+        _stream_behind(streams.config, layer, projection, start, projection(half.inputs))
         for half, start in zip(halves, before, strict=True)
     ]
 
@@ -293,30 +463,34 @@ def _wanted(
     streams: Streams, layer: nn.Module, projection: nn.Linear, goal: Half, start: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What a projection should give, and how much each token's squared error counts."""
-    wanted = wanted_raw(streams.config, layer, projection, goal.stream - start, goal.raw)
+    wanted = _wanted_raw(streams.config, layer, projection, goal.stream - start, goal.raw)
     return wanted, 1.0 / goal.stream.square().sum(dim=-1).clamp(min=1e-12)
 
 
 def _refit_queries(streams: Streams, index: int, goals: Sequence[Half], options: Fit) -> None:
-    layer = streams.converted.model.layers[index]
-    refit_queries(
-        layer,
-        lambda place: streams.our_half(index, place).raw,
-        [
-            _wanted(streams, layer, layer.self_attn.o_proj, goal, start)
-            for goal, start in zip(goals, streams.ours, strict=True)
-        ],
-        steps=options.query_steps,
-        rate=options.query_rate,
-    )
-
-
-def _weights_of(model: FoldForCausalLM) -> dict[str, Tensor]:
-    """The parameters themselves, to see which were put in anew."""
-    return dict(model.named_parameters())
-
-
-def _put(model: FoldForCausalLM, weights: dict[str, Tensor]) -> None:
-    for name, weight in weights.items():
-        stem, _, kind = name.rpartition(".")
-        setattr(model.get_submodule(stem), kind, nn.Parameter(weight.to(model.device)))
+    """Adam steps on W_q, one batch each, so that the attention block gives what is wanted of it. The rate is the first step's
+    size as a share of the weights' own; it falls to zero along a cosine.
+    """
+    layer, steps = streams.converted.model.layers[index], options.query_steps
+    projection, asked = layer.self_attn.q_proj, [one for one in layer.parameters() if one.requires_grad]
+    wanted = [
+        _wanted(streams, layer, layer.self_attn.o_proj, goal, start)
+        for goal, start in zip(goals, streams.ours, strict=True)
+    ]
+    for one in asked:
+        one.requires_grad_(False)
+    projection.weight = nn.Parameter(projection.weight.detach().clone())
+    start = options.query_rate * float(projection.weight.detach().square().mean().sqrt())
+    adam = torch.optim.Adam([projection.weight], lr=start, betas=(0.9, 0.95))
+    with torch.enable_grad():
+        for step in range(steps):
+            adam.param_groups[0]["lr"] = start * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+            place = step % len(wanted)
+            goal, weight = wanted[place]
+            given = streams.our_half(index, place).raw
+            loss = ((given - goal).square().sum(dim=-1) * weight).mean()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+    for one in asked:
+        one.requires_grad_(True)

@@ -33,10 +33,8 @@ class LeastSquares:
 
     def __init__(self, num_inputs: int, num_outputs: int, device: torch.device):
         options = {"dtype": torch.float64, "device": device}
-        self.xx_II, self.xy_IO = (
-            torch.zeros(num_inputs, num_inputs, **options),
-            torch.zeros(num_inputs, num_outputs, **options),
-        )
+        self.xx_II = torch.zeros(num_inputs, num_inputs, **options)
+        self.xy_IO = torch.zeros(num_inputs, num_outputs, **options)
         self.x_I, self.num_tokens = torch.zeros(num_inputs, **options), 0
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
@@ -50,10 +48,8 @@ class LeastSquares:
 
     def absorb(self, other: Self) -> None:
         """Take another's tokens in."""
-        self.xx_II += other.xx_II
-        self.xy_IO += other.xy_IO
-        self.x_I += other.x_I
-        self.num_tokens += other.num_tokens
+        for name in ("xx_II", "xy_IO", "x_I", "num_tokens"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def solve(self, strength: float) -> Tensor:
         """W transposed, float64 [I, O]; `strength` is the ridge as a share of the inputs' mean energy."""
@@ -131,10 +127,9 @@ def matching_order(
     cost = torch.zeros(len(owner), len(reader), dtype=torch.float64)
     for row, ours in enumerate(owner):
         for column, theirs in enumerate(reader):
-            keys = torch.linalg.eigvalsh(
-                _key_channels(config, (ours, theirs), sums.keys, linear[0], rotation).energy_FPP
-            )
-            values = torch.linalg.eigvalsh(_value_energy(config, (ours, theirs), sums.values, linear[1])[1])
+            pair = ours, theirs
+            keys = torch.linalg.eigvalsh(_key_channels(config, pair, sums.keys, linear[0], rotation).energy_FPP)
+            values = torch.linalg.eigvalsh(_value_energy(config, pair, sums.values, linear[1])[1])
             cost[row, column] = keys[:, :-1].sum() / keys.sum() + values[: -config.head_dim].sum() / values.sum()
     order, moved = list(range(len(owner))), True
     while moved:
@@ -177,13 +172,8 @@ def fit_values(config: FoldConfig, owner: nn.Module, head: int, parts: Sequence[
 
 
 def fit_keys(
-    config: FoldConfig,
-    owner: nn.Module,
-    head: int,
-    parts: Sequence[Part],
-    sums: LeastSquares,
-    rotation: Rotation | None,
-) -> None:
+    config: FoldConfig, owner: nn.Module, head: int, parts: Sequence[Part], sums: LeastSquares, rotation: Rotation | None
+) -> None:  # fmt: skip
     """Give one head of the owner the keys that serve all parts, and turn their query projections.
 
     Source: ours.
@@ -219,16 +209,13 @@ def _key_channels(
     """The parts' keys as complex channels, scaled by their queries' size."""
     real, imaginary, stay_F = _complex_channels(config.head_dim, rotation, linear)
     sizes = [(part.energy_D[real] + part.energy_D[imaginary]).sqrt().clamp(min=1e-12) for part in parts]
-    predicted, wanted = (
-        torch.stack(
-            [
-                torch.complex(columns[:, part.columns][:, real], columns[:, part.columns][:, imaginary]) * size
-                for part, size in zip(parts, sizes, strict=True)
-            ],
-            dim=-1,
-        )
-        for columns in (linear, sums.xy_IO)
-    )
+
+    def channels(columns: Tensor) -> Tensor:
+        of_parts = [columns[:, part.columns] for part in parts]
+        pairs = zip(of_parts, sizes, strict=True)
+        return torch.stack([torch.complex(one[:, real], one[:, imaginary]) * size for one, size in pairs], dim=-1)
+
+    predicted, wanted = channels(linear), channels(sums.xy_IO)
     energy = torch.einsum("cfp,cfr->fpr", predicted.conj(), wanted)
     constant = torch.einsum("c,cfp->fp", (sums.x_I / sums.num_tokens).to(predicted.dtype), predicted)
     energy = energy - sums.num_tokens * stay_F[:, None, None] * constant.conj()[:, :, None] * constant[:, None, :]

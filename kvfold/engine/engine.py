@@ -27,7 +27,7 @@ from kvfold.engine.runner import Runner
 from kvfold.engine.sampler import Grammars, SamplingState, sample, token_logprobs
 from kvfold.engine.scheduler import PREFILL_TOKENS, Scheduler
 from kvfold.errors import UserError
-from kvfold.layout.units import parse_size
+from kvfold.layout.planner import parse_size
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.ops.native import free_openmp_threads
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, fields
 from json import dumps
 from typing import Any, Literal
 
-from kvfold.errors import UserError
-from kvfold.methods.names import unknown_name
+from kvfold.errors import UserError, unknown_name
 
 _RANGES: dict[str, tuple[float, float, str]] = {
     "max_tokens": (1, math.inf, "64"),

@@ -161,9 +161,9 @@ class Runner:
     def _shared_pages(group: CacheGroup, rows: Sequence[int]) -> Tensor:
         """Pages of each sequence that others hold too, int64."""
         ids = group.ids(torch.tensor(rows, device=group.length.device))
-        stream, _, page = group.page_ids(ids)
-        row = stream[group.pool.references[page.long()] > 1] // group.num_kv_heads % group.length.shape[1]
-        return torch.bincount(row, minlength=group.length.shape[1])[rows]
+        line, _, page = group.page_ids(ids)
+        row = line[group.pool.references[page.long()] > 1] // group.num_kv_heads % len(rows)
+        return torch.bincount(row, minlength=len(rows))
 
     def freeable_bytes(self, handles: Sequence[tuple[str, int]]) -> int:
         """Bytes that ending all of these (method, handle) would free."""

@@ -7,17 +7,77 @@ none. Each says what it was made by (record.py), and goes with that into the row
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from kvfold.data.whole_file import write_whole_file
+from kvfold.errors import UserError, one_line
+from kvfold.eval.reading import method_about
 from kvfold.layout.kvlayout import KVLayout
-from kvfold.record import made, made_alike
+from kvfold.models.config import FoldConfig
+from kvfold.models.decoder import FoldForCausalLM
+from kvfold.models.load import quiet
+from kvfold.models.source import find_source
+from kvfold.record import made, made_alike, write_whole_file
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beside:
+    """A model to be measured beside another."""
+
+    label: str
+    """What its rows are called."""
+    open: Callable[[], FoldForCausalLM]
+    """Loads it."""
+    trained_tokens: int | None = None
+    """Tokens it was trained on to become what it is; None = not known."""
+
+
+def check_labels(beside: Sequence[Beside]) -> None:
+    """Raises `UserError` where two models would have the same name."""
+    twice, count = Counter(other.label for other in beside).most_common(1)[0] if beside else ("", 0)
+    if count > 1:
+        raise UserError(f"two models beside are called '{twice}': a row's name is its folder's: rename one of the two")
+
+
+@contextmanager
+def opened(other: Beside, first: FoldForCausalLM) -> Iterator[FoldForCausalLM]:
+    """The other model. Raises `UserError` where it does not read the first one's tokens."""
+    model = other.open()
+    if model.config.vocab_size != first.config.vocab_size:
+        raise UserError(
+            f"{other.label}: its vocabulary has {model.config.vocab_size:,} tokens and the model's "
+            f"{first.config.vocab_size:,}: put models with the same tokenizer beside each other"
+        )
+    yield model
+
+
+def method_beside(other: Beside, layout: KVLayout) -> str:
+    """The method of another model's row: its own, and whose it is."""
+    return f"{layout.time_text()} of {other.label}"
+
+
+def about_beside(other: Beside, layout: KVLayout) -> dict[str, object]:
+    """As `method_about`; a model that drops nothing goes by its own name."""
+    about = method_about(layout)
+    folds = layout != layout.base()
+    return {
+        "method": method_beside(other, layout),
+        "title": about["title"] if folds else other.label,
+        "trained": True,
+        "model": other.label,
+        "trained_tokens": other.trained_tokens,
+        "layers": layout.layers_text(),
+    }
+
 
 _FORMAT = 1
 _VOLATILE = ("trained_tokens", "transformers_version", "_name_or_path", "layout", "base_layout")
@@ -44,11 +104,10 @@ class Cells:
             data = json.loads(self._path(name, key).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        same = isinstance(data, dict) and data.get("format") == _FORMAT and data.get("key") == _plain(key)
-        same = same and data.get("of", of) == of and isinstance(data.get("cell"), dict)
-        if not (same and made_alike(data["cell"].get("made") or {}, made(torch.get_num_threads()))):
+        if not isinstance(data, dict) or not isinstance(cell := data.get("cell"), dict):
             return None
-        return data["cell"]
+        same = (data.get("format"), data.get("key"), data.get("of", of)) == (_FORMAT, _plain(key), of)
+        return cell if same and made_alike(cell.get("made") or {}, made(torch.get_num_threads())) else None
 
     def write(
         self, name: str, key: Mapping[str, Any], cell: Mapping[str, Any], of: str | None = None
@@ -103,14 +162,9 @@ def _state(name: str, weight: Tensor) -> tuple:
 
 def model_about(model: nn.Module, key: Mapping[str, Any]) -> dict[str, Any]:
     """What a result says of its model, `model`, and of where it ran, `environment`. `key`: its `model_key`."""
-    return {
-        "model": {"name": key["name"], "parameters": model.num_parameters(), "fingerprint": key["fingerprint"]},
-        "environment": {
-            "device": model.device.type,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-        },
-    }
+    about = {"name": key["name"], "parameters": model.num_parameters(), "fingerprint": key["fingerprint"]}
+    dtype, threads = str(model.dtype).removeprefix("torch."), torch.get_num_threads()
+    return {"model": about, "environment": {"device": model.device.type, "dtype": dtype, "threads": threads}}
 
 
 def ids_key(*ids: Iterable[int]) -> str:
@@ -129,3 +183,25 @@ def _raw(tensor: Tensor) -> memoryview:
 
 def _plain(key: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(key))
+
+
+def load_theirs(source: str | Path, *, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
+    """The other side of a comparison: transformers' model of a folder, hub name or .gguf file, with SDPA attention, in eval
+    mode. Raises `UserError` for a kvfold checkpoint, which plain transformers has no class for.
+    """
+    found = find_source(source)
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(found.name, **found.options)
+            if config.model_type == FoldConfig.model_type:
+                raise UserError(
+                    f"{found}: a kvfold checkpoint, which transformers has no class for: give the one it was made from"
+                )
+            model = AutoModelForCausalLM.from_pretrained(
+                found.name, dtype=dtype, attn_implementation="sdpa", **found.options
+            )
+    except OSError as error:
+        raise UserError(
+            f"{found}: transformers can't read it ({one_line(error)}): fetch the checkpoint again"
+        ) from error
+    return model.to(device).eval()

@@ -6,6 +6,7 @@ Letters: B rows, T columns.
 """
 
 import random
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.data.windows import opening_tokens
+from kvfold.data import opening_tokens
 from kvfold.errors import UserError
-from kvfold.eval.beside import Beside, method_beside, opened
-from kvfold.eval.cells import Cells, ids_key, layout_key, model_key
-from kvfold.eval.folding import calls, folded_cache, method_layouts, with_unfolded
+from kvfold.eval.cells import Beside, Cells, ids_key, layout_key, method_beside, model_key, opened
 from kvfold.eval.progress import Report, silent
-from kvfold.eval.reading import padded
+from kvfold.eval.reading import calls, folded_cache, method_layouts, padded, with_unfolded
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 
@@ -45,20 +44,10 @@ _SPARE_TOKENS = 2
 
 
 def measure_passkey(
-    model: FoldForCausalLM,
-    tokenizer: Any,
-    methods: Sequence[str],
-    *,
-    name: str,
-    beside: Sequence[Beside] = (),
-    lengths: Sequence[int] = (1024,),
-    depths: Sequence[float] = DEPTHS,
-    tries: int = 4,
-    seed: int = 0,
-    with_full: bool = True,
-    cells: Any = None,
-    report: Report = silent,
-) -> list[dict[str, Any]]:
+    model: FoldForCausalLM, tokenizer: Any, methods: Sequence[str], *, name: str, beside: Sequence[Beside] = (),
+    lengths: Sequence[int] = (1024,), depths: Sequence[float] = DEPTHS, tries: int = 4, seed: int = 0,
+    with_full: bool = True, cells: Any = None, report: Report = silent,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of `method`, `length_tokens`, `depth`, `found`, `tries`, and the `seconds` that all depths of a length took together;
     the unfolded model first, if `with_full`; those of the models `beside` come last, each under its own method.
 
@@ -69,12 +58,9 @@ def measure_passkey(
     layouts = method_layouts(model, methods)
     layouts = with_unfolded(model, layouts) if with_full else layouts
     key = {
-        "model": model_key(model, name),
-        "depths": list(depths),
-        "tries": tries,
-        "seed": seed,
+        "model": model_key(model, name), "depths": list(depths), "tries": tries, "seed": seed,
         "prompt": [_OPENING, *_FILLER, _NEEDLE, _QUESTION],
-    }
+    }  # fmt: skip
     kept, rows = Cells(cells), []
     prompts = {length: _asked(tokenizer, length, depths, tries, seed) for length in lengths}
     for layout in layouts:
@@ -96,15 +82,12 @@ def measure_passkey(
                 for depth, found in pairs
             ]
     settings = {"lengths": lengths, "depths": depths, "tries": tries, "seed": seed, "cells": kept, "report": report}
-    return rows + [row for other in beside for row in _beside(other, model, tokenizer, **settings)]
-
-
-def _beside(other: Beside, first: FoldForCausalLM, tokenizer: Any, **settings: Any) -> list[dict[str, Any]]:
-    """Rows of another model, under its own method."""
-    with opened(other, first) as model:
-        layout = model.config.layout
-        rows = measure_passkey(model, tokenizer, [layout.time_text()], name=other.label, with_full=False, **settings)
-    return [row | {"method": method_beside(other, layout), "model": other.label} for row in rows]
+    for other in beside:
+        with opened(other, model) as its:
+            layout, named = its.config.layout, {"name": other.label, "with_full": False}
+            found = measure_passkey(its, tokenizer, [layout.time_text()], **named, **settings)
+        rows += [row | {"method": method_beside(other, layout), "model": other.label} for row in found]
+    return rows
 
 
 def check_lengths(model: FoldForCausalLM, tokenizer: Any, lengths: Sequence[int]) -> None:
@@ -141,9 +124,8 @@ def passkey_prompt(tokenizer: Any, key: str, length: int, depth: float) -> list[
 def _asked(tokenizer: Any, length: int, depths: Sequence[float], tries: int, seed: int) -> list[tuple[str, list[int]]]:
     """Keys and prompts, depth by depth; each length has the same under every method."""
     draw = random.Random(f"{seed} {length}")
-    keys = [[str(draw.randrange(10_000, 100_000)) for _ in range(tries)] for _ in depths]
-    flat = [(key, depth) for depth, some in zip(depths, keys, strict=True) for key in some]
-    return [(key, passkey_prompt(tokenizer, key, length, depth)) for key, depth in flat]
+    keys = [(str(draw.randrange(10_000, 100_000)), depth) for depth in depths for _ in range(tries)]
+    return [(key, passkey_prompt(tokenizer, key, length, depth)) for key, depth in keys]
 
 
 def _found(
@@ -161,20 +143,14 @@ def _found(
 
 def _says(answer: str, key: str) -> bool:
     """Whether the first number of an answer is the key."""
-    start = next((index for index, letter in enumerate(answer) if letter.isdigit()), len(answer))
-    digits = answer[start:]
-    return digits.startswith(key) and not digits[len(key) : len(key) + 1].isdigit()
+    number = re.search(r"\d+", answer)
+    return number is not None and number[0] == key
 
 
 def continuations(
-    model: FoldForCausalLM,
-    layout: KVLayout,
-    prompts: Sequence[list[int]],
-    new_tokens: int,
-    *,
-    what: str,
+    model: FoldForCausalLM, layout: KVLayout, prompts: Sequence[list[int]], new_tokens: int, *, what: str,
     report: Report = silent,
-) -> list[list[int]]:
+) -> list[list[int]]:  # fmt: skip
     """The likeliest next tokens of each prompt, prompts read through the cache as `layout` is meant to be fed."""
     ids_BT, real_BT = padded(prompts, model.device, flush="right")
     columns = ids_BT.shape[1]

@@ -8,21 +8,28 @@ Letters: W windows, B rows, T tokens of a window, C model width.
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvfold.data.texts import read_text_file
-from kvfold.data.windows import TextWindows, text_windows
-from kvfold.eval.beside import Beside, about_beside, check_labels, opened
-from kvfold.eval.cells import Cells, ids_key, layout_key, model_about, model_key
-from kvfold.eval.folding import Protocol, method_about, method_layouts, with_unfolded
+from kvfold.data import TextWindows, read_text_file, text_windows
+from kvfold.eval.cells import (
+    Beside,
+    Cells,
+    about_beside,
+    check_labels,
+    ids_key,
+    layout_key,
+    model_about,
+    model_key,
+    opened,
+)
 from kvfold.eval.progress import Report, silent
-from kvfold.eval.reading import Reading, read_rows
-from kvfold.eval.scoring import score
+from kvfold.eval.reading import Protocol, Reading, method_about, method_layouts, read_rows, score, with_unfolded
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 
@@ -31,24 +38,23 @@ def quality_row(
     about: Mapping[str, Any], windows: TextWindows, cell: Mapping[str, Any], unfolded: Mapping[str, Any]
 ) -> dict[str, Any]:
     """One row of a `quality` result: what `about` says of the method, and the figures of its cell against the unfolded one's."""
-    scored_tokens = windows.num_windows * (windows.context_tokens - 1)
-    loss = _mean(cell["loss"])
-    mean, error = paired_difference(cell["loss"], unfolded["loss"])
-    change = math.exp(mean)
+    scored_tokens, loss = windows.num_windows * (windows.context_tokens - 1), fmean(cell["loss"])
+    difference, error = paired_difference(cell["loss"], unfolded["loss"])
+    change = math.exp(difference)
     return {
         **about,
         "text": windows.name,
         "tokens": scored_tokens,
         "perplexity": math.exp(loss),
         "bits_per_byte": loss * scored_tokens / math.log(2) / sum(windows.scored_bytes),
-        "loss_difference": {"mean": mean, "standard_error": error},
+        "loss_difference": {"mean": difference, "standard_error": error},
         # The error of exp(x) is exp(x) times that of x, for errors that are small.
         "perplexity_change_percent": {
             "mean": 100 * (change - 1),
             "standard_error": None if error is None else 100 * change * error,
         },
-        "kl": _mean(cell["kl"]),
-        "top1_agreement": _mean(cell["top1_agreement"]),
+        "kl": fmean(cell["kl"]),
+        "top1_agreement": fmean(cell["top1_agreement"]),
         "kept_tokens": windows.context_tokens / cell["compression"],
         **{name: cell[name] for name in _AS_MEASURED},
         # Cells of earlier versions lack it.
@@ -57,28 +63,16 @@ def quality_row(
 
 
 _AS_MEASURED = (
-    "compression",
-    "compression_mean_over_time",
-    "allocated_bytes",
-    "full_bytes",
-    "tokens_per_second",
-    "seconds",
-    "made",
+    *("compression", "compression_mean_over_time", "allocated_bytes", "full_bytes"),
+    *("tokens_per_second", "seconds", "made"),
 )
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float | None]:
     """Mean of ours - theirs over pairs, and its standard error; None where there is one pair only."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean, number = _mean(differences), len(differences)
-    if number < 2:
-        return mean, None
-    variance = sum((difference - mean) ** 2 for difference in differences) / (number - 1)
-    return mean, math.sqrt(variance / number)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
+    return fmean(differences), error
 
 
 _SCORED_COLUMNS = 16
@@ -86,17 +80,10 @@ _SCORED_COLUMNS = 16
 
 
 def measure_quality(
-    model: FoldForCausalLM,
-    tokenizer: Any,
-    texts: Sequence[str | Path],
-    methods: Sequence[str],
-    *,
-    name: str,
-    beside: Sequence[Beside] = (),
-    protocol: Protocol | None = None,
-    cells: str | Path | Cells | None = None,
+    model: FoldForCausalLM, tokenizer: Any, texts: Sequence[str | Path], methods: Sequence[str], *, name: str,
+    beside: Sequence[Beside] = (), protocol: Protocol | None = None, cells: str | Path | Cells | None = None,
     report: Report = silent,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """A result of kind `quality`: one row for each text and method, the unfolded model first.
 
     `methods` are `--time` texts, `name` what the model is called. `beside`: other models, a row each under their own method,
@@ -113,7 +100,7 @@ def measure_quality(
     references = [_Reference(measured, windows, layouts[0]) for windows in read]
     rows = []
     for reference in references:
-        found = measured.cells_of(reference, layouts)
+        found = [measured.cell_of(reference, layout) for layout in layouts]
         rows += [
             quality_row(method_about(layout), reference.windows, cell, found[0])
             for layout, cell in zip(layouts, found, strict=True)
@@ -133,40 +120,23 @@ def _rows_beside(other: Beside, measured: "_Measured", references: Sequence["_Re
     rows = []
     with opened(other, measured.model) as model:
         key = model_key(model, other.label) | {"beside": measured.key["fingerprint"]}
-        first = measured.model.config.layout.base()
+        first, layout = measured.model.config.layout.base(), model.config.layout
         if len(first.owners) < first.num_layers:  # layouts of other sharing may have the same weights
             key["beside_layout"] = layout_key(first)
-        theirs = _Measured(
-            model=model,
-            protocol=measured.protocol,
-            cells=measured.cells,
-            key=key,
-            report=measured.report,
-            label=other.label,
-        )
+        theirs = replace(measured, model=model, key=key, label=other.label)
         for reference in references:
-            (cell,) = theirs.cells_of(reference, [model.config.layout])
-            about, unfolded = about_beside(other, model.config.layout), reference.cell()
-            full = {"full_bytes": unfolded["full_bytes"]}
-            rows.append(quality_row(about, reference.windows, cell, unfolded) | full)
+            cell, unfolded = theirs.cell_of(reference, layout), measured.cell_of(reference, reference.layout)
+            row = quality_row(about_beside(other, layout), reference.windows, cell, unfolded)
+            rows.append(row | {"full_bytes": unfolded["full_bytes"]})
     return rows
 
 
 class _Reference:
-    """The unfolded model on one text: its cell, and its states, read once when somebody asks for them."""
+    """The unfolded model on one text: its states, read once when somebody asks for them."""
 
     def __init__(self, measured: "_Measured", windows: TextWindows, layout: KVLayout):
-        self.windows, self.layout, self._measured = windows, layout, measured
+        self.measured, self.windows, self.layout = measured, windows, layout
         self._states_WTC: Tensor | None = None
-
-    @property
-    def model(self) -> FoldForCausalLM:
-        """Whose states they are."""
-        return self._measured.model
-
-    def cell(self) -> dict[str, Any]:
-        """Its cell."""
-        return self._measured.cells_of(self, [self.layout])[0]
 
     def states(self) -> Tensor:
         """[W, T, C]."""
@@ -176,10 +146,10 @@ class _Reference:
 
     def read(self, *, scores: bool) -> dict[str, Any]:
         """Read the text; the states are kept."""
-        model = self.model
+        model = self.measured.model
         shape = (*self.windows.ids_WT.shape, model.config.hidden_size)
         states_WTC = torch.empty(shape, dtype=model.dtype, device=model.device)
-        found = self._measured.read(self, self.layout, fills=states_WTC, scores=scores)
+        found = self.measured.read(self, self.layout, fills=states_WTC, scores=scores)
         self._states_WTC = states_WTC
         return found
 
@@ -196,17 +166,18 @@ class _Measured:
     label: str = ""
     """What the model is called where it stands beside another."""
 
-    def cells_of(self, reference: _Reference, layouts: Sequence[KVLayout]) -> list[dict[str, Any]]:
-        """A cell for each layout; only what is missing is measured."""
-        return [self._cell_of(reference, layout) for layout in layouts]
-
-    def _cell_of(self, reference: _Reference, layout: KVLayout) -> dict[str, Any]:
-        windows = reference.windows
-        name, key = f"{windows.name} {self.label} {layout.time_text()}", self._key_of(windows, layout)
-        ids = ids_key(*windows.ids_WT.tolist())
+    def cell_of(self, reference: _Reference, layout: KVLayout) -> dict[str, Any]:
+        """What was found under a layout; measured unless it is there."""
+        windows, asked = reference.windows, self.protocol
+        name, ids = f"{windows.name} {self.label} {layout.time_text()}", ids_key(*windows.ids_WT.tolist())
+        key = {
+            "model": self.key, "layout": layout_key(layout), "method": layout.time_text(), "text": windows.name,
+            "text_sha256": windows.digest,
+            "protocol": [asked.windows, asked.context_tokens, asked.batch, asked.call_tokens],
+        }  # fmt: skip
         found = self.cells.read(name, key, of=ids)
         if found is None:
-            unfolded = self.model is reference.model and layout == reference.layout
+            unfolded = self.model is reference.measured.model and layout == reference.layout
             found = reference.read(scores=True) if unfolded else self.read(reference, layout)
             found = self.cells.write(name, key, found, of=ids)
         return found
@@ -224,7 +195,7 @@ class _Measured:
         for first in range(0, windows.num_windows, self.protocol.batch):
             rows = slice(first, first + self.protocol.batch)
             ids_BT = windows.ids_WT[rows].to(self.model.device)
-            theirs = None if states_WTC is None else (reference.model, states_WTC[rows])
+            theirs = None if states_WTC is None else (reference.measured.model, states_WTC[rows])
             scorer = _RowScorer(model=self.model, ids_BT=ids_BT, reference=theirs)
 
             def on_states(hidden_BtC: Tensor, start: int, rows: slice = rows, scorer: "_RowScorer" = scorer) -> None:
@@ -238,20 +209,7 @@ class _Measured:
 
             readings.append(read_rows(self.model, layout, ids_BT, on_states, call_tokens=self.protocol.call_tokens))
             scored.append(scorer.window_means() if scores else {})
-        if not scores:
-            return {}
-        return _cell(readings, scored, windows, time.perf_counter() - begun)
-
-    def _key_of(self, windows: TextWindows, layout: KVLayout) -> dict[str, Any]:
-        protocol = self.protocol
-        return {
-            "model": self.key,
-            "layout": layout_key(layout),
-            "method": layout.time_text(),
-            "text": windows.name,
-            "text_sha256": windows.digest,
-            "protocol": [protocol.windows, protocol.context_tokens, protocol.batch, protocol.call_tokens],
-        }
+        return _cell(readings, scored, windows, time.perf_counter() - begun) if scores else {}
 
 
 class _RowScorer:
@@ -272,41 +230,33 @@ class _RowScorer:
             self._score()
 
     def _score(self) -> None:
-        hidden_BtC = torch.cat(self._waiting, dim=1)
-        stop = min(self._start + self._columns, self._ids_BT.shape[1] - 1)
-        columns, batch = stop - self._start, hidden_BtC.shape[0]
-        if columns:
-            targets = self._ids_BT[:, self._start + 1 : stop + 1].flatten()
-            reference = None
-            if self._reference is not None:
-                judge, states_BTC = self._reference
-                reference = (judge, states_BTC[:, self._start : stop].flatten(0, 1))
-            scores = score(self._model, hidden_BtC[:, :columns].flatten(0, 1), targets, reference)
+        start, stop = self._start, min(self._start + self._columns, self._ids_BT.shape[1] - 1)
+        if stop > start:
+            hidden_BtC = torch.cat(self._waiting, dim=1)[:, : stop - start]
+            reference = self._reference and (self._reference[0], self._reference[1][:, start:stop].flatten(0, 1))
+            targets = self._ids_BT[:, start + 1 : stop + 1].flatten()
+            scores = score(self._model, hidden_BtC.flatten(0, 1), targets, reference)
             same = torch.zeros_like(scores.loss), torch.ones_like(scores.loss)
             kl, agrees = same if scores.kl is None else (scores.kl, scores.agrees)
-            self._found.append(tuple(x.view(batch, columns) for x in (scores.loss, kl, agrees)))
-        self._waiting, self._start, self._columns = [], self._start + self._columns, 0
+            self._found.append(tuple(x.view(hidden_BtC.shape[:2]) for x in (scores.loss, kl, agrees)))
+        self._waiting, self._start, self._columns = [], start + self._columns, 0
 
     def window_means(self) -> dict[str, list[float]]:
         """Mean over the scored tokens of each row."""
-        parts = zip(*self._found, strict=True)
-        names = ("loss", "kl", "top1_agreement")
-        return {
-            name: torch.cat(part, dim=1).double().mean(dim=1).tolist() for name, part in zip(names, parts, strict=True)
-        }
+        parts = zip(("loss", "kl", "top1_agreement"), zip(*self._found, strict=True), strict=True)
+        return {name: torch.cat(part, dim=1).double().mean(dim=1).tolist() for name, part in parts}
 
 
 def _cell(
     readings: list[Reading], scored: list[dict[str, list[float]]], windows: TextWindows, seconds: float
 ) -> dict[str, Any]:
     """What is kept of one text under one method. Bytes are those of the first batch, the largest one."""
-    rows = [len(part["loss"]) for part in scored]
-    share = sum(n * reading.kept_share[-1] for n, reading in zip(rows, readings, strict=True)) / sum(rows)
-    over_time = sum(n * reading.compression_over_time for n, reading in zip(rows, readings, strict=True)) / sum(rows)
+    weighted = [(len(part["loss"]), reading) for part, reading in zip(scored, readings, strict=True)]
+    rows = windows.num_windows
     return {
         **{name: [value for part in scored for value in part[name]] for name in scored[0]},
-        "compression": 1 / share,
-        "compression_mean_over_time": over_time,
+        "compression": 1 / (sum(n * reading.kept_share[-1] for n, reading in weighted) / rows),
+        "compression_mean_over_time": sum(n * reading.compression_over_time for n, reading in weighted) / rows,
         "allocated_bytes": readings[0].allocated_bytes,
         "full_bytes": readings[0].full_bytes,
         "bytes_by_use": asdict(readings[0].usage),

@@ -1,6 +1,6 @@
 """Tasks scored through the cache by lm-evaluation-harness: one cell for each task and method, and the rows that compare them.
 
-lm-eval words the questions, asks the `kvfold` model of harness.py, and reckons the scores; this file decides what is asked
+lm-eval words the questions, asks the `kvfold` model of lm_eval.py, and reckons the scores; this file decides what is asked
 under which method, keeps what was measured, and sets methods against the unfolded model question by question.
 """
 
@@ -10,60 +10,51 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from kvfold.errors import UserError, need_packages
-from kvfold.eval.beside import Beside, about_beside, opened
-from kvfold.eval.cells import Cells, layout_key, model_key
-from kvfold.eval.folding import method_about, method_layouts, with_unfolded
-from kvfold.eval.peer import PEER, Peer, largest_difference, likelihoods
+from kvfold.eval.cells import Beside, Cells, about_beside, layout_key, model_key, opened
 from kvfold.eval.perplexity import paired_difference
 from kvfold.eval.progress import Report
+from kvfold.eval.reading import method_about, method_layouts, with_unfolded
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
 
-    from kvfold.eval.harness import FoldLM
-    from kvfold.eval.task_names import NamedTask
+    from kvfold.eval.lm_eval import FoldLM, NamedTask
 
+_PEER = "hf"
+"""Stands where methods stand in rows of the same checkpoint in transformers' own class."""
 _SEED = 1234
 """lm-eval's own, for the examples of a prompt and for draws."""
 
 
 def measure_tasks(
-    model: FoldForCausalLM,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    methods: Sequence[str],
-    *,
-    name: str,
-    beside: Sequence[Beside] = (),
-    folder: str | Path | None = None,
-    limit: int | None = None,
-    lengths: Sequence[int] = (),
-    rows: int = 32,
-    cells: str | Path | Cells | None = None,
-    report: Report | None = None,
+    model: FoldForCausalLM, tokenizer: Any, tasks: Sequence[str], methods: Sequence[str], *, name: str,
+    beside: Sequence[Beside] = (), folder: str | Path | None = None, limit: int | None = None,
+    lengths: Sequence[int] = (), rows: int = 32, cells: str | Path | Cells | None = None, report: Report | None = None,
     peer: Callable[[], PreTrainedModel] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]]:  # fmt: skip
     """One row for each task and method, the unfolded model first; those of the models `beside` come last, each under its own.
 
-    `tasks`: names of lm-eval's tasks, also of those in `folder`, and files of questions (`data/texts.py`). `limit`:
+    `tasks`: names of lm-eval's tasks, also of those in `folder`, and files of questions (`data.py`). `limit`:
     questions of a task, its first. `lengths`: tokens of the prompts of synthetic tasks, each a row. `rows`: requests read
     side by side. `peer` loads the same checkpoint as transformers' own class: it is scored by lm-eval's own `hf`, in the last
     row of each task. All names and methods are checked before the first is measured. Raises `UserError` for what is wrong
     with them, and `RuntimeError` where a task's data can't be had.
     """
     need_packages("lm_eval", "accelerate", extra="eval", what="scoring tasks")
-    from kvfold.eval.harness import FoldLM
-    from kvfold.eval.task_names import find_tasks
+    from lm_eval.models.huggingface import HFLM
+
+    from kvfold.eval.lm_eval import FoldLM, find_tasks
 
     layouts = with_unfolded(model, method_layouts(model, methods))
     kept, key, found = Cells(cells), model_key(model, name), []
@@ -72,55 +63,52 @@ def measure_tasks(
         tokenizer.save_pretrained(place)
         named = find_tasks(tasks, folder=folder, lengths=lengths, tokenizer=place)
         lm = FoldLM(model, tokenizer, batch_size=rows, report=report)
-        other = None if peer is None else Peer(load=peer, tokenizer=tokenizer, rows=rows)
+        as_hf = partial(HFLM, backend="causal", tokenizer=tokenizer, batch_size=rows)
+        theirs = None if peer is None else cache(lambda: as_hf(peer()))
         for task in named:
             asked = {"model": key, "limit": limit, "task": task.identity}
-            found += _rows(task, _of_task(task, layouts, lm, other, kept, asked))
+            found += _rows(task, _of_task(task, layouts, lm, theirs, kept, asked))
     settings = {"folder": folder, "limit": limit, "lengths": lengths, "rows": rows, "cells": kept, "report": report}
-    return found + [row for other in beside for row in _beside(other, model, tokenizer, tasks, **settings)]
-
-
-def _of_task(
-    task: "NamedTask", layouts: Sequence[KVLayout], lm: "FoldLM", other: Peer | None, kept: Cells, asked: dict[str, Any]
-) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """What rows say of their method, and the cell of one task under it; measured unless it is there."""
-    limit, found = asked["limit"], []
-    loaded = cache(lambda: _loaded(task))
-    for layout in layouts:
-        about = " ".join(filter(None, [task.name, str(task.length_tokens or ""), layout.time_text()]))
-        cell_key = asked | {"layout": layout_key(layout)}
-        cell = kept.read(about, cell_key)
-        if cell is None:
-            lm.layout, lm.about = layout, about
-            cell = _measured(lm, task, loaded(), limit)
-            cell = kept.write(about, cell_key, cell)
-        found.append((method_about(layout), cell))
-    if other is not None:
-        about, cell_key = f"{task.name} {PEER}", asked | {"peer": other.identity}
-        cell = kept.read(about, cell_key)
-        if cell is None:
-            cell = _scored(other.lm, task, loaded(), limit)
-            cell = kept.write(about, cell_key, cell)
-        found.append(({"method": PEER, "title": other.identity}, cell))
+    for other in beside:
+        with opened(other, model) as its:
+            layout = its.config.layout
+            rows_of_it = measure_tasks(its, tokenizer, tasks, [layout.time_text()], name=other.label, **settings)
+        # Their differences are from the other model unfolded, and not from the first one, as a reader would think.
+        about = about_beside(other, layout) | {"difference": None}
+        found += [row | about for row in rows_of_it if row["method"] == layout.time_text()]
     return found
 
 
-def _beside(
-    other: Beside, first: FoldForCausalLM, tokenizer: Any, tasks: Sequence[str], **settings: Any
-) -> list[dict[str, Any]]:
-    """Rows of another model, under its own method."""
-    with opened(other, first) as model:
-        layout = model.config.layout
-        rows = measure_tasks(model, tokenizer, tasks, [layout.time_text()], name=other.label, **settings)
-    # Their differences are from the other model unfolded, and not from the first one, as a reader would think.
-    about = about_beside(other, layout) | {"difference": None}
-    return [row | about for row in rows if row["method"] == layout.time_text()]
+def _of_task(
+    task: "NamedTask", layouts: Sequence[KVLayout], lm: "FoldLM", theirs: Callable[[], "HFLM"] | None, kept: Cells,
+    asked: dict[str, Any],
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:  # fmt: skip
+    """What rows say of their method, and the cell of one task under it; measured unless it is there."""
+    limit, loaded = asked["limit"], cache(lambda: _loaded(task))
+
+    def cell_of(name: str, more: dict[str, str], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        return kept.read(name, asked | more) or kept.write(name, asked | more, measure())
+
+    def measured(layout: KVLayout, name: str) -> dict[str, Any]:
+        lm.layout, lm.about = layout, name
+        return _measured(lm, task, loaded(), limit)
+
+    found = []
+    for layout in layouts:
+        name = " ".join(filter(None, [task.name, str(task.length_tokens or ""), layout.time_text()]))
+        cell = cell_of(name, {"layout": layout_key(layout)}, partial(measured, layout, name))
+        found.append((method_about(layout), cell))
+    if theirs is not None:
+        title = f"transformers {transformers.__version__} by lm-eval's hf"
+        cell = cell_of(f"{task.name} {_PEER}", {"peer": title}, lambda: _scored(theirs(), task, loaded(), limit))
+        found.append(({"method": _PEER, "title": title}, cell))
+    return found
 
 
 def check_tasks(names: Sequence[str], folder: str | Path | None = None) -> None:
     """Raises `UserError` for tasks that can't be found, and where lm-eval is not installed; fetches nothing."""
     need_packages("lm_eval", "accelerate", extra="eval", what="scoring tasks")
-    from kvfold.eval.task_names import find_tasks
+    from kvfold.eval.lm_eval import find_tasks
 
     with _unlogged():
         find_tasks(names, folder=folder)
@@ -243,3 +231,19 @@ def _unseen() -> Iterator[None]:
     """lm-eval without its lines on stdout and its bars; what our model reports is still heard."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield
+
+
+def likelihoods(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[float] | None:
+    """The log probabilities, nats, that lm-eval was given for the requests of all samples, in their order; None where what a
+    model wrote was asked.
+    """
+    told = [sample["resps"] for of_task in samples.values() for sample in of_task]
+    scored = [some for some in told if all(one and isinstance(one[0], tuple | list) for one in some)]
+    return [float(answer) for some in scored for (answer, *_), *_ in some] or None
+
+
+def largest_difference(one: Sequence[float] | None, other: Sequence[float] | None) -> float | None:
+    """Between the two answers to any request, nats; None where they were not asked the same number of them."""
+    if one is None or other is None or len(one) != len(other):
+        return None
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))

@@ -27,7 +27,7 @@ from kvfold.engine.engine import Engine
 from kvfold.errors import UserError
 from kvfold.integrations.replicas import Call, FreePages, Part, PrefixMemory, answered, chain, prompt_bytes, ranked
 from kvfold.integrations.vllm import warn_untested
-from kvfold.layout.units import parse_size
+from kvfold.layout.planner import parse_size
 from kvfold.models.adapters import read_adapter
 from kvfold.models.load import load, load_config, load_tokenizer
 from kvfold.serve import watch

@@ -1,7 +1,7 @@
 """KVLayout, who keeps what: which layers own keys and values, how many heads, what each owner keeps, how it is stored.
 
 The noun that every other package turns on. It moves no bytes and knows no model family; it is frozen, checked, and writes
-itself into a checkpoint's config.json. Owner maps by name live in patterns.py, other projects' grammars in sharing_formats.py.
+itself into a checkpoint's config.json. Owner maps by name live in patterns.py, other projects' grammars in hf_config.py.
 Texts may give single owners something else than the rest, `h2o:64+64; 0-3,7=full`: the first part holds for all owners and may
 be missing; each further part names layers, ranges included, and what the owners among them get.
 """
@@ -14,12 +14,10 @@ from typing import Any, Self, TypeVar
 
 from kvfold.errors import UserError
 from kvfold.layout.patterns import check_owners, owner_map, pattern_text
-from kvfold.methods.base import Method
+from kvfold.methods.base import Budget, Method
 from kvfold.methods.bits import BitsSpec
-from kvfold.methods.budget import Budget
-from kvfold.methods.full import Full
 from kvfold.methods.registry import parse_time
-from kvfold.methods.window import Window
+from kvfold.methods.window import Full, Window
 
 
 def join_per_owner(rest: str, given: Sequence[str], wanted: Sequence[str], owners: Sequence[int]) -> str:
@@ -53,9 +51,7 @@ def split_per_owner(text: str) -> tuple[str | None, list[tuple[range, str]]]:
         elif rest is None and not named:
             rest = part
         else:
-            raise UserError(
-                f"'{text}': only the first part may hold for all layers: give '{part}' its layers, e.g. '0-3={part}'"
-            )
+            raise UserError(f"'{text}': only the first part may hold for all: give '{part}' layers, e.g. '0-3={part}'")
     return rest, named
 
 
@@ -143,9 +139,7 @@ class KVLayout:
                 )
         for name in ("time", "bits"):
             if len(getattr(self, name)) != len(readers):
-                raise UserError(
-                    f"{len(getattr(self, name))} {name} entries for {len(readers)} owners: give one per owner"
-                )
+                raise UserError(f"{len(getattr(self, name))} {name} entries for {len(readers)} owners: give one each")
         for owner, method in zip(sorted(readers), self.time, strict=True):
             if not method.allows_window and self.layers[owner].window is not None:
                 raise UserError(
@@ -266,12 +260,15 @@ class KVLayout:
         bits = self.bits if rest is None else [rest] * len(self.owners)
         return self._with(bits=tuple(named.get(owner, old) for owner, old in zip(self.owners, bits, strict=True)))
 
+    def folded(self, time: str | None, bits: str | None) -> Self:
+        """`with_time` and `with_bits` of what is given."""
+        layout = self if time is None else self.with_time(time)
+        return layout if bits is None else layout.with_bits(bits)
+
     def layers_text(self) -> str:
         """The owner map as a `--layers` text: a pattern's name where one fits."""
-        kinds = [layer.kind for layer in self.layers]
-        return pattern_text(
-            tuple(layer.owner for layer in self.layers), kinds, [layer.window is not None for layer in self.layers]
-        )
+        parts = [(layer.owner, layer.kind, layer.window is not None) for layer in self.layers]
+        return pattern_text(*zip(*parts, strict=True))
 
     def time_text(self) -> str:
         """What was asked for along time as a `--time` text: `with_time` of it gives this layout again."""
@@ -334,9 +331,7 @@ class KVLayout:
         named: dict[int, Spec] = {}
         for layers, value in parts:
             if layers[-1] >= self.num_layers:
-                raise UserError(
-                    f"'{text}': there is no layer {layers[-1]}: the model has layers 0 to {self.num_layers - 1}"
-                )
+                raise UserError(f"'{text}': no layer {layers[-1]}: the model has layers 0 to {self.num_layers - 1}")
             owners = [owner for owner in self.owners if owner in layers]
             if not owners:
                 raise UserError(

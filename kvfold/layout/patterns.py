@@ -7,49 +7,42 @@ for any number of layers.
 """
 
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from kvfold.errors import UserError
-from kvfold.methods.names import unknown_name
+from kvfold.errors import UserError, unknown_name
 
 OwnerMap = tuple[int, ...]
 
 
-def grouped(num_layers: int, factor: int) -> OwnerMap:
+def _grouped(num_layers: int, factor: int) -> OwnerMap:
     """Groups of `factor` neighbours that read their lowest layer; the short group, if there is one, comes first."""
-    if not 2 <= factor <= num_layers:
-        raise _misfit(f"cla{factor}", num_layers, f"it needs 2 layers a group or more and {factor} layers or more")
     short = num_layers % factor
     return tuple(0 if layer < short else layer - (layer - short) % factor for layer in range(num_layers))
 
 
-def keep_ends(num_layers: int) -> OwnerMap:
-    """The first and the last layer alone, pairs between."""
-    if num_layers < 4:
-        raise _misfit("cla2-keep-ends", num_layers, "it needs 4 layers or more")
-    return (0, *(1 + owner for owner in grouped(num_layers - 2, 2)), num_layers - 1)
+PATTERNS: dict[str, tuple[int, Callable[[int], Iterable[int]]]] = {
+    "full": (1, range),
+    "cla2": (2, lambda n: _grouped(n, 2)),
+    "cla3": (3, lambda n: _grouped(n, 3)),
+    "cla4": (4, lambda n: _grouped(n, 4)),
+    # The first and the last layer alone, pairs between.
+    "cla2-keep-ends": (4, lambda n: (0, *(1 + owner for owner in _grouped(n - 2, 2)), n - 1)),
+    # The first half and the last layer own; all between read the last of the first half.
+    "cla2-dense-front": (3, lambda n: (*(min(layer, n // 2 - 1) for layer in range(n - 1)), n - 1)),
+    # Layers 0 and 1 and the last half own; all between read layer 1.
+    "cla2-dense-back": (4, lambda n: (1 if 2 <= layer <= n // 2 else layer for layer in range(n))),
+    # The lower half owns, up to layer n // 2, which all later layers read.
+    "yoco": (3, lambda n: (min(layer, n // 2) for layer in range(n))),
+}
+"""Owner maps that depend on the number of layers alone: the fewest layers that they fit, and the map."""
 
 
-def dense_front(num_layers: int) -> OwnerMap:
-    """The first half and the last layer own; all between read the last of the first half."""
-    if num_layers < 3:
-        raise _misfit("cla2-dense-front", num_layers, "it needs 3 layers or more")
-    border = num_layers // 2 - 1
-    return (*(min(layer, border) for layer in range(num_layers - 1)), num_layers - 1)
-
-
-def dense_back(num_layers: int) -> OwnerMap:
-    """Layers 0 and 1 and the last half own; all between read layer 1."""
-    if num_layers < 4:
-        raise _misfit("cla2-dense-back", num_layers, "it needs 4 layers or more")
-    return tuple(1 if 2 <= layer <= num_layers // 2 else layer for layer in range(num_layers))
-
-
-def yoco(num_layers: int) -> OwnerMap:
-    """The lower half owns, up to layer num_layers // 2, which all later layers read."""
-    if num_layers < 3:
-        raise _misfit("yoco", num_layers, "it needs 3 layers or more")
-    return tuple(min(layer, num_layers // 2) for layer in range(num_layers))
+def named_map(name: str, num_layers: int) -> OwnerMap:
+    """The map of one of `PATTERNS`."""
+    least, owners = PATTERNS[name]
+    if num_layers < least:
+        raise _misfit(name, num_layers, f"it needs {least} layers or more")
+    return tuple(owners(num_layers))
 
 
 def trailing(kinds: Sequence[Hashable], num_readers: int) -> OwnerMap:
@@ -60,32 +53,16 @@ def trailing(kinds: Sequence[Hashable], num_readers: int) -> OwnerMap:
     nearest = {kinds[layer]: layer for layer in range(num_owners)}
     for layer in range(num_owners, len(kinds)):
         if kinds[layer] not in nearest:
-            raise _misfit(
-                f"trailing:{num_readers}",
-                len(kinds),
-                f"no layer below {num_owners} is of the same kind as layer {layer}",
-            )
+            rule = f"no layer below {num_owners} is of the same kind as layer {layer}"
+            raise _misfit(f"trailing:{num_readers}", len(kinds), rule)
     return (*range(num_owners), *(nearest[kind] for kind in kinds[num_owners:]))
-
-
-PATTERNS: dict[str, Callable[[int], OwnerMap]] = {
-    "full": lambda num_layers: tuple(range(num_layers)),
-    "cla2": lambda num_layers: grouped(num_layers, 2),
-    "cla3": lambda num_layers: grouped(num_layers, 3),
-    "cla4": lambda num_layers: grouped(num_layers, 4),
-    "cla2-keep-ends": keep_ends,
-    "cla2-dense-front": dense_front,
-    "cla2-dense-back": dense_back,
-    "yoco": yoco,
-}
-"""Owner maps that depend on the number of layers alone."""
 
 
 def owner_map(text: str, kinds: Sequence[Hashable], sliding: Sequence[bool]) -> OwnerMap:
     """The owner map of a `--layers` text for a model whose layers have these `kinds` and are `sliding` or not."""
     text = text.strip()
     if text in PATTERNS:
-        owners = PATTERNS[text](len(kinds))
+        owners = named_map(text, len(kinds))
     elif re.fullmatch(r"trailing:\d+", text, re.ASCII):
         owners = trailing(kinds, int(text.partition(":")[2]))
     elif re.fullmatch(r"\d+s?(_\d+s?)*", text, re.ASCII):

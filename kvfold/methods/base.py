@@ -1,8 +1,8 @@
 """What a method along the time axis is: its text form and costs as data, and what it does to tensors.
 
-A method is one frozen dataclass in a module of its own. It sees tensors and answers with tensors: never a module, a hook or
-a cache. The forms that a call takes (a decoding step, a chunk of a prompt, training) stand in plans.py; this file has the
-class itself. Nothing here imports torch when it is loaded: planning needs numbers only.
+A method is one frozen dataclass. It sees tensors and answers with tensors: never a module, a hook or a cache. The forms that a
+call takes (a decoding step, a chunk of a prompt, training) stand in plans.py; this file has the class itself, and what
+settings are made of. Nothing here imports torch when it is loaded: planning needs numbers only.
 Letters: B sequences, T queries, K kv heads, E entries: those stored, then those of this call.
 """
 
@@ -112,6 +112,11 @@ class Method(ABC):
     places_at_layer: ClassVar[bool] = False
     """Whether the place of a new token is known only when its owner's layer is reached (a merge): it gets keys before rotary
     positions."""
+    merges_tokens: ClassVar[bool] = False
+    """Whether a token may go into the newest entry in place of one of its own."""
+    grid: ClassVar[int | None] = None
+    """Tokens between two borders, at positions that it divides, where alone entries leave (`cross`); None = no borders. A field
+    of methods that have it."""
     gate_form: ClassVar[GateForm | None] = None
     """The gates of a learned method; None = nothing is learned."""
 
@@ -124,9 +129,11 @@ class Method(ABC):
     def format(self) -> str:
         """The canonical text form, name included; parsing it gives an equal method."""
 
-    @abstractmethod
     def max_kept(self, seen: int) -> int:
-        """Entries that one head holds after a step, `seen` real tokens having been seen; of a learned method the most."""
+        """Entries that one head holds after a step, `seen` real tokens having been seen; of a learned method the most. By default
+        all: nothing is evicted, or gates never fire.
+        """
+        return seen
 
     # -- costs ---------------------------------------------------------------------------------------------------
 
@@ -162,11 +169,6 @@ class Method(ABC):
             return self.max_kept(seen)
         return max(self.always_kept(seen), ceil(seen / compression))
 
-    @property
-    def slot_state_bytes(self) -> int:
-        """Bytes that the method keeps with each stored entry, beyond key, value and position."""
-        return sum(DTYPE_BYTES[dtype] for dtype in self.slot_arrays.values())
-
     def stream_state(self, head_dim: int) -> StateForm | None:
         """What the method keeps for each KV stream, beyond its length."""
         return None
@@ -184,23 +186,17 @@ class Method(ABC):
         return None
 
     @property
-    def merges_tokens(self) -> bool:
-        """Whether an entry may hold several tokens."""
-        return False
-
-    @property
     def merge_window(self) -> int | None:
         """Newest tokens that a merged entry averages; None = all of them."""
         return None
 
-    @property
-    def grid(self) -> int | None:
-        """Tokens between two borders, at positions that it divides, where alone entries leave (`cross`); None = no borders."""
-        return None
-
     def governing(self, tokens: int, from_next: bool) -> slice:
-        """Which decisions of a text of so many tokens change what is held at its end: each fires one entry away."""
-        return slice(1, None)
+        """Which decisions of a text of so many tokens change what is held at its end: each fires one entry away. By default
+        those over tokens that can have left by then; where tokens merge, all but the first.
+        """
+        if self.merges_tokens:
+            return slice(1, None)
+        return slice(int(from_next), int(from_next) + tokens - self.always_kept(tokens))
 
     def marked(self, state_X: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Entries that are marked and still stored, from the state of all streams: stream and entry, flat; None = no marks."""
@@ -216,7 +212,7 @@ class Method(ABC):
         return None
 
     def last_query(self, position_BKE: Tensor) -> Tensor | None:
-        """int64 [B, K, E]: the position of the last query that sees each entry (`ops.blockwise.FOREVER` for one that stays);
+        """int64 [B, K, E]: the position of the last query that sees each entry (`ops.attention.FOREVER` for one that stays);
         None = only `sees` can tell. A long prompt is read faster where it is given.
         """
         return None
@@ -262,14 +258,54 @@ class Method(ABC):
         return TrainingForm(k_BTKD=tokens.k_BTKD, v_BTKD=tokens.v_BTKD)
 
 
-def refuse_args(name: str, args: str) -> None:
-    """Raise `UserError` where a method that takes no settings was given some."""
-    if args:
-        raise UserError(f"'{name}:{args}': {name} takes no settings: write '{name}'")
-
-
 def parse_count(name: str, args: str, example: str) -> int:
     """A whole number of tokens from a method's settings; `example` is a text form that would have been right."""
     if not (args.isascii() and args.isdigit()):
         raise UserError(f"'{name}:{args}': {name} takes a whole number of tokens: write e.g. '{example}'")
     return int(args)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """A number of tokens, or a whole percentage of the tokens seen. Exactly one of the two fields is set."""
+
+    fixed: int | None = None
+    """Tokens, at least 1."""
+    percent: int | None = None
+    """Whole percent of the tokens seen so far, 1 to 100."""
+
+    def __post_init__(self) -> None:
+        if (self.fixed is None) == (self.percent is None):
+            raise UserError(f"{self!r}: a budget is either tokens or a share: set one of fixed and percent")
+        if self.fixed is not None and self.fixed < 1:
+            raise UserError(f"budget {self.fixed}: a budget keeps at least 1 token: write 1 or more")
+        if self.percent is not None and not 1 <= self.percent <= 100:
+            raise UserError(f"budget {self.percent}%: a share is 1% to 100% of the tokens seen: write e.g. 25%")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`64` or `25%`."""
+        digits = text.strip().removesuffix("%").rstrip()
+        if not (digits.isascii() and digits.isdigit()):
+            raise UserError(f"budget '{text}': a budget is whole tokens or a whole percentage: write e.g. 64 or 25%")
+        return cls(percent=int(digits)) if text.strip().endswith("%") else cls(fixed=int(digits))
+
+    def format(self) -> str:
+        """`64` or `25%`."""
+        return f"{self.fixed}" if self.percent is None else f"{self.percent}%"
+
+    def of(self, seen: Tensor) -> Tensor | int:
+        """`tokens` of many sequences at once, int64."""
+        return self.fixed if self.percent is None else ((self.percent * seen + 99) // 100).clamp(min=1)
+
+    def tokens(self, seen: int) -> int:
+        """Tokens that may stay after `seen` tokens: the fixed number, or max(1, ceil(percent * seen / 100))."""
+        return self.fixed if self.percent is None else max(1, -(-self.percent * seen // 100))
+
+
+def parse_pair(name: str, args: str, example: str) -> tuple[str, str]:
+    """The two sides of `A+B` in the settings of method `name`; `example` is a text form that would have been right."""
+    left, plus, right = args.partition("+")
+    if not plus or not left.strip() or not right.strip():
+        raise UserError(f"'{name}:{args}': {name} takes two budgets joined by '+': write e.g. '{example}'")
+    return left.strip(), right.strip()

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
-from kvfold.errors import UserError
-from kvfold.methods.names import unknown_name
+from kvfold.errors import UserError, unknown_name
 
 Storage = Literal["model", "fp8", "int8", "int4"]
 
@@ -33,9 +32,7 @@ class BitsSpec:
         """`int8` for both, or `int8,int4` for keys and values apart."""
         parts = [part.strip() for part in text.split(",")]
         if len(parts) > 2:
-            raise UserError(
-                f"bits '{text}': storage is named once, or for keys and values apart: write e.g. 'int8' or 'int8,int4'"
-            )
+            raise UserError(f"bits '{text}': storage is named once, or for keys and values: write e.g. 'int8,int4'")
         return cls(k=parts[0], v=parts[-1])
 
     def format(self) -> str:

@@ -37,9 +37,10 @@ class DMC(Method):
     chunk_invariant: ClassVar[bool] = True
     lossy: ClassVar[bool] = True
     places_at_layer: ClassVar[bool] = True
+    merges_tokens: ClassVar[bool] = True
     gate_form: ClassVar[GateForm] = GateForm(
-        adapter=False, channel_of="key", frees="keys and queries", with_weights=True, zero_out=True, source="channel", scale=1.0,
-        distils="none",
+        adapter=False, channel_of="key", frees="keys and queries", with_weights=True, zero_out=True, source="channel",
+        scale=1.0, distils="none",
     )  # fmt: skip
 
     window: int | None = 12
@@ -49,9 +50,7 @@ class DMC(Method):
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
-            raise UserError(
-                f"dmc window {self.window}: an entry averages at least 1 token: write e.g. 'dmc:12' or 'dmc:inf'"
-            )
+            raise UserError(f"dmc window {self.window}: it is at least 1 token: write e.g. 'dmc:12' or 'dmc:inf'")
 
     @classmethod
     def parse(cls, args: str) -> Self:
@@ -69,18 +68,9 @@ class DMC(Method):
         window = "inf" if self.window is None else self.window
         return f"{self.name}:{window}" + (f"+{self.alone}" if self.alone else "")
 
-    def max_kept(self, seen: int) -> int:
-        """An upper bound, reached by a gate that never merges."""
-        return seen
-
     def stream_state(self, head_dim: int) -> StateForm:
         """Weighted k and v of the window's tokens and the weights; one running sum if it is unbounded."""
         return StateForm(shape=(self.window or 1, 2 * head_dim + 1), dtype="float32")
-
-    @property
-    def merges_tokens(self) -> bool:
-        """Yes."""
-        return True
 
     @property
     def merge_window(self) -> int | None:
@@ -99,8 +89,7 @@ class DMC(Method):
         """All partial means are keys; a key's bias is log(1 - alpha) of the token after it."""
         import torch
 
-        from kvfold.ops.gating import first_real, from_next
-        from kvfold.ops.pooling import pooled_real
+        from kvfold.ops.gating import first_real, from_next, pooled_real
 
         gates, real, (k, v) = tokens.gates, tokens.real_BT, (tokens.k_BTKD, tokens.v_BTKD)
         opens = first_real(real, k.shape[1], k.device, self.alone + 1)[..., None]
@@ -118,42 +107,25 @@ class MergePlan(StepPlan):
         """The entry with the new token in it."""
         import torch
 
-        streams = self.streams
+        window, streams = self.method.window, self.streams
         ids, length = streams.id_OBK[owner], streams.length_OBK[owner]
         merges = torch.zeros_like(ids, dtype=torch.bool)
+        weight = k_BKD.new_ones(ids.shape, dtype=torch.float32)
         if gates is not None and gates.alpha_BTK is not None:
             merges = (gates.alpha_BTK[:, 0] > 0.5) & (streams.position_B > self.method.alone)[:, None]
-        k, v = self._summed(ids, gates, k_BKD, v_BKD, merges)
-        return Entered(k_BKD=k, v_BKD=v, place_BK=torch.where(merges, length - 1, length))
-
-    def _summed(
-        self, ids_BK: Tensor, gates: Gates | None, k: Tensor, v: Tensor, merges: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        import torch
-
-        window, ring, width = self.method.window, self.streams.state_X, k.shape[-1]
-        weight = k.new_ones(k.shape[:2], dtype=torch.float32)
-        if gates is not None and gates.weight_BTK is not None:
             weight = gates.weight_BTK[:, 0]
-        new = _weighted(k, v, weight)
-        held = torch.where(merges[..., None, None], ring[ids_BK], 0.0)
+        weight = weight.unsqueeze(-1)
+        new = torch.cat((torch.cat((k_BKD, v_BKD), dim=-1).float() * weight, weight), dim=-1)
+        held = torch.where(merges[..., None, None], streams.state_X[ids], 0.0)
         if window is None:
             held[:, :, 0] += new
         else:
-            column = (self.streams.position_B % window)[:, None, None, None].expand(*new.shape[:2], 1, new.shape[-1])
+            column = (streams.position_B % window)[:, None, None, None].expand(*new.shape[:2], 1, new.shape[-1])
             held.scatter_(2, column, new.unsqueeze(2))
-        ring[ids_BK] = held
+        streams.state_X[ids] = held
         total = held.sum(dim=2)
-        mean = total[..., :-1] / total[..., -1:]
-        return mean[..., :width].to(k.dtype), mean[..., width:].to(v.dtype)
-
-
-def _weighted(k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
-    """weight * k, weight * v and the weight itself side by side, fp32 [..., 2D + 1]."""
-    import torch
-
-    both = torch.cat((k, v), dim=-1).float() * weight.unsqueeze(-1)
-    return torch.cat((both, weight.unsqueeze(-1)), dim=-1)
+        k, v = (total[..., :-1] / total[..., -1:]).to(k_BKD.dtype).split((k_BKD.shape[-1], v_BKD.shape[-1]), dim=-1)
+        return Entered(k_BKD=k, v_BKD=v, place_BK=torch.where(merges, length - 1, length))
 
 
 class MergedChunk(ChunkPlan):
@@ -162,7 +134,7 @@ class MergedChunk(ChunkPlan):
     def __init__(self, method: DMC, chunk: Chunk):
         import torch
 
-        from kvfold.ops.pooling import pooled_real
+        from kvfold.ops.gating import pooled_real
 
         super().__init__(method, chunk)
         k, gates, real = chunk.k_BTKD, chunk.gates, chunk.real_BT
@@ -206,7 +178,7 @@ class MergedChunk(ChunkPlan):
         """A partial mean is seen by its own query; one that is closed, and a stored one that does not go on, by all later."""
         import torch
 
-        from kvfold.ops.blockwise import FOREVER
+        from kvfold.ops.attention import FOREVER
 
         own = self.chunk.position_BKE[..., self.chunk.stored :].long()
         last = torch.where(self._closed(), FOREVER, own)
@@ -237,8 +209,7 @@ class MergedChunk(ChunkPlan):
         """The weighted tokens of the entry that is open now go into the ring."""
         import torch
 
-        from kvfold.ops.gating import real_first, reordered
-        from kvfold.ops.pooling import open_entries
+        from kvfold.ops.gating import open_entries, real_first, reordered
 
         chunk = self.chunk
         order, _ = real_first(chunk.real_BT)

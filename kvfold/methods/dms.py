@@ -36,9 +36,8 @@ class DMS(Method):
     chunk_invariant: ClassVar[bool] = True
     lossy: ClassVar[bool] = True
     gate_form: ClassVar[GateForm] = GateForm(
-        adapter=True, channel_of="query", frees="first query", reads=("own", "next"), source="adapter", scale=100.0,
-        distils="reverse",
-    )  # fmt: skip
+        adapter=True, channel_of="query", frees="first query", reads=("own", "next")
+    )
 
     delay: int = 256
     """A marked token k is seen by queries t with t - k <= delay."""
@@ -56,10 +55,6 @@ class DMS(Method):
         """`dms:W`."""
         return f"{self.name}:{self.delay}"
 
-    def max_kept(self, seen: int) -> int:
-        """An upper bound, reached by a gate that never marks."""
-        return seen
-
     def always_kept(self, seen: int) -> int:
         """The window of the newest `delay` + 1 tokens."""
         return min(seen, self.delay + 1)
@@ -72,11 +67,6 @@ class DMS(Method):
     def eviction_delay(self) -> int:
         """`delay`."""
         return self.delay
-
-    def governing(self, tokens: int, from_next: bool) -> slice:
-        """Decisions over tokens that have left the window by the text's end."""
-        start = int(from_next)
-        return slice(start, start + max(0, tokens - 1 - self.delay))
 
     def marked(self, state_X: Tensor) -> tuple[Tensor, Tensor]:
         """See `Method.marked`."""
@@ -115,11 +105,9 @@ class MarkedStep(StepPlan):
 
     def overwritten(self) -> Tensor:
         """See `StepPlan.overwritten`."""
-        import torch
-
         oldest = self.streams.state_X[self.streams.id_OBK, self._column_B1]
         leaves = (oldest < 0) & (self.streams.position_B >= self._width)[:, None]
-        return torch.where(leaves, ~oldest.long(), self.streams.length_OBK)
+        return (~oldest.long()).where(leaves, self.streams.length_OBK)
 
     def placed(self, place_OBK: Tensor) -> None:
         """The new token is in its slot, and not marked yet."""
@@ -185,7 +173,7 @@ class MarkedChunk(ChunkPlan):
 
     def last_query(self) -> Tensor:
         """See `ChunkPlan.last_query`."""
-        from kvfold.ops.blockwise import FOREVER
+        from kvfold.ops.attention import FOREVER
 
         return (self.chunk.position_BKE.long() + self.method.delay).masked_fill(~self.marked_BKE, FOREVER)
 
@@ -215,9 +203,7 @@ class MarkedChunk(ChunkPlan):
 
 def _by_column(position: Tensor, value: Tensor, edge: Tensor, width: int) -> Tensor:
     """Values of the entries from position `edge` on, each at its position's column of the ring; 0 elsewhere."""
-    import torch
-
     recent = (position >= edge) & (position >= 0)
-    columns = torch.where(recent, position % width, width)
+    columns = (position % width).masked_fill(~recent, width)
     found = value.new_zeros((*position.shape[:2], width + 1))
     return found.scatter_(2, columns, value)[..., :width]

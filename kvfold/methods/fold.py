@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from kvfold.errors import UserError
 from kvfold.methods.base import GateForm, Method, parse_count
-from kvfold.methods.plans import Crossed, Held, Lives, StepPlan, Streams
+from kvfold.methods.plans import Crossed, Held, Lives
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,27 +47,24 @@ class Fold(Method):
     mark_array: ClassVar[str | None] = MARKED
     allows_window: ClassVar[bool] = False
     gate_form: ClassVar[GateForm] = GateForm(
-        adapter=True, reads=("own", "next"), outputs=2, head_numbers=(0.0, 0.0, 1.0), gates_of="dms", source="adapter",
-        scale=100.0, distils="reverse",
-    )  # fmt: skip
+        adapter=True, reads=("own", "next"), outputs=2, head_numbers=(0.0, 0.0, 1.0), gates_of="dms"
+    )
     reach: ClassVar[int] = 512
     """A token merges into an entry at most so many positions older, so that a copy of a sequence copies few pages."""
 
     delay: int = 256
     """Tokens behind a query that it sees whatever is marked."""
-    spacing: int = 32
+    grid: int = 32
     """Tokens between two borders."""
     threshold: float | None = 0.65
     """Least similarity at which a token is merged; None = all that leave are dropped."""
 
     def __post_init__(self) -> None:
-        for what, number in (("delay", self.delay), ("grid", self.spacing)):
+        for what, number in (("delay", self.delay), ("grid", self.grid)):
             if number < 1:
                 raise UserError(f"fold {what} {number}: it is 1 token or more: write e.g. '{_EXAMPLE}'")
         if self.threshold is not None and not -1 <= self.threshold <= 1:
-            raise UserError(
-                f"fold threshold {self.threshold:g}: a similarity is between -1 and 1: write e.g. '{_EXAMPLE}'"
-            )
+            raise UserError(f"fold threshold {self.threshold:g}: it is between -1 and 1: write e.g. '{_EXAMPLE}'")
 
     @classmethod
     def parse(cls, args: str) -> Self:
@@ -78,7 +75,7 @@ class Fold(Method):
         delay, plus, spacing = counts.partition("+")
         given = {"delay": parse_count(cls.name, delay, _EXAMPLE)}
         if plus:
-            given["spacing"] = parse_count(cls.name, spacing, _EXAMPLE)
+            given["grid"] = parse_count(cls.name, spacing, _EXAMPLE)
         if at:
             given["threshold"] = None if similarity == "none" else _similarity(args, similarity)
         return cls(**given)
@@ -86,40 +83,22 @@ class Fold(Method):
     def format(self) -> str:
         """`fold:W`, with `+G@S` where grid or similarity are not the usual ones."""
         text = f"{self.name}:{self.delay}"
-        if (self.spacing, self.threshold) == (type(self)().spacing, type(self)().threshold):
+        if (self.grid, self.threshold) == (type(self)().grid, type(self)().threshold):
             return text
-        return f"{text}+{self.spacing}@{'none' if self.threshold is None else repr(self.threshold)}"
-
-    def max_kept(self, seen: int) -> int:
-        """An upper bound, reached by a gate that never marks."""
-        return seen
+        return f"{text}+{self.grid}@{'none' if self.threshold is None else repr(self.threshold)}"
 
     def always_kept(self, seen: int) -> int:
         """What is younger than the delay was at the last border."""
-        return seen - max(0, (seen - 1) // self.spacing * self.spacing - self.delay)
+        return seen - max(0, (seen - 1) // self.grid * self.grid - self.delay)
 
     def expected_kept(self, seen: int, compression: float) -> int:
         """See `Method.expected_kept`; of all phases of the grid the one in which most is held."""
-        return max(min(seen, self.delay + self.spacing), ceil(seen / compression))
-
-    @property
-    def grid(self) -> int:
-        """`spacing`."""
-        return self.spacing
+        return max(min(seen, self.delay + self.grid), ceil(seen / compression))
 
     @property
     def eviction_delay(self) -> int:
         """`delay`."""
         return self.delay
-
-    def governing(self, tokens: int, from_next: bool) -> slice:
-        """Decisions over tokens that have left by the text's end."""
-        start = int(from_next)
-        return slice(start, start + tokens - self.always_kept(tokens))
-
-    def open_step(self, streams: Streams) -> StepPlan:
-        """See `Method.open_step`."""
-        return AppendedStep(self, streams)
 
     def noted(self, gates: Gates | None, real_BT: Tensor | None) -> dict[str, Tensor]:
         """See `Method.noted`; of the newest token no later one has decided yet."""
@@ -148,27 +127,12 @@ class Fold(Method):
             k_BKED=held.k_BEKD.transpose(1, 2), v_BKED=held.v_BEKD.transpose(1, 2), position_BKE=held.position_BKE.long(),
             marked_BKE=arrays[MARKED] > 0, s_BKE=half_rounded(arrays[IMPORTANCE].float()), bias_BKE=arrays[BIAS].float(),
         )  # fmt: skip
-        folded = fold_entries(
-            entries, before_B=held.before_B, seen_B=held.seen_B, delay=self.delay, grid=self.spacing,
+        lives, after = fold_entries(
+            entries, before_B=held.before_B, seen_B=held.seen_B, delay=self.delay, grid=self.grid,
             threshold=self.threshold, reach=self.reach, heads_KP=None if gates is None else gates.heads_KP,
             as_stored=held.as_stored,
         )  # fmt: skip
-        lives = Lives(
-            k_BEKD=folded.k_BKED.transpose(1, 2), v_BEKD=folded.v_BKED.transpose(1, 2), first_BKE=folded.first_BKE,
-            last_BKE=folded.last_BKE, bias_BKE=folded.bias_BKE,
-        )  # fmt: skip
-        return Crossed(
-            lives=lives, stays_BKE=folded.stays_BKE, changed_BKE=folded.changed_BKE,
-            v_BEKD=folded.final_v_BKED.transpose(1, 2), arrays={**arrays, BIAS: folded.final_bias_BKE},
-        )  # fmt: skip
-
-
-class AppendedStep(StepPlan):
-    """The new token goes behind the others."""
-
-    def overwritten(self) -> Tensor:
-        """See `StepPlan.overwritten`."""
-        return self.streams.length_OBK
+        return Crossed(lives=Lives(**lives), arrays={**arrays, BIAS: after.pop("bias_BKE")}, **after)
 
 
 def _similarity(args: str, text: str) -> float:

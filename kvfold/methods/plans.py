@@ -10,7 +10,7 @@ X KV streams of a cache group.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -50,10 +50,6 @@ class Streams:
     stored_positions: Callable[[], Tensor]
     """int32 [O, B, K, S], -1 where there is no entry."""
 
-    def with_lengths(self, length_OBK: Tensor) -> Streams:
-        """The same after entries were evicted."""
-        return replace(self, length_OBK=length_OBK)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entered:
@@ -74,9 +70,9 @@ class StepPlan:
 
     def overwritten(self) -> Tensor | None:
         """int64 [O, B, K]: the entry whose slot the new token takes, the stream's length where it takes none; None = ask
-        `evicted` instead.
+        `evicted` instead. Between two borders of a grid tokens are appended.
         """
-        return None
+        return None if self.method.grid is None else self.streams.length_OBK
 
     def evicted(self) -> Tensor | None:
         """bool [O, B, K, S]: stored entries that leave before the new token is attended to; None = none."""

@@ -2,16 +2,13 @@
 
 from importlib.metadata import entry_points
 
-from kvfold.errors import UserError
+from kvfold.errors import UserError, unknown_name
 from kvfold.methods.base import Method
 from kvfold.methods.dmc import DMC
 from kvfold.methods.dms import DMS
 from kvfold.methods.fold import Fold
-from kvfold.methods.full import Full
-from kvfold.methods.h2o import H2O
-from kvfold.methods.names import unknown_name
-from kvfold.methods.tova import TOVA
-from kvfold.methods.window import Window
+from kvfold.methods.scored import H2O, TOVA
+from kvfold.methods.window import Full, Window
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (Full, Window, H2O, TOVA, DMC, DMS, Fold)}
 
@@ -21,16 +18,11 @@ ENTRY_POINT_GROUP = "kvfold.methods"
 def method_class(name: str) -> type[Method]:
     """The class of a method; installed packages are asked only for a name that kvfold itself doesn't know."""
     if name not in METHODS:
-        METHODS[name] = _installed(name)
+        installed = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+        if name not in installed:
+            raise unknown_name("time method", name, {*installed, *METHODS})
+        METHODS[name] = installed[name].load()
     return METHODS[name]
-
-
-def _installed(name: str) -> type[Method]:
-    """The class that an installed package has under this name."""
-    for entry in entry_points(group=ENTRY_POINT_GROUP, name=name):
-        return entry.load()
-    installed = {entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)}
-    raise unknown_name("time method", name, installed | set(METHODS))
 
 
 def parse_time(text: str) -> Method:

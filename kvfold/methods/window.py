@@ -1,4 +1,4 @@
-"""Sliding window with attention sinks: the first few tokens and the newest ones stay."""
+"""Methods that know from positions alone what stays: full attention, the default, and the sliding window with attention sinks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from kvfold.errors import UserError
-from kvfold.methods.base import Method
-from kvfold.methods.budget import Budget, parse_pair
+from kvfold.methods.base import Budget, Method, parse_pair
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,9 +33,7 @@ class Window(Method):
 
     def __post_init__(self) -> None:
         if self.sinks < 0:
-            raise UserError(
-                f"window sinks {self.sinks}: a number of first tokens is 0 or more: write e.g. 'window:64+4'"
-            )
+            raise UserError(f"window sinks {self.sinks}: they are 0 tokens or more: write e.g. 'window:64+4'")
 
     @classmethod
     def parse(cls, args: str) -> Self:
@@ -44,7 +41,7 @@ class Window(Method):
         recent, sinks = parse_pair(cls.name, args, "window:64+4")
         if not (sinks.isascii() and sinks.isdigit()):
             raise UserError(
-                f"'window:{args}': first tokens are a fixed whole number, not '{sinks}': write e.g. 'window:25%+4'"
+                f"'window:{args}': first tokens are a whole number, not '{sinks}': write e.g. 'window:25%+4'"
             )
         return cls(recent=Budget.parse(recent), sinks=int(sinks))
 
@@ -58,7 +55,7 @@ class Window(Method):
 
     def last_query(self, position_BKE: Tensor) -> Tensor | None:
         """A fixed window ends so many tokens later; of a share only `sees` can tell."""
-        from kvfold.ops.blockwise import FOREVER
+        from kvfold.ops.attention import FOREVER
 
         if self.recent.fixed is None:
             return None
@@ -69,3 +66,29 @@ class Window(Method):
         edge_BT = query_BT + 1 - self.recent.of(query_BT + 1)
         position = position_BKE.unsqueeze(2)
         return (position >= edge_BT[:, None, :, None]) | (position < self.sinks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Full(Method):
+    """Nothing is evicted or merged.
+
+    Source: arXiv 1706.03762, section 3.2.
+    Differs: none.
+    """
+
+    name: ClassVar[str] = "full"
+    title: ClassVar[str] = "full attention"
+    source: ClassVar[str] = "Vaswani et al. 2017, arXiv 1706.03762"
+    chunk_invariant: ClassVar[bool] = True
+    lossy: ClassVar[bool] = False
+
+    @classmethod
+    def parse(cls, args: str) -> Self:
+        """`full` alone."""
+        if args:
+            raise UserError(f"'full:{args}': full takes no settings: write 'full'")
+        return cls()
+
+    def format(self) -> str:
+        """`full`."""
+        return self.name

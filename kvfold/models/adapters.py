@@ -8,10 +8,8 @@ Writing, and the card, are the business of training.
 from __future__ import annotations
 
 import json
-import math
 import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -78,13 +76,10 @@ class AdapterAbout:
     kept_ratios: dict[str, Any] | None = None
     """What the gates keep of text, per KV stream, at three lengths; None = not measured."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"format": FORMAT, **asdict(self)}
-
     def to_text(self) -> str:
         """The file adapter.json: a list of numbers takes one line."""
-        return _NUMBERS.sub(lambda match: " ".join(match[0].split()), json.dumps(self.to_json(), indent=1)) + "\n"
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        return _NUMBERS.sub(lambda match: " ".join(match[0].split()), text) + "\n"
 
 
 def adapter_folder(name: str | Path) -> Path:
@@ -121,17 +116,22 @@ CHANNEL = "channel"
 """Asks for the published freed channel as it stands."""
 
 
+def channel_gates(layout: KVLayout) -> GateConfig:
+    """The published freed channel of a layout's learned method."""
+    learned = {layout.time_of(owner).name for owner in layout.owners if layout.time_of(owner).trained}
+    if len(learned) != 1:
+        raise UserError(
+            f"gates 'channel' under time '{layout.time_text()}': it is for one learned method: leave it out"
+        )
+    return GateConfig.published_channel(learned.pop())
+
+
 def gates_for_cache(model: FoldPreTrainedModel, gates: str | Path | GateSet, layout: KVLayout) -> GateSet:
     """What decides for a cache of this layout in place of the model's own gates: an adapter's folder or name, or a gate set;
     `channel` = the published freed channel.
     """
     if gates == CHANNEL:
-        learned = {layout.time_of(owner).name for owner in layout.owners if layout.time_of(owner).trained}
-        if len(learned) != 1:
-            raise UserError(
-                f"gates 'channel' under time '{layout.time_text()}': it is for one learned method: leave gates out"
-            )
-        found = GateSet(CHANNEL, GateConfig.published_channel(learned.pop()), {})
+        found = GateSet(CHANNEL, channel_gates(layout), {})
     else:
         found = gates if isinstance(gates, GateSet) else load_gates(model, gates)
     if model.config.freed_owners:
@@ -204,7 +204,7 @@ def _check_base(model: FoldForCausalLM, base: Base, folder: Path) -> None:
     # Half a percent is more than any dtype's rounding and less than any other model's difference.
     if all(abs(a - b) <= 0.005 * abs(b) + 1e-6 for a, b in zip(ours.probe, base.probe, strict=True)):
         return
-    if _likeness(ours.probe, base.probe) < _LIKE:
+    if torch.cosine_similarity(torch.tensor(ours.probe), torch.tensor(base.probe), dim=0) < _LIKE:
         raise UserError(
             f"adapter {folder}: it was trained on {base.name}, and this model has the same shape but other weights: "
             "load it on its base"
@@ -216,12 +216,6 @@ def _check_base(model: FoldForCausalLM, base: Base, folder: Path) -> None:
     )
 
 
-def _likeness(one: Sequence[float], other: Sequence[float]) -> float:
-    """Cosine of two lists of weights."""
-    sizes = math.hypot(*one) * math.hypot(*other)
-    return sum(a * b for a, b in zip(one, other, strict=True)) / sizes if sizes else 0.0
-
-
 def _shape(base: Base) -> str:
     heads = ", ".join(map(str, sorted(set(base.kv_heads))))
     return f"{base.layers} layers of width {base.hidden_size}, {heads} KV heads in {len(base.kv_heads)} of them"
@@ -230,13 +224,9 @@ def _shape(base: Base) -> str:
 def _probe(model: FoldForCausalLM) -> tuple[float, ...]:
     """Single weights, evenly spaced over the model's matrices."""
     weights = [one for name, one in sorted(model.named_parameters()) if one.ndim == 2 and ".fold_" not in name]
-    chosen = [weights[index * len(weights) // _PROBED_WEIGHTS] for index in range(_PROBED_WEIGHTS)]
-    values = [
-        float(weight.detach().view(-1)[(2 * index + 1) * weight.numel() // (2 * _PROBED_VALUES)])
-        for weight in chosen
-        for index in range(_PROBED_VALUES)
-    ]
-    return tuple(float(f"{value:.4g}") for value in values)
+    chosen = [weights[index * len(weights) // _PROBED_WEIGHTS].detach().view(-1) for index in range(_PROBED_WEIGHTS)]
+    places = [(2 * index + 1) / (2 * _PROBED_VALUES) for index in range(_PROBED_VALUES)]
+    return tuple(float(f"{float(one[int(one.numel() * place)]):.4g}") for one in chosen for place in places)
 
 
 @torch.no_grad()

@@ -1,9 +1,15 @@
-"""The parts of a decoder layer, for every family that families.py describes. Attention itself happens behind the seam:
-a layer hands q, k, v to a KV view and knows no cache.
+"""The parts of a decoder layer, for every family that families.py describes, and packing them for inference on a CPU. Attention
+itself happens behind the seam: a layer hands q, k, v to a KV view and knows no cache.
 
+Packed weights are copies in the form that is quick for a few rows. The weights themselves stay as they are, so saving,
+training, adapters and edits see an ordinary model; a call with gradients enabled never uses a copy. The copies take as much
+memory as the weights that they copy (the input embedding has none).
 Letters: B rows, T tokens of this call, H query heads, K kv heads, D head dim, C model width.
 """
 
+import os
+import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -16,8 +22,7 @@ from kvfold.cache.views import KVView
 from kvfold.methods.gates import GateConfig
 from kvfold.models.config import FoldConfig
 from kvfold.models.gates import GateCall, GateNorm, GateProjection, decide
-from kvfold.ops.linear import PackableLinear, project, rms_norm
-from kvfold.ops.packed_layer import PackedFront, PackedTail
+from kvfold.ops.linear import PackableLinear, PackedFront, PackedTail, PackedWeights, project, rms_norm
 from kvfold.ops.rotation import Rotation
 
 Heads = tuple[Tensor, Tensor | None, Tensor | None]
@@ -40,18 +45,6 @@ class FoldRMSNorm(nn.Module):
         if self.offset:
             return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).type_as(x)
         return rms_norm(x, self.weight, self.eps)
-
-
-class UnitRMSNorm(nn.Module):
-    """RMS norm over the last dim, without a gain."""
-
-    def __init__(self, eps: float):
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype as `x`."""
-        return F.rms_norm(x, x.shape[-1:], None, self.eps)
 
 
 class FoldAttention(nn.Module):
@@ -79,9 +72,8 @@ class FoldAttention(nn.Module):
 
     def add_adapter(self, gates: GateConfig, config: FoldConfig) -> None:
         """Give an owner the modules of its gate, where that is an adapter; a new one never fires."""
-        if gates.source != "adapter":
-            return
-        self.fold_norm, self.fold_proj = new_adapter(gates, config, self.layer)
+        fresh = new_adapter(gates, config, self.layer) if gates.source == "adapter" else (None, None)
+        self.fold_norm, self.fold_proj = fresh
 
     def forward(
         self, normed_BTC: Tensor | None, hidden_BTC: Tensor, view: KVView, rotation: Rotation | None, call: GateCall | None,
@@ -170,7 +162,7 @@ def _head_norm(config: FoldConfig, width: int) -> nn.Module | None:
     if config.qk_norm == "none":
         return None
     if config.qk_norm == "rotated":
-        return UnitRMSNorm(config.rms_norm_eps)
+        return nn.RMSNorm(config.head_dim, config.rms_norm_eps, elementwise_affine=False)
     return FoldRMSNorm(width if config.qk_norm == "full" else config.head_dim, config)
 
 
@@ -292,11 +284,69 @@ class FoldLayer(GradientCheckpointingLayer):
 _NORMS = {
     "pre": ("input_layernorm", "post_attention_layernorm"),
     "post": ("post_attention_layernorm", "post_feedforward_layernorm"),
-    "sandwich": (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    ),
-}
+    "sandwich": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}  # fmt: skip
 """transformers' names of a layer's norms, by where they stand."""
+
+
+MEMORY_SHARE = 4
+"""Without being asked, copies take at most one part in so many of the machine's memory."""
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of one module that share their input. k and v of a layer with a KV norm of its own do not share q's."""
+
+
+def pack(model: nn.Module, *, rows: int | None = None, force: bool = False) -> int:
+    """Pack every linear layer that gains by it; gives the bytes of all copies. Layers that are packed already stay so.
+
+    `rows`: how many rows a decoding step will have, where that is known; at one or two, fp32 gains nothing. Nothing happens on
+    a device or for a dtype that has no quicker form. Unless forced, a model whose copies would take more than a quarter of
+    the machine's memory stays as it is, with a warning.
+    """
+    groups = [group for group in _groups(model) if all(PackedWeights.helps(layer.weight, rows) for layer in group)]
+    missing = [group for group in groups if group[0].packed is None]
+    needed = sum(layer.weight.nbytes for group in missing for layer in group)
+    if not force and needed > _machine_bytes() // MEMORY_SHARE:
+        warnings.warn(
+            f"packed weights would take {needed / 1e9:.1f} GB more, over a quarter of this machine's memory: decoding runs on "
+            "the plain ones; kvfold.models.blocks.pack(model, force=True) packs them all the same",
+            stacklevel=2,
+        )
+        return packed_bytes(model)
+    for group in missing:
+        copy = PackedWeights(group)
+        for layer in group:
+            layer.packed = copy
+    for layer in model.modules():
+        if isinstance(layer, FoldLayer):
+            layer.front, layer.tail = layer.new_front(), layer.new_tail()
+    return packed_bytes(model)
+
+
+def unpack(model: nn.Module) -> None:
+    """Give the copies' memory back."""
+    for module in model.modules():
+        if isinstance(module, PackableLinear):
+            module.packed = None
+        if isinstance(module, FoldLayer):
+            module.front = module.tail = None
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of a model's packed copies, on top of its weights."""
+    copies = {id(module.packed): module.packed for module in model.modules() if isinstance(module, PackableLinear)}
+    return sum(copy.num_bytes for copy in copies.values() if copy is not None)
+
+
+def _groups(model: nn.Module) -> Iterator[tuple[PackableLinear, ...]]:
+    """Layers to be packed together; each layer is in one group."""
+    for module in model.modules():
+        children = {name: child for name, child in module.named_children() if isinstance(child, PackableLinear)}
+        for names in _TOGETHER:
+            if set(names) <= children.keys() and getattr(module, "kv_norm", None) is None:
+                yield tuple(children.pop(name) for name in names)
+        for child in children.values():
+            yield (child,)
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

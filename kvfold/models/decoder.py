@@ -5,6 +5,7 @@ Letters: B rows, T tokens of this call, C model width, V vocabulary.
 """
 
 import warnings
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -14,17 +15,28 @@ from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
 from kvfold.cache.hf import FoldCache
-from kvfold.cache.training import TrainingView
-from kvfold.cache.views import KVView
+from kvfold.cache.views import TrainingView
 from kvfold.errors import UserError
 from kvfold.layout.planner import PAGE_SLOTS
 from kvfold.models.adapters import gates_for_cache
 from kvfold.models.blocks import FoldLayer, FoldRMSNorm
 from kvfold.models.config import FoldConfig
-from kvfold.models.gated import FoldCausalLMOutput, FoldOutput, GatedModel, joined, recorded
-from kvfold.models.gates import GateCall, GateNorm, GateProjection, GateRecord, GateSet, GateTable, gate_table
-from kvfold.models.generation import FoldGeneration
-from kvfold.models.options import PLAIN, CallOptions
+from kvfold.models.gates import (
+    PLAIN,
+    CallOptions,
+    FoldCausalLMOutput,
+    FoldOutput,
+    GateCall,
+    GatedModel,
+    GateNorm,
+    GateProjection,
+    GateRecord,
+    GateSet,
+    GateTable,
+    gate_table,
+    joined,
+)
+from kvfold.models.generation import FoldGeneration, check_cache
 from kvfold.models.rope import Rope
 from kvfold.ops.linear import PackableLinear
 from kvfold.ops.rotation import Rotation
@@ -65,22 +77,14 @@ class FoldPreTrainedModel(PreTrainedModel):
         None = the model's own, an adapter's folder or name, a `GateSet`, or `channel` = the published freed channel.
         Raises `UserError` for a learned method without gates.
         """
-        layout = self.config.layout
-        layout = layout if time is None else layout.with_time(time)
-        layout = layout if bits is None else layout.with_bits(bits)
+        layout = self.config.layout.folded(time, bits)
         gate_set = None if gates is None else gates_for_cache(self, gates, layout)
         for method in layout.time:
             method.gates_among(self.config.gate_config if gate_set is None else gate_set.config)
         return FoldCache(
-            layout,
-            dtype=self.dtype,
-            device=self.device,
-            rows=rows,
-            memory_bytes=memory_bytes,
-            page_slots=page_slots,
-            base_layout=self.config.base_layout,
-            gates=gate_set,
-        )
+            layout, dtype=self.dtype, device=self.device, rows=rows, memory_bytes=memory_bytes, page_slots=page_slots,
+            base_layout=self.config.base_layout, gates=gate_set,
+        )  # fmt: skip
 
 
 class FoldModel(FoldPreTrainedModel):
@@ -121,9 +125,7 @@ class FoldModel(FoldPreTrainedModel):
         begun = cache is not None and cache.columns > 0 and len(cache.rows) == rows
         rotations = self._rotations(position_ids, real, cache.seen_tokens if begun else None, hidden)
         run_options = {"noise_key": noise_key, "records": output_decisions, "keep": output_hidden_states}
-        if cache is None:
-            return self._run_freely(hidden, real, rotations, options, **run_options)
-        if tokens == 1:
+        if cache is None or tokens == 1:
             return self._run(hidden, real, rotations, cache, options, **run_options)
         parts = []
         for start, end in cache.pieces(real, num_rows=rows, num_tokens=tokens):
@@ -133,18 +135,31 @@ class FoldModel(FoldPreTrainedModel):
         return joined(parts)
 
     def _run(
-        self, hidden: Tensor, real: Tensor | None, rotations: list[Rotation | None], cache: FoldCache,
+        self, hidden: Tensor, real: Tensor | None, rotations: list[Rotation | None], cache: FoldCache | None,
         options: CallOptions, *, noise_key: Tensor | None, records: bool, keep: bool | None,
     ) -> FoldOutput:  # fmt: skip
-        """All layers over one piece of a call."""
-        table = cache.gate_table or self._gate_table(cache)
-        record = GateRecord() if records else None
-        gates = None if table.is_empty else GateCall(table, self.training, options, noise_key, record, cache.gates)
+        """All layers over one piece of a call: through the cache, or without one through the training view."""
+        if cache is None:
+            layout, gate_set = self.config.layout, None
+            if options.sharing is not None:
+                layout = layout.with_owners([one.owner for one in options.sharing.layers])
+            table = gate_table(self.config.gate_config, layout, freed_owners=self.config.freed_owners)
+            call = nullcontext(TrainingView(layout, real_BT=real, **self.attention_options))
+        else:
+            layout, table, gate_set = cache.layout, cache.gate_table or self._gate_table(cache), cache.gates
+            call = cache.call(real, num_rows=hidden.shape[0], num_tokens=hidden.shape[1], **self.attention_options)
+        record, states = GateRecord() if records else None, []
+        gates = None if table.is_empty else GateCall(table, self.training, options, noise_key, record, gate_set)
+        keep = self.config.output_hidden_states if keep is None else keep
         # Pages are written in place, so no gradient could pass through them.
-        call = cache.call(real, num_rows=hidden.shape[0], num_tokens=hidden.shape[1], **self.attention_options)
-        with torch.no_grad(), call as view:
-            hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
-        decided = {} if record is None else recorded(record, cache.layout.owners)
+        with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()), call as view:
+            for layer, rotation in zip(self.layers, rotations, strict=True):
+                if keep:
+                    states.append(hidden)
+                hidden = layer(hidden, view, rotation, gates)
+            hidden = self.norm(hidden)
+        states = (*states, hidden) if keep else None
+        decided = {} if record is None else record.fields(layout.owners)
         return FoldOutput(last_hidden_state=hidden, past_key_values=cache, hidden_states=states, **decided)
 
     def _gate_table(self, cache: FoldCache) -> GateTable:
@@ -152,22 +167,6 @@ class FoldModel(FoldPreTrainedModel):
         config = self.config.gate_config if cache.gates is None else cache.gates.config
         cache.gate_table = gate_table(config, cache.layout, freed_owners=self.config.freed_owners)
         return cache.gate_table
-
-    def _run_freely(
-        self, hidden: Tensor, real: Tensor | None, rotations: list[Rotation | None], options: CallOptions,
-        *, noise_key: Tensor | None, records: bool, keep: bool | None,
-    ) -> FoldOutput:  # fmt: skip
-        """Without a cache: the training view."""
-        layout, config = self.config.layout, self.config
-        if options.sharing is not None:
-            layout = layout.with_owners([one.owner for one in options.sharing.layers])
-        table = gate_table(config.gate_config, layout, freed_owners=config.freed_owners)
-        record = GateRecord() if records else None
-        gates = None if table.is_empty else GateCall(table, self.training, options, noise_key, record, None)
-        view = TrainingView(layout, real_BT=real, **self.attention_options)
-        hidden, states = self._run_layers(hidden, view, rotations, gates, keep)
-        decided = {} if record is None else recorded(record, layout.owners)
-        return FoldOutput(last_hidden_state=hidden, past_key_values=None, hidden_states=states, **decided)
 
     def opened(self, ids_BT: Tensor) -> tuple[Tensor, list[Rotation | None]]:
         """Of texts without padding: the residual stream before the first layer, and each layer's rotation, for those who run the
@@ -185,17 +184,6 @@ class FoldModel(FoldPreTrainedModel):
         multiplier = self.config.embedding_multiplier
         # Rounded to the dtype first, as the families that have one were trained.
         return hidden if multiplier == 1.0 else hidden * torch.tensor(multiplier, dtype=hidden.dtype).item()
-
-    def _run_layers(
-        self, hidden: Tensor, view: KVView, rotations: list[Rotation | None], gates: GateCall | None, keep: bool | None
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        keep, states = self.config.output_hidden_states if keep is None else keep, []
-        for layer, rotation in zip(self.layers, rotations, strict=True):
-            if keep:
-                states.append(hidden)
-            hidden = layer(hidden, view, rotation, gates)
-        hidden = self.norm(hidden)
-        return hidden, (*states, hidden) if keep else None
 
     def _rotations(
         self, position_ids: Tensor | None, real_BT: Tensor | None, seen: Tensor | None, hidden: Tensor
@@ -234,18 +222,14 @@ class FoldModel(FoldPreTrainedModel):
         """What was given is a cache of this model, and of use in this call."""
         if options.sharing is not None:
             raise UserError("past_key_values while layers share for a while: convert the model, or leave the cache out")
-        if not isinstance(given, FoldCache):
-            raise UserError(
-                f"past_key_values is a {type(given).__name__}: a kvfold model needs its own cache: "
-                "pass model.new_cache(rows=...) or leave it out"
-            )
+        check_cache(given)
         if given.layout.layers != self.config.layout.layers:
             raise UserError(
                 "past_key_values was made for a model of other layers or heads: make one with new_cache of the model that uses it"
             )
         if self.training and torch.is_grad_enabled():
             raise UserError(
-                "past_key_values in training: no gradient passes through a cache: leave it out, or call model.eval()"
+                "past_key_values in training: no gradient passes through a cache: leave it out or call eval()"
             )
         return given
 

@@ -1,33 +1,33 @@
-"""How each family that the decoder knows maps to a FoldConfig, as plain data; and what is refused, by name.
+"""How each family that the decoder knows maps to a FoldConfig, as plain data, and what is refused, by name; how its weights map
+to ours and back; and what DMS checkpoints in the published format have beside them.
 
-How a family's weights map stands in weights.py.
+Weights keep transformers' names; only fused projections are cut apart. Tensors are handed over, not copied, so that a model
+never lies in memory twice.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from kvfold.errors import UserError
-from kvfold.layout.sharing_formats import read_sharing
+from kvfold.layout.hf_config import read_sharing
+from kvfold.methods.gates import GateConfig
 from kvfold.models.config import FULL_ATTENTION, SLIDING_ATTENTION, FoldConfig
-from kvfold.models.official_dms import official_gates
 
 _SHARED = (
-    *(
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    ),
-    *("head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "dtype"),
-    *("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "mlp_bias"),
-)
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "dtype",
+    "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "mlp_bias",
+)  # fmt: skip
 """Attributes that mean the same everywhere; a family that lacks one gets FoldConfig's default."""
 
 
@@ -64,26 +64,17 @@ _BIDIRECTIONAL = {"use_bidirectional_attention": "attention to later tokens: kvf
 FAMILIES: dict[str, Family] = {
     "gemma": Family(fixed=_GEMMA, taken=_GEMMA_SCALES, refused=_BIDIRECTIONAL),
     "gemma2": Family(
-        fixed=_GEMMA | {"norm_placement": "sandwich"},
+        fixed=_GEMMA | {"norm_placement": "sandwich"}, windowed="typed", refused=_BIDIRECTIONAL,
         taken=_GEMMA_SCALES | _GEMMA_SOFTCAPS | {"attention_softcap": ("attn_logit_softcapping", 1)},
-        windowed="typed",
-        refused=_BIDIRECTIONAL,
     ),
     "gemma3_text": Family(
-        fixed=_GEMMA | {"norm_placement": "sandwich", "qk_norm": "head"},
+        fixed=_GEMMA | {"norm_placement": "sandwich", "qk_norm": "head"}, windowed="typed", refused=_BIDIRECTIONAL,
         taken=_GEMMA_SCALES | _GEMMA_SOFTCAPS,
-        windowed="typed",
-        refused=_BIDIRECTIONAL,
     ),
-    "granite": Family(
-        taken=_BIASED
-        | {
-            "embedding_multiplier": ("embedding_multiplier", 1),
-            "residual_multiplier": ("residual_multiplier", 1),
-            "attention_scale": ("attention_multiplier", 1),
-            "logit_scale": ("logits_scaling", -1),
-        }
-    ),
+    "granite": Family(taken=_BIASED | {
+        "embedding_multiplier": ("embedding_multiplier", 1), "residual_multiplier": ("residual_multiplier", 1),
+        "attention_scale": ("attention_multiplier", 1), "logit_scale": ("logits_scaling", -1),
+    }),
     "hunyuan_v1_dense": Family(fixed={"qk_norm": "rotated"}, taken=_BIASED, alpha_rope=True),
     "llama": Family(taken=_BIASED),
     "mistral": Family(windowed="always"),
@@ -92,7 +83,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(fixed={"qkv_bias": True}, windowed="typed"),
     "qwen3": Family(fixed={"qk_norm": "head"}, taken=_BIASED, windowed="typed"),
     "smollm3": Family(taken=_BIASED, windowed="typed", rope_flags="no_rope_layers"),
-}
+}  # fmt: skip
 """transformers' model_type -> what its config means."""
 
 
@@ -105,27 +96,22 @@ def family_named(model_type: str | None) -> Family:
 
 def fold_config(theirs: PreTrainedConfig) -> FoldConfig:
     """The FoldConfig of a transformers config: the plain layout, or who reads whom where the config says so in a grammar of
-    sharing_formats.py. Raises `UserError` for what the decoder can't do.
+    hf_config.py. Raises `UserError` for what the decoder can't do.
 
     Differs: dropout, which some configs ask for in training, is left out.
     """
     family = family_named(theirs.model_type)
-    _refuse(family, theirs)
+    for problem in _problems(family, theirs):
+        raise UserError(f"{theirs.model_type} with {problem}: choose another checkpoint")
     values = {name: getattr(theirs, name) for name in _SHARED if hasattr(theirs, name)}
     for ours, (name, power) in family.taken.items():
         value = getattr(theirs, name)
         values[ours] = value if power == 1 else value**power
     if family.rope_flags is not None:
-        values["nope_layers"] = [
-            layer for layer, rotated in enumerate(getattr(theirs, family.rope_flags)) if not rotated
-        ]
-    config = FoldConfig(
-        family=theirs.model_type,
-        rope_parameters=_rope_parameters(family, theirs),
-        **_windows(family, theirs),
-        **values,
-        **family.fixed,
-    )
+        flags = getattr(theirs, family.rope_flags)
+        values["nope_layers"] = [layer for layer, rotated in enumerate(flags) if not rotated]
+    values |= _windows(family, theirs) | family.fixed
+    config = FoldConfig(family=theirs.model_type, rope_parameters=_rope_parameters(family, theirs), **values)
     config.layout = read_sharing(theirs.to_dict(), config.layout)
     retrofitted = official_gates(theirs)
     if retrofitted is not None:
@@ -156,43 +142,119 @@ def _windows(family: Family, theirs: PreTrainedConfig) -> dict[str, Any]:
     return {"sliding_window": window, "layer_types": list(theirs.layer_types)}
 
 
-def _refuse(family: Family, theirs: PreTrainedConfig) -> None:
-    """Raise one line for a variant of a known family that would be computed wrongly."""
-    name = theirs.model_type
+def _problems(family: Family, theirs: PreTrainedConfig) -> Iterator[str]:
+    """In what a variant of a known family would be computed wrongly."""
     for attribute, reason in family.refused.items():
         if getattr(theirs, attribute, None):
-            raise UserError(
-                f"{name} with {attribute}={getattr(theirs, attribute)}: {reason}: choose another checkpoint"
-            )
+            yield f"{attribute}={getattr(theirs, attribute)}: {reason}"
     foreign = set(getattr(theirs, "layer_types", None) or []) - {FULL_ATTENTION, SLIDING_ATTENTION}
     if foreign:
-        raise UserError(
-            f"{name} with layers of type {', '.join(sorted(foreign))}: only full and sliding attention are known: choose another"
-        )
+        yield f"layers of type {', '.join(sorted(foreign))}: only full and sliding attention are known"
     if theirs.is_heterogeneous:
-        raise UserError(
-            f"{name} with per_layer_config: kvfold's layers differ in their KV only: choose another checkpoint"
-        )
+        yield "per_layer_config: kvfold's layers differ in their KV only"
     rope = theirs.rope_parameters
     for parameters in rope.values() if _nested(rope) else [rope]:
         kind, part = parameters.get("rope_type", "default"), parameters.get("partial_rotary_factor", 1.0)
         if kind not in ("default", *ROPE_INIT_FUNCTIONS):
-            raise UserError(
-                f"{name} with rope_type '{kind}': transformers knows {', '.join(ROPE_INIT_FUNCTIONS)}: choose another"
-            )
+            yield f"rope_type '{kind}': transformers knows {', '.join(ROPE_INIT_FUNCTIONS)}"
         if kind in ("yarn", "longrope") and family.fixed.get("qk_norm") == "rotated":
-            raise UserError(
-                f"{name} with rope_type '{kind}': it scales heads before a norm that stands behind it: choose another checkpoint"
-            )
+            yield f"rope_type '{kind}': it scales heads before a norm that stands behind it"
         if part != 1.0 and not family.partial_rotary:
-            raise UserError(
-                f"{name} with partial_rotary_factor {part}: only {_partial_families()} turn a part of each head: correct it"
-            )
+            partial = ", ".join(name for name, family in FAMILIES.items() if family.partial_rotary)
+            yield f"partial_rotary_factor {part}: only {partial} turn a part of each head"
 
 
 def _nested(rope_parameters: Mapping[str, Any]) -> bool:
     return all(isinstance(value, dict) for value in rope_parameters.values())
 
 
-def _partial_families() -> str:
-    return ", ".join(name for name, family in FAMILIES.items() if family.partial_rotary)
+def fold_weights(config: FoldConfig, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict out of a state dict of `config.family`, which is emptied as it goes.
+
+    Parts of a fused projection are copies: views of one storage would be saved and trained as one.
+    """
+    ours = {}
+    for name in list(theirs):
+        tensor, (stem, module, kind) = theirs.pop(name), _split_name(name)
+        if module not in _FUSED:
+            ours[name] = tensor
+            continue
+        parts = _FUSED[module]
+        rows = [getattr(config, heads) * config.head_dim if heads else config.intermediate_size for _, heads in parts]
+        for (part, _), piece in zip(parts, tensor.split(rows), strict=True):
+            ours[f"{stem}.{part}.{kind}"] = piece.clone()
+    return ours
+
+
+def family_weights(ours: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """The state dict of a family's own model, whose `names` say what it fuses, out of ours: `fold_weights` undone."""
+    theirs = {}
+    for name in names:
+        stem, module, kind = _split_name(name)
+        parts = [ours[f"{stem}.{part}.{kind}"] for part, _ in _FUSED.get(module, ())]
+        theirs[name] = torch.cat(parts) if parts else ours[name]
+    return theirs
+
+
+_FUSED = {
+    "qkv_proj": (("q_proj", "num_attention_heads"), *((one, "num_key_value_heads") for one in ("k_proj", "v_proj"))),
+    "gate_up_proj": (("gate_proj", None), ("up_proj", None)),
+}
+"""A fused projection -> its parts from the top, and the attribute that counts a part's heads (None: the feed-forward)."""
+
+
+def _split_name(name: str) -> tuple[str, str, str]:
+    """`...self_attn.qkv_proj.weight` -> its stem, the module's own name, and weight or bias."""
+    stem, _, kind = name.rpartition(".")
+    return *stem.rpartition(".")[::2], kind
+
+
+_DEFAULTS = {
+    "dms_alpha_scale": 100.0, "dms_initial_alpha_offset": 5.0, "dms_window_size": 512, "dms_separate_alpha": False,
+    "dms_alpha_per": "head", "dms_tau": 0.1, "dms_disable_eviction": False,
+}  # fmt: skip
+"""What the official config class takes for keys that it doesn't write."""
+_MODULES = {"dms_proj_alpha": "fold_proj", "dms_proj_alpha_norm": "fold_norm"}
+"""Theirs and ours."""
+
+
+def official_gates(theirs: PreTrainedConfig) -> tuple[GateConfig, str] | None:
+    """The gates and the method's text form that a config of the official format describes; None for any other config.
+
+    Source: arXiv 2506.05345; the format of its public code.
+    Differs: decisions in fp32.
+    """
+    keys = [key for key in vars(theirs) if key.startswith("dms_")]
+    if not keys and not any("DMS" in name for name in getattr(theirs, "architectures", None) or []):
+        return None
+    values = {key: getattr(theirs, key, default) for key, default in _DEFAULTS.items()}
+    gates = GateConfig(
+        method="dms", source="adapter" if values["dms_separate_alpha"] else "channel", reads="next",
+        per=values["dms_alpha_per"], scale=values["dms_alpha_scale"], offset=values["dms_initial_alpha_offset"],
+        tau=values["dms_tau"],
+    )  # fmt: skip
+    return gates, "full" if values["dms_disable_eviction"] else f"dms:{values['dms_window_size']}"
+
+
+def official_weights(source: str, options: dict[str, Any], names: list[str]) -> dict[str, Tensor]:
+    """Of the weights that the family itself doesn't know, those of DMS, under our names. `source`: a folder or a hub name."""
+    parts = {name: _split_name(name) for name in names}
+    wanted = {
+        name: f"{stem}.{_MODULES[module]}.{kind}" for name, (stem, module, kind) in parts.items() if module in _MODULES
+    }
+    if not wanted:
+        return {}
+    found = {}
+    for file in _weight_files(source, options):
+        with safe_open(file, framework="pt") as tensors:
+            for name in wanted.keys() & set(tensors.keys()):
+                found[wanted[name]] = tensors.get_tensor(name)
+    return found
+
+
+def _weight_files(source: str, options: dict[str, Any]) -> list[str | Path]:
+    single = cached_file(source, "model.safetensors", _raise_exceptions_for_missing_entries=False, **options)
+    if single is not None:
+        return [single]
+    index = cached_file(source, "model.safetensors.index.json", **options)
+    return get_checkpoint_shard_files(source, index, **options)[0]

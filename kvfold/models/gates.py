@@ -1,4 +1,5 @@
-"""How the gates of a learned method decide: from a freed channel of k or q, or from a small adapter on the residual stream.
+"""How the gates of a learned method decide: from a freed channel of k or q, or from a small adapter on the residual stream; what
+a call asks of them and gets to know; and what a model with gates offers.
 
 Which token a decision governs and what it does to keys and values is the method's business (methods/), what the gates look
 like in one model stands in methods/gates.py. All in fp32, whatever the model's dtype: a decision is a threshold.
@@ -8,15 +9,16 @@ Letters: B rows, T tokens of this call, H query heads, K kv heads, G = H // K, D
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
-from kvfold.models.options import PLAIN, CallOptions
 from kvfold.ops.gating import STAY_NEVER, Gates
 from kvfold.ops.linear import rms_norm
 
@@ -26,6 +28,32 @@ IMPORTANCE_OFFSET = 5.0
 """Added to the channel of q before the sigmoid that gives the importance."""
 _MIX = 0x9E3779B97F4A7C15
 """An odd 64-bit number without structure (from the golden ratio) that keeps the layers' noise apart."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallOptions:
+    """Given as `model(ids, options=CallOptions(...))`, and through `generate` likewise."""
+
+    gates: Literal["on", "off"] = "on"
+    """`off`: nothing is merged or evicted by a learned method, and no channel is zeroed unless the config says
+    `channel_freed`."""
+    channel_factor: float | None = None
+    """Gates are off, and the freed channel is multiplied by this before and after rotary positions.
+
+    Source: arXiv 2403.09636, section 3.3 (the first stage of the official recipe).
+    Differs: none.
+    """
+    sharing: KVLayout | None = None
+    """Read keys and values as this layout says, without a cache: the result of the model converted to it with `drop`. Its
+    owners are owners in the model, too; what its readers would store is worked out and not used."""
+
+    def __post_init__(self) -> None:
+        if self.gates not in ("on", "off"):
+            raise UserError(f"gates '{self.gates}': a call has its gates on or off: write one of the two")
+
+
+PLAIN = CallOptions()
+"""Of a call that asks for nothing."""
 
 
 class _InFloat32(nn.Module):
@@ -106,6 +134,13 @@ class GateRecord:
         self.probabilities: dict[int, Tensor] = {}
         """The same before they are made hard."""
 
+    def fields(self, owners: tuple[int, ...]) -> dict[str, tuple[Tensor | None, ...]]:
+        """Those of `FoldOutput` that say what gates decided."""
+        found = {"decisions": self.decisions, "gate_probs": self.probabilities}
+        return {
+            name: tuple(of[one].transpose(1, 2) if one in of else None for one in owners) for name, of in found.items()
+        }
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateTable:
@@ -177,23 +212,20 @@ class GateCall:
             return bool(self.table.freed)
         return config.source != "adapter" or config.form.with_weights
 
-    @property
-    def kept_share(self) -> float | None:
-        """Factor of a freed channel in this call, 0 where gates decide; None where it is left alone."""
-        if self.options.channel_factor is not None:
-            return self.options.channel_factor
-        return 0.0 if not self.off or self.table.freed else None
-
-    def noise(self, layer: int, shape: tuple[int, int, int], device: torch.device) -> Tensor | float:
-        """Difference of two Gumbel draws for each decision [B, T, K], the same on any device and process."""
-        if self.noise_key is None:
-            return 0.0
-        rows = []
-        for key in self.noise_key.tolist():
-            source = torch.Generator().manual_seed((key * _MIX + (layer + 1) * (_MIX >> 1)) % 2**63)
-            uniform = torch.rand(shape[1:], generator=source, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)
-            rows.append(torch.logit(uniform))
-        return torch.stack(rows).float().to(device)
+    def soft(self, layer: int, logit_BTK: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and log(1 - alpha) of a decision in training: under noise the difference of two Gumbel draws, the same on any
+        device and process, is added to its logit.
+        """
+        config, shape, rows = self.table.configs[layer], logit_BTK.shape[1:], []
+        if self.noise_key is not None:
+            for key in self.noise_key.tolist():
+                source = torch.Generator().manual_seed((key * _MIX + (layer + 1) * (_MIX >> 1)) % 2**63)
+                uniform = torch.rand(shape, generator=source, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)
+                rows.append(torch.logit(uniform))
+            noise = torch.stack(rows).float().to(logit_BTK.device)
+            logit_BTK = logit_BTK + (noise if config.per == "head" else noise[..., :1])
+        soft = logit_BTK / config.tau
+        return soft.sigmoid(), F.logsigmoid(-soft)
 
 
 def decide(
@@ -207,80 +239,122 @@ def decide(
         config, off = call.table.freed[layer], True
     if config is None:
         return None
-    more = {} if config.source == "adapter" else _channels(config, call, q_BTHD, k_BTKD)
+    more = {} if config.source == "adapter" else _kept_channels(config, call, q_BTHD, k_BTKD)
     if off or k_BTKD is None:
         return Gates(**more)
-    if adapted_BTX is not None and config.form.outputs > 1:
-        adapted_BTX, more["outputs_BTKF"] = _first_and_rest(adapted_BTX, k_BTKD.shape[2])
-    logit = _logit(config, q_BTHD, k_BTKD, adapted_BTX)
+    value = adapted_BTX
+    if value is None:
+        value, more["weight_BTK"] = _freed_channel(config, q_BTHD, k_BTKD)
+    elif config.form.outputs > 1:
+        value, more["outputs_BTKF"] = value.unflatten(2, (k_BTKD.shape[2], -1)).tensor_split([1], dim=-1)
+        value = value[..., 0]
+    logit = value.float() * config.scale - config.offset
+    if config.per == "layer":
+        logit = logit[..., :1].expand(-1, -1, k_BTKD.shape[2])
     hard = (logit > 0).float()
-    alpha, log_stay = _soft(config, call, layer, logit) if call.training else (hard, hard * STAY_NEVER)
+    alpha, log_stay = call.soft(layer, logit) if call.training else (hard, hard * STAY_NEVER)
     if call.record is not None:
-        _record(config, call, layer, logit, alpha)
-    if config.form.with_weights:
-        more["weight_BTK"] = _importance(config, q_BTHD, k_BTKD.shape[2])
+        call.record.probabilities[layer] = alpha if call.training else (logit / config.tau).sigmoid()
+        call.record.decisions[layer] = (alpha.detach() > 0.5) + (alpha - alpha.detach())
     return Gates(alpha_BTK=alpha, log_stay_BTK=log_stay, from_next=config.reads == "next", heads_KP=heads_KP, **more)
 
 
-def _first_and_rest(adapted_BTX: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """The decision's logit [B, T, K], and what else an adapter says of each token and head."""
-    adapted_BTKF = adapted_BTX.unflatten(2, (heads, -1))
-    return adapted_BTKF[..., 0], adapted_BTKF[..., 1:]
+def _freed_channel(config: GateConfig, q_BTHD: Tensor, k_BTKD: Tensor) -> tuple[Tensor, Tensor | None]:
+    """[B, T, K]: the freed channel of the keys, or of the first query head of each group; and each token's importance in a
+    merge, fp32, from the channel of q, where the method knows such.
+    """
+    heads = k_BTKD.shape[2]
+    source = k_BTKD if config.form.channel_of == "key" else q_BTHD[:, :, :: q_BTHD.shape[2] // heads]
+    if not config.form.with_weights:
+        return source[..., config.channel], None
+    grouped = q_BTHD[..., config.channel].float().unflatten(2, (heads, -1)).mean(dim=3)
+    return source[..., config.channel], (grouped * config.scale + IMPORTANCE_OFFSET).sigmoid() + IMPORTANCE_FLOOR
 
 
-def soft_alpha(logit_BTK: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha = sigmoid(logit) and log(1 - alpha), both fp32 and stable at either end."""
-    logit = logit_BTK.float()
-    return logit.sigmoid(), F.logsigmoid(-logit)
-
-
-def _soft(config: GateConfig, call: GateCall, layer: int, logit: Tensor) -> tuple[Tensor, Tensor]:
-    """Decisions of training: noisy, and between 0 and 1."""
-    noise = call.noise(layer, tuple(logit.shape), logit.device)
-    if config.per == "layer" and isinstance(noise, Tensor):
-        noise = noise[..., :1]
-    return soft_alpha((logit + noise) / config.tau)
-
-
-def _record(config: GateConfig, call: GateCall, layer: int, logit: Tensor, alpha: Tensor) -> None:
-    """For those who asked what gates decide."""
-    call.record.probabilities[layer] = alpha if call.training else (logit / config.tau).sigmoid()
-    call.record.decisions[layer] = (alpha.detach() > 0.5) + (alpha - alpha.detach())
-
-
-def _importance(config: GateConfig, q_BTHD: Tensor, kv_heads: int) -> Tensor:
-    """Of each token in a merge, fp32 [B, T, K]."""
-    grouped = q_BTHD[..., config.channel].float().unflatten(2, (kv_heads, -1))
-    return (grouped.mean(dim=3) * config.scale + IMPORTANCE_OFFSET).sigmoid() + IMPORTANCE_FLOOR
-
-
-def _logit(config: GateConfig, q_BTHD: Tensor, k_BTKD: Tensor, adapted_BTK: Tensor | None) -> Tensor:
-    """The decision before its sigmoid, fp32 [B, T, K]."""
-    value = _channel(config, q_BTHD, k_BTKD) if adapted_BTK is None else adapted_BTK
-    logit = value.float() * config.scale - config.offset
-    return logit if config.per == "head" else logit[..., :1].expand(-1, -1, k_BTKD.shape[2])
-
-
-def _channel(config: GateConfig, q_BTHD: Tensor, k_BTKD: Tensor) -> Tensor:
-    """The freed channel, [B, T, K]: of the keys, or of the first query head of each group."""
-    source = k_BTKD if config.form.channel_of == "key" else q_BTHD[:, :, :: q_BTHD.shape[2] // k_BTKD.shape[2]]
-    return source[..., config.channel]
-
-
-def _channels(config: GateConfig, call: GateCall, q_BTHD: Tensor, k_BTKD: Tensor | None) -> dict[str, Tensor]:
+def _kept_channels(config: GateConfig, call: GateCall, q_BTHD: Tensor, k_BTKD: Tensor | None) -> dict[str, Tensor]:
     """Factors of the channels of q and k: 0 (or the zero-out stage's factor) where a channel was freed. One that is freed in
     keys is so in the readers' queries too.
     """
-    share, first = call.kept_share, config.form.frees == "first query"
+    share, first = call.options.channel_factor, config.form.frees == "first query"
+    if share is None and (not call.off or call.table.freed):
+        share = 0.0
     if share is None or (first and k_BTKD is None):
         return {}
     q_keep = q_BTHD.new_ones(q_BTHD.shape[2:])
-    if first:
-        q_keep[:: q_BTHD.shape[2] // k_BTKD.shape[2], config.channel] = share
-        return {"q_keep_HD": q_keep}
-    q_keep[:, config.channel] = share
-    if k_BTKD is None:
+    q_keep[:: q_BTHD.shape[2] // k_BTKD.shape[2] if first else 1, config.channel] = share
+    if first or k_BTKD is None:
         return {"q_keep_HD": q_keep}
     k_keep = k_BTKD.new_ones(k_BTKD.shape[2:])
     k_keep[:, config.channel] = share
     return {"q_keep_HD": q_keep, "k_keep_KD": k_keep}
+
+
+@dataclass
+class FoldOutput(BaseModelOutputWithPast):
+    """What the decoder returns, with what its gates decided where that was asked for."""
+
+    decisions: tuple[Tensor | None, ...] | None = None
+    """[B, K, T] of each owner, ascending, None where an owner has no gates: 1 = merge or mark; fp32, and in training
+    straight-through on the noisy probability."""
+    gate_probs: tuple[Tensor | None, ...] | None = None
+    """The probabilities that were rounded to the decisions, same shapes."""
+
+
+@dataclass
+class FoldCausalLMOutput(CausalLMOutputWithPast):
+    """What the language model returns; see `FoldOutput`."""
+
+    decisions: tuple[Tensor | None, ...] | None = None
+    gate_probs: tuple[Tensor | None, ...] | None = None
+
+
+def joined(parts: list[FoldOutput]) -> FoldOutput:
+    """The outputs of a call's pieces, side by side."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = FoldOutput(past_key_values=parts[-1].past_key_values)
+    whole.last_hidden_state = torch.cat([part.last_hidden_state for part in parts], dim=1)
+    for name, dim in (("hidden_states", 1), ("decisions", 2), ("gate_probs", 2)):
+        columns = [getattr(part, name) for part in parts]
+        if columns[0] is not None:
+            found = zip(*columns, strict=True)
+            setattr(whole, name, tuple(None if x[0] is None else torch.cat(x, dim=dim) for x in found))
+    return whole
+
+
+class GatedModel:
+    """Mixed into the language model."""
+
+    def set_gates(self, gates: GateConfig, time: str) -> None:
+        """Put this model under a learned method: its text form, its gates, and fresh adapters where the gates are such."""
+        self.config.layout = self.config.layout.with_time(time)
+        self.config.gates = gates.to_json()
+        # Refuses gates of another method.
+        gate_table(gates, self.config.layout, freed_owners=self.config.freed_owners)
+        for layer in self.model.layers:
+            if layer.self_attn.k_proj is not None:
+                layer.self_attn.add_adapter(gates, self.config)
+                layer.self_attn.to(device=self.device)
+
+    @torch.no_grad()
+    def free_channel(self, *, write: bool = True) -> None:
+        """Write DMC's zero-out into the weights: the rows of q and k, biases too, that make the freed channel become 0, in all
+        layers that DMC rules. `write=False`: the weights have it already, and the config is to say so.
+
+        Source: arXiv 2403.09636, section 3.3 (the end of the first stage).
+        Differs: bias entries go with their rows; the official code knows none. Nor does it know norms on q and k: where a family
+        has them, the size by which a head is divided loses this channel here at once, and not step by step.
+        """
+        config, layout = self.config, self.config.layout
+        channel = config.gate_config.channel
+        gated = [owner for owner in layout.owners if layout.time_of(owner).trained]
+        config.channel_freed, config.freed_layers = True, None
+        if tuple(gated) != config.freed_owners:
+            config.freed_layers = gated
+        for index, layer in enumerate(self.model.layers):
+            freed = (
+                (layer.self_attn.q_proj, layer.self_attn.k_proj) if write and layout.owner_of(index) in gated else ()
+            )
+            for weight in (weight for one in freed if one is not None for weight in (one.weight, one.bias)):
+                if weight is not None:
+                    weight.unflatten(0, (-1, config.head_dim))[:, channel] = 0

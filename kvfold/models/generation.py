@@ -15,7 +15,7 @@ from transformers.generation.utils import GenerationMode
 
 from kvfold.cache.hf import FoldCache
 from kvfold.errors import UserError
-from kvfold.models.packing import pack
+from kvfold.models.blocks import pack
 
 FEEDS_CHUNKS_RIGHT = Version("5.23")
 """Before this release `prefill_chunk_size` feeds a continued cache its whole text again."""
@@ -36,6 +36,15 @@ class EndedRows(StoppingCriteriaList):
         return done_B
 
 
+def check_cache(given: Any) -> None:
+    """Raise `UserError` for a cache of another library."""
+    if not isinstance(given, FoldCache):
+        raise UserError(
+            f"past_key_values is a {type(given).__name__}: a kvfold model needs its own cache: "
+            "pass model.new_cache(rows=...) or leave it out"
+        )
+
+
 class FoldGeneration:
     """Mixed into the language model before transformers' own generation."""
 
@@ -46,30 +55,17 @@ class FoldGeneration:
             raise UserError(f"cache_implementation='{implementation}': a kvfold model has its own cache: leave it out")
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if ids is not None and ids.numel() == 0:
-            raise UserError(
-                f"an input of shape {tuple(ids.shape)}: there is nothing to go on from: give 1 token or more"
-            )
-        given = kwargs.get("past_key_values")
-        if given is not None and not isinstance(given, FoldCache):
-            raise UserError(
-                f"past_key_values is a {type(given).__name__}: a kvfold model needs its own cache: "
-                "pass model.new_cache(rows=...) or leave it out"
-            )
+            raise UserError(f"an input of shape {tuple(ids.shape)}: nothing to go on from: give 1 token or more")
+        if kwargs.get("past_key_values") is not None:
+            check_cache(kwargs["past_key_values"])
         return super().generate(inputs, generation_config, **kwargs)
 
     def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> None:  # fmt: skip
         """A cache of ours where none was given; a given one is made to fit the rows of this call."""
         if generation_mode is GenerationMode.ASSISTED_GENERATION:
-            raise UserError(
-                "assisted generation cuts the cache back, which a kvfold cache can't do: leave the assistant out"
-            )
+            raise UserError("assisted generation cuts the cache back, which kvfold's can't do: leave the assistant out")
         expansion = max(generation_config.num_beams, generation_config.num_return_sequences)
         pack(self, rows=batch_size * expansion)
         cache = model_kwargs.get("past_key_values")
@@ -99,23 +95,14 @@ class FoldGeneration:
         return EndedRows(criteria, cache) if cache is not None and pads else criteria
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
+        self, input_ids: Tensor, next_sequence_length: int | None = None, past_key_values: Any = None,
+        attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any,
+    ) -> dict[str, Any]:  # fmt: skip
         """As transformers does, with the padding of ended rows marked as padding."""
         inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values,
+            attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs,
+        )  # fmt: skip
         padding_B = getattr(past_key_values, "padding_B", None)
         if padding_B is None or not bool(padding_B.any()):
             return inputs

@@ -1,60 +1,65 @@
-"""Loading: a folder, a hub name or a GGUF file becomes a kvfold model.
+"""Loading: a folder, a hub name or a GGUF file becomes a kvfold model. Saving: a reader finds a model's folder whole or not at
+all.
 
 Weights are read by transformers, as safetensors or GGUF only: nothing is ever unpickled, and no code of a checkpoint runs.
 What a source is, and what may be wrong with it, is looked up in source.py before anything large is read.
 """
 
+import os
+import shutil
 import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from kvfold.errors import UserError, is_out_of_memory, one_line, raised_in_kvfold
-from kvfold.layout.kvlayout import KVLayout
-from kvfold.methods.gates import GateConfig
-from kvfold.models.adapters import CHANNEL, apply_adapter, read_adapter
+from kvfold.models.adapters import CHANNEL, apply_adapter, channel_gates, read_adapter
+from kvfold.models.blocks import pack
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.families import fold_config
+from kvfold.models.families import fold_config, fold_weights, official_weights
 from kvfold.models.gates import gate_table
-from kvfold.models.official_dms import official_weights
-from kvfold.models.packing import pack
-from kvfold.models.quantised_weights import reading_options, widened
-from kvfold.models.source import Source, check_source, find_source
-from kvfold.models.weights import fold_weights
+from kvfold.models.source import Source, check_source, find_source, reading_options, widened
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _UNREADABLE = (
-    *(OSError, RuntimeError, ValueError, TypeError, LookupError, struct.error),
-    *(SafetensorError, StrictDataclassError),
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    struct.error,
+    SafetensorError,
+    StrictDataclassError,
 )
 """What transformers and the file formats raise at a file that is not what it should be."""
 
 
 def load(
-    source: str | Path,
-    *,
-    time: str | None = None,
-    bits: str | None = None,
-    adapter: str | None = None,
-    gates: str | None = None,
-    dtype: str | torch.dtype | None = None,
-    device: str | torch.device | None = None,
-) -> FoldForCausalLM:
+    source: str | Path, *, time: str | None = None, bits: str | None = None, adapter: str | None = None,
+    gates: str | None = None, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None,
+) -> FoldForCausalLM:  # fmt: skip
     """A model in eval mode, from a folder (kvfold's or any known family's), a hub name or a .gguf file.
 
     `time` and `bits` override what the checkpoint says, `time` also what the adapter says, a folder that `kvfold retrofit`
     wrote. `gates="channel"` makes the published freed channel the model's own gates. dtype None = the checkpoint's, and fp32
     on a CPU (device None); there a copy of the weights in a form that decodes faster is kept beside them
-    (`kvfold.models.packing`).
+    (`kvfold.models.blocks`).
     Raises `UserError`, in one line, for whatever can't be loaded.
     """
     if adapter is not None:
@@ -65,44 +70,36 @@ def load(
     dtype = _wanted_dtype(dtype, device)
     found = find_source(source)
     with quiet():
-        check_source(found)
-        theirs = _read_config(found)
-        config = theirs if isinstance(theirs, FoldConfig) else fold_config(theirs)
-        layout = _folded(config.layout, time, bits)
+        theirs, config = _read_configs(found)
+        layout = config.layout.folded(time, bits)
         if gates is not None:
-            _add_channel_gates(config, layout)
+            if config.gates is not None:
+                raise UserError("gates 'channel': the checkpoint has gates of its own: leave gates out")
+            config.gates = channel_gates(layout).to_json()
         if adapter is None:
             config.layout = layout
             gate_table(config.gate_config, layout, freed_owners=config.freed_owners)
-        read = _read_kvfold if theirs is config else _read_foreign
-        model, report = read(found, theirs, config, dtype)
+        if theirs is config:
+            with _reading_weights(found):
+                model, report = FoldForCausalLM.from_pretrained(found.name, config=config, dtype=dtype, **_LOADING)
+        else:
+            model, report = _read_foreign(found, theirs, config, dtype)
     _check_report(found, report, strict=theirs is config)
     model = model.to(device)
     if adapter is not None:
         apply_adapter(model, adapter, time=time)
-        model.config.layout = _folded(model.config.layout, None, bits)
+        model.config.layout = model.config.layout.folded(None, bits)
     model.eval()
     if device.type == "cpu":
         pack(model)
     return model
 
 
-def _add_channel_gates(config: FoldConfig, layout: KVLayout) -> None:
-    """The published freed channel of the layout's learned method becomes the model's own gates."""
-    learned = {layout.time_of(owner).name for owner in layout.owners if layout.time_of(owner).trained}
-    if len(learned) != 1 or config.gates is not None:
-        why = "the checkpoint has gates of its own" if config.gates is not None else "it is for one learned method"
-        raise UserError(f"gates 'channel' under time '{layout.time_text()}': {why}: leave gates out")
-    config.gates = GateConfig.published_channel(learned.pop()).to_json()
-
-
 def load_config(source: str | Path) -> FoldConfig:
     """The config of a model before anything large is read, with the checkpoint's own dtype. Raises `UserError` likewise."""
     found = find_source(source)
     with quiet():
-        check_source(found)
-        theirs = _read_config(found)
-    return theirs if isinstance(theirs, FoldConfig) else fold_config(theirs)
+        return _read_configs(found)[1]
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -112,29 +109,24 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(found.name, trust_remote_code=False, **found.options)
 
 
-def _read_config(found: Source) -> PreTrainedConfig:
+def _read_configs(found: Source) -> tuple[PreTrainedConfig, FoldConfig]:
+    """The config as it stands there, and as ours."""
+    check_source(found)
     with _reading(f"{found}: its config can't be understood", "correct it or fetch it again"):
-        return AutoConfig.from_pretrained(found.name, trust_remote_code=False, **found.options)
-
-
-def _read_kvfold(
-    found: Source, theirs: FoldConfig, config: FoldConfig, dtype: torch.dtype | str
-) -> tuple[FoldForCausalLM, dict]:
-    with _reading_weights(found):
-        return FoldForCausalLM.from_pretrained(found.name, config=config, dtype=dtype, **_LOADING)
+        theirs = AutoConfig.from_pretrained(found.name, trust_remote_code=False, **found.options)
+    return theirs, theirs if isinstance(theirs, FoldConfig) else fold_config(theirs)
 
 
 def _read_foreign(
     found: Source, theirs: PreTrainedConfig, config: FoldConfig, dtype: torch.dtype | str
 ) -> tuple[FoldForCausalLM, dict]:
     """Let transformers read the family's own model, and take its tensors over."""
-    options = _LOADING if found.gguf is None else _LOADING | {"use_safetensors": None}
-    options = options | reading_options(theirs)
+    options = _LOADING | found.options | reading_options(theirs)
+    if found.gguf is not None:
+        options["use_safetensors"] = None
     with _reading_weights(found), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # meant: to widen what is stored
-        model, report = AutoModelForCausalLM.from_pretrained(
-            found.name, config=theirs, dtype=dtype, **options, **found.options
-        )
+        model, report = AutoModelForCausalLM.from_pretrained(found.name, config=theirs, dtype=dtype, **options)
     with torch.device("meta"):
         ours = FoldForCausalLM(config)
     ours.generation_config, config.dtype = model.generation_config, model.dtype
@@ -188,11 +180,6 @@ def _check_report(found: Source, report: dict, *, strict: bool) -> None:
             )
 
 
-def _folded(layout: KVLayout, time: str | None, bits: str | None) -> KVLayout:
-    layout = layout if time is None else layout.with_time(time)
-    return layout if bits is None else layout.with_bits(bits)
-
-
 def _wanted_device(device: str | torch.device | None) -> torch.device:
     try:
         device = torch.device("cpu" if device is None else device)
@@ -225,3 +212,52 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+_TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*.model",
+    "*.tiktoken",
+)  # fmt: skip
+"""What tokenizers are made of, as patterns of file names."""
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a place where no new folder can be, before any work is done."""
+    if out.parts[:1] == ("~",):
+        raise UserError(f"{out}: no home folder is known: write the whole path")
+    if out.is_file() or any(parent.is_file() for parent in out.parents):
+        raise UserError(f"{out}: a file is in the way: name a folder that is not there yet")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out}: the folder is not empty: name a new one, or empty it")
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when the block ends well, and is removed when it doesn't."""
+    check_folder(out)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_model(model: PreTrainedModel, out: Path, found: Source) -> None:
+    """Save a model with the tokenizer of its source, where that has one."""
+    with whole_folder(out) as folder, quiet():
+        model.save_pretrained(folder)
+        copy_tokenizer(found, folder)
+
+
+def copy_tokenizer(found: Source, folder: Path) -> None:
+    """The tokenizer's files as they lie in a local folder; from a hub or a GGUF file, as transformers writes them."""
+    source = Path(found.name)
+    if source.is_dir() and found.gguf is None:
+        names = {path for pattern in _TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()}
+        for path in sorted(names):
+            shutil.copyfile(path, folder / path.name)
+        return
+    with suppress(ValueError):  # a model without a tokenizer is none the worse for it
+        load_tokenizer(str(found)).save_pretrained(folder)

@@ -1,8 +1,10 @@
-"""Dense attention of a call's queries over keys that lie side by side: SDPA, a plain form that also returns weights, and
-lifespan_cpu.c for the many queries of a prompt in fp32.
+"""Attention of a call's queries over keys that lie side by side: SDPA, a plain form that also returns weights, and lifespan_cpu.c
+for the many queries of a prompt in fp32.
 
-The paged twin for decoding lives in paged.py. Letters: B rows, T queries, E entries (keys), H query heads, K kv heads,
-G = H // K, D head dim.
+Where an entry lives only up to the last query that sees it (a window, an eviction, a merge), the entries that a block of
+queries sees are few: they are gathered side by side, and no mask of queries by all entries is ever made. The paged twin for
+decoding lives in paged.py. Letters: B rows, T queries, E entries (keys), M entries that a block sees, H query heads, K kv
+heads, G = H // K, D head dim.
 """
 
 import struct
@@ -66,16 +68,9 @@ def _masked_by_head(q_BHTD: Tensor, k_BKED: Tensor, v_BKED: Tensor, mask_BKTE: T
 
 
 def attention_with_weights(
-    q_BTHD: Tensor,
-    k_BEKD: Tensor,
-    v_BEKD: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    mask: Tensor | None = None,
-    weigh_BT: Tensor | None = None,
-    bias_BKE: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    q_BTHD: Tensor, k_BEKD: Tensor, v_BEKD: Tensor, *, scale: float, softcap: float | None = None,
+    mask: Tensor | None = None, weigh_BT: Tensor | None = None, bias_BKE: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The plain form: output [B, T, H, D] and the weight each key received [B, K, E] in fp32, summed over the queries
     (those where `weigh_BT` is True) and over the G query heads of the kv head. Mask as in `dense_attention`.
     """
@@ -154,3 +149,67 @@ def _small(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     if x is None:
         return None
     return (x if x.dtype == torch.int32 else x.clamp(max=_FAR).int()).expand(shape).contiguous()
+
+
+FOREVER = 2**40
+"""The last query of an entry that stays."""
+BLOCK = 128
+"""Queries that look together: fewer, and gathering shows; more, and a block sees what half of its queries don't."""
+
+
+def lifespan_attention(
+    q_BTHD: Tensor, k_BEKD: Tensor, v_BEKD: Tensor, *, query_BT: Tensor, position_BKE: Tensor, last_BKE: Tensor,
+    scale: float, softcap: float | None = None, bias_BKE: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention output [B, T, H, D]; a query at position t sees the entries with position <= t <= last. 0 where it sees none.
+
+    `query_BT`: -1 at padding, otherwise growing. `position_BKE`: -1 where there is no entry. `bias_BKE`: added to the logits of
+    an entry after scale and softcap.
+    """
+    library = serving(q_BTHD, k_BEKD, v_BEKD, bias_BKE)
+    if library is not None:
+        return lifespans(
+            library, q_BTHD, k_BEKD, v_BEKD, query_BT=query_BT, position_BKE=position_BKE, last_BKE=last_BKE, scale=scale,
+            softcap=softcap, bias_BKE=bias_BKE,
+        )  # fmt: skip
+    outs = []
+    for start in range(0, q_BTHD.shape[1], BLOCK):
+        query = query_BT[:, start : start + BLOCK]
+        real = query >= 0
+        first = query.masked_fill(~real, FOREVER).amin(dim=1)[:, None, None]
+        newest = query.amax(dim=1)[:, None, None]
+        wanted_BKE = (position_BKE >= 0) & (position_BKE <= newest) & (last_BKE >= first)
+        index_BKM, there_BKM = chosen_entries(wanted_BKE)
+        position, last = position_BKE.gather(2, index_BKM), last_BKE.gather(2, index_BKM)
+        at = query[:, None, :, None]
+        mask = there_BKM.unsqueeze(2) & (position.unsqueeze(2) <= at) & (last.unsqueeze(2) >= at)
+        if not bool(real.all()):
+            # A softmax over nothing has no gradient that is a number, whatever becomes of its output.
+            mask = mask | ~real[:, None, :, None]
+        k, v = (_gathered(x, index_BKM) for x in (k_BEKD, v_BEKD))
+        bias = None if bias_BKE is None else bias_BKE.gather(2, index_BKM)
+        block = q_BTHD[:, start : start + BLOCK]
+        out = dense_attention(block, k, v, scale=scale, softcap=softcap, mask=mask, bias_BKE=bias)
+        outs.append(out.masked_fill(~real[:, :, None, None], 0))
+    return torch.cat(outs, dim=1)
+
+
+def chosen_entries(wanted_BKE: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices [B, K, M] of the wanted entries of each head in their order, and which of them are there: heads differ."""
+    place = wanted_BKE.cumsum(dim=2) - 1
+    count = wanted_BKE.sum(dim=2)
+    most = max(1, int(count.max()))
+    # What is not wanted goes to a place behind all others.
+    place = place.masked_fill(~wanted_BKE, most)
+    entry = torch.arange(wanted_BKE.shape[2], device=place.device).expand_as(place)
+    index = entry.new_zeros((*place.shape[:2], most + 1)).scatter_(2, place, entry)[..., :most]
+    return index, torch.arange(most, device=place.device) < count.unsqueeze(-1)
+
+
+def _gathered(x_BEKD: Tensor, index_BKM: Tensor) -> Tensor:
+    """The entries of each head, [B, M, K, D] as `dense_attention` takes them."""
+    batch, entries, heads, dim = x_BEKD.shape
+    row = torch.arange(batch, device=x_BEKD.device)[:, None, None]
+    head = torch.arange(heads, device=x_BEKD.device)[:, None]
+    flat = (row * entries + index_BKM) * heads + head
+    return x_BEKD.reshape(-1, dim)[flat].transpose(1, 2)

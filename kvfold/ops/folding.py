@@ -1,5 +1,5 @@
 """fold over entries that lie side by side: at each border of a grid marked entries leave, and each is merged into the most
-similar entry that stays, or dropped. The fast form, for many streams at once; `fold_reference.py` judges it.
+similar entry that stays, or dropped. The fast form, for many streams at once; `studies/fold_reference.py` judges it.
 
 A merge changes the value and the bias of an entry and not its key. So that a long call can be attended to in one go, every
 change is a new *version*: an entry of its own with the same key, which queries see from its border on, while those before see
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvfold.ops.blockwise import FOREVER, chosen_entries
-from kvfold.ops.fold_reference import LARGEST_LOG_WEIGHT
+from kvfold.ops.attention import FOREVER, chosen_entries
 
+LARGEST_LOG_WEIGHT = 10.0
+"""A token that is expected to matter exp(10) times as much as its entry counts as if it mattered that much."""
 UNCHANGED_HEAD = (0.0, 0.0, 1.0)
 """b, c and the factor of the mass, before anything was learned."""
 LEAST_FACTOR = 0.125
@@ -40,36 +41,18 @@ class FoldEntries:
     """fp32: added to the entry's logits; 0 where nothing was merged into it."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Folded:
-    """What became of E entries at the borders of a call, and the V versions that lived meanwhile."""
-
-    k_BKED: Tensor
-    """Of E + V entries, as are all tensors up to `bias_BKE`."""
-    v_BKED: Tensor
-    first_BKE: Tensor
-    """int64: the first query that sees the entry; -1 where there is none."""
-    last_BKE: Tensor
-    """int64: the last one."""
-    bias_BKE: Tensor
-    stays_BKE: Tensor
-    """bool, of the E entries, as are all tensors below: there after the last border."""
-    changed_BKE: Tensor
-    """bool: something was merged into it."""
-    final_v_BKED: Tensor
-    final_bias_BKE: Tensor
-
-
 def fold_entries(
     entries: FoldEntries, *, before_B: Tensor, seen_B: Tensor, delay: int, grid: int, threshold: float | None, reach: int,
     heads_KP: Tensor | None, as_stored: Callable[[Tensor], Tensor] | None = None,
-) -> Folded:  # fmt: skip
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
     """Cross the borders that queries `before_B` to `seen_B` - 1 of each sequence bring: those at multiples of `grid`.
 
     Before query t = grid * m attends, marked entries at positions below t - delay leave. `threshold`: the least similarity at
     which one is merged, None = all are dropped. `reach`: merged into an entry at most so many positions older. `heads_KP`: b,
     c and the factor of the mass of each head, fp32; None = nothing is merged. `as_stored`: rounds values [..., D] as the
     store does.
+    Gives what the E entries, and the V versions that lived meanwhile, are to the queries of the call, by the fields of
+    `methods.plans.Lives`; and by those of `Crossed` what the E entries are after the last border, with their `bias_BKE`.
     """
     run = _Run(entries, heads_KP, as_stored)
     first_B = ((before_B + grid - 1) // grid).clamp(min=1) * grid
@@ -119,13 +102,8 @@ class _Run:
         self._last = _put(self._last, leaves, border_B11 - 1)
 
     def _merge(
-        self,
-        leaving: tuple[Tensor, Tensor],
-        taking: tuple[Tensor, Tensor],
-        border_B11: Tensor,
-        threshold: float,
-        reach: int,
-    ) -> None:
+        self, leaving: tuple[Tensor, Tensor], taking: tuple[Tensor, Tensor], border_B11: Tensor, threshold: float, reach: int
+    ) -> None:  # fmt: skip
         """All that leave at one border, looked up in the entries as they stand before it."""
         (index_N, there_N), (index_M, there_M) = leaving, taking
         entries, wide = self._entries, torch.promote_types(self._v.dtype, torch.float32)
@@ -188,29 +166,33 @@ class _Run:
         self._v = _scatter(self._v, place_C.unsqueeze(-1).expand_as(v_C), v_C)
         self._bias = _scatter(self._bias, place_C, bias_C.to(self._bias.dtype))
 
-    def result(self) -> Folded:
-        """All entries and versions."""
-        entries, kept = self._entries, self._last[..., :-1]
-        final = {
-            "stays_BKE": (kept == FOREVER) & (entries.position_BKE >= 0),
+    def result(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """All entries and versions, see `fold_entries`."""
+        entries, last = self._entries, self._last[..., :-1]
+        after = {
+            "stays_BKE": (last == FOREVER) & (entries.position_BKE >= 0),
             "changed_BKE": self._newest[..., :-1] > self._number,
-            "final_v_BKED": self._v[..., :-1, :],
-            "final_bias_BKE": self._bias[..., :-1],
+            "v_BEKD": self._v[..., :-1, :].transpose(1, 2), "bias_BKE": self._bias[..., :-1],
+        }  # fmt: skip
+        k, v, first, bias = own = entries.k_BKED, entries.v_BKED, entries.position_BKE, entries.bias_BKE
+        if self._versions:
+            # An entry that leaves was never replaced, and one that was replaced never leaves: marked ones take nothing.
+            last = torch.nn.functional.pad(self._last, (0, self._num_versions), value=FOREVER)
+            for index, at in self._replaced:
+                last.scatter_(2, index, at)
+            last = torch.cat((last[..., : self._number], last[..., self._number + 1 :]), dim=-1)
+            k, v, first, bias = (
+                torch.cat((one, *(version[at].to(one.dtype) for version in self._versions)), dim=2)
+                for at, one in enumerate(own)
+            )
+        lives = {
+            "k_BEKD": k.transpose(1, 2),
+            "v_BEKD": v.transpose(1, 2),
+            "first_BKE": first,
+            "last_BKE": last,
+            "bias_BKE": bias,
         }
-        own = entries.k_BKED, entries.v_BKED, entries.position_BKE, entries.bias_BKE
-        if not self._versions:
-            k, v, first, bias = own
-            return Folded(k_BKED=k, v_BKED=v, first_BKE=first, last_BKE=kept, bias_BKE=bias, **final)
-        # An entry that leaves was never replaced, and one that was replaced never leaves: marked ones take nothing.
-        last = torch.nn.functional.pad(self._last, (0, self._num_versions), value=FOREVER)
-        for index, at in self._replaced:
-            last.scatter_(2, index, at)
-        last = torch.cat((last[..., : self._number], last[..., self._number + 1 :]), dim=-1)
-        k, v, first, bias = (
-            torch.cat((one, *(version[at].to(one.dtype) for version in self._versions)), dim=2)
-            for at, one in enumerate(own)
-        )
-        return Folded(k_BKED=k, v_BKED=v, first_BKE=first, last_BKE=last, bias_BKE=bias, **final)
+        return lives, after
 
 
 def half_rounded(x: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 /* Attention of a prompt: many queries over entries that lie side by side, each entry seen from its own position to that of its
- * last query. The fp32 twin of blockwise.py's loop on a CPU.
+ * last query. The fp32 twin of attention.py's loop on a CPU.
  *
  * Threads take items of QUERIES queries of one KV head from a queue. Of the entries that an item sees, keys are laid out in
  * panels of PANEL keys, values in panels of PANEL channels, both read in order by one register tile; without ends that is done

@@ -43,37 +43,32 @@ _PAUSE_HARD = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Library:
-    """What was compiled for keys and values of one storage each; addresses are C's."""
+    """What was compiled for keys and values of one storage each: functions of paged_cpu.c, and C's addresses of those of
+    paged_tiles.c, without their prefix.
+    """
 
     isa: str
     decode: ctypes._CFuncPtr
-    """`kvfold_decode` of paged_cpu.c."""
     read: ctypes._CFuncPtr
-    """`kvfold_read` of paged_cpu.c."""
     products: int
-    """`kvfold_products` of paged_tiles.c for the keys."""
+    """For the keys."""
     sums: int
-    """`kvfold_sums` of paged_tiles.c for the values."""
+    """For the values."""
     parallel: int
     """OpenMP's start of a parallel region, 0 where it is not found: one thread."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearLibrary:
-    """What was compiled for a decoding step besides attention."""
+    """What was compiled for a decoding step besides attention: the functions of linear_cpu.c, without their prefix."""
 
     panel: int
     """Output channels that lie side by side."""
     linear: ctypes._CFuncPtr
-    """`kvfold_linear` of linear_cpu.c."""
     rms_norm: ctypes._CFuncPtr
-    """`kvfold_rms_norm` of linear_cpu.c."""
     rotate: ctypes._CFuncPtr
-    """`kvfold_rotate` of linear_cpu.c."""
     front: ctypes._CFuncPtr
-    """`kvfold_front` of linear_cpu.c."""
     tail: ctypes._CFuncPtr
-    """`kvfold_tail` of linear_cpu.c."""
     parallel: int
     """As in `Library`."""
 
@@ -176,9 +171,7 @@ def instruction_set() -> str:
 @functools.cache
 def _warn(reason: str) -> None:
     """Once for each reason, however many storages are asked for."""
-    warnings.warn(
-        f"kvfold decodes with plain torch, which is slower: its C files were not built ({reason})", stacklevel=4
-    )
+    warnings.warn(f"kvfold decodes with plain torch, more slowly: its C files were not built ({reason})", stacklevel=4)
 
 
 def _address(function: ctypes._CFuncPtr) -> int:
@@ -296,3 +289,19 @@ def cache_folder() -> Path:
     if hasattr(os, "getuid") and (folder.is_symlink() or folder.stat().st_uid != user or folder.stat().st_mode & 0o022):
         return Path(tempfile.mkdtemp(prefix="kvfold-"))
     return folder
+
+
+_SPREAD = 1 << 20
+"""Elements that PyTorch shares out to all of its threads."""
+
+
+def flush_denormals() -> bool:
+    """From here on a CPU takes numbers below 1e-38 for zero. True if it does so in all threads.
+
+    Gates that have learned to let go give keys a bias of about -90, and the weight of such a key is such a number: without
+    this, much of a retrofit's time goes to them. Threads take the setting over from the one that starts them and keep it, so
+    call this before PyTorch has computed anything large; a processor that can't do it gives False.
+    """
+    torch.set_flush_denormal(True)
+    # Every thread multiplies its part.
+    return not (torch.full((_SPREAD,), 1e-30) * 1e-10).any().item()

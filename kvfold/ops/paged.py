@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvfold.ops import native
-from kvfold.ops.quantised import GROUP_CHANNELS, dequantise, quantise, storage_of, turned
+from kvfold.ops.quantised import GROUP_CHANNELS, dequantise, indexable, quantise, storage_of, turned
 
 
 @dataclass(kw_only=True, slots=True)
@@ -148,27 +148,19 @@ def _write_new(batch: DecodeBatch, k_BKD: Tensor, v_BKD: Tensor) -> None:
     if batch.live_B is not None:
         chosen = chosen & batch.live_B[:, None]
     slots = batch.slots_BK[chosen]
-    for pool, pool_scales, new in (
-        (batch.k_PND, batch.k_scale_PNS, k_BKD),
-        (batch.v_PND, batch.v_scale_PNS, v_BKD),
-    ):
+    for pool, pool_scales, new in ((batch.k_PND, batch.k_scale_PNS, k_BKD), (batch.v_PND, batch.v_scale_PNS, v_BKD)):
         codes, scales = quantise(new[chosen], storage_of(pool.dtype))
-        _indexable(pool).view(-1, pool.shape[-1])[slots] = _indexable(codes.to(pool.dtype))
+        indexable(pool).view(-1, pool.shape[-1])[slots] = indexable(codes.to(pool.dtype))
         if scales is not None:
             pool_scales.view(-1, pool_scales.shape[-1])[slots] = scales
 
 
 def _gathered(pool: Tensor, scales: Tensor | None, flat: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
     """Vectors [*flat, D] of the pool's slots, dequantised."""
-    codes = _indexable(pool).reshape(-1, pool.shape[-1])[flat].view(pool.dtype)
+    codes = indexable(pool).reshape(-1, pool.shape[-1])[flat].view(pool.dtype)
     if scales is not None:
         scales = scales.reshape(-1, scales.shape[-1])[flat]
     return dequantise(codes, scales, storage_of(pool.dtype), head_dim, dtype)
-
-
-def _indexable(pool: Tensor) -> Tensor:
-    """torch can't index fp8: its bytes instead."""
-    return pool.view(torch.uint8) if pool.dtype == torch.float8_e4m3fn else pool
 
 
 def stream_slots(table_T: Tensor, start: Tensor, length: Tensor, stored: int, page_slots: int) -> tuple[Tensor, Tensor]:
@@ -213,10 +205,8 @@ def _decode_native(
     q = q_BHD.contiguous()
     k, v = (None, None) if k_BKD is None else (x.to(q.dtype).contiguous() for x in (k_BKD, v_BKD))
     assert k is None or k.numel() == v.numel() == rows * kv_heads * head_dim
-    read = [
-        x if x is None or x.is_contiguous() else x.contiguous()
-        for x in (batch.table_T, batch.start_BK, batch.length_BK, batch.slots_BK, batch.live_B, batch.oldest_B)
-    ]
+    read = batch.table_T, batch.start_BK, batch.length_BK, batch.slots_BK, batch.live_B, batch.oldest_B
+    read = [None if x is None else x.contiguous() for x in read]
     out = torch.empty_like(q)
     job = _JOB.pack(
         *map(_pointer, (batch.k_PND, batch.v_PND, batch.k_scale_PNS, batch.v_scale_PNS, batch.score_PN, batch.bias_PN,

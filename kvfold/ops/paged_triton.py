@@ -285,7 +285,7 @@ class Tiling:
 
 def tiling(head_dim: int, itemsize: int, streams: int, max_length: int, processors: int) -> Tiling:
     """The default tiling. `itemsize`: bytes of a number of q; `processors`: the device's multiprocessors."""
-    # More would not fit into registers: `kvfold.bench.cubins` shows it.
+    # More would not fit into registers: `studies/cubins.py` shows it.
     tile = 16 if itemsize > 2 else (64 if head_dim <= 128 else 32)
     # Spans of 256 entries, of 128 where the machine would not be filled, and longer ones where there are very many.
     span = 256 if streams * -(-max_length // 256) >= 4 * processors else 128
@@ -307,15 +307,9 @@ def fits(batch: DecodeBatch, q_BHD: Tensor) -> bool:
 
 
 def decode_triton(
-    batch: DecodeBatch,
-    q_BHD: Tensor,
-    k_BKD: Tensor | None,
-    v_BKD: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None,
+    batch: DecodeBatch, q_BHD: Tensor, k_BKD: Tensor | None, v_BKD: Tensor | None, *, scale: float, softcap: float | None,
     tiled: Tiling | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Attention output [B, H, D] of each sequence's one query, in q's dtype; writes and scores as `DecodeBatch` says.
 
     Asks the host nothing, so that a CUDA graph can hold it. The call must be one that `fits`. Keys and values are read in
@@ -329,15 +323,9 @@ def decode_triton(
 
 
 def plan_launches(
-    batch: DecodeBatch,
-    q_BHD: Tensor,
-    k_BKD: Tensor | None,
-    v_BKD: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None,
+    batch: DecodeBatch, q_BHD: Tensor, k_BKD: Tensor | None, v_BKD: Tensor | None, *, scale: float, softcap: float | None,
     tiled: Tiling | None = None,
-) -> tuple[Tensor, list[Launch]]:
+) -> tuple[Tensor, list[Launch]]:  # fmt: skip
     """The output, still empty, and the kernels that fill it, in order."""
     rows, num_heads, head_dim = q_BHD.shape
     kv_heads, page_slots = batch.length_BK.shape[1], batch.k_PND.shape[1]
@@ -365,10 +353,8 @@ def plan_launches(
     new = received is not None and apart
     live = None if batch.live_B is None else batch.live_B.view(torch.uint8)
     fp32 = {"dtype": torch.float32, "device": q.device}
-    sums, stats = (
-        torch.empty(streams * group * spans * head_dim, **fp32),
-        torch.empty(streams * group * spans * 2, **fp32),
-    )
+    sums = torch.empty(streams * group * spans * head_dim, **fp32)
+    stats = torch.empty(streams * group * spans * 2, **fp32)
     width = spans * tiled.span_slots
     logits = torch.empty(streams * group * width, **fp32) if old and width else None
     ends = torch.empty(streams * group * 2, **fp32) if old or new else None

@@ -49,6 +49,11 @@ def page_arrays(name: str, storage: str, head_dim: int) -> dict[str, tuple[tuple
     return codes | {f"{name}_scale": ((scale_groups(head_dim),), torch.float16)}
 
 
+def indexable(pages: Tensor) -> Tensor:
+    """Pages in a dtype that can be indexed: torch moves fp8 about only as bytes."""
+    return pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
+
+
 def quantise(x: Tensor, storage: str) -> tuple[Tensor, Tensor | None]:
     """Codes [..., page_width] and, for int8 and int4, scales fp16 [..., S] of vectors x [..., D].
 

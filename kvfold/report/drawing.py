@@ -15,8 +15,8 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from kvfold.data.whole_file import write_whole_file
-from kvfold.report.numbers import count, tick
+from kvfold.record import write_whole_file
+from kvfold.report.results import count, tick
 
 COLOURS = {
     "page": ("#fcfbf8", "#15171a"), "ink": ("#1d1f23", "#e9e6df"), "soft": ("#5d6169", "#a2a5ab"), "hair": ("#e3e0d8", "#30343a"),
@@ -47,14 +47,8 @@ _NAMES = {light: f"var(--{name})" for name, light in LIGHT.items()}
 
 
 def chart(
-    width: float,
-    height: float = 0,
-    *,
-    left: float = 52,
-    right: float = 12,
-    titles: tuple[str, str] = ("", ""),
-    panels: int = 1,
-) -> tuple[Any, list[Any]]:
+    width: float, height: float = 0, *, left: float = 52, right: float = 12, titles: tuple[str, str] = ("", ""), panels: int = 1
+) -> tuple[Any, list[Any]]:  # fmt: skip
     """A figure of so many pixels and its axes, side by side, with margins in pixels, round ticks and counts along the x axis;
     `titles` of the x and y axis. Without the former there is less room below.
     """
@@ -104,23 +98,19 @@ def dot(place: Any, x: float, y: float, colour: int, hover: str, hollow: bool = 
 
 
 def curve(
-    place: Any,
-    points: Sequence[tuple[float, float]],
-    name: str,
-    colour: int,
-    say: Callable[..., str],
-    dashed: bool = False,
-) -> tuple[float, float, str, int]:
-    """A line of points, about a dozen of which say what they are (`say(x, y)`) when pointed at; gives its end and its name."""
+    place: Any, points: Sequence[tuple[float, float]], name: str, colour: int, said: Sequence[str], *, dashed: bool = False
+) -> tuple[float, float, str, int]:  # fmt: skip
+    """A line of points, about a dozen of which say what they are when pointed at; gives its end and its name."""
     place.plot(*zip(*points, strict=True), "--" if dashed else "-", color=SERIES[colour], linewidth=2)
-    spots(place, points[:: max(1, len(points) // 12)], say)
+    every = max(1, len(points) // 12)
+    spots(place, points[::every], said[::every])
     return (*points[-1], name, colour)
 
 
-def spots(place: Any, points: Sequence[tuple[float, float]], say: Callable[..., str]) -> None:
-    """Invisible marks that say what is there, `say(x, y)`, when pointed at."""
+def spots(place: Any, points: Sequence[tuple[float, float]], said: Sequence[str]) -> None:
+    """Invisible marks that say what is there when pointed at."""
     style = {"color": LIGHT["page"], "alpha": 0, "markersize": 18, "markeredgewidth": 0}
-    place.plot(*zip(*points, strict=True), "o", gid=tip(say(*point) for point in points), **style)
+    place.plot(*zip(*points, strict=True), "o", gid=tip(said), **style)
 
 
 def tip(hovers: Iterable[str]) -> str:
@@ -145,8 +135,10 @@ def name_room(names: Iterable[str], width: float) -> tuple[list[str], float]:
     return names, max(map(len, names)) * LETTER * 1.08 + 24
 
 
-def name_ends(place: Any, ends: Sequence[tuple[float, float, str, int]]) -> None:
-    """Names of lines in a column at the right, (x, y, name, colour) each, kept apart, with a thin stroke from the line's end."""
+def name_ends(place: Any, ends: Sequence[tuple[float, float, str, int]]) -> Any:
+    """The figure with names of lines in a column at the right, (x, y, name, colour) each, kept apart, with a thin stroke from the
+    line's end.
+    """
     from matplotlib.lines import Line2D
 
     figure = place.figure
@@ -162,6 +154,7 @@ def name_ends(place: Any, ends: Sequence[tuple[float, float, str, int]]) -> None
         stroke = Line2D(*strokes, transform=figure.transFigure, color=SERIES[colour], linewidth=0.75, alpha=0.55)
         figure.add_artist(stroke)
         write(figure, at, placed, name, color=SERIES[colour], fontweight="bold", va="center_baseline")
+    return figure
 
 
 def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

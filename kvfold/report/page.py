@@ -5,8 +5,7 @@ comes from a result file is escaped there. Here is what templates ask for.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from inspect import getdoc
 from pathlib import Path
@@ -15,29 +14,39 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from kvfold.data.whole_file import write_whole_file
 from kvfold.errors import need_packages
 from kvfold.methods.base import Method
 from kvfold.methods.registry import method_class
-from kvfold.report import design, heads, numbers, pictures, series, sheets
+from kvfold.record import write_whole_file
+from kvfold.report import pictures, series, sheets
 from kvfold.report.drawing import COLOURS, svg
-from kvfold.report.numbers import MISSING, amount, count, difference, percent, size
-from kvfold.report.results import Group, Result, group_results, number, read_results, rows_of, words
-from kvfold.report.series import (
-    family_of,
-    found_keys,
-    kept_share,
-    label_of,
-    lengths_of,
-    mean_of,
-    texts_of,
-    worth_showing,
+from kvfold.report.results import (
+    MISSING,
+    Group,
+    Result,
+    amount,
+    count,
+    difference,
+    group_results,
+    number,
+    percent,
+    read_results,
+    rows_of,
+    size,
+    three,
+    tick,
+    times,
+    words,
 )
 
 WIDE, NARROW = 860.0, 350.0
 """Pixels of a picture that stands alone, and on a phone, where it is drawn anew so that letters keep their size."""
 MOST_FACTS = 4
 """Lines of one fact at the head of the page."""
+KEPT, GONE, MERGED, WAITING = STATES = "kgmw"
+"""Letters of `states`: has an entry; nothing is left; part of the entry of a token after it; has one that can't go yet."""
+FIRST_TOKENS, MOST_TOKENS = 320, 2000
+"""Of a text, those that are seen at once, and those that the page has at all."""
 QUARTER = 0.3
 """Largest share of the cache that counts as about a quarter: pages are whole and H2O keeps scores."""
 
@@ -78,38 +87,30 @@ def _templates() -> Environment:
     environment = Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    rooms = {one.__name__.rpartition(".")[2]: one for one in (design, heads, numbers, pictures, series, sheets)}
-    asked = (best_way, draw, number, other_commits, passkey_grids, protocol_text, side_by_side, summary, words)
-    environment.globals |= rooms | {one.__name__: one for one in asked} | {"MISSING": MISSING}
-    environment.filters |= {"head_map": heads.head_map, "compression_map": heads.compression_map}
+    rooms = {"pictures": pictures, "series": series, "sheets": sheets, "MISSING": MISSING, "STATES": STATES}
+    asked = (best_way, draw, head_texts, other_commits, passkey_grids, protocol_text, side_by_side, summary)
+    asked += (count, number, percent, times, words)
+    environment.globals |= rooms | {one.__name__: one for one in asked}
     environment.filters |= {
-        "commit": short_commit,
-        "coded": _coded,
-        "first_large": lambda text: text[:1].upper() + text[1:],
-    }
+        "head_map": sheets.head_map, "compression_map": partial(sheets.head_map, of_compression=True),
+        "commit": short_commit, "coded": _coded, "first_large": lambda text: text[:1].upper() + text[1:],
+    }  # fmt: skip
     return environment
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Panel:
-    """One picture, drawn for a wide page and for a phone, or once where it fits both."""
-
-    title: str
-    wide: Markup
-    narrow: Markup | None
 
 
 def draw(
     picture: Callable[..., Any], *about: Any, spoken: str, wide: float = WIDE, title: str = "", **options: Any
-) -> list[Panel]:
-    """A picture of pictures.py or heads.py, as a list of one; none where there is nothing to draw. `spoken`: what it shows."""
+) -> list[dict[str, Any]]:
+    """A picture of pictures.py, as a list of one, drawn for a wide page and for a phone, or once where it fits both; none where
+    there is nothing to draw. `spoken`: what it shows.
+    """
     of_width = partial(picture, *about, **options)
     figure = of_width(width=wide)
     if figure is None:
         return []
     spoken += ". The table below has the numbers."
     narrow = svg(of_width(width=NARROW), spoken) if wide > NARROW + 10 else None
-    return [Panel(title=title, wide=svg(figure, spoken), narrow=narrow)]
+    return [{"title": title, "wide": svg(figure, spoken), "narrow": narrow}]
 
 
 def side_by_side(pictures: Sequence) -> float:
@@ -119,15 +120,19 @@ def side_by_side(pictures: Sequence) -> float:
 
 def summary(group: Group, colours: Mapping[str, int]) -> list[dict[str, Any]]:
     """The page's first answer, a line a method: its share of the cache, what it costs on each text, passkeys all together."""
-    passkey, lines = _keys_shown(group), []
+    lines = []
+    passkey = [row for row in group.passkey if series.worth_showing(group.passkey, number(row, "length_tokens"))]
     for label, rows in _by_method(group.rows).items():
         by_text = {words(row, "text"): row for row in rows}
-        found, tries = found_keys(row for row in passkey if words(row, "method") == words(rows[0], "method"))
-        share, held = mean_of(map(kept_share, rows)), mean_of(number(row, "allocated_bytes") for row in rows)
+        found, tries = series.found_keys(row for row in passkey if words(row, "method") == words(rows[0], "method"))
+        share, held = (
+            series.mean_of(map(series.kept_share, rows)),
+            series.mean_of(number(row, "allocated_bytes") for row in rows),
+        )
         lines.append({
-            "label": label, "colour": colours.get(family_of(rows[0]), 0), "share": share,
+            "label": label, "colour": colours.get(series.family_of(rows[0]), 0), "share": share,
             "said": percent(share) + (f", {size(held)}" if held is not None else ""),
-            "changes": [_change(by_text.get(text)) for text in texts_of(group.rows)],
+            "changes": [_change(by_text.get(text)) for text in series.texts_of(group.rows)],
             "found": (f"{count(found)} of {count(tries)}" if tries else MISSING) if passkey else None,
         })  # fmt: skip
     return lines
@@ -136,18 +141,14 @@ def summary(group: Group, colours: Mapping[str, int]) -> list[dict[str, Any]]:
 def _by_method(rows: Iterable[Mapping]) -> dict[str, list[Mapping]]:
     found: dict[str, list[Mapping]] = {}
     for row in rows:
-        found.setdefault(label_of(row), []).append(row)
+        found.setdefault(series.label_of(row), []).append(row)
     return found
 
 
 def _change(row: Mapping | None) -> str:
-    if row is not None and family_of(row) == series.UNFOLDED and number(row, "perplexity") is not None:
-        return numbers.three(number(row, "perplexity"))
+    if row is not None and series.family_of(row) == series.UNFOLDED and number(row, "perplexity") is not None:
+        return three(number(row, "perplexity"))
     return difference(*sheets.pair(row or {}, "perplexity_change_percent"), "%")
-
-
-def _keys_shown(group: Group) -> list[Mapping]:
-    return [row for row in group.passkey if worth_showing(group.passkey, number(row, "length_tokens"))]
 
 
 def best_way(group: Group) -> dict[str, Any] | None:
@@ -156,46 +157,109 @@ def best_way(group: Group) -> dict[str, Any] | None:
     """
 
     def cost(row: Mapping) -> float | None:
-        share = kept_share(row)
+        share = series.kept_share(row)
         return number(row, "perplexity_change_percent", "mean") if share is not None and share <= QUARTER else None
 
-    texts = texts_of(group.rows)
+    texts = series.texts_of(group.rows)
     ways = _by_method(row for row in group.rows if cost(row) is not None)
-    whole = {label: rows for label, rows in ways.items() if set(texts_of(rows)) == set(texts)}
+    whole = {label: rows for label, rows in ways.items() if set(series.texts_of(rows)) == set(texts)}
     if not whole:
         return None
-    label, rows = min(whole.items(), key=lambda one: mean_of(map(cost, one[1])))
+    label, rows = min(whole.items(), key=lambda one: series.mean_of(map(cost, one[1])))
     changes = {words(row, "text"): _change(row) for row in rows}
-    share = percent(max(map(kept_share, rows)))
+    share = percent(max(map(series.kept_share, rows)))
     return {"label": label, "ways": len(whole), "share": share, "changes": [(text, changes[text]) for text in texts]}
 
 
 def passkey_grids(group: Group) -> list[dict[str, Any]]:
     """Keys found, a grid a length with a line a method and a column a depth: (text, share) a cell."""
     labels, grids = sheets.method_labels(group.rows), []
-    for length in (one for one in lengths_of(group.passkey) if worth_showing(group.passkey, one)):
+    for length in (one for one in series.lengths_of(group.passkey) if series.worth_showing(group.passkey, one)):
         rows = [row for row in group.passkey if number(row, "length_tokens") == length]
         depths = sorted({depth for row in rows if (depth := number(row, "depth")) is not None})
         lines: dict[str, list[tuple[str, float | None]]] = {}
         for row in rows:
-            cells = lines.setdefault(labels.get(words(row, "method"), label_of(row)), [("–", None)] * len(depths))
-            (found, tries), depth = found_keys([row]), number(row, "depth")
+            cells = lines.setdefault(
+                labels.get(words(row, "method"), series.label_of(row)), [("–", None)] * len(depths)
+            )
+            (found, tries), depth = series.found_keys([row]), number(row, "depth")
             if tries and depth is not None:
                 cells[depths.index(depth)] = (f"{count(found)}/{count(tries)}", min(1.0, max(0.0, found / tries)))
-        heads_ = [f"{numbers.tick(100 * depth)} %" for depth in depths]
+        heads_ = [f"{tick(100 * depth)} %" for depth in depths]
         grids.append({"length": count(length), "depths": heads_, "lines": lines})
     return grids
+
+
+def head_texts(row: Mapping, tokens: object) -> list[dict[str, Any]]:
+    """What each head that a row tells about holds of a text, or one for all where they hold the same; those without a state a
+    token are left out. `marks`: (state, characters, tokens) of each stretch in one state; a run that was merged is one stretch,
+    its state `MERGED`. `parts`: those that are seen at once, and the rest. `states`: letters of those that occur.
+    """
+    listed = tokens[:MOST_TOKENS] if isinstance(tokens, list) else []
+    pieces = [piece if isinstance(piece, str) else "" for piece in listed]
+    told = [head for head in rows_of(row, "heads") if words(head, "states") and pieces]
+    marks = [list(_stretches(words(head, "states")[:MOST_TOKENS], pieces)) for head in told]
+    places = [f"layer {words(head, 'layer') or '?'}, head {words(head, 'head') or '?'}" for head in told]
+    if len(told) > 1 and all(one == marks[0] for one in marks):
+        # A method with one budget for all: the same page three times would say no more.
+        told, marks, places = told[:1], marks[:1], ["every head asked for"]
+    found = []
+    for head, place, stretches in zip(told, places, marks, strict=True):
+        passed = first = 0
+        while first < len(stretches) and passed < FIRST_TOKENS:
+            passed, first = passed + stretches[first][2], first + 1
+        kept, seen = number(head, "kept_tokens"), number(row, "seen_tokens")
+        more = f" ({times(seen / kept)})" if seen and kept and kept > 0 else ""
+        name = place if kept is None or not seen else f"{place}: {count(kept)} of {count(seen)} kept{more}"
+        states = "".join(sorted({state for state, _, _ in stretches}))
+        found.append(
+            {"name": name, "marks": stretches, "states": states, "parts": (stretches[:first], stretches[first:])}
+        )
+    return found
+
+
+def _stretches(states: str, pieces: Sequence[str]) -> Iterator[tuple[str, str, int]]:
+    """Neighbours in one state together, but each merged run, which ends with the token that has the entry, alone; and cut
+    where the first page ends, unless that is within a run. A token without characters is a dot.
+    """
+    state, text, tokens = "", "", 0
+    for index, (letter, piece) in enumerate(zip(states, pieces, strict=False)):
+        ends_run = state == MERGED and letter == KEPT
+        cut = letter != state or (index == FIRST_TOKENS and state != MERGED)
+        if cut and not ends_run and tokens:
+            yield state, text, tokens
+            text, tokens = "", 0
+        state = state if ends_run else letter
+        text, tokens = text + (piece or "·"), tokens + 1
+        if ends_run:
+            yield state, text, tokens
+            state, text, tokens = "", "", 0
+    if tokens:
+        yield state, text, tokens
 
 
 def _facts(files: Sequence[Mapping]) -> dict[str, list[str]]:
     """Model, machine, software and days: one line for each that is known."""
     days = sorted({day for data in files if (day := words(data, "created")[:10])})
+    known = zip(*map(_about, files), strict=True) if files else ((), (), ())
     return {
-        "Model": _distinct(map(_model, files)),
-        "Machine": _distinct(map(_machine, files)),
-        "Software": _distinct(map(_software, files)),
+        **{name: _distinct(lines) for name, lines in zip(("Model", "Machine", "Software"), known, strict=True)},
         "Measured": [" to ".join(dict.fromkeys([days[0], days[-1]]))] if days else ["not recorded"],
     }
+
+
+def _about(data: Mapping) -> tuple[str, str, str]:
+    """Model, machine and software of one file, as far as it says."""
+    about, parameters = data.get("environment"), number(data, "model", "parameters")
+    weights = f"{amount(parameters)} parameters" if parameters else ""
+    model = [words(data, "model", "name"), weights, words(data, "model", "note")]
+    counted = [f"{count(value)} {name}" for name in ("cores", "threads") if (value := number(about, name))]
+    device = f"device {device}" if (device := words(about, "device")) else ""
+    machine = [words(about, "cpu"), *counted, device, words(about, "dtype")]
+    versions = {name: words(about, name) for name in ("kvfold", "torch", "transformers", "python")}
+    versions["commit"] = short_commit(words(data, "git_commit"))
+    software = [f"{name} {version}" for name, version in versions.items() if version]
+    return "; ".join(filter(None, model)), ", ".join(filter(None, machine)), ", ".join(software)
 
 
 def _distinct(lines: Iterable[str]) -> list[str]:
@@ -204,27 +268,6 @@ def _distinct(lines: Iterable[str]) -> list[str]:
     said = [line for line in known if not any(other != line and other.startswith(line) for other in known)]
     more = [f"and {len(said) - MOST_FACTS + 1} more"] if len(said) > MOST_FACTS else []
     return said[: MOST_FACTS - len(more)] + more or ["not recorded"]
-
-
-def _model(data: Mapping) -> str:
-    parameters = number(data, "model", "parameters")
-    said = f"{amount(parameters)} parameters" if parameters else ""
-    return "; ".join(filter(None, [words(data, "model", "name"), said, words(data, "model", "note")]))
-
-
-def _machine(data: Mapping) -> str:
-    about = data.get("environment")
-    counted = [f"{count(value)} {name}" for name in ("cores", "threads") if (value := number(about, name))]
-    device = words(about, "device")
-    said = [words(about, "cpu"), *counted, f"device {device}" if device else "", words(about, "dtype")]
-    return ", ".join(filter(None, said))
-
-
-def _software(data: Mapping) -> str:
-    about, commit = data.get("environment"), words(data, "git_commit")
-    names = ("kvfold", "torch", "transformers", "python")
-    said = [f"{name} {version}" for name in names if (version := words(about, name))]
-    return ", ".join(said + ([f"commit {short_commit(commit)}"] if commit else []))
 
 
 def other_commits(source: Result) -> str:

@@ -2,14 +2,17 @@
 
 A family is a method whatever its budget: `h2o:128+128` and `h2o:256+256` are one line. A budget that grows with the
 text (in percent) is a line of its own, since a fixed one starts uncompressed and looks better than it is on short texts.
+Of a design space, models from scratch that differ in heads and layers, each stands at its best learning rate; which of them no
+other beats at once in quality and in bytes; and shared layers stand beside what they have to be better than.
 """
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kvfold.report.results import Result, number, numbers_of, words
+from kvfold.report.results import Result, amount, number, numbers_of, words
 
 UNFOLDED = "full"
 NUM_COLOURS = 7
@@ -80,10 +83,8 @@ def colours_of(results: Iterable[Result]) -> dict[str, int]:
 
     In alphabetical order, so that a page made again with one more file of known methods keeps its colours.
     """
-    rows = [
-        row for result in results if result.kind in ("quality", "memory", "kept", "document") for row in result.rows
-    ]
-    families = sorted({family_of(row) for row in rows} - {UNFOLDED})
+    drawn = ("quality", "memory", "kept", "document")
+    families = sorted({family_of(row) for one in results if one.kind in drawn for row in one.rows} - {UNFOLDED})
     return {UNFOLDED: 0} | {family: 1 + index % NUM_COLOURS for index, family in enumerate(families)}
 
 
@@ -127,15 +128,14 @@ def quality_lines(rows: Iterable[Mapping], text: str) -> list[Line]:
         error = number(row, "perplexity_change_percent", "standard_error")
         key = (family_of(row), "%" in words(row, "method"), changed_model(row))
         found.setdefault(key, []).append(Point(share=share, change=change, error=error, row=row))
-    return [_line(family, grows, model, points) for (family, grows, model), points in found.items()]
-
-
-def _line(family: str, grows: bool, model: str, points: list[Point]) -> Line:
-    points = tuple(sorted(points, key=lambda point: -point.share))
-    title = title_of(points[0].row) + (" %" if grows else "")
-    title += f" of {model}" if model and model != title else ""
-    is_other = bool(model) or family.startswith(f"{UNFOLDED} of ")
-    return Line(title=title, family=family, grows=grows, points=points, from_unfolded=not is_other)
+    lines = []
+    for (family, grows, model), points in found.items():
+        points.sort(key=lambda point: -point.share)
+        title = title_of(points[0].row) + (" %" if grows else "")
+        title += f" of {model}" if model and model != title else ""
+        is_other = bool(model) or family.startswith(f"{UNFOLDED} of ")
+        lines.append(Line(title=title, family=family, grows=grows, points=tuple(points), from_unfolded=not is_other))
+    return lines
 
 
 def memory_points(row: Mapping) -> list[tuple[float, float]]:
@@ -195,20 +195,10 @@ def mean_of(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Growth:
-    """How one method's kept tokens grow while a document is read."""
-
-    row: Mapping
-    """The row it came from."""
-    tokens: tuple[float, ...]
-    """Seen, ascending."""
-    kept: Mapping[str, tuple[float | None, ...]]
-    """Of each of `SPREAD`, as many as tokens."""
-
-
-def growth_of(row: Mapping) -> Growth | None:
-    """Of one row; None where it has no mean over time."""
+def growth_of(row: Mapping) -> dict[str, tuple[float | None, ...]] | None:
+    """How one method's kept tokens grow while a document is read: `tokens` seen, ascending, and each of `SPREAD` at them; None
+    where a row has no mean over time.
+    """
     told = row.get("over_time")
     if not isinstance(told, Mapping):
         return None
@@ -217,10 +207,8 @@ def growth_of(row: Mapping) -> Growth | None:
         (at, *(column[index] if index < len(column) else None for column in columns)) for index, at in enumerate(seen)
     ]
     known = [one for one in points if None not in one[:2] and min(value or 0 for value in one) >= 0]
-    if not known:
-        return None
-    tokens, *values = zip(*sorted(known, key=lambda point: point[0]), strict=True)
-    return Growth(row=row, tokens=tokens, kept=dict(zip(SPREAD, values, strict=True)))
+    known.sort(key=lambda point: point[0])
+    return dict(zip(("tokens", *SPREAD), zip(*known, strict=True), strict=True)) if known else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -308,3 +296,134 @@ def worth_showing(rows: Iterable[Mapping], length: float) -> bool:
     """Whether the unfolded model finds enough keys at this length, 80 %, for misses to mean anything."""
     share = unfolded_share(rows, length)
     return share is None or share >= 0.8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """One recipe, over the runs at the learning rate at which it did best."""
+
+    recipe: str
+    kv_bytes: float
+    """Of one token, all layers, at 16 bit."""
+    runs: tuple[Mapping, ...]
+    """At that rate, the best first."""
+    rates: int
+    """Learning rates that were tried."""
+    tuning_seeds: frozenset[float] = frozenset()
+    """Of runs at several rates: by these the rate was chosen, so at it they are lucky."""
+
+    @property
+    def row(self) -> Mapping:
+        """The run that did best."""
+        return self.runs[0]
+
+    @property
+    def perplexities(self) -> list[float]:
+        """Of the runs, lowest first."""
+        return [_perplexity(run) for run in self.runs]
+
+    @property
+    def perplexity(self) -> float:
+        """Mean over the seeds."""
+        return sum(self.perplexities) / len(self.runs)
+
+    @property
+    def shares_layers(self) -> bool:
+        """Whether some layers read keys and values of others."""
+        return words(self.row, "layers") not in ("", "full")
+
+
+def models_of(rows: Iterable[Mapping]) -> list[Model]:
+    """The recipes that have a perplexity, most bytes first, of equal bytes the better first."""
+    runs: dict[str, dict[float | None, list[Mapping]]] = {}
+    for row in rows:
+        if all((number(row, key) or 0) > 0 for key in ("validation_perplexity", "kv_bytes_per_token")):
+            rates = runs.setdefault(words(row, "recipe") or "unnamed", {})
+            rates.setdefault(number(row, "learning_rate"), []).append(row)
+    found = [_model(recipe, rates) for recipe, rates in runs.items()]
+    return sorted(found, key=lambda one: (-one.kv_bytes, one.perplexity))
+
+
+def _model(recipe: str, rates: Mapping[float | None, list[Mapping]]) -> Model:
+    """The rate is chosen by the run that did best: other rates may have fewer seeds."""
+    best = min((sorted(runs, key=_perplexity) for runs in rates.values()), key=lambda runs: _perplexity(runs[0]))
+    seeds = Counter(seed for runs in rates.values() for seed in {number(run, "seed") for run in runs} - {None})
+    tuning = frozenset(seed for seed, times in seeds.items() if times > 1)
+    kv_bytes = number(best[0], "kv_bytes_per_token")
+    return Model(recipe=recipe, kv_bytes=kv_bytes, runs=tuple(best), rates=len(rates), tuning_seeds=tuning)
+
+
+def _perplexity(row: Mapping) -> float:
+    return number(row, "validation_perplexity")
+
+
+def frontier(models: Sequence[Model]) -> list[Model]:
+    """Those that no model of as few bytes beats, most bytes first."""
+    kept: list[Model] = []
+    for one in sorted(models, key=lambda one: (one.kv_bytes, one.perplexity)):
+        if not kept or one.perplexity < kept[-1].perplexity:
+            kept.append(one)
+    return kept[::-1]
+
+
+def loss_runs(models: Sequence[Model]) -> list[Run]:
+    """The losses of the best runs over their tokens, of as many models as there are colours: those that nothing beats first."""
+    best, runs = frontier(models), []
+    for one in [*best, *(one for one in models if one not in best)]:
+        curve = one.row.get("curve") if isinstance(one.row.get("curve"), Mapping) else {}
+        runs.append(Run(name=one.recipe, points=known_pairs(numbers_of(curve, "tokens"), numbers_of(curve, "loss"))))
+    return [run for run in runs if run.points][:NUM_COLOURS]
+
+
+def about_models(models: Sequence[Model]) -> str:
+    """How large the models are and what they saw, and that it says nothing about larger ones."""
+    weights = [weight for one in models if (weight := number(one.row, "parameters"))]
+    least, most = (amount(one(weights)) if weights else "" for one in (min, max))
+    about = (f" of {least} weights" if least == most else f" of {least} to {most} weights") if weights else ""
+    tokens = number(models[0].row, "tokens")
+    about += f" that saw {amount(tokens)} tokens" if tokens else ""
+    return f"These are models{about}: what holds for them may not hold for larger ones." if about else ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """A model with shared layers, and one without."""
+
+    shared: Model
+    other: Model
+
+    @property
+    def differences(self) -> list[float]:
+        """Perplexity of the first less that of the second, for each seed that both were trained with, lowest first; below 0
+        where sharing wins.
+        """
+        return sorted(ours - theirs for ours, theirs in self._seeds())
+
+    @property
+    def fresh_differences(self) -> list[float]:
+        """Of the seeds by which neither's learning rate was chosen."""
+        return sorted(ours - theirs for ours, theirs in self._seeds(self.shared.tuning_seeds | self.other.tuning_seeds))
+
+    @property
+    def shares(self) -> list[float]:
+        """The same as shares of the second's perplexity."""
+        return sorted(ours / theirs - 1 for ours, theirs in self._seeds())
+
+    def _seeds(self, but: frozenset[float] = frozenset()) -> list[tuple[float, float]]:
+        both = [{number(run, "seed"): _perplexity(run) for run in one.runs} for one in (self.shared, self.other)]
+        return [(both[0][seed], both[1][seed]) for seed in both[0].keys() & both[1].keys() - but if seed is not None]
+
+
+def pairs_of(models: Sequence[Model]) -> list[Pair]:
+    """In the order of the models, what has the same shape first, then what has equal bytes."""
+
+    def shape(one: Model) -> tuple:
+        return tuple(number(one.row, key) for key in ("num_layers", "num_heads", "num_kv_heads", "head_dim"))
+
+    found = []
+    for shared in (one for one in models if one.shares_layers):
+        others = [one for one in models if not one.shares_layers]
+        alike = [one for one in others if shape(one) == shape(shared)]
+        equal = [one for one in others if one.kv_bytes == shared.kv_bytes and one not in alike]
+        found += [Pair(shared=shared, other=other) for other in (*alike, *equal)]
+    return found

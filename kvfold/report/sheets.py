@@ -1,4 +1,5 @@
-"""The tables behind the pictures, as plain text cells: made once, printed by the terminal and by the page alike.
+"""The tables behind the pictures, as plain text cells: made once, printed by the terminal and by the page alike; and the maps of
+what single layers and heads hold, whose cells are a table and a picture too.
 
 Which columns a table has and what they mean stands in sheets.toml; here is how cells are written, and the tables whose columns
 depend on the rows. At the end, those of the terminal (rich): each takes a result's JSON object, as written or just measured.
@@ -14,17 +15,25 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from kvfold.report import numbers, sheets
-from kvfold.report.heads import head_map
-from kvfold.report.numbers import MISSING, count, difference, middle, size, three
-from kvfold.report.results import grid, number, rows_of, words
-from kvfold.report.series import FURTHER, UNFOLDED, Road, growth_of, label_of, mean_of, memory_points, stretches
+from kvfold.report import series
+from kvfold.report.results import (
+    MISSING,
+    count,
+    difference,
+    grid,
+    middle,
+    number,
+    percent,
+    rows_of,
+    size,
+    three,
+    times,
+    words,
+)
 
+KEPT_NAME, COMPRESSION_NAME = "share of the tokens kept", "compression"
 MOST_LINES = 200
 """Lines of a table over time; longer ones show evenly spaced lines, and say so."""
-SIDES = (("kvfold", "ours"), ("transformers", "theirs"))
-GATED = (("with gates", "with_gates"), ("gates off", "gates_off"))
-"""Name and key in a row of what stands beside each other: in decoding, in training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +82,6 @@ def _number(say: Callable[[float | None], str], keys: Sequence[str], row: Any) -
     return say(number(getattr(row, "row", row), *keys))
 
 
-def _words(keys: Sequence[str], row: Mapping, otherwise: str = "unnamed") -> str:
-    return words(row, *keys) or otherwise
-
-
-def _runs(keys: Sequence[str], row: Mapping, unit: str = "") -> str:
-    """A median with the smallest and largest behind it."""
-    return middle(*(number(row, *keys, edge) for edge in ("min", "median", "max")), unit)
-
-
-def _difference(keys: Sequence[str], row: Mapping, unit: str = "") -> str:
-    return difference(*pair(row, *keys), unit)
-
-
 def pair(row: Mapping, *keys: str) -> tuple[float | None, float | None]:
     """Mean and standard error of a difference."""
     return number(row, *keys, "mean"), number(row, *keys, "standard_error")
@@ -107,7 +103,7 @@ def point_name(row: Mapping) -> str:
     """`8 x 1,024`, and how it differs from the plain case: padded rows, a method that folds."""
     name = words(row, "point").replace(" x ", " × ") or "unnamed point"
     method = words(row, "method")
-    extras = [method] if method and method != UNFOLDED else []
+    extras = [method] if method and method != series.UNFOLDED else []
     return ", ".join([name, *extras, *(["left-padded rows"] if row.get("padded") is True else [])])
 
 
@@ -115,17 +111,16 @@ def step_name(row: Mapping) -> str:
     """`DMS 128, all weights, 1 × 1,024 tokens`."""
     sizes = [count(value) for key in ("batch_sequences", "sequence_tokens") if (value := number(row, key))]
     trains = _trains(row).replace(MISSING, "")
-    return ", ".join(filter(None, [label_of(row), trains, f"{' × '.join(sizes)} tokens" if sizes else ""]))
+    return ", ".join(filter(None, [series.label_of(row), trains, f"{' × '.join(sizes)} tokens" if sizes else ""]))
 
 
 def _trains(row: Mapping) -> str:
     named = {"full": "all weights", "lora": "a low-rank addition", "adapter": "gates alone"}
-    return named.get(words(row, "trains"), words(row, "trains")) or MISSING
+    return _named(row, "trains", named)
 
 
-def _loss(row: Mapping) -> str:
-    named = {"reverse": "KL of student from teacher", "forward": "KL of teacher from student", "none": "next token"}
-    return named.get(words(row, "loss"), words(row, "loss")) or MISSING
+def _named(row: Mapping, key: str, names: Mapping[str, str]) -> str:
+    return names.get(words(row, key), words(row, key)) or MISSING
 
 
 def _kept(of: Callable[[list[float]], float], say: Callable[[float | None], str], row: Mapping) -> str:
@@ -133,53 +128,94 @@ def _kept(of: Callable[[list[float]], float], say: Callable[[float | None], str]
     return say(of(kept) if kept else None)
 
 
+def _mean(values: Sequence[float], shown: Callable[[float], str] = "{:.2f}".format, none: str = MISSING) -> str:
+    """The mean, lowest and highest behind it."""
+    if not values:
+        return none
+    mean = shown(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({shown(values[0])} to {shown(values[-1])})"
+
+
+def _signed(value: float) -> str:
+    """Two decimals, as perplexities have beside it."""
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:+.1f} %".replace("-", "−")
+
+
+def _owners(one: series.Model) -> str:
+    counts = [number(one.row, key) for key in ("owners", "num_layers")]
+    return MISSING if None in counts else " of ".join(map(count, counts))
+
+
+def _published(of: series.Model | series.Pair, key: str = "paper_perplexity") -> str:
+    """Of the published models: the perplexity, or difference and share of two."""
+    if isinstance(of, series.Pair):
+        ours, theirs = (number(one.row, key) for one in (of.shared, of.other))
+        return f"{_signed(ours - theirs)}, {_percent(ours / theirs - 1)}" if ours and theirs else "none"
+    value = number(of.row, key)
+    return "none" if value is None else f"{value:.2f}"
+
+
+_LOSSES = {"reverse": "KL of student from teacher", "forward": "KL of teacher from student", "none": "next token"}
 WRITERS: dict[str, Callable[..., str]] = {
-    **{name: partial(_number, getattr(numbers, name)) for name in ("count", "percent", "size", "three", "times")},
-    "words": _words, "runs": _runs, "difference": _difference, "label": label_of, "trained": _trained, "score": _score,
-    "point": point_name, "trains": _trains, "loss": _loss, "kept_mean": partial(_kept, mean_of, three),
+    **{write.__name__: partial(_number, write) for write in (count, percent, size, three, times)},
+    "words": lambda keys, row, otherwise="unnamed": words(getattr(row, "row", row), *keys) or otherwise,
+    # A median with the smallest and largest behind it.
+    "runs": lambda keys, row, unit="": middle(*(number(row, *keys, edge) for edge in ("min", "median", "max")), unit),
+    "difference": lambda keys, row, unit="": difference(*pair(row, *keys), unit),
+    "label": series.label_of, "trained": _trained, "score": _score, "point": point_name, "trains": _trains,
+    "loss": lambda row: _named(row, "loss", _LOSSES), "kept_mean": partial(_kept, series.mean_of, three),
     "kept_least": partial(_kept, min, count), "kept_most": partial(_kept, max, count),
+    "rows_found": lambda row: f"{count(number(row, 'rows'))}{' or more' if row.get('stopped') else ''}",
+    # Of models from scratch, and of pairs of them.
+    "rates": lambda one: count(one.rates), "perplexities": lambda one: _mean(one.perplexities), "owners": _owners,
+    "published": _published,
+    "seeds": lambda of: count(len(of.runs if isinstance(of, series.Model) else of.differences)),
+    "shared": lambda pair: pair.shared.recipe, "other": lambda pair: pair.other.recipe,
+    "bytes": lambda pair: f"{pair.other.kv_bytes / pair.shared.kv_bytes:.2f}×",
+    "differences": lambda pair: _mean(pair.differences, _signed),
+    "fresh": lambda pair: _mean(pair.fresh_differences, _signed, "none"),
+    "shares": lambda pair: _mean(pair.shares, _percent),
+    "tuned": lambda pair: _published(pair, "paper_tuned_perplexity"),
 }  # fmt: skip
 """How a cell is written, by the name that sheets.toml has for it."""
 
 
-def known_sheet(
-    kind: str, rows: Iterable[Any], title: str = "", writers: Mapping[str, Callable[..., str]] = WRITERS
-) -> Sheet:
-    """A table of sheets.toml; `writers`: how its cells are written."""
+def known_sheet(kind: str, rows: Iterable[Any], title: str = "") -> Sheet:
+    """A table of sheets.toml."""
     about = _tables()[kind]
-    return sheet_of(title or about["title"], columns_of(kind, writers), rows, about.get("missing", MISSING))
+    return sheet_of(title or about["title"], columns_of(kind), rows, about.get("missing", MISSING))
 
 
-def columns_of(kind: str, writers: Mapping[str, Callable[..., str]] = WRITERS) -> list[Column]:
+def columns_of(kind: str) -> list[Column]:
     """The columns of a table of sheets.toml."""
     found = []
     for about in _tables()[kind]["columns"]:
         keys, how = about.get("of", "").split("."), {key: about[key] for key in ("unit", "otherwise") if key in about}
-        cell = partial(writers[about["write"]], *((keys,) if "of" in about else ()), **how)
+        cell = partial(WRITERS[about["write"]], *((keys,) if "of" in about else ()), **how)
         options = about.get("text", False), about.get("brief", True), about.get("optional", False)
         found.append(Column(about["head"], cell, about.get("note", ""), *options))
     return found
 
 
-quality_sheet = partial(known_sheet, "quality")
-tasks_sheet = partial(known_sheet, "tasks")
-decode_sheet = partial(known_sheet, "decode")
-step_sheet = partial(known_sheet, "step")
-serve_sheet = partial(known_sheet, "serve")
-plan_sheet = partial(known_sheet, "plan")
-document_sheet = partial(known_sheet, "document")
-pretraining_sheet = partial(known_sheet, "pretraining")
+def pairs_sheet(models: Sequence[series.Model]) -> Sheet | None:
+    """A line for each model with shared layers beside one without; None where there is none."""
+    pairs = series.pairs_of(models)
+    return known_sheet("pairs", pairs) if pairs else None
 
 
 def passkey_sheet(rows: Sequence[Mapping], labels: Mapping[str, str]) -> Sheet:
     """Keys found per method, length and depth; `labels` gives the name of a method's text form."""
-    method = Column("method", lambda row: labels.get(words(row, "method"), label_of(row)), is_text=True)
+    method = Column("method", lambda row: labels.get(words(row, "method"), series.label_of(row)), is_text=True)
     return sheet_of("Passkey retrieval", [method, *columns_of("passkey")], rows)
 
 
 def method_labels(rows: Sequence[Mapping]) -> dict[str, str]:
     """The name of each method's text form, for rows that carry the text form alone."""
-    return {words(row, "method"): label_of(row) for row in rows if words(row, "method")}
+    return {words(row, "method"): series.label_of(row) for row in rows if words(row, "method")}
 
 
 def curve_sheet(rows: Sequence[Mapping]) -> Sheet:
@@ -191,7 +227,7 @@ def curve_sheet(rows: Sequence[Mapping]) -> Sheet:
 
 def thinned(values: Sequence) -> list:
     """At most about `MOST_LINES` of them, evenly spaced, the last included."""
-    firsts = [part[0] for part in stretches(list(values), MOST_LINES)]
+    firsts = [part[0] for part in series.stretches(list(values), MOST_LINES)]
     return firsts if not values or firsts[-1] is values[-1] else [*firsts, values[-1]]
 
 
@@ -202,24 +238,79 @@ def _every(values: Sequence, said: str) -> str:
 
 def memory_sheet(rows: Sequence[Mapping]) -> Sheet:
     """Bytes held, a line per number of tokens, a column per method."""
-    series = [(label_of(row), dict(memory_points(row))) for row in rows]
-    tokens = sorted({at for _, points in series for at in points})
-    columns = [Column("tokens seen", lambda row: count(row["at"]))]
-    columns += [Column(name, lambda row, points=points: size(points.get(row["at"]))) for name, points in series]
-    title = "Memory over time" + _every(tokens, " (every {}th measured point, and the last)")
-    return sheet_of(title, columns, [{"at": at} for at in thinned(tokens)])
+    return _over_tokens(
+        "Memory over time", [(series.label_of(row), dict(series.memory_points(row))) for row in rows], size
+    )
 
 
 def growth_sheet(rows: Sequence[Mapping]) -> Sheet:
     """Tokens kept while a text comes in, a line per number of tokens, three columns per method."""
-    lines = [one for row in rows if (one := growth_of(row)) is not None]
-    columns = [Column("tokens seen", lambda row: count(row["at"]))]
-    for one in lines:
-        for name in ("mean", "least", "most"):
-            known = dict(zip(one.tokens, one.kept[name], strict=True))
-            columns.append(Column(f"{label_of(one.row)}, {name}", lambda row, known=known: three(known.get(row["at"]))))
-    tokens = thinned(sorted({at for one in lines for at in one.tokens}))
-    return sheet_of("Tokens kept as the text comes in, over all heads", columns, [{"at": at} for at in tokens])
+    columns = [
+        (f"{series.label_of(row)}, {name}", dict(zip(one["tokens"], one[name], strict=True)))
+        for row in rows if (one := series.growth_of(row)) is not None
+        for name in ("mean", "least", "most")
+    ]  # fmt: skip
+    return _over_tokens("Tokens kept as the text comes in, over all heads", columns, three)
+
+
+def _over_tokens(
+    title: str, columns: Iterable[tuple[str, Mapping[float, float | None]]], say: Callable[[float | None], str]
+) -> Sheet:
+    """A column for each name, a line for each number of tokens that any of them has."""
+    tokens = sorted({at for _, points in columns for at in points})
+    heads = [Column("tokens seen", count)]
+    heads += [Column(name, lambda at, points=points: say(points.get(at))) for name, points in columns]
+    return sheet_of(title + _every(tokens, " (every {}th measured point, and the last)"), heads, thinned(tokens))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadMap:
+    """One method's map."""
+
+    row: Mapping
+    """The row it came from."""
+    owners: tuple[int, ...]
+    """Layers that keep a cache, ascending."""
+    values: tuple[tuple[float | None, ...], ...]
+    """What is coloured: [owner][head]."""
+    hovers: tuple[tuple[str, ...], ...]
+    """What a cell says: [owner][head]."""
+    value_name: str
+    """What the values are."""
+
+
+def head_map(row: Mapping, *, of_compression: bool = False) -> HeadMap | None:
+    """The map of one row: its score or the share of tokens kept, or tokens seen over tokens kept. None where it has neither.
+    -1 kept stands for a head that a layer lacks.
+    """
+    kept, seen = grid(row, "kept"), number(row, "seen_tokens")
+    score = [] if of_compression else grid(row, "score")
+    shares = [[cell / seen if cell is not None and cell >= 0 and seen else None for cell in line] for line in kept]
+    name = (words(row, "value_name") or "score") if score else KEPT_NAME
+    values = score or shares
+    if of_compression:
+        name, values = COMPRESSION_NAME, [[1 / share if share else None for share in line] for line in shares]
+    if not any(values) or (of_compression and not any(map(any, values))):
+        return None
+    listed = row.get("owners")
+    fits = isinstance(listed, list) and len(listed) >= len(values) and all(isinstance(x, int) for x in listed)
+    owners = tuple(listed[: len(values)] if fits else range(len(values)))
+
+    def hover(at: int, head: int) -> str:
+        said = []
+        if (cell := _at(kept, at, head)) is not None and cell >= 0:
+            said.append(f"{count(cell)}{f' of {count(seen)}' if seen else ''} kept")
+        if (cell := _at(score, at, head)) is not None:
+            said.append(f"{name} {three(cell)}")
+        more = f": {times(values[at][head])}" if of_compression else ""
+        return f"layer {owners[at]}, head {head}: {', '.join(said) or 'none'}{more}"
+
+    hovers = tuple(tuple(hover(at, head) for head in range(len(line))) for at, line in enumerate(values))
+    return HeadMap(row=row, owners=owners, values=tuple(map(tuple, values)), hovers=hovers, value_name=name)
+
+
+def _at(cells: list, line: int, column: int) -> float | None:
+    return cells[line][column] if line < len(cells) and column < len(cells[line]) else None
 
 
 def kept_sheets(rows: Iterable[Mapping]) -> list[Sheet]:
@@ -231,9 +322,11 @@ def kept_sheets(rows: Iterable[Mapping]) -> list[Sheet]:
             continue
         say, name = (count, "tokens kept") if key == "kept" else (three, words(row, "value_name") or "score")
         columns = [Column("layer", lambda line: str(line[0]))]
-        for head in range(max(map(len, cells))):
-            columns.append(Column(f"head {head}", lambda line, head=head, say=say: _head_cell(line[1], head, say)))
-        title = f"{label_of(row)}: {name}" + (f" of {count(seen)} seen" if key == "kept" and seen else "")
+        columns += [
+            Column(f"head {head}", lambda line, head=head, say=say: _head_cell(line[1], head, say))
+            for head in range(max(map(len, cells)))
+        ]
+        title = f"{series.label_of(row)}: {name}" + (f" of {count(seen)} seen" if key == "kept" and seen else "")
         found.append(sheet_of(title, columns, zip(one.owners, cells, strict=False)))
     return found
 
@@ -243,69 +336,40 @@ def _head_cell(line: Sequence[float | None], head: int, say: Callable) -> str:
     return "–" if absent else say(line[head])
 
 
-def uptraining_sheet(roads: Sequence[Road]) -> Sheet:
+def uptraining_sheet(roads: Sequence[series.Road]) -> Sheet:
     """Models of one layout by the tokens they were trained on; the last line of each is extrapolated, and says so."""
-    heads = ("model", "layers", "text", "tokens", "change")
-    notes = ("", "Which layers share keys and values.", "", "Of training, those that weights were fitted on included.",
-             "Perplexity against the model it came from, ± one standard error.")  # fmt: skip
+    notes = {
+        "model": "", "layers": "Which layers share keys and values.", "text": "",
+        "tokens": "Of training, those that weights were fitted on included.",
+        "change": "Perplexity against the model it came from, ± one standard error.",
+    }  # fmt: skip
     columns = [
-        Column(head, lambda row, at=at: row["cells"][at], note, is_text=at < 3)
-        for at, (head, note) in enumerate(zip(heads, notes, strict=True))
+        Column(head, lambda line, at=at: line[at], note, is_text=at < 3)
+        for at, (head, note) in enumerate(notes.items())
     ]
     lines = []
     for road in roads:
-        layers, text, further = road.layers or "unnamed", road.text or "unnamed", road.end.tokens * FURTHER
+        layers, text, further = road.layers or "unnamed", road.text or "unnamed", road.end.tokens * series.FURTHER
         for stage in road.stages:
             lines.append((stage.name, layers, text, count(stage.tokens), difference(stage.change, stage.error, "%")))
         if (then := road.beyond(further)) is not None:
             lines.append(("extrapolated, not measured", layers, text, count(further), f"+{three(then)} %"))
-    return sheet_of("Over tokens of training", columns, [{"cells": line} for line in lines])
+    return sheet_of("Over tokens of training", columns, lines)
 
 
-def _printed(sheet: Callable[[list[Mapping]], Sheet]) -> Callable[..., Table]:
-    """What makes a table of a result; `brief` leaves out what doesn't fit a terminal of ordinary width."""
+def known_table(kind: str, title: str = "") -> Callable[..., Table]:
+    """What makes a table of sheets.toml of a result; `brief` leaves out what doesn't fit a terminal of ordinary width."""
 
     def table(result: Mapping, brief: bool = True) -> Table:
-        return rich_table(sheet(rows_of(result)), brief=brief)
+        # Scores stand beside the rows of a quality result.
+        return rich_table(known_sheet(kind, rows_of(result, kind if kind in result else "rows"), title), brief=brief)
 
     return table
 
 
-quality_table = _printed(sheets.quality_sheet)
-decode_table = _printed(sheets.decode_sheet)
-serve_table = _printed(sheets.serve_sheet)
-step_table = _printed(sheets.step_sheet)
-document_table = _printed(sheets.document_sheet)
-plan_table = _printed(sheets.plan_sheet)
-
-
 def passkey_table(result: Mapping) -> Table:
     """Passkeys found, for a quality result that has them."""
-    return rich_table(sheets.passkey_sheet(rows_of(result, "passkey"), method_labels(rows_of(result))))
-
-
-def tasks_table(result: Mapping, brief: bool = True) -> Table:
-    """Scores of tasks, of a tasks result or of a quality result that has them."""
-    return rich_table(sheets.tasks_sheet(rows_of(result, "tasks" if "tasks" in result else "rows")), brief=brief)
-
-
-def table_of(title: str, columns: Mapping[str, str | Callable[[Mapping], str]]) -> Callable[[Mapping], Table]:
-    """What makes a table of a result that the report has no sheet for: a line for each row, the first column words.
-
-    A cell is a text with the row's fields in braces, empty where the row lacks one; or a function of the row.
-    """
-
-    def cell(shown: str | Callable[[Mapping], str], row: Mapping) -> str:
-        try:
-            return shown.format_map(row) if isinstance(shown, str) else shown(row)
-        except (KeyError, TypeError):  # nothing was measured there
-            return ""
-
-    found = [
-        Column(head, lambda row, shown=shown: cell(shown, row), is_text=not index)
-        for index, (head, shown) in enumerate(columns.items())
-    ]
-    return lambda result: rich_table(sheet_of(title, found, result["rows"]))
+    return rich_table(passkey_sheet(rows_of(result, "passkey"), method_labels(rows_of(result))))
 
 
 def rich_table(sheet: Sheet, brief: bool = False) -> Table:

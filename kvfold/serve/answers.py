@@ -84,6 +84,7 @@ class Call:
         async for batch in job.batches():
             for index, piece in batch:
                 answers[index].add(piece)
+        self.serving.log_text(self.id, "answer", [one.text for one in answers])
         choices = [self.whole(index, one) for index, one in enumerate(answers)]
         return self._filled(1, choices, usage=self.usage(job), **self.extras(answers[0]))
 
@@ -220,6 +221,7 @@ class TextCall(Call):
                 text = serving.tokens.decode(ids)
             asked.append(serving.asked(sampling, ids, default_max_tokens=DEFAULT_MAX_TOKENS))
             self.texts += [_Text(ids=list(ids), echo=text if body.echo else "") for _ in range(self.n)]
+            serving.log_text(self.id, "prompt", prompt)
         job.prompt_tokens = sum(len(one["prompt"]) for one in asked)
         job.submit(asked)
 
@@ -299,6 +301,7 @@ class ChatCall(Call):
             sampling["structured_outputs"] = {"json": self.tools.schema()}
         if body.logprobs:
             sampling["logprobs"] = body.top_logprobs or 0
+        serving.log_text(self.id, "messages", body.messages)
         job.prompt_tokens = len(ids)
         job.submit([serving.asked(sampling, ids, default_max_tokens=None)])
 

@@ -247,7 +247,7 @@ def serve(
 
 
 def _set_up_log() -> None:
-    """Log lines go to stderr: when, what, nothing else. Nobody's text is among them."""
+    """Log lines go to stderr: when, what, nothing else. Nobody's text is among them unless it was asked for."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     for name, level in (("kvfold.serve", logging.INFO), ("uvicorn.error", logging.WARNING)):

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from urllib.parse import urlsplit
 
 import h11
 import uvicorn
@@ -25,7 +26,7 @@ from kvfold.serve.serving import ServerSettings, Serving
 
 log = logging.getLogger("kvfold.serve")
 
-OPEN_PATHS = ("/", "/health", "/ping", "/version", "/load", "/metrics", "/openapi.json", "/favicon.ico")
+OPEN_PATHS = ("/", "/health", "/ping", "/version", "/load", "/metrics", "/docs", "/openapi.json", "/favicon.ico")
 """Pages that need no key: they tell nothing of what anybody asked."""
 LINGER_S = 2.0
 """Seconds for which the rest of a refused body is still taken, and thrown away."""
@@ -47,6 +48,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         began, headers = time.monotonic(), Headers(scope=scope)
+        origin = headers.get("origin")
+        shares = origin is not None and self._shares_with(origin, headers.get("host", ""))
         status, unread = 0, "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
         async def receive_noted() -> Message:
@@ -60,6 +63,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 self._responded(status)
+                if shares:
+                    message = message | {"headers": [*message["headers"], *self._sharing(origin)]}
             if unread and message["type"] == "http.response.body" and not message.get("more_body") and status != 408:
                 # Closed with bytes of its body still under way, a connection is reset, and the client may never see why.
                 await send(message | {"more_body": True})
@@ -68,8 +73,14 @@ class Guard:
             await send(message)
 
         try:
-            error = self._refusal(scope, headers)
-            await (self.app if error is None else error.response())(scope, receive_noted, send_noted)
+            error = self._refusal(scope, headers, origin, shares)
+            if error is not None:
+                await error.response()(scope, receive_noted, send_noted)
+            elif shares and scope["method"] == "OPTIONS":
+                await send_noted({"type": "http.response.start", "status": 204, "headers": []})
+                await send_noted({"type": "http.response.body", "body": b""})
+            else:
+                await self.app(scope, receive_noted, send_noted)
         except Exception as error:
             # uvicorn would log its text too. A response that has begun is cut off; any other was sent as a 500.
             log_failure(error)
@@ -78,18 +89,21 @@ class Guard:
                 path = scope["path"].encode("ascii", "replace").decode()
                 log.info("%s %s %d %.3f s", scope["method"], path, status, time.monotonic() - began)
 
-    def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if self._hosts is not None and _host(host) not in self._hosts:
+    def _refusal(self, scope: Scope, headers: Headers, origin: str | None, shares: bool) -> ApiError | None:
+        if self._hosts is not None and _host(headers.get("host", "")) not in self._hosts:
             return ApiError(403, "this server answers to localhost alone: start it with --host to let others in")
-        if origin is not None and origin.partition("://")[2] != host:
-            return ApiError(403, f"pages of {origin[:80]} may not ask here: ask from a page of this server")
+        if origin is not None and not shares:
+            return ApiError(
+                403, f"pages of {origin[:80]} may not ask here: the server's allowed_origins would let them in"
+            )
         length, most = headers.get("content-length", "0"), self._settings.max_body_bytes
         if length.isdecimal() and int(length) > most:
             # Before FastAPI's own limit, which answers in plain text; that one is for bodies of unknown length.
             message = f"the body must have at most {most} bytes, got {length[:20]}"
             return ApiError(413, message, headers={"Connection": "close"})
-        if self._keys and scope["path"] not in OPEN_PATHS and not self._has_key(headers.getlist("authorization")):
+        if scope["method"] == "OPTIONS" or scope["path"] in OPEN_PATHS or not self._keys:
+            return None
+        if not self._has_key(headers.getlist("authorization")):
             return ApiError(
                 401, "a valid API key is needed: send it as Authorization: Bearer KEY", code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
@@ -104,6 +118,20 @@ class Guard:
         # Every key is compared, each in constant time, so that the time tells nothing.
         matches = [hmac.compare_digest(given, one) for one in self._keys]
         return scheme.lower() == "bearer" and any(matches)
+
+    def _shares_with(self, origin: str, host: str) -> bool:
+        """Whether a page of this origin may ask: our own page, or one that the operator lets in."""
+        allowed = self._settings.allowed_origins
+        return "*" in allowed or origin in allowed or urlsplit(origin).netloc == host
+
+    def _sharing(self, origin: str) -> list[tuple[bytes, bytes]]:
+        return [
+            (b"access-control-allow-origin", origin.encode("latin-1", "replace")),
+            (b"access-control-allow-headers", b"Authorization, Content-Type, X-Request-Id"),
+            (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+            (b"access-control-expose-headers", b"X-Request-Id, Retry-After"),
+            (b"vary", b"Origin"),
+        ]
 
 
 async def _read_rest(receive: Receive) -> None:

@@ -7,6 +7,7 @@ one client's megabytes do not hold up another's line.
 
 import asyncio
 import ipaddress
+import logging
 import math
 import re
 import secrets
@@ -45,6 +46,8 @@ class ServerSettings:
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     """A client must send one of these as its bearer token; none = everybody may ask."""
+    allowed_origins: tuple[str, ...] = ()
+    """Web pages of other origins that may ask, e.g. `https://chat.example.org`; `*` = all."""
     max_model_len: int | None = None
     """Tokens of prompt and answer together, at most; None = the model's context."""
     chat_template: str | None = None
@@ -75,6 +78,10 @@ class ServerSettings:
     """Seconds without a token after which a stream carries a comment, so that proxies keep it open."""
     shutdown_timeout_s: float = 30.0
     """Seconds that running requests have to finish once the server is told to stop."""
+    log_requests: bool = False
+    """Write prompts and answers to the log."""
+    page: bool = True
+    """Serve the live page at `/`."""
 
     def __post_init__(self) -> None:
         if not self.model_names or not all(self.model_names):
@@ -98,6 +105,7 @@ class ServerSettings:
         return self.host == "localhost"
 
 
+log = logging.getLogger("kvfold.serve")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:+/=-]{1,128}")
 LONG_CHARACTERS = 32_768
 """Texts from this length on are prepared on threads of their own."""
@@ -316,6 +324,11 @@ class Serving:
         asked["timeout"] = self.settings.request_timeout_s
         check_structured(asked)
         return asked
+
+    def log_text(self, name: str, what: str, text: object) -> None:
+        """Prompts and answers are logged only where the operator asked for it."""
+        if self.settings.log_requests:
+            log.info("%s %s %r", name, what, text)
 
     def failure(self, piece: Piece) -> ApiError:
         """Why an answer ended without being one."""

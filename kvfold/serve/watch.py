@@ -289,14 +289,16 @@ def add_routes(app: FastAPI, serving: "Serving") -> None:
 
 
 def _add_live_routes(app: FastAPI, serving: "Serving") -> None:
-    """The page and its two sources."""
+    """The page where the settings want it, and its two sources."""
     engine, looker, page = serving.engine, _Looker(serving), PAGE.read_text(encoding="utf-8")
     full = kvfold.plan(engine.model, time="full", bits="model").bytes_per_token
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def index() -> Response:
-        """The live page."""
-        return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"})
+    if serving.settings.page:
+
+        @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+        async def index() -> Response:
+            """The live page."""
+            return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"})
 
     @app.get("/kvfold/model", tags=["live"])
     async def model() -> dict[str, Any]:

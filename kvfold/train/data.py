@@ -1,29 +1,38 @@
-"""Where training text comes from, the packed blocks of tokens that it becomes, and the order in which a run sees them.
+"""Where training text comes from, the blocks of tokens that it becomes, in memory or packed on the disk, and the order in which
+a run sees them.
 
 Texts are text and jsonl files, parquet files, and data sets named on the hub. Local text is cut into pieces and shuffled by a
 seed over all files, so that a run which needs little of it still sees some of everything: all of it at once where memory has
-room, else as it is read.
+room, else as it is read. Training from scratch packs its text once a run: one that goes on, and every process, reads the same
+file. What is drawn for it depends on the data alone: models of several seeds are trained and measured on the same sequences.
 
 The order is a pure function of the seed and the sample's number, and a sample carries the key of its noise: so a run that
 is interrupted goes on with the next sample, and the number of processes changes nothing.
 Letters: N blocks, T tokens of a sequence.
 """
 
-import itertools
+import json
+import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from kvfold.data.texts import TextStream
-from kvfold.data.windows import opening_tokens
+from kvfold.data import TextStream, opening_tokens
 from kvfold.errors import UserError, one_line
+from kvfold.eval.progress import Report
+from kvfold.record import write_whole_file
+from kvfold.train.design_space import PretrainSettings
 
-_TEXT_ENDINGS = (".txt", ".md", ".json", ".jsonl", ".gz")
+_TEXT_ENDINGS = (".txt", ".md", ".json", ".jsonl", ".gz", ".parquet")
 _BUFFER_CHARACTERS = 2**28
 """Of local text in memory at most."""
 _HUB_BUFFER = 10_000
@@ -39,50 +48,39 @@ def training_texts(
     than `buffer_characters` in all are never in memory whole. Raises `UserError`, in one line, for whatever can't be read.
     """
     local = [source for source in sources if _is_local(source)]
-    files = [_File(source, piece_characters) for source in local]
+    files = [TextStream(Path(source), piece_characters) for source in local]
     pieces, held = [], 0
-    for piece in itertools.chain.from_iterable(files):
+    for piece in chain.from_iterable(_file_pieces(file, piece_characters) for file in files):
         pieces.append(piece)
         held += len(piece)
         if held > buffer_characters:
             pieces.clear()
-            files = [_File(source, piece_characters) for source in local]
-            yield from _shuffled_on_the_way(files, random.Random(seed), buffer_characters)
+            files = [TextStream(Path(source), piece_characters) for source in local]
+            yield from _shuffled_on_the_way(files, piece_characters, random.Random(seed), buffer_characters)
             break
-    else:
-        random.Random(seed).shuffle(pieces)
-        yield from pieces
+    random.Random(seed).shuffle(pieces)
+    yield from pieces
     for source in sources:
         if source not in local:
             for text in _hub_texts(source, seed):
                 yield from _pieces(text, piece_characters)
 
 
-class _File:
+def _file_pieces(file: TextStream, most: int) -> Iterator[str]:
     """One file's pieces, each at most about `most` characters."""
-
-    def __init__(self, source: str, most: int):
-        self._source, self._most, self._stream = source, most, TextStream(Path(source), most)
-
-    @property
-    def share(self) -> float:
-        """Of the file, what was read."""
-        return self._stream.share
-
-    def __iter__(self) -> Iterator[str]:
-        found = False
-        for text in self._stream:
-            found = True
-            yield from _pieces(text, self._most)
-        if not found:
-            raise UserError(f"{self._source}: there is no text in it: give a file with text")
+    is_empty = True
+    for text in file:
+        is_empty = False
+        yield from _pieces(text, most)
+    if is_empty:
+        raise UserError(f"{file.path}: there is no text in it: give a file with text")
 
 
-def _shuffled_on_the_way(files: Sequence[_File], drawn: random.Random, most: int) -> Iterator[str]:
+def _shuffled_on_the_way(files: Sequence[TextStream], piece: int, drawn: random.Random, most: int) -> Iterator[str]:
     """Read all files side by side, each share by share, and draw from the last `most` characters read. A file that was read
     to its end gives the rest at once: what is small is read in one go, and mixed with the beginning of what is not.
     """
-    running = [(file, iter(file)) for file in files]
+    running = [(file, _file_pieces(file, piece)) for file in files]
     pieces: list[str] = []
     held = 0
     while running:
@@ -104,7 +102,7 @@ def _shuffled_on_the_way(files: Sequence[_File], drawn: random.Random, most: int
 
 def _is_local(source: str) -> bool:
     path = Path(source)
-    return path.exists() or path.suffix in (*_TEXT_ENDINGS, ".parquet") or source.startswith((".", "/", "~"))
+    return path.exists() or path.suffix in _TEXT_ENDINGS or source.startswith((".", "/", "~"))
 
 
 def _hub_texts(source: str, seed: int) -> Iterator[str]:
@@ -135,26 +133,44 @@ def _hub_texts(source: str, seed: int) -> Iterator[str]:
 def _pieces(text: str, most: int) -> Iterator[str]:
     """A text in pieces of at most about `most` characters, cut at line ends where there are any."""
     start = 0
-    while len(text) - start > most:
-        cut = text.rfind("\n", start + most // 2, start + most) + 1
-        stop = cut if cut > 0 else start + most
+    while start < len(text):
+        stop = len(text)
+        if stop - start > most:
+            stop = text.rfind("\n", start + most // 2, start + most) + 1 or start + most
         if text[start:stop].strip():
             yield text[start:stop].strip("\n")
         start = stop
-    if text[start:].strip():
-        yield text[start:].strip("\n")
 
 
-PIECE_SEQUENCES = 16
+_PIECE_SEQUENCES = 16
 """Sequences that one piece of text fills, about."""
-CHARACTERS_A_TOKEN = 4
+_CHARACTERS_A_TOKEN = 4
 """About."""
 _TEXTS_AT_ONCE = 64
-_BITS = 2**64
-_ODD = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
-"""Odd 64-bit numbers without structure; they keep seed, step and index apart."""
 _SPARED_SHARE = 8
 """Where text is short, one block of so many is held out for calibration, and again for measuring."""
+
+
+def _sequences(sources: Sequence[str], tokenizer: Any, seq_len: int, seed: int) -> Iterator[list[int]]:
+    """The sources' tokens in sequences of one length, each opened by the bos where the tokenizer adds one. The documents follow
+    each other with a blank line between, as they do in measuring.
+    """
+    opening = opening_tokens(tokenizer)
+    body, waiting = seq_len - len(opening), []
+    if body < 1:
+        raise UserError(f"sequences of {seq_len} tokens: the opening token takes that many: use longer ones")
+    drawn = _drawn_texts(sources, seq_len, seed)
+    while texts := list(islice(drawn, _TEXTS_AT_ONCE)):
+        # verbose=False: a text longer than the model's context is no mistake here.
+        for ids in tokenizer([f"{text}\n\n" for text in texts], add_special_tokens=False, verbose=False).input_ids:
+            waiting += ids
+        stop = len(waiting) // body * body
+        yield from ([*opening, *waiting[start : start + body]] for start in range(0, stop, body))
+        waiting = waiting[stop:]
+
+
+def _drawn_texts(sources: Sequence[str], seq_len: int, seed: int) -> Iterator[str]:
+    return training_texts(sources, seed=seed, piece_characters=_PIECE_SEQUENCES * seq_len * _CHARACTERS_A_TOKEN)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,59 +188,19 @@ class TrainingText:
 def draw_text(
     sources: Sequence[str], tokenizer: Any, *, tokens: int, seq_len: int, seed: int, spared: int = 16
 ) -> TrainingText:
-    """As many sequences as `tokens` fill, less where the data is shorter, and up to `spared` more for each other part.
-
-    The documents follow each other with a blank line between, as they do in measuring. Raises `UserError` where the data
-    does not fill three sequences, one for each part.
+    """As many sequences as `tokens` fill, less where the data is shorter, and up to `spared` more for each other part. Raises
+    `UserError` where the data does not fill three sequences, one for each part.
     """
-    wanted = -(-tokens // seq_len)
-    piece = PIECE_SEQUENCES * seq_len * CHARACTERS_A_TOKEN
-    texts = training_texts(sources, seed=seed, piece_characters=piece)
-    opening = opening_tokens(tokenizer)
-    body = seq_len - len(opening)
-    if body < 1:
-        raise UserError(f"sequences of {seq_len} tokens: the opening token takes that many: use longer ones")
-    blocks, seen = [], 0
-    for ids in blocks_of(texts, tokenizer, body):
-        seen += len(ids)
-        if len(ids) == body:
-            blocks.append([*opening, *ids])
-        if len(blocks) == wanted + 2 * spared:
-            break
+    most = -(-tokens // seq_len) + 2 * spared
+    blocks = list(islice(_sequences(sources, tokenizer, seq_len, seed), most))
     if len(blocks) < 3:
         raise UserError(
-            f"data of {seen:,} tokens: a sequence takes {seq_len:,}, and a run takes 3, two of them held out: "
-            "give more text, or shorter sequences"
+            f"data of {len(blocks)} sequences of {seq_len:,} tokens: a run takes 3, two of them held out: give more text, or "
+            "shorter sequences"
         )
-    plenty = len(blocks) == wanted + 2 * spared
-    held = spared if plenty else max(1, min(spared, len(blocks) // _SPARED_SHARE))
+    held = spared if len(blocks) == most else max(1, min(spared, len(blocks) // _SPARED_SHARE))
     whole = torch.tensor(blocks)
     return TrainingText(train=whole[2 * held :], calibration=whole[held : 2 * held], held_out=whole[:held])
-
-
-def blocks_of(texts: Iterable[str], tokenizer: Any, size: int) -> Iterator[list[int]]:
-    """The ids of all texts cut into lists of `size`; the last may be shorter."""
-    waiting: list[int] = []
-    for part in _batched(texts):
-        # verbose=False: a text longer than the model's context is no mistake here.
-        for ids in tokenizer([f"{text}\n\n" for text in part], add_special_tokens=False, verbose=False).input_ids:
-            waiting += ids
-        stop = len(waiting) // size * size
-        yield from (waiting[start : start + size] for start in range(0, stop, size))
-        waiting = waiting[stop:]
-    if waiting:
-        yield waiting
-
-
-def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
-    part: list[str] = []
-    for text in texts:
-        part.append(text)
-        if len(part) == _TEXTS_AT_ONCE:
-            yield part
-            part = []
-    if part:
-        yield part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -250,31 +226,36 @@ class TrainingOrder:
         if ignored:  # else nothing is looked at before its turn: the blocks may lie on the disk
             counted = ~torch.isin(blocks_NT[:, :-1], torch.tensor(ignored, dtype=blocks_NT.dtype))
             self._counts_N = counted.sum(dim=1)
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
-        self._members: tuple[int, list[int]] = (-1, [])
 
     def batch(self, step: int, rows: Sequence[int], device: torch.device | None = None) -> Batch:
         """Rows of a step's batch, by their places in it, with their tokens on a device."""
         assert step < self._steps, "the run ends before"
-        if self._members[0] != step:
-            first = step * self._batch
-            self._members = step, [self._block_of(sample) for sample in range(first, first + self._batch)]
-        members = self._members[1]
-        positions = self._batch * (self._blocks_NT.shape[1] - 1)
+        blocks_NT, counts_N, first = self._blocks_NT, self._counts_N, step * self._batch
+        positions = self._batch * (blocks_NT.shape[1] - 1)
+        if counts_N is not None:
+            positions = int(sum(counts_N[self._block_of(first + row)] for row in range(self._batch)))
         return Batch(
-            ids_BT=self._blocks_NT[[members[row] for row in rows]].to(device, torch.int64),
+            ids_BT=blocks_NT[[self._block_of(first + row) for row in rows]].to(device, torch.int64),
             noise_key_B=torch.tensor([noise_key(self._seed, step, row) for row in rows]),
-            step_positions=positions if self._counts_N is None else int(self._counts_N[members].sum()),
-            step_rows=self._batch,
-        )
+            step_positions=positions, step_rows=self._batch,
+        )  # fmt: skip
 
     def _block_of(self, sample: int) -> int:
-        number = self._blocks_NT.shape[0]
-        turn, place = divmod(sample, number)
-        if self._order[0] != turn:  # a pass at a time: of billions of tokens one is large
-            source = torch.Generator().manual_seed(noise_key(self._seed, -2, turn) % 2**63)
-            self._order = turn, torch.randperm(number, generator=source)
-        return int(self._order[1][place])
+        turn, place = divmod(sample, len(self._blocks_NT))
+        return int(_order(self._seed, turn, len(self._blocks_NT))[place])
+
+
+@lru_cache(maxsize=1)  # a pass at a time: of billions of tokens one is large
+def _order(seed: int, turn: int, number: int) -> Tensor:
+    source = torch.Generator().manual_seed(noise_key(seed, -2, turn) % 2**63)
+    return torch.randperm(number, generator=source)
+
+
+_BITS = 2**64
+_ODD = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
+"""Odd 64-bit numbers without structure; they keep seed, step and index apart."""
+_SCATTER = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+"""With these each bit moves about half the bits of the outcome."""
 
 
 def noise_key(seed: int, step: int, index: int) -> int:
@@ -284,12 +265,115 @@ def noise_key(seed: int, step: int, index: int) -> int:
     """
     mixed = 0
     for value, odd in zip((seed, step, index), _ODD, strict=True):
-        mixed = _scattered((mixed ^ (value + 1)) * odd % _BITS)
+        mixed = (mixed ^ (value + 1)) * odd % _BITS
+        for shift, factor in _SCATTER:
+            mixed = (mixed ^ mixed >> shift) * factor % _BITS
+        mixed ^= mixed >> 31
     return mixed - _BITS if mixed >= _BITS // 2 else mixed
 
 
-def _scattered(value: int) -> int:
-    """Each bit of the input moves about half the bits of the output."""
-    for shift, odd in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        value = ((value ^ value >> shift) * odd) % _BITS
-    return value ^ value >> 31
+_END_OF_TEXT = "<|endoftext|>"
+_MOST_CHARACTERS = 20_000_000
+"""Of the text, so much at most decides which tokens there are."""
+_TEXT_SEED = 0
+
+
+def prepare_text(settings: PretrainSettings, folder: Path, *, report: Report) -> None:
+    """Tokenizer and packed text in `folder`, unless they lie there. Raises `UserError` where the data is too short."""
+    if (folder / "train.json").is_file():
+        return
+    length, tokenizer = settings.seq_len, _tokenizer(settings, report)
+    train = _sequences(settings.data, tokenizer, length, _TEXT_SEED)
+    held = _sequences(settings.valid, tokenizer, length, _TEXT_SEED) if settings.valid else train
+    dtype = np.uint16 if settings.vocabulary <= 2**16 else np.uint32
+    found = _pack(held, folder / "valid.bin", dtype, most=max(1, settings.validation_tokens // length), report=report)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    wanted = settings.total_steps * settings.global_batch_size
+    if not _pack(train, folder / "train.bin", dtype, most=wanted, report=report) or not found:
+        raise UserError(
+            f"data too short: {found} sequences of {length:,} tokens are held out, and none is left: "
+            "give more text, shorter sequences, or fewer validation_tokens"
+        )
+
+
+def read_text(folder: Path) -> tuple[PreTrainedTokenizerBase, Tensor, Tensor]:
+    """Tokenizer, sequences to train on, held-out sequences."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+    return tokenizer, packed(folder / "train.bin"), packed(folder / "valid.bin")
+
+
+def _pack(sequences: Iterator[list[int]], path: Path, dtype: type, *, most: int, report: Report) -> int:
+    """Up to `most` of the sequences that are left, in `path`; `packed` reads them. Gives how many there were."""
+    written = tokens = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*.partial"):  # by a process that died: the folder is locked
+        left.unlink()
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        for ids in islice(sequences, most):
+            file.write(np.asarray(ids, dtype=dtype).tobytes())
+            written, tokens = written + 1, len(ids)
+            report("packing text", written, most)
+    report("packing text", most, most)
+    partial.replace(path)
+    if written:
+        about = {"sequences": written, "seq_len": tokens, "bytes": dtype().itemsize}
+        write_whole_file(path.with_suffix(".json"), json.dumps(about) + "\n")
+    return written
+
+
+def packed(path: Path) -> Tensor:
+    """The sequences, [N, T], of whatever integer kind the vocabulary takes; pages are read as they are used."""
+    about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    shape = about["sequences"], about["seq_len"]
+    # Copy on write: torch wants memory that may be written, and nobody writes.
+    return torch.from_numpy(np.memmap(path, dtype=f"uint{8 * about['bytes']}", mode="c", shape=shape))
+
+
+def _tokenizer(settings: PretrainSettings, report: Report) -> PreTrainedTokenizerBase:
+    """The one that is named, or a new one. Raises `UserError` where it can't be had or does not fit."""
+    from kvfold.models.load import load_tokenizer
+
+    if settings.tokenizer is None:
+        report("training the tokenizer", 0, 1)
+        found = _trained_tokenizer(_drawn_texts(settings.data, settings.seq_len, _TEXT_SEED), settings.vocabulary)
+        report("training the tokenizer", 1, 1)
+        return found
+    tokenizer = load_tokenizer(settings.tokenizer)
+    if len(tokenizer) > settings.vocabulary:
+        raise UserError(
+            f"tokenizer {Path(settings.tokenizer).name}: it has {len(tokenizer):,} tokens and the model's vocabulary "
+            f"{settings.vocabulary:,}: use a vocabulary as large, or another tokenizer"
+        )
+    return tokenizer
+
+
+def _trained_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of `vocabulary` tokens, fewer where the text is short; no text is unknown to it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocabulary <= len(alphabet):
+        raise UserError(
+            f"vocabulary {vocabulary}: a tokenizer of bytes has {len(alphabet) + 1} tokens or more: ask for more, or give a "
+            "tokenizer"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[_END_OF_TEXT], show_progress=False, initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(_beginning(texts), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=_END_OF_TEXT, clean_up_tokenization_spaces=False
+    )
+
+
+def _beginning(texts: Iterable[str]) -> Iterator[str]:
+    left = _MOST_CHARACTERS
+    for text in texts:
+        yield text[:left]
+        left -= len(text)
+        if left <= 0:
+            return

@@ -5,15 +5,206 @@ Source: arXiv 2405.12981, tables 1 to 4 and section 3.1.
 Differs: the miniature family and the controls at equal bytes are ours; so is everything that `PretrainSettings` says is.
 """
 
-from collections.abc import Iterator, Mapping
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from importlib import resources
+from pathlib import Path
+from typing import Any, Self
 
-from kvfold.methods.names import unknown_name
-from kvfold.train.pretrain_settings import PretrainSettings
+from pydantic import Field, StrictBool, model_validator
+
+from kvfold.errors import UserError, one_line, unknown_name
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.layout.planner import token_bytes
+from kvfold.train.settings import (
+    AboveZero,
+    Count,
+    FromZero,
+    Share,
+    Texts,
+    TrainSettings,
+    Whole,
+    cosine_factor,
+    refuse,
+)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+def recipe_names() -> list[str]:
+    """Recipes that come with kvfold."""
+    folder = resources.files("kvfold") / "assets" / "recipes"
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def read_recipe(name: str, settings: type[TrainSettings]) -> dict[str, Any]:
+    """The values of a recipe, checked against the keys of `settings`. Raises `UserError`, in one line, for a recipe that
+    is missing or no YAML, an unknown key (with the nearest known one), or a value of the wrong kind.
+    """
+    import yaml
+
+    path = Path(name)
+    if is_file_name(name):
+        if not path.is_file():
+            raise UserError(f"{name}: there is no such file: correct the path")
+        text = path.read_text(encoding="utf-8")
+    elif name in recipe_names():
+        text = (resources.files("kvfold") / "assets" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        raise _unknown("recipe", name, recipe_names())
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {name}: not YAML ({one_line(error)}): correct it") from error
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {name}: it holds no keys: write e.g. 'time: dms:128'")
+    return checked_values(values, settings, where=f"recipe {name}")
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a recipe is named by its file and not one that comes with kvfold."""
+    return Path(name).suffix in (".yaml", ".yml")
+
+
+def parse_assignments(texts: Sequence[str], settings: type[TrainSettings]) -> dict[str, Any]:
+    """The values of `--set key=value` texts, checked like a recipe's."""
+    import yaml
+
+    found = {}
+    for text in texts:
+        key, sign, value = text.partition("=")
+        if not sign or not key.strip():
+            raise UserError(f"--set '{text}': it is a key and a value: write e.g. --set learning_rate=3e-5")
+        try:
+            found[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set '{text}': the value can't be read: write e.g. --set learning_rate=3e-5") from error
+    return checked_values(found, settings, where="--set")
+
+
+def checked_values(values: Mapping[str, Any], settings: type[TrainSettings], *, where: str) -> dict[str, Any]:
+    """The same values, each of the kind that its key has, under the names that keys have now."""
+    checked = {}
+    for name, value in values.items():
+        key = settings.key_of(str(name))
+        if key is None:
+            raise UserError(f"{where}: {_unknown('key', str(name), list(settings.model_fields))}")
+        try:
+            checked[key] = settings.value_of(key, value)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+    return checked
+
+
+def _unknown(what: str, name: str, known: Sequence[str]) -> UserError:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return UserError(f"unknown {what} '{name}': the nearest is '{near[0]}': use one of {', '.join(known)}")
+
+
+BYTES_16_BIT = 2
+
+
+class PretrainSettings(TrainSettings):
+    """One model from scratch; a recipe file holds these keys. The defaults are the published recipe's.
+
+    Source: arXiv 2405.12981, section 3.1.
+    Differs: whether the head is tied to the embedding and the vocabulary's padding are not published: ours are untied, and
+    the next multiple of 128.
+    """
+
+    num_layers: Count
+    """Decoder layers."""
+    hidden_size: Count
+    """Width of the residual stream."""
+    intermediate_size: Count
+    """Width of the feed-forward block (SwiGLU)."""
+    num_heads: Count
+    """Query heads."""
+    num_kv_heads: Count
+    """KV heads of each layer that stores keys and values: a divisor of the query heads."""
+    head_dim: Count
+    """Channels of a head, an even number, since rotary positions turn them in pairs."""
+    vocabulary: Count
+    """Rows of the embedding; a tokenizer that is trained has as many tokens."""
+    layers: str = "full"
+    """Who stores keys and values: `full`, `cla2`, `cla2-keep-ends`, `0_0_2_2...` and so on."""
+    kv_norm: StrictBool | None = None
+    """A norm gain of their own before k and v; None = where layers are shared, as published."""
+    tie_embeddings: StrictBool = False
+    """The head is the embedding."""
+    rope_theta: AboveZero = 10000.0
+    """Base of the rotary frequencies."""
+    norm_eps: FromZero = 1e-5
+    """Of the RMS norms."""
+    init_std: AboveZero = 0.01275
+    """Standard deviation of new weights."""
+    valid: Texts = ()
+    """Held-out text of the same kinds as `data`; none = the first part of the data is held out."""
+    tokenizer: str | None = None
+    """A folder or hub name; None = byte-level BPE trained on the data."""
+    tokens: Whole
+    seq_len: Count = Field(2048, validation_alias="sequence_tokens")
+    global_batch_size: Count = Field(2048, validation_alias="batch_sequences")
+    learning_rate: AboveZero = 3e-4
+    weight_decay: FromZero = 0.1
+    save_steps: Count = 500
+    warmup_share: Share = 0.05
+    """Share of the steps in which the learning rate rises."""
+    validate_steps: Count = 500
+    """Steps between measurements on held-out text; the end is always measured."""
+    validation_tokens: Count = 4_000_000
+    """Held-out tokens, less where the text is shorter."""
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> Self:
+        kv_heads, dim, warmup = self.num_kv_heads, self.head_dim, self.warmup_share
+        refuse(
+            (self.num_heads % kv_heads, f"num_kv_heads {kv_heads}: each serves as many of the {self.num_heads} query heads: use "
+             "a divisor"),
+            (dim % 2, f"head_dim {dim}: rotary positions turn channels in pairs: use an even number"),
+            (warmup == 1, f"warmup_share {warmup:g}: it is a share of the steps: use 0 to below 1"),
+        )  # fmt: skip
+        self.layout  # noqa: B018  a pattern that does not fit is refused here
+        return self
+
+    @property
+    def layout(self) -> KVLayout:
+        """Who keeps what."""
+        return KVLayout.parse(self.layers, KVLayout.plain(self.num_layers, self.num_kv_heads, self.head_dim))
+
+    @property
+    def has_kv_norm(self) -> bool:
+        """Whether owners norm the input of k and v with a gain of their own."""
+        return len(self.layout.owners) < self.num_layers if self.kv_norm is None else self.kv_norm
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """K and V of one token at 16 bit."""
+        return token_bytes(self.layout, BYTES_16_BIT)
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the model."""
+        width, q_width = self.hidden_size, self.num_heads * self.head_dim
+        kv_width, owners = self.num_kv_heads * self.head_dim, len(self.layout.owners)
+        layer = 2 * width * q_width + 3 * width * self.intermediate_size + 2 * width
+        owner = 2 * width * kv_width + (width if self.has_kv_norm else 0)
+        embeddings = self.vocabulary * width * (1 if self.tie_embeddings else 2)
+        return self.num_layers * layer + owners * owner + embeddings + width
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.tokens // self.step_tokens
+
+    def rate_factor(self, step: int) -> float:
+        """What the learning rate is multiplied by at `step` (from 0): up in a line, then down a cosine."""
+        warmup = round(self.warmup_share * self.total_steps)
+        return cosine_factor(
+            step, start=warmup, total=self.total_steps, warmup_steps=warmup, final=self.final_learning_rate
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One published model."""
 
@@ -25,44 +216,35 @@ class Row:
     """KV heads."""
     head_dim: int
     """Channels of a head."""
-    layers: str = "full"
+    layers: str
     """Who stores keys and values."""
     kv_bytes: int
     """Published bytes of keys and values a token, at 16 bit."""
-    perplexity: float | None
+    perplexity: float
     """Published validation perplexity at a learning rate of 3e-4."""
 
 
-def _row(
-    name: str, heads: int, kv_heads: int, head_dim: int, layers: str, kv_bytes: int, perplexity: float | None
-) -> Row:
-    return Row(
-        name=name, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, layers=layers, kv_bytes=kv_bytes,
-        perplexity=perplexity,
-    )  # fmt: skip
-
-
 DESIGN_SPACE = (
-    _row("h128-mha", 16, 16, 128, "full", 163840, 13.15),
-    _row("h128-gqa4", 16, 4, 128, "full", 40960, 13.36),
-    _row("h128-gqa2", 16, 2, 128, "full", 20480, 13.52),
-    _row("h128-mqa", 16, 1, 128, "full", 10240, 13.54),
-    _row("h64-mqa", 32, 1, 64, "full", 5120, 13.81),
-    _row("h46-mqa", 45, 1, 46, "full", 3680, 13.96),
-    _row("h32-mqa", 64, 1, 32, "full", 2560, 14.37),
-    _row("h512-mqa-cla2", 4, 1, 512, "cla2", 20480, 13.49),
-    _row("h256-mqa-cla2", 8, 1, 256, "cla2", 10240, 13.51),
-    _row("h128-mqa-cla2", 16, 1, 128, "cla2", 5120, 13.60),
-    _row("h90-mqa-cla2", 22, 1, 90, "cla2", 3600, 13.73),
-    _row("h64-mqa-cla2", 32, 1, 64, "cla2", 2560, 13.89),
-    _row("h256-gqa4-cla2", 8, 4, 256, "cla2", 40960, 13.38),
-    _row("h128-gqa4-cla2", 16, 4, 128, "cla2", 20480, 13.48),
-    _row("h128-gqa2-cla2", 16, 2, 128, "cla2", 10240, 13.59),
-    _row("h128-mqa-cla3", 16, 1, 128, "cla3", 3584, 13.77),
-    _row("h128-mqa-cla4", 16, 1, 128, "cla4", 2560, 13.95),
-    _row("h128-mqa-cla2-keep-ends", 16, 1, 128, "cla2-keep-ends", 5632, 13.62),
-    _row("h128-mqa-cla2-dense-front", 16, 1, 128, "cla2-dense-front", 5632, 13.75),
-    _row("h128-mqa-cla2-dense-back", 16, 1, 128, "cla2-dense-back", 5632, 14.03),
+    Row("h128-mha", 16, 16, 128, "full", 163840, 13.15),
+    Row("h128-gqa4", 16, 4, 128, "full", 40960, 13.36),
+    Row("h128-gqa2", 16, 2, 128, "full", 20480, 13.52),
+    Row("h128-mqa", 16, 1, 128, "full", 10240, 13.54),
+    Row("h64-mqa", 32, 1, 64, "full", 5120, 13.81),
+    Row("h46-mqa", 45, 1, 46, "full", 3680, 13.96),
+    Row("h32-mqa", 64, 1, 32, "full", 2560, 14.37),
+    Row("h512-mqa-cla2", 4, 1, 512, "cla2", 20480, 13.49),
+    Row("h256-mqa-cla2", 8, 1, 256, "cla2", 10240, 13.51),
+    Row("h128-mqa-cla2", 16, 1, 128, "cla2", 5120, 13.60),
+    Row("h90-mqa-cla2", 22, 1, 90, "cla2", 3600, 13.73),
+    Row("h64-mqa-cla2", 32, 1, 64, "cla2", 2560, 13.89),
+    Row("h256-gqa4-cla2", 8, 4, 256, "cla2", 40960, 13.38),
+    Row("h128-gqa4-cla2", 16, 4, 128, "cla2", 20480, 13.48),
+    Row("h128-gqa2-cla2", 16, 2, 128, "cla2", 10240, 13.59),
+    Row("h128-mqa-cla3", 16, 1, 128, "cla3", 3584, 13.77),
+    Row("h128-mqa-cla4", 16, 1, 128, "cla4", 2560, 13.95),
+    Row("h128-mqa-cla2-keep-ends", 16, 1, 128, "cla2-keep-ends", 5632, 13.62),
+    Row("h128-mqa-cla2-dense-front", 16, 1, 128, "cla2-dense-front", 5632, 13.75),
+    Row("h128-mqa-cla2-dense-back", 16, 1, 128, "cla2-dense-back", 5632, 14.03),
 )
 """The 1B design space."""
 

@@ -1,7 +1,11 @@
 """The training loop that every kind of training shares: optimizer steps on samples in a fixed order, a curve, and checkpoints
 that are whole or not there (run_folder.py). What is minimised stands in objectives.py.
+
+One process trains, or several that torchrun started, each of which has the model's weights whole (replicas) or in part (FSDP2):
+what they sum, wait for and agree on stands here, too. Such functions are called by all of them, in the same order.
 """
 
+import atexit
 import importlib.util
 import json
 import math
@@ -9,56 +13,147 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, Self
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
-from kvfold.data.whole_file import write_whole_file
 from kvfold.errors import UserError
-from kvfold.train.data import Batch, TrainingOrder
-from kvfold.train.processes import is_sharded, leaders, place, sum_over_processes, wait_for_all, whole
+from kvfold.eval.progress import OnStep
+from kvfold.models.decoder import FoldForCausalLM
+from kvfold.record import write_whole_file
+from kvfold.train.data import TrainingOrder
 from kvfold.train.run_folder import CURVE, PARTIAL, drop_old, newest_whole, read_curve, seal, step_of
 from kvfold.train.settings import TrainSettings
 from kvfold.train.student import trained_weights
 
-_KEPT_CHECKPOINTS = 2
+if TYPE_CHECKING:
+    from kvfold.train.objectives import NextToken
 
-OnStep = Callable[[dict[str, Any]], None]
-"""Takes the figures of a step that is done."""
+_PATIENCE = timedelta(hours=12)
+"""The leading process may pack text for hours. One that dies is noticed at once, by its closed connections."""
+
+
+def join(device: torch.device, *, spreads: bool = False) -> torch.device:
+    """Meet the other processes, if there are any. Gives the device of this one. Raises `UserError` where weights are to be spread
+    over one process.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        if spreads:
+            raise UserError(
+                "fsdp: there is one process, and nothing to spread over: start it with torchrun, or leave it out"
+            )
+        return device
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=_PATIENCE)
+        atexit.register(dist.destroy_process_group)
+    return device
+
+
+def place() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_processes(tensors: Iterable[Tensor]) -> None:
+    """In place."""
+    if dist.is_initialized():
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+
+
+def wait_for_all() -> None:
+    """Until every process is here."""
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))
+
+
+def leaders(make: Callable[[], str]) -> str:
+    """What the leading process makes, in all of them."""
+    made = [make() if place()[0] == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(made, src=0, device=torch.device("cpu"))
+    return made[0]
+
+
+def shard(model: FoldForCausalLM) -> None:
+    """Spread the model's parameters, layer by layer, in place; every process has the same weights when it calls this."""
+    mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
+    for layer in model.model.layers:
+        # What is spread together has one dtype, and gates stay in fp32.
+        gates = [one for one in (layer.self_attn.fold_norm, layer.self_attn.fold_proj) if one is not None]
+        if any(weight.dtype != model.dtype for one in gates for weight in one.parameters()):
+            fully_shard(gates, mesh=mesh)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` was called on it."""
+    return isinstance(model, FSDPModule)
+
+
+def decoder_of(model: FoldForCausalLM) -> Callable[..., Any]:
+    """What takes token ids [B, T] to states before the head: the decoder, or a way through the whole model where weights are
+    spread, since that is what gathers them; it then makes one row of logits that nothing needs.
+    """
+    if not is_sharded(model):
+        return model.model
+
+    def through(ids_BT: Tensor, **options: Any) -> SimpleNamespace:
+        outputs = model(ids_BT, **options | {"logits_to_keep": 1, "output_hidden_states": True})
+        return SimpleNamespace(last_hidden_state=outputs.hidden_states[-1], **outputs)
+
+    return through
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A weight in one piece, without its gradient."""
+    return (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach()
+
+
+@torch.no_grad()
+def unsharded(model: FoldForCausalLM) -> FoldForCausalLM:
+    """A model of its own with the same weights, whole, on the same device; the same model where its weights are."""
+    if not is_sharded(model):
+        return model
+    model.reshard()
+    with torch.random.fork_rng(devices=[]):
+        plain = FoldForCausalLM(model.config).to(device=model.device, dtype=model.dtype)
+    for name, weight in plain.named_parameters():
+        weight.copy_(whole(model.get_parameter(name)))
+    return plain
+
+
+_KEPT_CHECKPOINTS = 2
 
 
 class DivergedError(RuntimeError):
     """A loss or a weight that is no number."""
 
 
-class Objective(Protocol):
-    """What is minimised, and what happens beside that. Steps are counted from 0, `done` is how many were made."""
-
-    model: nn.Module
-
-    def losses(self, step: int, batch: Batch) -> dict[str, Tensor]:
-        """`loss`, and other figures, of a part of a step's batch; the sum over all parts is the step's."""
-
-    def figures(self, done: int, sums: dict[str, Any]) -> dict[str, Any]:
-        """What the curve says of a step beyond its loss."""
-
-    def end(self, done: int) -> None:
-        """Called after a step, when its figures are told."""
-
-
 class Loop:
     """Trains the model of an objective, in `folder`. All processes make the same calls."""
 
     def __init__(
-        self, objective: Objective, samples: TrainingOrder, settings: TrainSettings, folder: Path, *, on_step: OnStep
+        self, objective: "NextToken", samples: TrainingOrder, settings: TrainSettings, folder: Path, *, on_step: OnStep
     ):
-        """The model is where it is to be trained, see processes.py. `on_step` is told of each step, on the leading process."""
+        """The model is where it is to be trained, see `join`, `shard`. `on_step` is told of each step, on the leading process."""
         self._objective, self._samples, self._settings, self._folder = objective, samples, settings, folder
         self._model, self._on_step, (rank, number) = objective.model, on_step, place()
         self._leads, self._shared, self._sharded = rank == 0, number > 1, is_sharded(objective.model)
@@ -73,6 +168,7 @@ class Loop:
         if settings.gradient_checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
         self._weights, self._optimizer = list(trained_weights(self._model).values()), _adamw(self._model, settings)
+        self._average = averages(self._model) if settings.weight_average else {}
         self._device, precision = self._model.device, settings.mixed_precision
         self._bf16 = self._device.type == "cuda" if precision == "auto" else precision == "bfloat16"
         self._rates = [settings.learning_rate * settings.rate_factor(step) for step in range(settings.total_steps)]
@@ -83,7 +179,7 @@ class Loop:
         """Train from the newest checkpoint on, or from the beginning."""
         settings, checkpoint = self._settings, newest_whole(self._folder)
         if checkpoint is not None:
-            load_checkpoint(checkpoint, self._model, self._optimizer)
+            load_checkpoint(checkpoint, self._model, self._optimizer, average=self._average)
         first = 0 if checkpoint is None else step_of(checkpoint)
         tokens, total, save_steps = settings.step_tokens, settings.total_steps, settings.save_steps
         with Curve(self._folder, done_steps=first) if self._leads else nullcontext() as curve:
@@ -100,6 +196,7 @@ class Loop:
                 self._objective.end(done)
                 if done % save_steps == 0 or done == total:
                     self._save(done)
+        put_averages(self._model, self._average)
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step. Gives its loss and the objective's other sums, as plain numbers. Raises `DivergedError`, in all
@@ -124,6 +221,11 @@ class Loop:
             group["lr"] = self._rates[step]
         self._optimizer.step()
         self._optimizer.zero_grad()
+        if self._average:
+            # The first steps, of a large rate, are soon forgotten.
+            share = max(1 - self._settings.weight_average, 1 / (step + 2))
+            for mean, weight in zip(self._average.values(), self._weights, strict=True):
+                mean.lerp_(weight.detach(), share)
         return figures
 
     def _stop(self, step: int, what: str) -> NoReturn:
@@ -141,7 +243,7 @@ class Loop:
                 self._stop(done, f"{name} is no longer finite")
         partial = Path(leaders(lambda: str(self._folder / f"{PARTIAL}{os.getpid()}")))
         try:
-            save_checkpoint(partial, self._model, self._optimizer)
+            save_checkpoint(partial, self._model, self._optimizer, self._average)
             if self._leads:
                 seal(partial, self._folder / f"checkpoint-{done}")
                 drop_old(self._folder, keep=_KEPT_CHECKPOINTS)
@@ -171,13 +273,10 @@ class Curve:
         self._file.write(json.dumps(point) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        if self._board is not None:
-            for name, value in point.items():
-                if isinstance(value, list):
-                    for index, one in enumerate(value):
-                        self._board.add_scalar(f"{name}/{index}", one, point["step"])
-                elif name != "step" and value is not None:
-                    self._board.add_scalar(name, value, point["step"])
+        for name, value in point.items() if self._board is not None else ():
+            for index, one in enumerate(value if isinstance(value, list) else [value]):
+                label = f"{name}/{index}" if isinstance(value, list) else name
+                self._board.add_scalar(label, one, point["step"])
 
     def __enter__(self) -> Self:
         return self
@@ -188,30 +287,57 @@ class Curve:
             self._board.close()
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """What learns, and the optimizer's state: each process writes its part."""
+def averages(model: nn.Module) -> dict[str, Tensor]:
+    """Room for a moving average of what learns, by name; at first what it is now."""
+    return {name: weight.detach().clone() for name, weight in trained_weights(model).items()}
+
+
+@torch.no_grad()
+def put_averages(model: nn.Module, average: Mapping[str, Tensor]) -> None:
+    """Put a moving average in the place of what learns; an empty one changes nothing."""
+    weights = trained_weights(model)
+    for name, value in average.items():
+        weights[name].copy_(value)
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor]
+) -> None:
+    """What learns, its moving average (empty = none), and the optimizer's state: each process writes its part."""
     state = {"weights": trained_weights(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    with _one_process_is_enough():
-        dcp.save(state, checkpoint_id=folder, no_dist=place()[1] == 1)
+    _move(dcp.save, state | ({"average": average} if average else {}), folder)
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Put a checkpoint's weights in their places, and the optimizer's state where one is given."""
+def load_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    average: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Put a checkpoint's weights in their places, and the optimizer's state and the moving average where one is given."""
     state: dict[str, Any] = {"weights": trained_weights(model)}
+    if average:
+        state["average"] = average
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
-    with _one_process_is_enough():
-        dcp.load(state, checkpoint_id=folder, no_dist=place()[1] == 1)
+    _move(dcp.load, state, folder)
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
 
-@contextmanager
-def _one_process_is_enough() -> Iterator[None]:
-    """Without torch's warning that there is no other."""
+def load_result(folder: Path, model: nn.Module, settings: TrainSettings) -> None:
+    """Put what a run gives into the model: a checkpoint's weights, or their moving average where the settings ask for one."""
+    average = averages(model) if settings.weight_average else {}
+    load_checkpoint(folder, model, average=average)
+    put_averages(model, average)
+
+
+def _move(save_or_load: Callable[..., Any], state: dict[str, Any], folder: Path) -> None:
+    """Without torch's warning that there is one process alone."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        save_or_load(state, checkpoint_id=folder, no_dist=place()[1] == 1)
 
 
 def _adamw(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:

@@ -1,32 +1,162 @@
-"""What a step minimises: the next token's loss, and for a retrofit a distillation and the pressure on gates.
+"""What a step minimises: the next token's loss, and for a retrofit a distillation and the pressure on gates to compress.
 
-Letters: B rows, T tokens, N positions, C model width, V vocabulary.
+Logits of all positions at once would be gigabytes. So states are taken through the head slice by slice, and each slice's
+gradient is computed on the way forward, when its logits are at hand: nothing of a slice outlives it.
+Letters: B rows, T tokens, N positions, C model width, V vocabulary, K kv heads, O owners with gates.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from kvfold.eval.scoring import next_token_logits
+from kvfold.eval.reading import next_token_logits, slices
+from kvfold.layout.kvlayout import KVLayout
+from kvfold.methods.base import Method
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.options import CallOptions
+from kvfold.models.gates import CallOptions
 from kvfold.train.data import Batch
-from kvfold.train.losses import (
-    KeptAtEnd,
-    divergence,
-    fired_shares,
-    next_token_loss,
-    ratio_loss,
-    slice_rows,
-    state_distance,
-    summed_in_slices,
-)
-from kvfold.train.processes import decoder_of, place, unsharded
-from kvfold.train.settings import RetrofitSettings
+from kvfold.train.loop import decoder_of, unsharded
+from kvfold.train.run_folder import leads
+from kvfold.train.settings import RetrofitSettings, entry_bytes
 from kvfold.train.student import GATES_OFF, Student, drawn_layout, lora_off, retention_of
+
+
+def divergence(student_NV: Tensor, teacher_NV: Tensor, kind: Literal["reverse", "forward"]) -> Tensor:
+    """How far the student's distribution is from the teacher's at each position, fp32 [N], with a gradient to the student alone:
+    `reverse` = KL(student || teacher), `forward` = KL(teacher || student).
+
+    Source: arXiv 2506.05345, section 3.
+    Differs: none in `reverse`, the published form; `forward` is an option of ours.
+    """
+    return _Divergence.apply(student_NV.float(), teacher_NV.detach().float(), kind)
+
+
+class _Divergence(torch.autograd.Function):
+    """The gradient is written down: p (log p - log q - KL) or p - q for a student p and a teacher q. Logits of a whole
+    vocabulary are what a step's time goes to beside the layers, and autograd would pass over them twice as often.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student_NV: Tensor, teacher_NV: Tensor, kind: str) -> Tensor:
+        log_p, log_q = (logits - logits.logsumexp(dim=-1, keepdim=True) for logits in (student_NV, teacher_NV))
+        p = log_p.exp()
+        if kind == "reverse":
+            gap = log_p.sub_(log_q)
+            found = torch.linalg.vecdot(p, gap)
+            slope = gap.sub_(found[:, None]).mul_(p)
+        else:
+            q = log_q.exp()
+            found = torch.linalg.vecdot(q, log_q.sub_(log_p))
+            slope = p.sub_(q)
+        ctx.save_for_backward(slope)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale_N: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return slope * scale_N[:, None], None, None
+
+
+def state_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], counts_BT: Tensor) -> Tensor:
+    """How far the states after each layer, [B, T, C] each, are from the teacher's: their squared distance as a share of the
+    teacher's square, mean over layers, summed over the positions that count.
+
+    A share of each position's own: a few positions (the first above all) are hundreds of times larger than the others.
+    """
+    total = student[0].new_zeros((), dtype=torch.float32)
+    for ours, theirs in zip(student, teacher, strict=True):
+        theirs = theirs.detach().float()
+        apart_BT = (ours.float() - theirs).square().sum(dim=-1) / theirs.square().sum(dim=-1).clamp(min=1e-12)
+        total = total + (apart_BT * counts_BT).sum()
+    return total / len(student)
+
+
+def next_token_loss(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Minus the log probability of each position's next token, fp32 [N]."""
+    return torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+
+
+def ratio_loss(fired_B: Tensor, target_share: float) -> Tensor:
+    """Mean over sequences of max(0, target - share of decisions that fired): no pressure once a sequence compresses enough.
+
+    Source: arXiv 2403.09636, section 3.2; arXiv 2506.05345, section 3.
+    Differs: per sequence always; the official maximum under tensor parallelism is also per shard of heads.
+    """
+    return (target_share - fired_B).clamp(min=0).mean()
+
+
+def fired_shares(decisions: Sequence[Tensor | None]) -> Tensor:
+    """Of each sequence, the share of decisions that fired, fp32 [B], over all layers, heads and tokens, the first token's raw
+    decision included. `decisions`: [B, K, T] of each owner, hard with a straight-through gradient, None where there are no gates.
+    """
+    given = [one for one in decisions if one is not None]
+    return sum(one.sum(dim=(1, 2)) for one in given) / sum(one[0].numel() for one in given)
+
+
+def summed_in_slices(
+    loss_of: Callable[[slice, Tensor], Tensor], states: Tensor, weights: Sequence[Tensor] = (), *, vocabulary: int
+) -> Tensor:  # fmt: skip
+    """Sum over slices of `loss_of(slice, states[slice])`, with its gradient to `states` [N, ...] and to `weights`: what `loss_of`
+    multiplies by and wants trained, such as the head's; others get no gradient.
+    """
+    return _InSlices.apply(loss_of, vocabulary, states, *[one for one in weights if one.requires_grad])
+
+
+class _InSlices(torch.autograd.Function):
+    """Gradients are computed slice by slice in `forward`; `backward` only scales them."""
+
+    @staticmethod
+    def forward(ctx, loss_of, vocabulary, states, *weights):
+        total, sums = states.new_zeros((), dtype=torch.float32), [torch.zeros_like(one) for one in (states, *weights)]
+        for part in slices(len(states), vocabulary):
+            with torch.enable_grad():
+                piece = states[part].detach().requires_grad_()
+                loss = loss_of(part, piece)
+            total += loss.detach()
+            found = torch.autograd.grad(loss, (piece, *weights))
+            for whole, one in zip((sums[0][part], *sums[1:]), found, strict=True):
+                whole += one
+        ctx.save_for_backward(*sums)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        return None, None, *[one * scale for one in ctx.saved_tensors]
+
+
+class KeptAtEnd:
+    """The real compression of a training batch: what a cache would keep of each sequence at its end, from its decisions."""
+
+    def __init__(self, layout: KVLayout, *, from_next: bool, model_bytes: int = 2):
+        """`model_bytes`: see `Retention.of`."""
+        self._methods, self._from_next = [layout.time_of(owner) for owner in layout.owners], from_next
+        self._sizes = torch.tensor([float(entry_bytes(layout, owner, model_bytes)) for owner in layout.owners])
+
+    @torch.no_grad()
+    def shares(self, decisions: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """From the decisions [B, K, T] of each owner, ascending, None where it has no gates; no row is padded. Shares of tokens,
+        mean over rows and heads, fp32: `kept_O` of each owner that has gates, `kept` of all owners, weighted by bytes. An
+        owner without gates keeps what its method says.
+        """
+        tokens, sizes = next((one.shape[2], self._sizes.to(one.device)) for one in decisions if one is not None)
+        shares = [
+            sizes.new_tensor(method.max_kept(tokens) / tokens) if one is None
+            else (kept_tokens(one, method, from_next=self._from_next) / tokens).mean()
+            for one, method in zip(decisions, self._methods, strict=True)
+        ]  # fmt: skip
+        gated = [share for share, one in zip(shares, decisions, strict=True) if one is not None]
+        return {"kept_O": torch.stack(gated), "kept": (torch.stack(shares) * sizes).sum() / sizes.sum()}
+
+
+def kept_tokens(decisions_BKT: Tensor, spec: Method, *, from_next: bool) -> Tensor:
+    """Entries that each head holds after the last token, fp32 [B, K]."""
+    tokens = decisions_BKT.shape[2]
+    return tokens - (decisions_BKT > 0.5).float()[:, :, spec.governing(tokens, from_next)].sum(dim=2)
 
 
 def ignored_tokens(model: FoldForCausalLM) -> list[int]:
@@ -37,33 +167,33 @@ def ignored_tokens(model: FoldForCausalLM) -> list[int]:
 
 
 class NextToken:
-    """The next token's loss, over the positions that count."""
+    """What is minimised, and what happens beside that: here the next token's loss, over the positions that count. Steps are
+    counted from 0, `done` is how many were made.
+    """
 
     def __init__(self, model: FoldForCausalLM, ignored: Sequence[int] = ()):
-        """`model` is in its place, see processes.py; nothing is learned at `ignored` tokens."""
+        """`model` is in its place, see loop.py; nothing is learned at `ignored` tokens."""
         self.model, self._decoder = model, decoder_of(model)
         self._ignored = torch.tensor(ignored, dtype=torch.int64, device=model.device)
 
     def losses(self, step: int, batch: Batch) -> dict[str, Tensor]:
-        """See `Objective`."""
+        """`loss`, and other figures, of a part of a step's batch; the sum over all parts is the step's."""
         states = self._decoder(batch.ids_BT, use_cache=False).last_hidden_state
-        return {"loss": self._next_token(states, batch)}
+        return {"loss": self._mean(states, batch, batch.ids_BT[:, 1:], next_token_loss)}
 
-    def _next_token(self, states_BTC: Tensor, batch: Batch) -> Tensor:
-        targets = batch.ids_BT[:, 1:].flatten()
-        return self._mean(states_BTC, batch, lambda logits, part: next_token_loss(logits, targets[part]))
-
-    def _mean(self, states_BTC: Tensor, batch: Batch, loss_of_logits: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        """What these rows add to the mean over a step's positions that count of `loss_of_logits(logits [n, V], their slice of all
-        positions)`, [n].
+    def _mean(
+        self, states_BTC: Tensor, batch: Batch, targets: Tensor, loss_of_logits: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:  # fmt: skip
+        """What these rows add to the mean over a step's positions that count of `loss_of_logits(logits [n, V], their part of
+        targets [B, T - 1, ...])`, [n].
         """
-        states, counts = states_BTC[:, :-1].flatten(0, 1), self._counted(batch).flatten()
+        counts, targets = self._counted(batch).flatten(), targets.flatten(0, 1)
 
         def loss_of(part: slice, piece_NC: Tensor) -> Tensor:
-            return (loss_of_logits(next_token_logits(self.model, piece_NC), part) * counts[part]).sum()
+            return (loss_of_logits(next_token_logits(self.model, piece_NC), targets[part]) * counts[part]).sum()
 
-        rows = slice_rows(self.model.config.vocab_size)
-        total = summed_in_slices(loss_of, states, list(self.model.lm_head.parameters()), slice_rows=rows)
+        states_NC, weights = states_BTC[:, :-1].flatten(0, 1), list(self.model.lm_head.parameters())
+        total = summed_in_slices(loss_of, states_NC, weights, vocabulary=self.model.config.vocab_size)
         return total * (1 / batch.step_positions)
 
     def _counted(self, batch: Batch) -> Tensor:
@@ -71,11 +201,11 @@ class NextToken:
         return ~torch.isin(batch.ids_BT[:, :-1], self._ignored)
 
     def figures(self, done: int, sums: dict[str, Any]) -> dict[str, Any]:
-        """Nothing more."""
+        """What the curve says of a step beyond its loss."""
         return {}
 
     def end(self, done: int) -> None:
-        """Nothing is to be done."""
+        """Called after a step, when its figures are told."""
 
 
 class Distillation(NextToken):
@@ -90,8 +220,9 @@ class Distillation(NextToken):
         """
         super().__init__(student.model, ignored)
         self._student, self._settings, self._on_unit = student, settings, on_unit
+        self._holds_states, kept = settings.hidden_loss_weight > 0, student.kept
         self._kl, self._compresses = settings.distils, settings.compresses
-        self._holds_states = settings.hidden_loss_weight > 0
+        self._main = "next_token_loss" if self._kl == "none" else "distillation"
         retention = retention_of(student.model, settings) if settings.compresses else None
         self.targets = settings.stages.targets(retention)
         if settings.compresses:
@@ -99,61 +230,53 @@ class Distillation(NextToken):
             bytes_ = student.model.dtype.itemsize
             self._kept = KeptAtEnd(student.model.config.layout, from_next=from_next, model_bytes=bytes_)
         self._frees = settings.compresses and settings.trains == "full" and settings.spec.gate_form.zero_out
+        self._teacher = self._asked
+        if kept is not None:
+            self._teacher = lambda ids: (kept.of(ids, lambda missing: self._asked(missing)[-1]),)
         if student.teacher is not None:  # each process has a device of its own
             student.teacher.to(student.model.device)
 
     def losses(self, step: int, batch: Batch) -> dict[str, Tensor]:
-        """See `Objective`; with the ratio loss where gates decide."""
-        target = self.targets[step]
+        """With the ratio loss where gates decide."""
+        target, settings, ids = self.targets[step], self._settings, batch.ids_BT
         gated = self._compresses and target.channel_factor is None
         if gated and self._frees and not self.model.config.channel_freed:
             # Once, before gates first decide; in a run that goes on the weights of its checkpoint have it.
-            self.model.free_channel(write=step == self._settings.stages.zero_out_steps)
+            self.model.free_channel(write=step == settings.stages.zero_out_steps)
         asked = {"output_decisions": True, "noise_key": batch.noise_key_B} if gated else {}
-        teacher = self._taught(batch.ids_BT)
+        teacher = () if self._kl == "none" else self._teacher(ids)
         if target.channel_factor is not None or self._student.widest is not None:
             asked["options"] = self._options(step)
-        outputs = self._decoder(batch.ids_BT, use_cache=False, output_hidden_states=self._holds_states, **asked)
-        states = outputs.last_hidden_state
-        main = self._distilled(states, teacher[-1], batch) if teacher else self._next_token(states, batch)
-        parts = {"loss": main, "main": main}
+        outputs = self._decoder(ids, use_cache=False, output_hidden_states=self._holds_states, **asked)
+        wanted = (teacher[-1][:, :-1], self._from_teacher) if teacher else (ids[:, 1:], next_token_loss)
+        main = self._mean(outputs.last_hidden_state, batch, *wanted)
+        parts = {"loss": main, self._main: main}
         if self._holds_states:
             ours, theirs = ([one[:, :-1] for one in layers[1:]] for layers in (outputs.hidden_states, teacher))
-            apart = state_distance(ours, theirs, self._counted(batch)) * (1 / batch.step_positions)
-            parts |= {"loss": main + self._settings.hidden_loss_weight * apart, "state_distance": apart}
+            parts["state_distance"] = state_distance(ours, theirs, self._counted(batch)) * (1 / batch.step_positions)
+            parts["loss"] = main + settings.hidden_loss_weight * parts["state_distance"]
         if gated:
-            rows_share, fired_B = len(batch.ids_BT) / batch.step_rows, fired_shares(outputs.decisions)
-            ratio = self._settings.ratio_weight * ratio_loss(fired_B, target.share)
+            rows_share, fired_B = len(ids) / batch.step_rows, fired_shares(outputs.decisions)
+            ratio = settings.ratio_weight * ratio_loss(fired_B, target.share)
             parts["loss"] = parts["loss"] + ratio * rows_share
             told = {"share": fired_B.mean(), **self._kept.shares(outputs.decisions)}
             parts |= {name: rows_share * mean for name, mean in told.items()}
         return parts
 
-    def _taught(self, ids_BT: Tensor) -> tuple[Tensor, ...]:
-        """What the teacher has before its head, [B, T, C], or what goes into each layer, too; none where nothing is distilled."""
-        if self._kl == "none":
-            return ()
-        kept = self._student.kept
-        return self._asked(ids_BT) if kept is None else (kept.of(ids_BT, lambda missing: self._asked(missing)[-1]),)
-
     @torch.no_grad()
     def _asked(self, ids_BT: Tensor) -> tuple[Tensor, ...]:
-        """The teacher: a model of its own, or the student's weights with what is trained switched off."""
-        student, of_layers = self._student, self._holds_states
-        decoder = self._decoder if student.teacher is None else student.teacher.model
-        with lora_off(self.model) if student.has_lora else nullcontext():
-            outputs = decoder(ids_BT, use_cache=False, output_hidden_states=of_layers, options=GATES_OFF)
-        return outputs.hidden_states if of_layers else (outputs.last_hidden_state,)
+        """What the teacher has before its head, [B, T, C], or what goes into each layer, too: a model of its own, or the
+        student's weights with what is trained switched off.
+        """
+        decoder = self._decoder if self._student.teacher is None else self._student.teacher.model
+        with lora_off(self.model) if self._student.has_lora else nullcontext():
+            outputs = decoder(ids_BT, use_cache=False, output_hidden_states=self._holds_states, options=GATES_OFF)
+        return outputs.hidden_states if self._holds_states else (outputs.last_hidden_state,)
 
-    def _distilled(self, states_BTC: Tensor, teacher_BTC: Tensor, batch: Batch) -> Tensor:
-        theirs_NC, head = teacher_BTC[:, :-1].flatten(0, 1), self._student.teacher or self.model
-
-        def loss_of_logits(logits_NV: Tensor, part: slice) -> Tensor:
-            with torch.no_grad():
-                theirs = next_token_logits(head, theirs_NC[part])
-            return divergence(logits_NV, theirs, self._kl)
-
-        return self._mean(states_BTC, batch, loss_of_logits)
+    def _from_teacher(self, logits_NV: Tensor, theirs_NC: Tensor) -> Tensor:
+        with torch.no_grad():
+            theirs_NV = next_token_logits(self._student.teacher or self.model, theirs_NC)
+        return divergence(logits_NV, theirs_NV, self._kl)
 
     def _options(self, step: int) -> CallOptions:
         """What a step's call asks for while a channel fades out, or where sharing is drawn."""
@@ -163,24 +286,21 @@ class Distillation(NextToken):
         return CallOptions(channel_factor=factor, sharing=sharing)
 
     def figures(self, done: int, sums: dict[str, Any]) -> dict[str, Any]:
-        """The loss's parts, and the compression that was asked for and came out."""
-        told = {"next_token_loss" if self._kl == "none" else "distillation": sums["main"]}
-        if self._holds_states:
-            told["state_distance"] = sums["state_distance"]
-        if not self._compresses:
-            return told
+        """The loss's parts, and the compression that was asked for and came out; it is 1 as long as gates are off."""
         target = self.targets[done - 1]
-        told |= {"target_compression": target.compression, "target_nominal_compression": 1 / (1 - target.share)}
-        if "kept" not in sums:  # gates are still off
-            return told | {"compression": 1.0, "nominal_compression": 1.0}
-        told |= {"compression": 1 / sums["kept"], "layer_compression": [1 / one for one in sums["kept_O"]]}
-        nominal = 1 / (1 - min(sums["share"], 1 - 1e-9))
-        return told | {"ratio_share": sums["share"], "nominal_compression": nominal}
+        told = {name: sums[name] for name in (self._main, "state_distance") if name in sums}
+        if self._compresses:
+            told |= {
+                "target_compression": target.compression, "target_nominal_compression": 1 / (1 - target.share),
+                "compression": 1 / sums.get("kept", 1), "nominal_compression": 1 / (1 - min(sums.get("share", 0), 1 - 1e-9)),
+            }  # fmt: skip
+        if "kept" in sums:
+            told |= {"layer_compression": [1 / one for one in sums["kept_O"]], "ratio_share": sums["share"]}
+        return told
 
     def end(self, done: int) -> None:
         """The ramp's whole compressions are told."""
-        unit = self.targets[done - 1].unit
-        if unit is not None:
+        if (unit := self.targets[done - 1].unit) is not None:
             model = unsharded(self.model)
-            if place()[0] == 0:
+            if leads():
                 self._on_unit(unit, model)

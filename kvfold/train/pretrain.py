@@ -8,7 +8,7 @@ Letters: N sequences, B rows, T tokens.
 import itertools
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,27 +19,29 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kvfold.errors import UserError
-from kvfold.eval.progress import Report, silent
-from kvfold.eval.scoring import next_token_logits
+from kvfold.eval.progress import OnStep, Report, silent
+from kvfold.eval.reading import next_token_logits
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.train.data import TrainingOrder
-from kvfold.train.design_space import recipes
-from kvfold.train.loop import DivergedError, Loop, OnStep, load_checkpoint
-from kvfold.train.losses import next_token_loss
-from kvfold.train.objectives import NextToken
-from kvfold.train.packing import prepare_text, read_text
-from kvfold.train.pretrain_settings import PretrainSettings
-from kvfold.train.processes import check_processes, join, place, shard, sum_over_processes, unsharded, wait_for_all
-from kvfold.train.results import pretrain_card, staged, write_model
-from kvfold.train.run_folder import RunFolder, leads, read_curve
+from kvfold.train.data import TrainingOrder, prepare_text, read_text
+from kvfold.train.design_space import PretrainSettings, recipes
+from kvfold.train.loop import (
+    DivergedError,
+    Loop,
+    join,
+    load_result,
+    place,
+    shard,
+    sum_over_processes,
+    unsharded,
+    wait_for_all,
+)
+from kvfold.train.objectives import NextToken, next_token_loss
+from kvfold.train.run_folder import RunFolder, leads, read_curve, staged
+from kvfold.train.student import write_model
 
 _CURVE_POINTS = 60
 """Of a result's curve: each the mean of neighbouring steps."""
-
-
-def _nobody(point: dict[str, Any]) -> None:
-    """Nobody listens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,14 +58,12 @@ class Pretrain:
     about: dict[str, Any] = field(default_factory=dict)
     """For the card: command, version, commit, hardware."""
     report: Report = silent
-    on_step: OnStep = _nobody
+    on_step: OnStep = lambda point: None
 
     def run(self) -> dict[str, Any]:
         """Train, or go on training, and write the result. Gives its facts, on the main process."""
-        if self.settings.fsdp:
-            check_processes()
         with self.folder.locked() if leads() else nullcontext():
-            return self._run(join(self.device))
+            return self._run(join(self.device, spreads=self.settings.fsdp))
 
     def _run(self, device: torch.device) -> dict[str, Any]:
         if leads():
@@ -80,7 +80,7 @@ class Pretrain:
     def _train(self, model: torch.nn.Module, train_NT: Tensor, held_out_NT: Tensor) -> None:
         settings, checkpoint, done = self.settings, self.folder.checkpoint, self.folder.done_steps
         if done >= settings.total_steps:
-            load_checkpoint(checkpoint, model)
+            load_result(checkpoint, model, settings)
             return
         samples = TrainingOrder(
             train_NT, steps=settings.total_steps, batch=settings.global_batch_size, seed=settings.seed
@@ -267,3 +267,42 @@ def copy_result(best: Path, out: Path, *, card: str) -> None:
         for file in best.iterdir():
             if file.is_file():
                 shutil.copy2(file, folder / file.name)
+
+
+def pretrain_card(settings: PretrainSettings, facts: Mapping[str, Any], out: Path) -> str:
+    """The text of the card. `facts`: see pretrain.py, which gathers them."""
+    held = ", ".join(Path(name).name for name in settings.valid) or "the first part of the data, not trained on"
+    lines = [
+        f"# {out.name}",
+        "",
+        f"A language model of {facts['parameters']:,} weights, trained from scratch by `kvfold train {facts['recipe']}`.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| layers | {settings.num_layers}, of which {len(settings.layout.owners)} store keys and values (`{settings.layers}`) |",
+        f"| heads | {settings.num_heads} query heads and {settings.num_kv_heads} KV heads of {settings.head_dim} channels |",
+        f"| width | {settings.hidden_size}, feed-forward {settings.intermediate_size}, vocabulary {settings.vocabulary:,} |",
+        f"| KV cache | {facts['kv_bytes_per_token']:,} bytes a token at 16 bit |",
+        f"| tokens | {facts['tokens']:,}, in sequences of {settings.seq_len:,}, {settings.global_batch_size} a step |",
+        f"| learning rate | {settings.learning_rate:g} at its highest, warm-up {100 * settings.warmup_share:g} % of the steps, "
+        f"cosine to {100 * settings.final_learning_rate:g} % |",
+        f"| optimizer | AdamW ({settings.beta1:g}, {settings.beta2:g}), weight decay {settings.weight_decay:g}, "
+        f"clip {settings.max_grad_norm:g}, new weights N(0, {settings.init_std:g}²) |",
+        f"| seed | {settings.seed} |",
+        f"| data | {', '.join(Path(name).name for name in settings.data)} |",
+        f"| held-out text | {held} |",
+        f"| held-out perplexity | {facts['validation_perplexity']:.2f}, on {facts['validation_tokens']:,} tokens |",
+        f"| hardware | {facts['hardware']} |",
+        f"| time | {facts['seconds'] / 60:.1f} minutes of training |",
+        f"| kvfold | {facts['version']}, commit {facts['git_commit'] or 'not known'} |",
+        "",
+        f"Made by `{facts['command']}`.",
+        "",
+        "```python",
+        "import kvfold",
+        "",
+        f'model, tokenizer = kvfold.load("{out.name}"), kvfold.load_tokenizer("{out.name}")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

@@ -6,7 +6,7 @@ Every step that takes long leaves a note in the run's folder, so that the same c
 import hashlib
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,19 +15,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kvfold.data.whole_file import write_whole_file
 from kvfold.errors import UserError
-from kvfold.eval.folding import Protocol
 from kvfold.eval.perplexity import measure_quality
-from kvfold.eval.progress import Report, silent
+from kvfold.eval.progress import OnStep, Report, silent
+from kvfold.eval.reading import Protocol
 from kvfold.models.adapters import Base
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.train.calibrate import calibrate, least_missed_channel, measure_kept_ratios
+from kvfold.record import write_whole_file
+from kvfold.train.calibrate import calibrate, least_missed_channel, measure_kept_ratios, warm_start
 from kvfold.train.data import TrainingOrder, TrainingText, draw_text
-from kvfold.train.loop import Loop, OnStep, load_checkpoint
+from kvfold.train.loop import Loop, join, load_result, shard, unsharded
 from kvfold.train.objectives import Distillation, ignored_tokens
-from kvfold.train.processes import check_processes, join, shard, unsharded
-from kvfold.train.results import write_card, write_trained
 from kvfold.train.run_folder import RunFolder, leads, read_curve, step_of
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import (
@@ -38,15 +36,11 @@ from kvfold.train.student import (
     retention_of,
     trained_weights,
     widest_layout,
+    write_trained,
 )
-from kvfold.train.warm_start import warm_start
 
 MEASURED_WINDOWS = 8
 """Windows of held-out text that the card's figures come from."""
-
-
-def _nobody(point: dict[str, Any]) -> None:
-    """Nobody listens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,17 +62,15 @@ class Retrofit:
     snapshot: Path | None = None
     """A folder for the newest checkpoint as a result of its own; nothing is trained then."""
     report: Report = silent
-    on_step: OnStep = _nobody
+    on_step: OnStep = lambda point: None
 
     def run(self) -> dict[str, Any]:
         """Train, or go on training, and write the result. Gives the facts of the card, on the main process."""
-        if self.settings.fsdp:
-            check_processes()
         with self.folder.locked() if leads() and self.snapshot is None else nullcontext():
             return self._run()
 
     def _run(self) -> dict[str, Any]:
-        self.model.to(join(self.model.device))
+        self.model.to(join(self.model.device, spreads=self.settings.fsdp))
         widest_layout(self.model, self.settings)  # refused before anything takes long
         check_method(self.model, self.settings)
         if self.settings.hidden_loss_weight and self.teacher is not None:
@@ -146,7 +138,7 @@ class Retrofit:
 
     def _load(self, checkpoint: Path) -> None:
         settings = self.settings
-        load_checkpoint(checkpoint, self.model)
+        load_result(checkpoint, self.model, settings)
         if settings.compresses and settings.trains == "full" and settings.spec.gate_form.zero_out:
             # The rows go before the step after.
             self.model.free_channel(write=step_of(checkpoint) <= settings.stages.zero_out_steps)
@@ -234,3 +226,120 @@ def device_name(device: torch.device, processor: str) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor}, {torch.get_num_threads()} threads"
+
+
+_WHAT = {"adapter": "An adapter", "lora": "A low-rank adapter", "full": "A model"}
+
+
+def write_card(settings: RetrofitSettings, facts: Mapping[str, Any], out: Path) -> str:
+    """The text of the card. `facts`: see retrofit.py, which gathers them."""
+    method = f"`{settings.time}`" if settings.compresses else "no method (plain uptraining)"
+    if settings.control:
+        method = f"no method: the control of a retrofit with `{settings.time}`"
+    lines = [
+        f"# {out.name}",
+        "",
+        f"{_WHAT[settings.trains]} for {facts['base']}, written by `kvfold retrofit`.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base | {facts['base']} |",
+        f"| method | {method} |",
+        *_method_rows(settings, facts),
+        f"| trained weights | {facts['trained_parameters']:,} ({_trained(settings)}) |",
+        f"| loss | {_loss(settings)} |",
+        f"| tokens | {facts['tokens']:,}{_of_planned(facts)}, in sequences of {settings.seq_len:,} |",
+        f"| data | {', '.join(Path(name).name for name in settings.data)} |",
+        f"| hardware | {facts['hardware']} |",
+        f"| time | {facts['seconds'] / 60:.1f} minutes of training |",
+        *_measured_rows(settings, facts),
+        f"| control | {_control(settings)} |",
+        f"| kvfold | {facts['version']}, commit {facts['git_commit'] or 'not known'} |",
+        "",
+        f"Made by `{facts['command']}`.",
+        "",
+        *_use(settings, out),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _method_rows(settings: RetrofitSettings, facts: Mapping[str, Any]) -> list[str]:
+    if not settings.compresses:
+        return []
+    rows = [
+        f"| compression asked for | {settings.compression:g} at the end of {settings.seq_len:,} tokens, window included "
+        f"({facts['nominal']:.2f} by the gates alone) |",
+        f"| decisions | from {'an adapter' if settings.gate_source == 'adapter' else 'a freed channel'}, "
+        f"{_decides(settings)}, one for each {'KV head' if settings.per == 'head' else 'layer'} |",
+    ]
+    if facts.get("freed"):
+        found = facts["freed"]
+        rows.append(
+            f"| freed channel | {found['channel']}, the one missed least: KL {found['kl']:.3f} without it, "
+            f"{found['kl_of_last']:.3f} without the last |"
+        )
+    if facts.get("warm_start"):
+        rows.append(
+            f"| warm start | gates fitted to {facts['warm_start']['tokens']:,} tokens without back-propagation |"
+        )
+    if facts.get("calibration"):
+        found = facts["calibration"]
+        rows.append(
+            f"| calibrated | all gates shifted by {found['shift']:+.3f} on held-out text: {found['before']:.2f} before, "
+            f"{found['after']:.2f} after |"
+        )
+    return rows
+
+
+def _of_planned(facts: Mapping[str, Any]) -> str:
+    """What a snapshot says of the run that it was taken from."""
+    return f" of {facts['planned_tokens']:,} planned" if "planned_tokens" in facts else ""
+
+
+def _decides(settings: RetrofitSettings) -> str:
+    if settings.gated and "next" not in settings.spec.gate_form.reads:
+        return "each token's own"
+    return "each token's own" if settings.reads == "own" else "the next token's"
+
+
+def _trained(settings: RetrofitSettings) -> str:
+    return {"adapter": "gates alone", "lora": f"rank {settings.rank} on q, k, v, o", "full": "all"}[settings.trains]
+
+
+def _loss(settings: RetrofitSettings) -> str:
+    if settings.distils == "none":
+        return "next token"
+    towards = "student from teacher" if settings.distils == "reverse" else "teacher from student"
+    return f"KL of {towards}" + (
+        f", teacher {Path(settings.teacher).name}" if settings.teacher else ", teacher the original"
+    )
+
+
+def _measured_rows(settings: RetrofitSettings, facts: Mapping[str, Any]) -> list[str]:
+    before, after = facts["before"], facts["after"]
+    # With a teacher of its own, what is trained was converted first.
+    start = "the original" if settings.teacher is None else f"{facts['base']} before training"
+    rows = [
+        f"| held-out perplexity of {start} | {before['perplexity']:.2f} |",
+        f"| held-out perplexity of the result | {after['perplexity']:.2f} "
+        f"({100 * (after['perplexity'] / before['perplexity'] - 1):+.1f} %), on {after['tokens']:,} tokens in windows of "
+        f"{after['context_tokens']:,} |",
+    ]
+    if after.get("compression"):
+        rows.insert(0, f"| compression reached on held-out text | {after['compression']:.2f}, window included |")
+    return rows
+
+
+def _control(settings: RetrofitSettings) -> str:
+    if settings.control:
+        return "this is one"
+    if settings.trains == "adapter":
+        return "the original: its weights are frozen"
+    return "not in this folder: the same command with `--control` makes it" if settings.compresses else "the original"
+
+
+def _use(settings: RetrofitSettings, out: Path) -> list[str]:
+    if settings.trains == "full":
+        return ["```python", "import kvfold", "", f'model = kvfold.load("{out.name}")', "```"]
+    return ["```python", "import kvfold", "", f'model = kvfold.load(base, adapter="{out.name}")', "```"]

@@ -1,28 +1,23 @@
 """The folder of a run: what it was started with, its curve and its checkpoints, so that the same command goes on.
 
 `OUT/training/` holds them; the result itself lies in `OUT`. A checkpoint is written under another name, flushed to the disk,
-renamed, and only then marked as whole: whatever moment the writer dies at, a reader finds the marked ones whole. While it
-runs, a bar or a line once in a while says how far it is. No torch.
+renamed, and only then marked as whole: whatever moment the writer dies at, a reader finds the marked ones whole. No torch.
 """
 
 import contextlib
 import fcntl
 import json
-import math
 import os
 import re
 import shutil
-import time as clock
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from kvfold.data.whole_file import write_whole_file
 from kvfold.errors import UserError
+from kvfold.record import write_whole_file
 
 MAY_DIFFER = ("micro_batch_size", "save_steps", "gradient_checkpointing", "teacher_states")
 """Settings that a run may go on with another value of: they bear on time, memory and rounding alone."""
@@ -30,6 +25,8 @@ CURVE = "curve.jsonl"
 _MARK = "whole.json"
 PARTIAL = ".partial-"
 """What the names of folders begin with that are not whole yet."""
+_LAST = {"adapter.json": 1, "config.json": 1}
+"""A folder is loaded by these, so they come last."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 _DTYPE = "float32"
 """Of a run whose note says nothing of it."""
@@ -63,7 +60,12 @@ class RunFolder:
             raise UserError(f"{self.out}: a file is in the way: name a folder that is not there yet") from None
         handle = os.open(self.out, os.O_RDONLY)
         try:
-            self._lock(handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.out}: another process trains in this folder: wait until it ends, or name another folder"
+                ) from None
             yield
         finally:
             os.close(handle)
@@ -71,22 +73,15 @@ class RunFolder:
                 for path in made:
                     path.rmdir()
 
-    def _lock(self, handle: int) -> None:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{self.out}: another process trains in this folder: wait until it ends, or name another folder"
-            ) from None
-
-    def check(self, source: str, settings: Any, dtype: str = _DTYPE) -> None:
-        """`source`: the model that is trained on, or the recipe; `settings`: see `TrainSettings`; `dtype`:
-        of weights that don't learn. Writes nothing.
-        Raises `UserError` where a run with other settings lies there, or something else is in the way.
+    def check(self, source: str, settings: Any, dtype: str = _DTYPE) -> dict[str, Any]:
+        """The note of a run. `source`: the model that is trained on, or the recipe; `settings`: see `TrainSettings`; `dtype`: of
+        weights that don't learn. Writes nothing. Raises `UserError` where a run with other settings lies there, or something
+        else is in the way.
         """
+        here = {"source": source, "dtype": dtype, "settings": settings.model_dump(mode="json")}
         there = self.read("run")
         if there is not None:
-            for name, old, new in _differences(there, _run(source, settings, dtype), settings):
+            for name, old, new in _differences(there, here, settings):
                 raise UserError(
                     f"{self.out}: a run lies there with {name} {old!r}, not {new!r}: "
                     "give the same settings to go on, or another folder"
@@ -95,11 +90,11 @@ class RunFolder:
             raise UserError(f"{self.out}: a file is in the way: name a folder that is not there yet")
         elif self.out.is_dir() and any(self.out.iterdir()):
             raise UserError(f"{self.out}: the folder holds something else: name a new one, or empty it")
+        return here
 
     def begin(self, source: str, settings: Any, dtype: str = _DTYPE) -> None:
         """Begin a run, or go on with the one that lies there; see `check`."""
-        self.check(source, settings, dtype)
-        self.write("run", _run(source, settings, dtype))
+        self.write("run", self.check(source, settings, dtype))
 
     def keep_text(self, digest: str) -> None:
         """Note which text is trained on. Raises `UserError` where it was another one."""
@@ -131,8 +126,8 @@ class RunFolder:
             return None
 
     def finished(self) -> dict[str, Any] | None:
-        """The facts of a run whose model lies there, whole; else None."""
-        return self.read("done") if (self.out / "config.json").is_file() else None
+        """The facts of a run whose result lies there, whole; else None."""
+        return self.read("done") if any((self.out / name).is_file() for name in _LAST) else None
 
     def write(self, name: str, note: Mapping[str, Any]) -> None:
         """Keep a note; it is there whole or not at all."""
@@ -153,25 +148,14 @@ def leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _run(source: str, settings: Any, dtype: str) -> dict[str, Any]:
-    return {"source": source, "dtype": dtype, "settings": settings.model_dump(mode="json")}
-
-
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any], settings: Any) -> list[tuple[str, Any, Any]]:
     """Names with their old and new values. A setting that the run was begun without, since it is newer, had its default."""
     defaults = {name: one.default for name, one in type(settings).model_fields.items()}
     before = {**defaults, **(there.get("settings") or {})}
-    found = [
-        (name, before.get(name), value)
-        for name, value in here["settings"].items()
-        if before.get(name) != value and name not in MAY_DIFFER
-    ]
     # A setting may be called `source` as well.
-    for name, default in (("dtype", _DTYPE), ("source", None)):
-        old, new = there.get(name, default), here[name]
-        if old != new:
-            found.insert(0, (name.upper() if name == "source" else name, old, new))
-    return found
+    pairs = [("SOURCE", there.get("source"), here["source"]), ("dtype", there.get("dtype", _DTYPE), here["dtype"])]
+    pairs += [(name, before.get(name), new) for name, new in here["settings"].items() if name not in MAY_DIFFER]
+    return [(name, old, new) for name, old, new in pairs if old != new]
 
 
 def seal(staged: Path, final: Path) -> None:
@@ -191,7 +175,7 @@ def seal(staged: Path, final: Path) -> None:
 
 def newest_whole(folder: Path) -> Path | None:
     """The marked checkpoint of the highest step whose files are all there at their sizes; None if there is none."""
-    return next((path for _, path in reversed(_numbered(folder)) if is_whole(path)), None)
+    return next(filter(is_whole, _newest_first(folder)), None)
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -212,17 +196,16 @@ def drop_old(folder: Path, *, keep: int) -> None:
     """Remove all but the newest `keep` whole checkpoints, and what is not whole."""
     for left in folder.glob(f"{PARTIAL}*"):  # by writers that died: one process at a time trains in a folder
         shutil.rmtree(left, ignore_errors=True)
-    found = [path for _, path in reversed(_numbered(folder))]
-    whole = [path for path in found if is_whole(path)]
+    found = _newest_first(folder)
+    kept = list(filter(is_whole, found))[:keep]
     for path in found:
-        if path not in whole[:keep]:
+        if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    if not folder.is_dir():
-        return []
-    return sorted((int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
+def _newest_first(folder: Path) -> list[Path]:
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in found if _NAME.fullmatch(path.name)), key=step_of, reverse=True)
 
 
 def _flush(path: Path) -> None:
@@ -245,64 +228,17 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
     return points
 
 
-_SECONDS_BETWEEN_LINES = 60.0
-"""Where stderr is no terminal, a line as often as this says how far training is."""
-
-OnStep = Callable[[dict[str, Any]], None]
-
-
 @contextmanager
-def watched_steps(total: int, done: int, say: Callable[[str], None]) -> Iterator[OnStep]:
-    """Inside, what is to be told of each step: with its loss, and the compression where there is one. `say` prints a line."""
-    console = Console(stderr=True)
-    if console.is_interactive:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("training"), BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn())
-        bar = Progress(*columns, TextColumn("left, {task.fields[told]}"), console=console)
-        task = bar.add_task("training", total=total, completed=done, told="", start=False)
-
-        def draw(point: dict[str, Any]) -> None:
-            if not bar.live.is_started:
-                bar.start()
-                bar.start_task(task)
-            bar.update(task, completed=point["step"], told=_told(point))
-            if point["step"] >= total:
-                bar.stop()
-
-        try:
-            yield draw
-        finally:
-            if bar.live.is_started:
-                bar.stop()
-    else:
-        yield _Lines(total, done, say).add
-
-
-class _Lines:
-    """A line once in a while."""
-
-    def __init__(self, total: int, done: int, say: Callable[[str], None]):
-        self._total, self._first, self._say = total, done, say
-        self._last, self._begun = clock.monotonic(), None
-
-    def add(self, point: dict[str, Any]) -> None:
-        """A step is done."""
-        now = clock.monotonic()
-        if self._begun is None:
-            # What came before the first step, such as fitted gates, says nothing of the pace.
-            self._begun = now - point["seconds"]
-        if now - self._last < _SECONDS_BETWEEN_LINES and "validation_perplexity" not in point:
-            return
-        self._last = now
-        left = (now - self._begun) / (point["step"] - self._first) * (self._total - point["step"])
-        self._say(f"step {point['step']:,} of {self._total:,}, {math.ceil(left / 60)} min left; {_told(point)}")
-
-
-def _told(point: dict[str, Any]) -> str:
-    told = f"loss {point['loss']:.3f}"
-    if "compression" in point:
-        told += f", compression {point['compression']:.2f} of {point['target_compression']:.2f}"
-    if "validation_perplexity" in point:
-        told += f", held-out perplexity {point['validation_perplexity']:.2f}"
-    return told
+def staged(folder: Path, card: str | None) -> Iterator[Path]:
+    """A folder to write in, whose files then take their places."""
+    partial = folder / f".partial-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
+        for file in sorted(partial.iterdir(), key=lambda path: (_LAST.get(path.name, 0), path.name)):
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -8,21 +8,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
 from kvfold.errors import UserError
 from kvfold.eval.cells import layout_key, model_key
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
+from kvfold.models.adapters import ABOUT, WEIGHTS, AdapterAbout, Base
+from kvfold.models.blocks import unpack
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.options import CallOptions
-from kvfold.models.packing import unpack
-from kvfold.train.schedules import Retention
-from kvfold.train.settings import RetrofitSettings
+from kvfold.models.gates import CallOptions
+from kvfold.train.run_folder import staged
+from kvfold.train.settings import Retention, RetrofitSettings
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATE_MODULES = ("fold_norm", "fold_proj")
@@ -234,3 +237,69 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """What learns, by name."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def write_trained(
+    model: FoldForCausalLM,
+    tokenizer: Any,
+    settings: RetrofitSettings,
+    base: Base,
+    folder: Path,
+    *,
+    card: str | None = None,
+    tokens: int | None = None,
+) -> None:
+    """The adapter or the whole model in `folder`, with the card where there is one; what else lies there stays. `tokens`:
+    trained on, where that is known.
+    """
+    with staged(folder, card) as place:
+        if settings.trains == "full":
+            before = model.config.trained_tokens
+            if tokens is not None:
+                model.config.trained_tokens = (before or 0) + tokens
+            _write_model(model, tokenizer, place)
+            model.config.trained_tokens = before  # a snapshot is not the end
+        else:
+            _write_adapter(model, base, place, tokens)
+
+
+def write_model(model: FoldForCausalLM, tokenizer: Any, folder: Path, *, card: str) -> None:
+    """A model's folder, with its card; what else lies there stays."""
+    with staged(folder, card) as place:
+        _write_model(model, tokenizer, place)
+
+
+def _write_model(model: FoldForCausalLM | GenerationMixin, tokenizer: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _write_adapter(model: FoldForCausalLM, base: Base, folder: Path, tokens: int | None) -> None:
+    weights = {
+        name: weight for name, weight in model.named_parameters() if name.split(".")[-2] in GATE_MODULES
+    }  # fmt: skip
+    layers = lora_layers(model)
+    scales = {layer.scaling["default"] for layer in layers.values()}
+    assert len(scales) <= 1
+    for name, layer in layers.items():
+        weights[f"{name}.lora_A"], weights[f"{name}.lora_B"] = (
+            layer.lora_A["default"].weight,
+            layer.lora_B["default"].weight,
+        )
+    config = model.config
+    learned = config.gates is not None
+    about = AdapterAbout(
+        base=base, time=config.layout.time_text() if learned else None, gates=config.gates,
+        lora={"scale": scales.pop()} if scales else None, trained_tokens=tokens,
+        kept_ratios=config.kept_ratios if learned else None,
+    )  # fmt: skip
+    assert weights, "nothing was trained that an adapter could hold"
+    save_adapter(about, weights, folder)
+
+
+def save_adapter(about: AdapterAbout, weights: dict[str, Tensor], folder: Path) -> None:
+    """The files of an adapter; a folder is loaded by the last."""
+    told = {"device": "cpu", "dtype": torch.float32}
+    save_file({name: weight.detach().to(**told).contiguous() for name, weight in weights.items()}, folder / WEIGHTS)
+    (folder / ABOUT).write_text(about.to_text(), encoding="utf-8")

@@ -7,8 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from byte_tokenizer import byte_tokenizer
 from kvfold.bench import decode
 from kvfold.bench.decode import POINTS, Point, bench_decode, text_prompts
-from kvfold.data.texts import TextFile
-from kvfold.eval.peer import load_theirs
+from kvfold.data import TextFile
+from kvfold.eval.cells import load_theirs
 from kvfold.models.load import load
 
 POINT = Point(name="3 x (12 + 6)", batch=3, prompt_tokens=12, new_tokens=6)
@@ -128,7 +128,7 @@ def test_methods_beside_each_other_at_text(ours):
 
 
 def test_padding_is_on_the_left_and_ragged():
-    ids, mask = decode._prompt(POINT, decode._random_ids(POINT, 97, seed=0), pads=True)
+    ids, mask = decode._prompt(POINT, decode.random_ids(POINT, 97), pads=True)
     assert ids.shape == mask.shape == (3, 12)
     pads = (mask == 0).sum(dim=1)
     assert bool((pads >= 1).all())

@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from byte_tokenizer import byte_tokenizer
-from kvfold.bench.document import chosen_heads, read_document, token_states
-from kvfold.data.texts import TextFile
-from kvfold.data.windows import text_beginning
+from kvfold.bench.reading import chosen_heads, read_document, token_states
+from kvfold.data import TextFile, text_beginning
 from kvfold.methods.gates import GateConfig
 from kvfold.methods.registry import parse_time
-from kvfold.train.losses import kept_tokens
+from kvfold.train.objectives import kept_tokens
 from tiny_model import tiny_model
 
 TOKENS = 50

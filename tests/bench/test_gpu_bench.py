@@ -8,13 +8,14 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from kvfold.bench import gpu, gpu_kernels
-from kvfold.bench.decode_calls import VARIANTS, Variant, random_call
-from kvfold.bench.gpu_kernels import Gpu, measured
+from kvfold.bench import gpu
+from kvfold.bench.gpu import Gpu, measured
+from kvfold.bench.kernel import VARIANTS, Variant, random_call
 from kvfold.ops.paged import decode_reference
 
 NEEDS_TRITON = pytest.mark.skipif(
@@ -23,7 +24,7 @@ NEEDS_TRITON = pytest.mark.skipif(
 SMALL = Variant(group=2, head_dim=32, q=torch.float32, k_pages=torch.float32, v_pages=torch.float32)
 INT8 = dataclasses.replace(SMALL, q=torch.float16, k_pages=torch.int8, v_pages=torch.int8, written=False, scored=True)
 LENGTHS = ((0, 1), (15, 16), (20, 3))
-TINY = gpu_kernels.Shape(name="tiny", layers=2, kv_heads=2, variant=SMALL, context=32)
+TINY = gpu.Shape(name="tiny", layers=2, kv_heads=2, variant=SMALL, context=32)
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_made_up_calls_hold_together(variant):
 
 def test_uneven_lengths_have_the_mean_of_even_ones():
     shape = dataclasses.replace(TINY, kv_heads=32, context=4096)
-    even, uneven = (gpu_kernels.stream_lengths(shape, 3, 8, spread).double() for spread in ("even", "uneven"))
+    even, uneven = (gpu.stream_lengths(shape, 3, 8, spread).double() for spread in ("even", "uneven"))
     assert (even == 512).all()
     assert uneven.mean().item() == pytest.approx(512, rel=1e-3)
     assert uneven.max() / uneven.min() == pytest.approx(100, rel=0.01)
@@ -92,7 +93,7 @@ def test_uneven_lengths_have_the_mean_of_even_ones():
 
 @NEEDS_TRITON
 def test_checks_pass_on_the_kernels_and_fail_on_others(interpreter):
-    for row in gpu_kernels.check_rows(interpreter, (SMALL, INT8), LENGTHS):
+    for row in gpu.check_rows(interpreter, (SMALL, INT8), LENGTHS):
         assert row["state"] == "measured" and row["passed"], row
         assert row["output_error"] < row["bound"]
     assert row["score_error"] < 1e-3 and row["received_error"] < 1e-3
@@ -101,13 +102,13 @@ def test_checks_pass_on_the_kernels_and_fail_on_others(interpreter):
         return 1.02 * decode_reference(*call, **kwargs)
 
     interpreter.attend = wrong
-    assert not any(row["passed"] for row in gpu_kernels.check_rows(interpreter, (SMALL,), LENGTHS))
+    assert not any(row["passed"] for row in gpu.check_rows(interpreter, (SMALL,), LENGTHS))
 
     def silent(batch, q, k, v, **kwargs):
         return decode_reference(dataclasses.replace(batch, slots_BK=None), q, k, v, **kwargs)
 
     interpreter.attend = silent
-    rows = [*gpu_kernels.check_rows(interpreter, (SMALL,), LENGTHS)]
+    rows = [*gpu.check_rows(interpreter, (SMALL,), LENGTHS)]
     assert not rows[0]["pages_equal"] and not rows[0]["passed"]
 
 
@@ -122,7 +123,7 @@ def test_a_replayed_call_sees_new_lengths(interpreter):
 
     for attend in (interpreter.attend, replayed):
         interpreter.attend = attend
-        (row,) = gpu_kernels.graph_rows(interpreter, variant, LENGTHS)
+        (row,) = gpu.graph_rows(interpreter, variant, LENGTHS)
         assert row["passed"], row
     assert len(calls) == 1
 
@@ -131,14 +132,14 @@ def test_a_replayed_call_sees_new_lengths(interpreter):
 def test_times_are_set_beside_bytes(interpreter):
     interpreter.bandwidth = 1e9
     cases = [(TINY, 1, 4, "even"), (dataclasses.replace(TINY, variant=INT8), 1, 1, "uneven")]
-    even, uneven = gpu_kernels.kernel_rows(interpreter, cases)
+    even, uneven = gpu.kernel_rows(interpreter, cases)
     assert even["read_bytes"] == 2 * 2 * (8 + 1) * 2 * 32 * 4
     assert even["of_bandwidth"] == pytest.approx(even["bytes_ms"] / even["graph_ms"]["median"])
     assert even["sdpa_ms"]["median"] > 0 and even["host_us_per_layer"] > 0
     assert uneven["read_bytes"] % (2 * (32 + 2)) == 0 and "sdpa_ms" not in uneven
-    rows = itertools.islice(gpu_kernels.tiling_rows(interpreter, (TINY,)), 2)
+    rows = itertools.islice(gpu.tiling_rows(interpreter, (TINY,)), 2)
     assert all(row["graph_ms"]["median"] > 0 for row in rows)
-    (row,) = gpu_kernels.bandwidth_rows(interpreter, 1 << 16)
+    (row,) = gpu.bandwidth_rows(interpreter, 1 << 16)
     assert interpreter.bandwidth == max(row["copy_bytes_per_second"], row["read_bytes_per_second"])
 
 
@@ -148,8 +149,8 @@ def test_machine_code_is_made_without_a_gpu_and_once_for_all_lengths():
     """In a process of its own: kernels of this one may be interpreted."""
     code = """
 import json, torch
-from kvfold.bench.cubins import cubin_rows, example
-from kvfold.bench.decode_calls import Variant
+from cubins import cubin_rows, example
+from kvfold.bench.kernel import Variant
 from kvfold.ops import paged_triton
 variant = Variant(group=4, k_pages=torch.int8, scored=True, biased=True, windowed=True, written=False)
 rows = list(cubin_rows((80, 90), (variant,)))
@@ -164,6 +165,8 @@ kernels = [paged_triton._attend_span, paged_triton._join_spans, paged_triton._ha
 print(json.dumps([rows, [len(kernel.device_caches[90][0]) for kernel in kernels]]))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [str(Path(__file__).parents[2] / "studies"), environment.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
     rows, versions = json.loads(told.stdout)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvfold.bench.document import measure_held
+from kvfold.bench.reading import measure_held
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
 

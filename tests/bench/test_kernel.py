@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from kvfold.bench import kernel
-from kvfold.bench.roofline import Reader
-from kvfold.methods.bits import storage_bytes
+from kvfold.bench.measuring import Reader
 from kvfold.ops import native
 
 
@@ -17,7 +16,7 @@ def small(monkeypatch):
 
 def test_a_row_for_each_storage_length_and_spread():
     shape = kernel.KernelShape(batch=2, kv_heads=2, head_dim=40)
-    rows = list(kernel.measure_kernel(shape=shape, storages=("fp32", "int4"), tokens=(50,), repeats=2))
+    rows = list(kernel.measure_kernel(shape, storages=("fp32", "int4"), tokens=(50,), repeats=2))
     assert [(row["storage"], row["spread"]) for row in rows] == [("fp32", 1), ("fp32", 100), ("int4", 1), ("int4", 100)]
     assert rows[0]["bytes"] == 4 * 50 * 2 * 40 * 4
     for row in rows:
@@ -31,14 +30,6 @@ def test_lengths_spread_as_far_as_asked():
     assert lengths.max() == pytest.approx(100 * int(lengths.min()), rel=0.02)
     assert lengths.sum() == pytest.approx(24 * 1024, rel=0.01)
     assert torch.equal(kernel.stream_lengths(6, 64, 1), torch.full((6,), 64, dtype=torch.int32))
-
-
-@pytest.mark.parametrize("storage", native.KINDS)
-def test_bytes_are_those_that_are_planned(storage):
-    kind = "model" if storage in ("fp32", "bf16", "fp16") else storage
-    for head_dim in (40, 64):
-        planned = storage_bytes(kind, head_dim, 4 if storage == "fp32" else 2)
-        assert kernel.slot_bytes(storage, head_dim) == 2 * planned
 
 
 def test_huge_pages_change_no_number():

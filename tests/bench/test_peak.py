@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from kvfold.bench import decode
-from kvfold.bench.decode import PeakMemory
+from kvfold.bench import measuring
+from kvfold.bench.measuring import PeakMemory
 
 CPU = torch.device("cpu")
 
@@ -21,8 +21,8 @@ def test_memory_that_came_and_went_is_seen():
 
 
 def test_a_system_that_does_not_tell_gives_none(monkeypatch, tmp_path):
-    monkeypatch.setattr(decode, "_CLEAR", tmp_path / "none" / "clear_refs")
+    monkeypatch.setattr(measuring, "_CLEAR", tmp_path / "none" / "clear_refs")
     assert PeakMemory(CPU).bytes() is None
     monkeypatch.undo()
-    monkeypatch.setattr(decode, "_STATUS", tmp_path / "none")
+    monkeypatch.setattr(measuring, "_STATUS", tmp_path / "none")
     assert PeakMemory(CPU).bytes() is None

@@ -7,15 +7,16 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from kvfold.bench.serve import (
     Wanted,
+    batch_side,
     bench_serve,
     budget_bytes,
     drawn_requests,
     parse_lengths,
+    read_trace,
     run_engine,
-    trace_requests,
+    tokenised,
 )
-from kvfold.bench.serve_peers import batch_side
-from kvfold.data.texts import TextFile
+from kvfold.data import TextFile
 from tiny import tiny_model
 
 REQUESTS = [Wanted(prompt=tuple(range(3 + place, 23 + place)), max_tokens=20) for place in range(8)]
@@ -70,7 +71,7 @@ def test_drawn_lengths_and_traces(tmp_path):
     assert (parse_lengths("7"), parse_lengths("7-9")) == ((7, 7), (7, 9))
     path = tmp_path / "trace.jsonl"
     path.write_text('{"prompt": [5, 6], "max_tokens": 3, "at_s": 2}\n\n{"prompt": "ab"}\n')
-    first, second = trace_requests(path, tokenizer)
+    first, second = tokenised(read_trace(path), tokenizer)
     assert (first.at_s, len(first.prompt), second) == (0.0, 2, Wanted(prompt=(5, 6), max_tokens=3, at_s=2.0))
 
 
@@ -79,7 +80,7 @@ def test_bad_traces(tmp_path, line):
     path = tmp_path / "trace.jsonl"
     path.write_text(json.dumps({"prompt": [4]}) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=r"trace\.jsonl.*2"):
-        trace_requests(path, byte_tokenizer())
+        read_trace(path)
 
 
 @pytest.mark.parametrize("text", ["", "0", "9-7", "a", "3-"])

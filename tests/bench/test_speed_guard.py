@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from kvfold.bench.filled import fill_cache
-from kvfold.bench.kernel import KernelShape, _layers, stream_lengths
+from kvfold.bench.decode import fill_cache
+from kvfold.bench.kernel import KernelShape, cold_calls, stream_lengths
 from kvfold.models.load import load
 from kvfold.ops import native
 from kvfold.ops.linear import PackableLinear, PackedWeights
@@ -61,8 +61,8 @@ def test_linear_layers_of_eight_rows():
 @pytest.mark.parametrize(("storage", "bar"), [("fp32", 0.92), ("int8", 0.82)])
 def test_decode_attention(storage, bar):
     shape = KernelShape()
-    lengths = stream_lengths(shape.streams(), 512, 1)
-    batch = _layers(shape, storage, lengths, True)[0]
+    lengths = stream_lengths(shape.batch * shape.kv_heads, 512, 1)
+    batch = cold_calls(shape, storage, lengths)[0]
     q = torch.randn(shape.batch, shape.kv_heads * shape.group, shape.head_dim)
     k, v = (torch.randn(shape.batch, shape.kv_heads, 512, shape.head_dim) for _ in range(2))
 

@@ -133,7 +133,7 @@ def test_sides_take_turns_and_ratios_are_taken_round_by_round(model, monkeypatch
     ("given", "says"),
     [
         ({"repeats": 0}, "0 repeats"),
-        ({"point": StepPoint(sequence_tokens=65)}, "the model reads 64 tokens at most"),
+        ({"point": StepPoint(sequence_tokens=65)}, "the model reads 64 at most"),
         ({"methods": ["dms:23"]}, "dms:23 drops nothing in so few tokens"),
         ({"methods": ["h2o:4+4"]}, "it learns nothing"),
         ({"methods": ["dmc"], "point": StepPoint(sequence_tokens=24, trains="adapter")}, "use lora or full"),

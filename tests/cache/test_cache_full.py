@@ -49,7 +49,7 @@ def test_the_plan_and_the_store_agree_on_how_many_rows_fit(time):
     for row in crowd.rows[:rows]:
         feed_cut(face_of(crowd, [row]), text, [512], check=False)
     assert crowd.pool_bytes <= memory
-    assert crowd.allocated_bytes == plan.bytes([4096] * rows) + crowd.store._sequence_bytes() <= memory
+    assert crowd.allocated_bytes == plan.bytes([4096] * rows) + crowd.store._sequence_bytes <= memory
     with pytest.raises(CacheFull):
         feed_cut(face_of(crowd, crowd.rows[rows:]), text, [512], check=False)
     check_books(crowd.store)

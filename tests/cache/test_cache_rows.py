@@ -202,7 +202,7 @@ def test_a_wrong_number_of_rows_is_refused_in_one_line(rows):
     layout = KVLayout.plain(1, 2, 8)
     cache = new_cache(layout, 2)
     feed(cache, draw(layout, 5, rows=2))
-    with pytest.raises(ValueError, match=f"holds 2 rows and the call brings {rows}") as found:
+    with pytest.raises(ValueError, match=f"holds 2 rows, the call brings {rows}") as found:
         feed(cache, draw(layout, 1, rows=rows))
     assert "\n" not in str(found.value)
     feed(cache, draw(layout, 1, rows=2))

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvfold.cache.pages import PagePool
-from kvfold.cache.tables import BlockTables
+from kvfold.cache.pages import BlockTables, PagePool
 from kvfold.layout.kvlayout import KVLayout
 from store_driver import TIMES, check_books, draw, feed, new_cache, shared
 

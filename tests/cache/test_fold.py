@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from fold_reference import FoldRule, fold_attention_reference
 
 from kvfold.cache.hf import FoldCache
-from kvfold.cache.training import TrainingView
+from kvfold.cache.views import TrainingView
 from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import layout_bytes
 from kvfold.methods.fold import BIAS, Fold
 from kvfold.methods.registry import parse_time
-from kvfold.ops.fold_reference import FoldRule, fold_attention_reference
 from kvfold.ops.gating import STAY_NEVER, Gates
 from store_driver import check_books
 
@@ -201,7 +201,7 @@ def test_the_training_form_is_the_reference(seed):
 @pytest.mark.parametrize("c", [0.0, 1.5])
 def test_gradients_are_those_of_the_reference(c):
     """The similarity in a weight counts as a constant."""
-    text, method = draw(40, rows=2, seed=3), Fold(delay=6, spacing=8, threshold=0.3)
+    text, method = draw(40, rows=2, seed=3), Fold(delay=6, grid=8, threshold=0.3)
     text.heads_KP[:, 1] = c
     grads = []
     for form in ("training", "reference"):

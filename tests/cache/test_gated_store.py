@@ -15,6 +15,7 @@ from kvfold.layout.planner import (
     layout_bytes,
     page_bytes,
     page_class,
+    page_classes,
     plan,
 )
 from kvfold.ops.gating import STAY_NEVER, Gates
@@ -129,7 +130,8 @@ def test_allocated_bytes_are_pages_of_what_is_kept_and_the_rings(time, waiting):
     feed(cache, every_fourth_stays(2, 50))
     feed(cache, every_fourth_stays(2, 1))
     spec = cache.layout.time_of(0)
-    page = page_bytes(page_class(cache.layout, 0), SLOTS, model_bytes=4, slot_state_bytes=spec.slot_state_bytes)
+    one = page_class(cache.layout, 0)
+    page = page_bytes(one, SLOTS, model_bytes=4, slot_state_bytes=page_classes(cache.layout)[one])
     pages = sum(-(-int(kept) // SLOTS) for kept in cache.kept_tokens.flatten())
     lanes = 2 * 2 * HEADS
     assert cache.allocated_bytes == pages * page + 2 * SEQUENCE_BYTES + lanes * (

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from kvfold.cache.training import TrainingView
+from kvfold.cache.views import TrainingView
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.ops.rotation import Rotation
 from store_driver import SCALE, Draw, assert_real_close, draw, face_of, feed, feed_cut, new_cache, shared, with_sizes

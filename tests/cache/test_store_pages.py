@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfold.cache.allocator import CacheFull, PageBook
-from kvfold.cache.usage import usage_of
+from kvfold.cache.hf import usage_of
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import layout_bytes
 from store_driver import (

@@ -52,7 +52,7 @@ def test_rows_of_a_call_that_died_are_unusable_until_reset(time, columns, layers
         assert "reset" in str(found.value) and "\n" not in str(found.value)
     cache.reset()
     check_books(cache.store)
-    assert cache.allocated_bytes == cache.store.num_sequences * cache.store._sequence_bytes()
+    assert cache.allocated_bytes == cache.store.num_sequences * cache.store._sequence_bytes
     assert cache.free_pages == sum(pool.book.capacity for pool in cache.store.pools)
     assert_real_close(feed_cut(cache, text, [7, 1]), feed_cut(new_cache(layout, 2), text, [7, 1]), None)
 
@@ -117,9 +117,12 @@ def test_a_read_of_a_freed_page_gives_nan():
         feed(cache, draw(layout, 9, rows=2))
         group = cache.store.groups[0]
         page = page_of(group, 1)
-        assert not cache.store.pools[0].k[page].isnan().any()
+        assert not cache.store.pools[0].arrays["k"][page].isnan().any()
         group.pool.free(page[None])
-        assert cache.store.pools[0].k[page].isnan().all() and cache.store.pools[0].v[page].isnan().all()
+        assert (
+            cache.store.pools[0].arrays["k"][page].isnan().all()
+            and cache.store.pools[0].arrays["v"][page].isnan().all()
+        )
         (out,) = feed(cache, draw(layout, columns, rows=2))
         assert not out[0].isnan().any() and out[1, :, :2].isnan().all() and not out[1, :, 2:].isnan().any()
 
@@ -136,7 +139,7 @@ def test_pages_left_empty_by_a_drop_are_poisoned_and_free(time):
     now = set(cache.store.groups[0].page_ids(torch.tensor([0]))[2].tolist())
     assert len(now) == 8
     for page in range(pool.book.capacity):
-        assert pool.k[page].isnan().all() == (page not in now)
+        assert pool.arrays["k"][page].isnan().all() == (page not in now)
 
 
 def test_a_page_that_changes_hands_carries_nothing_over():
@@ -148,5 +151,8 @@ def test_a_page_that_changes_hands_carries_nothing_over():
     cache.store.free([0])
     feed(second, draw(layout, 9))
     page = page_of(cache.store.groups[0], 1, 2)
-    assert not cache.store.pools[0].k[page, 0].isnan().any() and cache.store.pools[0].k[page, 1:].isnan().all()
+    assert (
+        not cache.store.pools[0].arrays["k"][page, 0].isnan().any()
+        and cache.store.pools[0].arrays["k"][page, 1:].isnan().all()
+    )
     assert not feed(second, draw(layout, 1))[0].isnan().any()

@@ -68,7 +68,7 @@ def test_an_unknown_family(refused, folder, command):
 @READERS
 def test_a_torn_checkpoint(refused, folder, command):
     said = refused(command.format(copy_of(folder, torn)))
-    assert said.startswith("other/model.safetensors: it can't be read") and said.endswith("fetch the checkpoint again")
+    assert said.startswith("other/model.safetensors: can't be read") and said.endswith("fetch the checkpoint again")
 
 
 def test_a_checkpoint_without_a_tokenizer(refused, folder):
@@ -160,7 +160,7 @@ def test_texts(refused, folder, content, said):
         (f"{EVAL} --passkey", "a passkey prompt of 32 tokens: the shortest has"),
         (f"{EVAL} --out tiny", "tiny: no file can be written there"),
         (f"{EVAL} --out text.txt/q.json", "text.txt/q.json: no file can be written there"),
-        ("bench decode tiny", "point '8 x 1,024': 1056 tokens, and the model reads 256 at most"),
+        ("bench decode tiny", "point '8 x 1,024' of 1,056 tokens: the model reads 256 at most"),
         (f"{BENCH} --prompt 300", "the model reads 256 at most"),
         (f"{BENCH} --batch 0", "batch 0"),
         (f"{BENCH} --new 1", "new_tokens 1"),
@@ -171,7 +171,7 @@ def test_texts(refused, folder, content, said):
         (f"generate tiny '{LONG}'", "and 128 new ones: the model was made for 256"),
         ("generate tiny", "an empty prompt"),
         ("generate ./nowhere hello", "there is no such file or folder"),
-        ("generate nobody-at-all/nothing hello", "no model of that name on the hub"),
+        ("generate nobody-at-all/nothing hello", "no folder here, and no config.json came from the hub"),
         ("report", "results: no such file or folder"),
         ("report tiny", "no readable results"),
         ("report text.txt", "no readable results"),

@@ -6,7 +6,7 @@ import pytest
 
 from kvfold import demo
 from kvfold.bench.decode import Point
-from kvfold.eval.folding import Protocol
+from kvfold.eval.reading import Protocol
 from kvfold.models.load import load
 from kvfold.report.results import read_results
 

@@ -79,7 +79,7 @@ def test_what_a_step_costs(kvfold, folder):
         (f"{TRAIN} --train some", "train 'some'"),
         (f"{TRAIN} --time tova:4", "it learns nothing"),
         (f"{TRAIN}", "dms:128 drops nothing in so few tokens"),
-        ("bench train tiny --sequence 1024", "the model reads 256 tokens at most"),
+        ("bench train tiny --sequence 1024", "the model reads 256 at most"),
     ],
 )
 def test_what_can_not_be_done_is_one_line(kvfold, folder, line, says):

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from kvfold.layout.hf_config import weight_bytes
-from kvfold.layout.planner import plan
+from kvfold.layout.planner import plan, weight_bytes
 
 EVERYTHING = "--layers cla2 --heads 4 --time h2o:512+512 --bits int8 --kv-memory 16GB --context 32k --batch 4"
 

@@ -101,7 +101,7 @@ def test_bad_input(refused, line, said):
 
 def test_too_little_text(refused, folder):
     (folder / "short.txt").write_text("Hello there.")
-    assert "a sequence takes 64, and a run takes 3" in refused(DMS.replace("text.txt", "short.txt"))
+    assert "data of 0 sequences of 64 tokens: a run takes 3" in refused(DMS.replace("text.txt", "short.txt"))
 
 
 def test_an_adapter_for_another_base(kvfold, folder):

@@ -3,7 +3,7 @@
 import pytest
 
 from byte_tokenizer import byte_tokenizer
-from kvfold.convert.calibration import calibration_windows
+from kvfold.convert.conversion import calibration_windows
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from kvfold.convert import chosen_layers as subject
 from kvfold.convert.chosen_layers import cheapest_owners, check_choice, chosen_layers, group_costs, layer_kinds
 from kvfold.convert.conversion import Conversion, converted_model, new_config
-from kvfold.convert.fitted import Fit, do_layer
-from kvfold.convert.fitted_streams import Streams
+from kvfold.convert.fitted import Fit, Streams, do_layer
 from kvfold.layout.kvlayout import KVLayout
 from tiny_model import tiny_model
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvfold.convert.conversion import Conversion, convert
-from kvfold.models import checkpoint_files
+from kvfold.models import load as loading
 from kvfold.models.load import load
 
 
@@ -72,7 +72,7 @@ def test_a_failure_while_writing_leaves_nothing(source, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint_files, "copy_tokenizer", fail)
+    monkeypatch.setattr(loading, "copy_tokenizer", fail)
     with pytest.raises(OSError, match="disk full"):
         convert(source, tmp_path / "out", Conversion(layers="cla2"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

@@ -12,7 +12,7 @@ import kvfold
 from kvfold.convert.chosen_layers import chosen_layers
 from kvfold.convert.conversion import Conversion, convert
 from kvfold.layout.kvlayout import KVLayout
-from kvfold.models.options import CallOptions
+from kvfold.models.gates import CallOptions
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import widest_layout
 

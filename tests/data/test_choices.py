@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from kvfold.data.texts import is_question_file, read_question_file
+from kvfold.data import is_question_file, read_question_file
 
 GOOD = {"input": "Two and two?", "choices": ["three", "four"], "gold": 1, "prefix": "Reckon."}
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kvfold.data.texts import read_text_file
+from kvfold.data import read_text_file
 
 
 def lines(*texts: str) -> str:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from kvfold.data.whole_file import write_whole_file
+from kvfold.record import write_whole_file
 
 
 def test_a_file_is_written_whole_with_the_folders_it_needs(tmp_path: Path):

@@ -1,8 +1,7 @@
 import pytest
 
 from byte_tokenizer import BOS, byte_tokenizer
-from kvfold.data.texts import TextFile
-from kvfold.data.windows import text_windows
+from kvfold.data import TextFile, text_windows
 
 
 def text_of(*documents: str) -> TextFile:

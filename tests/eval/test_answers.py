@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvfold.eval.answers import score_answers
+from kvfold.eval.reading import score_answers
 
 METHODS = ["full", "window:8+2", "h2o:6+6", "h2o:25%+25%", "tova:12", "tova:50%"]
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kvfold.eval.beside import Beside
+from kvfold.eval.cells import Beside
 from kvfold.eval.passkey import measure_passkey
 from kvfold.eval.perplexity import measure_quality
 from test_perplexity import PROTOCOL, log_probs_by_hand, windows_of

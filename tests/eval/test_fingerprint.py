@@ -9,8 +9,8 @@ import torch
 from byte_tokenizer import byte_tokenizer
 from kvfold.eval import cells
 from kvfold.eval.cells import fingerprint, model_key
-from kvfold.eval.folding import Protocol
 from kvfold.eval.perplexity import measure_quality
+from kvfold.eval.reading import Protocol
 from kvfold.methods.gates import GateConfig
 from tiny_model import tiny_model
 

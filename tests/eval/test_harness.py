@@ -13,9 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvfold.eval import lm_eval as lm_eval_door
-from kvfold.eval.answers import score_answers
-from kvfold.eval.harness import FoldLM
-from kvfold.eval.lm_eval import register
+from kvfold.eval.lm_eval import FoldLM, register, score_answers
 from kvfold.eval.passkey import continuations
 from kvfold.models.load import load
 

@@ -4,10 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvfold.data.texts import read_text_file
-from kvfold.data.windows import text_windows
-from kvfold.eval.folding import Protocol
+from kvfold.data import read_text_file, text_windows
 from kvfold.eval.perplexity import measure_quality
+from kvfold.eval.reading import Protocol
 from tiny_model import tiny_model
 
 PROTOCOL = Protocol(windows=4, context_tokens=40, batch=4)

@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from kvfold.cache.usage import Usage
-from kvfold.eval.folding import calls, method_about
-from kvfold.eval.reading import Reading, read_rows
+from kvfold.cache.hf import Usage
+from kvfold.eval.reading import Reading, calls, method_about, read_rows
 from kvfold.layout.kvlayout import KVLayout
 
 PLAIN = KVLayout.plain(2, 2, 8)
@@ -47,7 +46,7 @@ def test_calls_are_large_until_a_steps_method_may_drop():
 def test_compression_over_time_takes_what_is_kept_between_calls_as_growing_evenly():
     each = {"allocated_bytes": 0, "full_bytes": 0, "usage": NOTHING, "seconds": 0.0}
     every = Reading(kept_share=(1.0, 1.0, 2 / 3, 0.5), seen_tokens=(1, 2, 3, 4), **each)
-    assert every.compression == 2
+    assert every.kept_share[-1] == 0.5
     assert every.compression_over_time == pytest.approx((1 + 1 + 1.5 + 2) / 4)
     sparse = Reading(kept_share=(1.0, 0.5), seen_tokens=(2, 4), **each)
     assert sparse.compression_over_time == pytest.approx(every.compression_over_time)

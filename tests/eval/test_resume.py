@@ -7,8 +7,8 @@ import torch
 from byte_tokenizer import byte_tokenizer
 from kvfold.eval import perplexity
 from kvfold.eval.cells import Cells, model_key
-from kvfold.eval.folding import Protocol
 from kvfold.eval.perplexity import measure_quality
+from kvfold.eval.reading import Protocol
 from kvfold.record import made
 from tiny_model import tiny_model
 

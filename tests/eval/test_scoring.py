@@ -1,7 +1,7 @@
 import torch
 
-from kvfold.eval import scoring
-from kvfold.eval.scoring import score
+from kvfold.eval import reading
+from kvfold.eval.reading import score
 
 
 def test_scores_in_slices_are_scores_of_the_whole(model, monkeypatch):
@@ -11,7 +11,7 @@ def test_scores_in_slices_are_scores_of_the_whole(model, monkeypatch):
     with torch.no_grad():
         p, r = (model.lm_head(x).log_softmax(-1) for x in (ours, theirs))
         whole = score(model, ours, targets, (model, theirs))
-        monkeypatch.setattr(scoring, "_SLICE_BYTES", 4 * 259 * 5)
+        monkeypatch.setattr(reading, "_SLICE_BYTES", 4 * 259 * 5)
         sliced = score(model, ours, targets, (model, theirs))
     torch.testing.assert_close(whole.loss, -p[torch.arange(13), targets])
     torch.testing.assert_close(whole.kl, (r.exp() * (r - p)).sum(-1))

@@ -14,10 +14,9 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'kv
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
-from kvfold.eval import task_names, tasks
-from kvfold.eval.peer import largest_difference, likelihoods
-from kvfold.eval.task_names import find_tasks, worded
-from kvfold.eval.tasks import measure_tasks
+from kvfold.eval import lm_eval, tasks
+from kvfold.eval.lm_eval import find_tasks, worded
+from kvfold.eval.tasks import largest_difference, likelihoods, measure_tasks
 
 QUESTIONS = [
     {"input": f"What is {a} and {b}? ", "choices": [str(a + b), str(a * b), "many"], "gold": 0, "prefix": prefix}
@@ -63,10 +62,8 @@ def yaml_folder(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "counting.yaml").write_text(YAML.format(name="counting"))
     (folder / "made.py").write_text(MADE)
-    whole = task_names.TaskManager
-    monkeypatch.setattr(
-        task_names, "TaskManager", lambda include_defaults, **more: whole(include_defaults=False, **more)
-    )
+    whole = lm_eval.TaskManager
+    monkeypatch.setattr(lm_eval, "TaskManager", lambda include_defaults, **more: whole(include_defaults=False, **more))
     return folder
 
 
@@ -104,10 +101,10 @@ def test_a_question_is_worded_without_doubled_spaces():
 
 
 def find_tasks_of(question):
-    from kvfold.data.texts import Question, QuestionFile
+    from kvfold.data import Question, QuestionFile
 
     one = Question(**{**question, "choices": tuple(question["choices"])})
-    return task_names._task_of_file(QuestionFile(name="one", questions=(one,), digest="")).load()["tasks"]["one"]
+    return lm_eval._task_of_file(QuestionFile(name="one", questions=(one,), digest="")).load()["tasks"]["one"]
 
 
 def test_finished_cells_are_not_measured_again(long_model, questions, evaluations, tmp_path):
@@ -152,8 +149,8 @@ def test_a_group_has_one_row_and_a_tag_one_for_each_task(long_model, yaml_folder
 
 
 def test_lm_evals_own_folder_of_a_task_is_enough(monkeypatch):
-    asked, whole = [], task_names.TaskManager
-    monkeypatch.setattr(task_names, "TaskManager", lambda **more: asked.append(more) or whole(**more))
+    asked, whole = [], lm_eval.TaskManager
+    monkeypatch.setattr(lm_eval, "TaskManager", lambda **more: asked.append(more) or whole(**more))
     (task,) = find_tasks(["sciq"])
     assert [(one["include_defaults"], len(one["include_path"])) for one in asked] == [(False, 1)]
     assert task.name == "sciq" and set(task.identity) == {"lm_eval", "config", "task", "length"}

@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[2]
         ({"model": "m", "server": "127.0.0.1"}, "server: input should be a valid dictionary, got '127.0.0.1'"),
         (
             {"model": "m", "server": {"hosts": "x"}},
-            "hosts: extra inputs are not permitted: use api_keys, body_timeout_s",
+            "hosts: extra inputs are not permitted: use allowed_origins, api_keys",
         ),
         ({"model": "m", "server": {"max_queue": "all"}}, "max_queue: input should be a valid integer, got 'all'"),
         ({"model": "m", "server": {"max_queue": -1}}, "max_queue must be at least 0"),

@@ -17,8 +17,7 @@ from kvfold.convert.conversion import Conversion, converted_model, new_config
 from kvfold.integrations import vllm as plugin
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.families import fold_config
-from kvfold.models.weights import fold_weights
+from kvfold.models.families import fold_config, fold_weights
 
 # An engine takes seconds to start, and minutes on a machine that is busy.
 pytestmark = pytest.mark.timeout(900)

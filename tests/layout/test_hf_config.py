@@ -128,7 +128,9 @@ def test_a_hub_that_fails_is_one_line(monkeypatch):
         raise OSError("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(ValueError, match=r"^owner/model: no config.json came from the hub \(no route\): [^\n]*$"):
+    with pytest.raises(
+        ValueError, match=r"^owner/model: no folder here, and no config.json came from the hub \(no route\): [^\n]*$"
+    ):
         plan("owner/model")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvfold.layout.known_models import CLA_ROWS, KNOWN_MODELS
+from kvfold.layout.hf_config import KNOWN_MODELS
 from kvfold.layout.planner import plan
 
 CLA_TABLE = {  # KV bytes per token at 16 bit, owners: arXiv 2405.12981, table 1
@@ -36,7 +36,7 @@ def test_the_papers_table(name, expected):
 
 
 def test_the_table_is_whole_and_in_the_papers_order():
-    assert [row.name for row in CLA_ROWS if row.size == "1b"] == list(CLA_TABLE)
+    assert [name for name in KNOWN_MODELS if name.startswith("cla-1b")] == list(CLA_TABLE)
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,9 @@ def test_every_bundled_model_is_planned(name):
 
 
 def test_folding_a_bundled_model_gives_the_papers_row():
-    for row in CLA_ROWS:
-        if row.size == "1b" and row.head_dim == 128:
-            folded = plan("cla-1b-h128-mha", heads=row.num_kv_heads, layers=row.pattern)
-            assert folded.layout == plan(row.name).layout
-            assert folded.bytes_per_token == CLA_TABLE[row.name][0]
+    for name in (name for name in CLA_TABLE if "h128" in name):
+        attention, _, pattern = name.removeprefix("cla-1b-h128-").partition("-")
+        heads = {"mha": 16, "gqa4": 4, "gqa2": 2, "mqa": 1}[attention]
+        folded = plan("cla-1b-h128-mha", heads=heads, layers=pattern or "full")
+        assert folded.layout == plan(name).layout
+        assert folded.bytes_per_token == CLA_TABLE[name][0]

@@ -4,8 +4,8 @@ import pytest
 
 from kvfold.layout.kvlayout import KVLayout, LayerKV
 from kvfold.methods.bits import BitsSpec
-from kvfold.methods.full import Full
 from kvfold.methods.registry import parse_time
+from kvfold.methods.window import Full
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_parts_alone_leave_the_rest_as_it_was(mixed):
     ("text", "says"),
     [
         ("full; 4=full", "layer 4 stores nothing, it reads layer 2: name an owner: 0, 1, 2, 3"),
-        ("full; 0-6=full", "there is no layer 6"),
+        ("full; 0-6=full", "no layer 6"),
         ("full; 3-1=full", "no layer or range"),
         ("full; x=full", "no layer or range"),
         ("full; h2o:4+4", "only the first part may hold for all"),

@@ -5,7 +5,7 @@ import sys
 
 CODE = """
 import sys
-import kvfold.layout.sharing_formats, kvfold.layout.planner, kvfold.layout.planner, kvfold.layout.units
+import kvfold.layout.hf_config, kvfold.layout.planner
 import kvfold.methods.registry
 kvfold.layout.planner.plan("llama-2-7b", time="h2o:64+64", bits="int8", layers="cla2", heads=8).max_rows(80 * 10**9, 4096)
 print(*sorted({"torch", "transformers", "numpy", "huggingface_hub"} & set(sys.modules)))

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfold.layout.kvlayout import KVLayout
-from kvfold.layout.patterns import PATTERNS, check_owners, trailing
+from kvfold.layout.patterns import PATTERNS, check_owners, named_map, trailing
 
 
 def plain(num_layers, windows=None):
@@ -57,7 +57,7 @@ def test_explicit_maps():
 @given(st.sampled_from(list(PATTERNS)), st.integers(1, 130))
 def test_a_pattern_gives_a_sound_map_that_shares_or_says_that_it_does_not_fit(name, num_layers):
     try:
-        found = PATTERNS[name](num_layers)
+        found = named_map(name, num_layers)
     except ValueError as refusal:
         assert f"does not fit a model of {num_layers} layers" in str(refusal)
         return

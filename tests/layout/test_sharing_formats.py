@@ -2,13 +2,12 @@
 
 import pytest
 
+from kvfold.layout.hf_config import layer_windows, read_sharing
 from kvfold.layout.kvlayout import KVLayout
-from kvfold.layout.sharing_formats import read_sharing, read_sliding
 
 
 def test_lckv_marks_sliding_layers():
-    assert read_sliding({"layer_types": "0_0_2s_2s"}) == [False, False, True, True]
-    assert read_sliding({"layer_types": ["full_attention"] * 4}) is None
+    assert layer_windows({"layer_types": "0_0_2s_2s", "sliding_window": 8}, 4) == (None, None, 8, 8)
 
 
 @pytest.mark.parametrize(

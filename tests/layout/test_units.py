@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvfold.layout.units import parse_count, parse_size
+from kvfold.layout.planner import parse_count, parse_size
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
-from kvfold.layout.hf_config import counted_bytes, weight_bytes
+from kvfold.layout.planner import counted_bytes, weight_bytes
 from tiny_model import tiny_model
 
 # Parameters as their makers publish them, in billions.

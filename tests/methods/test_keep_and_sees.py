@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfold.methods.budget import Budget
-from kvfold.methods.full import Full
+from kvfold.methods.base import Budget
 from kvfold.methods.plans import Entries
 from kvfold.methods.registry import parse_time
-from kvfold.methods.select import budget_tokens, evict_lowest
+from kvfold.methods.scored import evict_lowest
+from kvfold.methods.window import Full
 
 
 @st.composite
@@ -140,5 +140,5 @@ def test_nothing_dropped_needs_no_scores():
 def test_shares_are_counted_as_the_specs_count_them(percent):
     seen = torch.arange(1, 2000)
     budget = Budget(percent=percent)
-    assert budget_tokens(budget, seen).tolist() == [budget.tokens(n) for n in seen.tolist()]
-    assert budget_tokens(Budget(fixed=64), seen).eq(64).all()
+    assert budget.of(seen).tolist() == [budget.tokens(n) for n in seen.tolist()]
+    assert Budget(fixed=64).of(seen) == 64

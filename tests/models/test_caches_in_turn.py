@@ -8,7 +8,7 @@ import torch
 from gated_models import CHANNEL, METHODS, cache_under, gated_model
 from kvfold.methods.gates import GateConfig
 from kvfold.models.adapters import load_gates
-from kvfold.models.options import CallOptions
+from kvfold.models.gates import CallOptions
 
 IDS = torch.randint(3, 61, (2, 40), generator=torch.Generator().manual_seed(2))
 CUTS = [12, 1, 1, 7, 1, 1, 1, 9, 1, 1, 1, 1, 1, 1, 1]

@@ -4,8 +4,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from kvfold.models.families import FAMILIES, fold_config
-from kvfold.models.weights import fold_weights
+from kvfold.models.families import FAMILIES, fold_config, fold_weights
 
 LLAMA3 = {
     "rope_type": "llama3",

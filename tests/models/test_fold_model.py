@@ -11,8 +11,8 @@ from kvfold.methods.gates import GateConfig
 from kvfold.models.adapters import Base, apply_adapter, load_gates
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.train.results import write_trained
 from kvfold.train.settings import RetrofitSettings
+from kvfold.train.student import write_trained
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 TIME = "fold:5+8@0.1"

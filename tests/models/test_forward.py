@@ -125,7 +125,7 @@ def test_bad_calls_are_told_in_one_line(model, ids):
         assert line in str(caught.value) and "\n" not in str(caught.value)
     with torch.no_grad():
         cache = model(ids).past_key_values
-        with pytest.raises(ValueError, match="the cache holds 2 rows and the call brings 1"):
+        with pytest.raises(ValueError, match="the cache holds 2 rows, the call brings 1"):
             model(ids[:1], past_key_values=cache)
     with pytest.raises(ValueError, match="no gradient passes through a cache"):
         model.train()(ids, past_key_values=cache)

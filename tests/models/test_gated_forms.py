@@ -15,7 +15,7 @@ from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.options import CallOptions
+from kvfold.models.gates import CallOptions
 from slow_gated import slow_gated
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}

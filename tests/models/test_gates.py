@@ -1,5 +1,7 @@
 """Gates: where decisions come from, noise, soft and straight-through decisions, switches, files, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,8 +10,7 @@ from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.gates import GateCall, GateTable
-from kvfold.models.options import CallOptions
+from kvfold.models.gates import CallOptions, GateCall, GateTable
 
 IDS = torch.randint(3, 61, (2, 12), generator=torch.Generator().manual_seed(1))
 ADAPTER = GateConfig(method="dms", source="adapter", scale=40.0, offset=1.0)
@@ -92,9 +93,10 @@ def test_noise_is_a_function_of_the_row_and_the_layer():
     again, none = soft(model, torch.tensor([5, 6])).gate_probs, soft(model).gate_probs
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
     assert not torch.equal(first[0], swapped[0]) and not torch.equal(first[0], none[0])
-    call = GateCall(table=GateTable(configs=(ADAPTER,), freed=()), training=True, noise_key=torch.tensor([5]))
-    noise = call.noise(0, (1, 20000, 4), torch.device("cpu"))
-    assert not torch.equal(noise, call.noise(1, (1, 20000, 4), torch.device("cpu")))
+    table = GateTable(configs=(replace(ADAPTER, tau=10.0),) * 2, freed=())
+    call = GateCall(table=table, training=True, noise_key=torch.tensor([5]))
+    noise, other = (10 * call.soft(layer, torch.zeros(1, 20000, 4))[0].double().logit() for layer in (0, 1))
+    assert not torch.equal(noise, other)
     assert abs(noise.mean()) < 0.05 and abs(noise.var() - torch.pi**2 / 3) < 0.1
 
 

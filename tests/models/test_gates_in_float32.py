@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import kvfold
 from gated_models import gated_model
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.train.processes import shard, unsharded
+from kvfold.train.loop import shard, unsharded
 
 IDS = torch.randint(3, 61, (2, 24), generator=torch.Generator().manual_seed(1))
 HALVES = (torch.bfloat16, torch.float16)

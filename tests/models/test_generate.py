@@ -162,7 +162,7 @@ REFUSED = {
     "cache_implementation='paged'": lambda model, theirs: {"cache_implementation": "paged"},
     "past_key_values is a DynamicCache": lambda model, theirs: {"past_key_values": DynamicCache()},
     "past_key_values is a tuple": lambda model, theirs: {"past_key_values": ((1, 2),)},
-    "there is nothing to go on from": lambda model, theirs: {"input_ids": torch.zeros(1, 0, dtype=torch.long)},
+    "nothing to go on from": lambda model, theirs: {"input_ids": torch.zeros(1, 0, dtype=torch.long)},
 }
 
 
@@ -180,7 +180,7 @@ def test_a_wrong_number_of_rows_is_refused_in_one_line(ours):
     ours.generate(TEXTS, past_key_values=cache, max_new_tokens=4, **GREEDY)
     text = TEXTS.repeat(1, 2)
     for rows in (1, 2):
-        with pytest.raises(ValueError, match=f"holds 3 rows and the call brings {rows}") as caught:
+        with pytest.raises(ValueError, match=f"holds 3 rows, the call brings {rows}") as caught:
             ours.generate(text[:rows], past_key_values=cache, max_new_tokens=4, **GREEDY)
         assert "\n" not in str(caught.value) and cache.seen_tokens.tolist() == [13] * 3
 

@@ -50,7 +50,7 @@ def test_paths(tmp_path, folder):
     assert "there is no such file or folder" in refusal(tmp_path / "nowhere")
     assert "there is no such file or folder" in refusal(str(tmp_path / "nowhere"))
     assert "there is no such file or folder" in refusal("nowhere.gguf")
-    assert "no model of that name on the hub" in refusal("nobody-at-all/nothing")
+    assert "no folder here, and no config.json came from the hub" in refusal("nobody-at-all/nothing")
     assert "a single file is read as GGUF only" in refusal(folder / "model.safetensors")
     (tmp_path / "empty").mkdir()
     assert "no config.json there" in refusal(tmp_path / "empty")
@@ -70,25 +70,25 @@ def test_configs(folder):
     edit_config(folder, model_type="kvfold", hidden_size=64, layout=newer)
     assert refusal(folder).endswith("understood: layout format 99: this kvfold reads format 1: update kvfold")
     (folder / "config.json").write_text(whole[:60])
-    assert "config.json: it is not JSON" in refusal(folder)
+    assert "config.json: can't be read as JSON" in refusal(folder)
     (folder / "config.json").write_text("[1]")
-    assert "it holds a list, not an object" in refusal(folder)
+    assert "holds a list, not an object" in refusal(folder)
 
 
 def test_files_of_weights(folder):
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    assert f"{weights}: it can't be read" in refusal(folder)
+    assert f"{weights}: can't be read" in refusal(folder)
     weights.write_bytes(b"")
-    assert f"{weights}: it can't be read" in refusal(folder)
+    assert f"{weights}: can't be read" in refusal(folder)
     weights.unlink()
     assert "kvfold reads safetensors only" in refusal(folder)
     torch.save({}, folder / "pytorch_model.bin")
     assert "kvfold reads safetensors only" in refusal(folder)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}))
-    assert "model-00001-of-00001.safetensors: it can't be read" in refusal(folder)
+    assert "model-00001-of-00001.safetensors: can't be read" in refusal(folder)
     index.write_text("{}")
     assert "it has no weight_map" in refusal(folder)
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kvfold
-from kvfold.models.options import CallOptions
+from kvfold.models.gates import CallOptions
 
 KEYS = {"dms_separate_alpha": True, "dms_window_size": 4, "dms_initial_alpha_offset": 1.0}
 IDS = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(1))

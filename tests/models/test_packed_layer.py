@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from kvfold.methods.gates import GateConfig
-from kvfold.models.blocks import FoldLayer
+from kvfold.models.blocks import FoldLayer, pack, unpack
 from kvfold.models.gates import GateCall, GateNorm, GateProjection, GateTable, gate_table
-from kvfold.models.packing import pack, unpack
 from kvfold.ops import native
 from kvfold.ops.rotation import Rotation
 

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from kvfold.models import packing
+from kvfold.models import blocks
+from kvfold.models.blocks import pack, packed_bytes, unpack
 from kvfold.models.load import load
-from kvfold.models.packing import pack, packed_bytes, unpack
 from kvfold.ops.linear import PackableLinear
 from model_driver import GREEDY, MASK, TEXTS, fold
 
@@ -66,7 +66,7 @@ def test_bytes(model):
 
 
 def test_too_large_a_model_stays_as_it_is(model, monkeypatch):
-    monkeypatch.setattr(packing, "_machine_bytes", lambda: 4096)
+    monkeypatch.setattr(blocks, "_machine_bytes", lambda: 4096)
     with pytest.warns(UserWarning, match="over a quarter of this machine's memory"):
         assert pack(model) == 0
     assert pack(model, force=True) > 0

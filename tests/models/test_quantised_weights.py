@@ -117,7 +117,7 @@ def test_what_cannot_be_read_is_refused(theirs, tmp_path, method):
 
 
 def test_a_missing_package_is_named(theirs, tmp_path, monkeypatch):
-    monkeypatch.setattr("kvfold.models.quantised_weights.find_spec", lambda name: None)
+    monkeypatch.setattr("kvfold.models.source.find_spec", lambda name: None)
     folder = save(tmp_path / "model", theirs, theirs.state_dict(), {"quant_method": "compressed-tensors"})
     with pytest.raises(ValueError, match="run 'pip install compressed-tensors'"):
         load(folder)

@@ -5,7 +5,7 @@ import torch
 
 from kvfold.convert.conversion import Conversion, converted_model, new_config
 from kvfold.layout.kvlayout import KVLayout
-from kvfold.models.options import CallOptions
+from kvfold.models.gates import CallOptions
 from tiny_model import tiny_model
 
 IDS = torch.arange(2 * 12).view(2, 12) % 50

@@ -10,8 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.families import fold_config
-from kvfold.models.weights import fold_weights
+from kvfold.models.families import fold_config, fold_weights
 from model_driver import Both, fold
 
 TINY = {

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kvfold.ops import attention, blockwise, native
-from kvfold.ops.blockwise import FOREVER, lifespan_attention, lifespan_reference
+from kvfold.ops import attention, native
+from kvfold.ops.attention import FOREVER, lifespan_attention
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
@@ -27,11 +27,32 @@ def drawn(seed, *, tokens, stored, heads, kv_heads, dim):
     return q, k, v, {"query_BT": query, "position_BKE": position, "last_BKE": last, "bias_BKE": bias}
 
 
+def lifespan_reference(q_BTHD, k_BEKD, v_BEKD, *, query_BT, position_BKE, last_BKE, scale, softcap=None, bias_BKE=None):
+    """The judge: one query of one head at a time."""
+    out = torch.zeros_like(q_BTHD)
+    group = q_BTHD.shape[2] // k_BEKD.shape[2]
+    for row, column in (query_BT >= 0).nonzero().tolist():
+        at = int(query_BT[row, column])
+        for head in range(q_BTHD.shape[2]):
+            kv_head = head // group
+            position, last = position_BKE[row, kv_head], last_BKE[row, kv_head]
+            seen = (position >= 0) & (position <= at) & (last >= at)
+            if not bool(seen.any()):
+                continue
+            logits = k_BEKD[row, seen, kv_head] @ q_BTHD[row, column, head] * scale
+            if softcap is not None:
+                logits = torch.tanh(logits / softcap) * softcap
+            if bias_BKE is not None:
+                logits = logits + bias_BKE[row, kv_head, seen]
+            out[row, column, head] = logits.softmax(dim=0) @ v_BEKD[row, seen, kv_head]
+    return out
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("sizes", [(1, 5, 4, 2, 8), (23, 0, 4, 4, 8), (23, 17, 6, 2, 16), (40, 30, 3, 1, 46)], ids=str)
 def test_it_equals_its_slow_twin(sizes, biased, softcap, monkeypatch):
-    monkeypatch.setattr(blockwise, "BLOCK", 8)
+    monkeypatch.setattr(attention, "BLOCK", 8)
     tokens, stored, heads, kv_heads, dim = sizes
     q, k, v, lives = drawn(3, tokens=tokens, stored=stored, heads=heads, kv_heads=kv_heads, dim=dim)
     lives |= {} if biased else {"bias_BKE": None}
@@ -42,7 +63,7 @@ def test_it_equals_its_slow_twin(sizes, biased, softcap, monkeypatch):
 
 
 def test_what_no_query_sees_is_not_read(monkeypatch):
-    monkeypatch.setattr(blockwise, "BLOCK", 8)
+    monkeypatch.setattr(attention, "BLOCK", 8)
     q, k, v, lives = drawn(5, tokens=24, stored=12, heads=4, kv_heads=2, dim=8)
     query = lives["query_BT"][:, None, :, None]
     seen = (lives["position_BKE"].unsqueeze(2) <= query) & (lives["last_BKE"].unsqueeze(2) >= query) & (query >= 0)
@@ -63,10 +84,8 @@ def in_c(request, monkeypatch):
     native.lifespan_library.cache_clear()
     if native.lifespan_library() is None:
         pytest.skip("no C compiler on this machine")
-    calls = []
-    monkeypatch.setattr(
-        blockwise, "lifespans", lambda *args, **kwargs: calls.append(1) or attention.lifespans(*args, **kwargs)
-    )
+    calls, lifespans = [], attention.lifespans
+    monkeypatch.setattr(attention, "lifespans", lambda *args, **kwargs: calls.append(1) or lifespans(*args, **kwargs))
     yield calls
     native.lifespan_library.cache_clear()
 

@@ -8,7 +8,7 @@ import pytest
 
 PROGRAM = """
 import torch
-from kvfold.ops.denormals import flush_denormals
+from kvfold.ops.native import flush_denormals
 
 torch.set_num_threads({threads})
 {before}

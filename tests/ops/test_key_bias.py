@@ -147,7 +147,7 @@ def test_a_mask_of_the_architecture(free, padded, softcap):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_without_the_flash_kernel(padded, monkeypatch):
-    monkeypatch.setattr(key_bias, "has_flash_kernel", lambda: False)
+    monkeypatch.setattr(key_bias, "_FLASH", "no_such_kernel")
     monkeypatch.setattr(key_bias, "flash_key_bias", None)
     inputs, real = draw(2, 20, 2, 2), random_real(2, 20, 3) if padded else None
     given_ = {"free": 3, "scale": 0.3, "real_BT": real}

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 import report_samples as samples
-from kvfold.report.design import Model, Pair, frontier, models_of, pairs_of, pairs_sheet
+from kvfold.report.series import Model, Pair, frontier, models_of, pairs_of
+from kvfold.report.sheets import pairs_sheet
 
 
 def test_a_difference_has_the_spread_of_its_seeds():

@@ -36,7 +36,7 @@ def test_texts_stay_texts_and_marks_say_more():
     figure, (place,) = chart(400, 200, right=120, titles=("x", odd))
     place.set(xlim=(0, 2), ylim=(0, 5))
     dot(place, 1, 3, 2, odd)
-    spots(place, [(0, 0), (1, 1), (2, 2)], lambda x, y: f"spot {x} {y} {odd}")
+    spots(place, [(0, 0), (1, 1), (2, 2)], [f"spot {at} {at} {odd}" for at in range(3)])
     name_ends(place, [(2, 4, odd, 1), (2, 4, "other", 2)])
     page = Page(svg(figure, odd))
     plain = odd.replace("\x00", " ").replace("\n", " ")

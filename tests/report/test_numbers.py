@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfold.report import numbers
+from kvfold.report import results as numbers
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,6 @@ from kvfold.report import numbers
         (numbers.size, 80e9, "80.0 GB"),
         (numbers.percent, 0.2537, "25.4 %"),
         (numbers.times, 4.0, "4.00×"),
-        (numbers.signed, 1.934, "+1.93"),
         (numbers.amount, 134_515_008, "135 million"),
         (numbers.amount, 8_030_261_248, "8.03 billion"),
         (numbers.tick, 12.5, "12.5"),
@@ -61,9 +60,7 @@ def test_a_median_stands_before_its_spread():
     assert numbers.middle(1, None, 2) == "not measured"
 
 
-@pytest.mark.parametrize(
-    "write", [numbers.three, numbers.count, numbers.size, numbers.percent, numbers.times, numbers.signed]
-)
+@pytest.mark.parametrize("write", [numbers.three, numbers.count, numbers.size, numbers.percent, numbers.times])
 def test_none_was_not_measured(write):
     assert write(None) == "not measured"
 

@@ -12,7 +12,7 @@ import pytest
 import report_samples as samples
 from html_reading import Page
 from kvfold.record import KINDS
-from kvfold.report import numbers
+from kvfold.report import results as numbers
 from kvfold.report.drawing import COLOURS
 from kvfold.report.page import page_of as text_of
 from kvfold.report.page import write_page

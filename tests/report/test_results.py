@@ -5,8 +5,7 @@ import os
 import pytest
 
 from kvfold import record
-from kvfold.data.whole_file import write_whole_file
-from kvfold.record import write_result
+from kvfold.record import write_result, write_whole_file
 from kvfold.report.page import other_commits
 from kvfold.report.results import Result, group_results, number, read_results, words
 from report_samples import quality, write_samples

@@ -5,8 +5,8 @@ import math
 import pytest
 
 import report_samples as samples
-from kvfold.report.heads import COMPRESSION_NAME, compression_map, head_texts, scale_of
-from kvfold.report.pictures import axes_of
+from kvfold.report.page import head_texts
+from kvfold.report.pictures import axes_of, scale_of
 from kvfold.report.results import Result
 from kvfold.report.series import (
     Line,
@@ -21,6 +21,7 @@ from kvfold.report.series import (
     roads_of,
     runs_of,
 )
+from kvfold.report.sheets import COMPRESSION_NAME, head_map
 from report_samples import trained, trained_row
 
 
@@ -121,32 +122,28 @@ def _full_of(model: str, share: float) -> dict:
 
 def test_compression_of_each_head_is_seen_over_kept():
     row = samples.document()["rows"][0]
-    one = compression_map(row)
+    one = head_map(row, of_compression=True)
     assert one.value_name == COMPRESSION_NAME and one.owners == tuple(range(12))
     for line, kept in zip(one.values, row["kept"], strict=True):
         assert line == pytest.approx([360 / count for count in kept])
     assert scale_of([one]) == (1.0, pytest.approx(360 / min(min(line) for line in row["kept"])))
     assert one.hovers[2][1].startswith(f"layer 2, head 1: {row['kept'][2][1]} of 360 kept: ")
-    assert compression_map({"kept": [[0, -1, 5]], "seen_tokens": 10}).values == ((None, None, 2.0),)
+    assert head_map({"kept": [[0, -1, 5]], "seen_tokens": 10}, of_compression=True).values == ((None, None, 2.0),)
 
 
 def test_growth_keeps_its_columns_together():
     row = {"over_time": {"tokens": [32, 0, None, 16], "mean": [4, 0, 3, 2], "least": [1, 0, 1, None], "most": [9, 0]}}
     growth = growth_of(row)
-    assert growth.tokens == (0, 16, 32)
-    assert (
-        growth.kept["mean"] == (0, 2, 4)
-        and growth.kept["least"] == (0, None, 1)
-        and growth.kept["most"] == (0, None, 9)
-    )
+    assert growth["tokens"] == (0, 16, 32)
+    assert growth["mean"] == (0, 2, 4) and growth["least"] == (0, None, 1) and growth["most"] == (0, None, 9)
     assert growth_of({"over_time": {"tokens": [1]}}) is None
 
 
 def test_runs_are_boxes_of_their_own():
     head = {"layer": 1, "head": 0, "kept_tokens": 4, "states": "kmkmmkkgw"}
     (one,) = head_texts({"seen_tokens": 9, "heads": [head]}, [*"abcdefgh", ""])
-    assert one.marks == (("k", "a", 1), ("m", "bc", 2), ("m", "def", 3), ("k", "g", 1), ("g", "h", 1), ("w", "·", 1))
-    assert one.name == "layer 1, head 0: 4 of 9 kept (2.25×)"
+    assert one["marks"] == [("k", "a", 1), ("m", "bc", 2), ("m", "def", 3), ("k", "g", 1), ("g", "h", 1), ("w", "·", 1)]
+    assert one["name"] == "layer 1, head 0: 4 of 9 kept (2.25×)"
 
 
 def test_long_runs_show_means_of_neighbours():

@@ -3,7 +3,9 @@ import io
 from rich.console import Console
 
 import report_samples as samples
-from kvfold.report.sheets import decode_table, passkey_table, plan_table, quality_table, tasks_table
+from kvfold.report.sheets import known_table, passkey_table
+
+quality_table, decode_table, tasks_table, plan_table = map(known_table, ("quality", "decode", "tasks", "plan"))
 
 
 def _printed(table, width=200) -> str:

@@ -18,7 +18,7 @@ SOON_S = 20.0
 def guarded():
     """With a key, small limits, and a client whose stream must not falter."""
     limits = {"max_body_bytes": 1 << 20, "header_timeout_s": 0.5, "body_timeout_s": 0.5, "idle_timeout_s": 1.0}
-    with running_server(api_keys=("right", "other"), **limits) as server:
+    with running_server(api_keys=("right", "other"), allowed_origins=("https://chat.example",), **limits) as server:
         yield server
 
 
@@ -183,8 +183,13 @@ def test_other_peoples_pages_and_names(guarded):
     refused(guarded, "/v1/completions", ask(), headers={"Host": "evil.example:80"}, status=403)
     refused(guarded, "/v1/completions", ask(), headers={"Content-Type": "text/plain"}, status=415)
     refused(guarded, "/v1/completions", ask(), headers={"Content-Type": None}, status=415)
-    same = {"Origin": f"http://127.0.0.1:{guarded.bound_port}"}
-    assert post(guarded, "/v1/completions", ask(), headers=same)[0] == 200
+    for origin in (f"http://127.0.0.1:{guarded.bound_port}", "https://chat.example"):
+        assert post(guarded, "/v1/completions", ask(), headers={"Origin": origin})[0] == 200
+    connection = http.client.HTTPConnection("127.0.0.1", guarded.bound_port, timeout=60)
+    connection.request("OPTIONS", "/v1/completions", headers={"Origin": "https://chat.example"})
+    response = connection.getresponse()
+    assert response.status == 204 and response.headers["access-control-allow-origin"] == "https://chat.example"
+    connection.close()
 
 
 def test_floods_of_headers_and_slow_clients(guarded):

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from kvfold.bench.serve_http import Load, bench_serve, draw_requests, read_trace
-from kvfold.cli.bench_serve import serve as bench_serving
+from kvfold.bench.serve import read_trace
+from kvfold.bench.serve_http import Load, bench_serve, draw_requests
+from kvfold.cli.bench import serve as bench_serving
 
 TEXT = " ".join(f"word{number}" for number in range(300))
 
@@ -40,7 +41,7 @@ def test_what_makes_no_sense_is_said(server, tmp_path):
     with pytest.raises(ValueError, match="OpenAI endpoint"):
         bench_serve(f"{server.url}/v9", read_trace(write(tmp_path, '{"prompt": "a", "max_tokens": 1}')), Load())
     with pytest.raises(ValueError, match="line 1"):
-        read_trace(write(tmp_path, '{"prompt": "a"}'))
+        read_trace(write(tmp_path, '{"max_tokens": 1}'))
 
 
 def test_the_command_writes_json_and_a_picture(server, tmp_path, capsys):

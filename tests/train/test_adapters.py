@@ -8,10 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.adapters import Base, apply_adapter, read_adapter
+from kvfold.models.gates import CallOptions
 from kvfold.models.load import load
-from kvfold.models.options import CallOptions
-from kvfold.train.results import write_trained
-from kvfold.train.student import make_student
+from kvfold.train.student import make_student, write_trained
 from tiny_model import tiny_model
 
 IDS = torch.randint(0, 200, (2, 48), generator=torch.Generator().manual_seed(3))

@@ -57,7 +57,7 @@ def test_a_bos_opens_each_block_where_the_tokenizer_adds_one(texts):
 
 def test_too_little_text(texts, tmp_path):
     (tmp_path / "tiny.txt").write_text("x" * 80)
-    with pytest.raises(ValueError, match="data of 82 tokens: a sequence takes 64, and a run takes 3"):
+    with pytest.raises(ValueError, match="data of 1 sequences of 64 tokens: a run takes 3"):
         draw(["tiny.txt"], seq_len=64)
 
 

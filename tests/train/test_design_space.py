@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from kvfold.layout.planner import plan
-from kvfold.train.design_space import DESIGN_SPACE, recipe_of, recipes
+from kvfold.train.design_space import DESIGN_SPACE, PretrainSettings, recipe_of, recipes
 from kvfold.train.pretrain import config_of
-from kvfold.train.pretrain_settings import PretrainSettings
 
 ALL = recipes()
 # FACTS of the paper's table 1, typed a second time: owners and bytes of keys and values a token.

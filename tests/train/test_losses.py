@@ -2,13 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvfold.train import losses
-from kvfold.train.losses import distillation, divergence, fired_shares, ratio_loss, summed_in_slices
-
-
-@pytest.fixture
-def small_slices(monkeypatch):
-    monkeypatch.setattr(losses, "_SLICE_BYTES", 3 * 4 * 11)
+from kvfold.eval import reading
+from kvfold.train.objectives import divergence, fired_shares, ratio_loss, summed_in_slices
 
 
 def drawn(*shape, seed=0):
@@ -22,35 +17,21 @@ def plain_kl(p_logits, q_logits):
 
 
 @pytest.mark.parametrize("kind", ["reverse", "forward"])
-def test_distillation_is_the_definition_and_so_is_its_gradient(small_slices, kind):
+def test_divergence_is_the_definition_and_so_is_its_gradient(kind):
     student, teacher = drawn(10, 11), drawn(10, 11, seed=1).detach()
-    real = torch.tensor([True] * 4 + [False] + [True] * 4 + [False])
-    ours = distillation(student, teacher, real, kind)
+    ours = divergence(student, teacher, kind)
     pairs = [(s, t) if kind == "reverse" else (t, s) for s, t in zip(student, teacher, strict=True)]
-    theirs = sum(plain_kl(*pair) for pair, counts in zip(pairs, real, strict=True) if counts) / 8
+    theirs = torch.stack([plain_kl(*pair) for pair in pairs])
     torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-5)
-    (found,), (expected,) = torch.autograd.grad(ours, student), torch.autograd.grad(theirs, student)
+    (found,), (expected,) = (torch.autograd.grad(one.mean(), student) for one in (ours, theirs))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-    assert (found[~real] == 0).all()
-
-
-def test_distillation_from_oneself_is_nothing():
-    logits = drawn(5, 11).detach()
-    assert distillation(logits, logits, torch.ones(5, dtype=torch.bool)) == 0
-
-
-def test_positions_that_do_not_count_may_hold_anything():
-    student, teacher = drawn(4, 11).detach(), drawn(4, 11, seed=1).detach()
-    real = torch.tensor([True, True, False, True])
-    other = teacher.clone()
-    other[2] = 50.0
-    assert distillation(student, teacher, real) == distillation(student, other, real)
-    assert distillation(student, teacher, torch.zeros(4, dtype=torch.bool)) == 0
+    assert (divergence(teacher, teacher, kind) == 0).all()
 
 
 @pytest.mark.parametrize("trained_head", [False, True])
 @pytest.mark.parametrize("trained_states", [False, True])
-def test_slices_give_the_gradients_of_the_whole(trained_head, trained_states):
+def test_slices_give_the_gradients_of_the_whole(trained_head, trained_states, monkeypatch):
+    monkeypatch.setattr(reading, "_SLICE_BYTES", 4 * 4 * 11)
     states, head, teacher = drawn(10, 6), drawn(11, 6, seed=1), drawn(10, 11, seed=2).detach()
     states.requires_grad_(trained_states)
     head.requires_grad_(trained_head)
@@ -58,7 +39,7 @@ def test_slices_give_the_gradients_of_the_whole(trained_head, trained_states):
         lambda part, piece: divergence(F.linear(piece, head), teacher[part], "reverse").sum(),
         states,
         [head],
-        slice_rows=4,
+        vocabulary=11,
     )
     theirs = 3 * divergence(F.linear(states, head), teacher, "reverse").sum()
     torch.testing.assert_close(ours, theirs.float())
@@ -71,22 +52,14 @@ def test_slices_give_the_gradients_of_the_whole(trained_head, trained_states):
         assert not ours.requires_grad
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_the_ratio_loss_is_per_sequence_and_one_sided(padded):
+def test_the_ratio_loss_is_per_sequence_and_one_sided():
     decisions = [(drawn(3, heads, 7, seed=heads).detach() > 0).float() for heads in (1, 2)]
-    real = torch.ones(3, 7, dtype=torch.bool)
-    real[1, :4] = not padded
     target, expected = 0.5, 0.0
     for row in range(3):
-        fired = [
-            float(one[row, head, token])
-            for one in decisions for head in range(one.shape[1]) for token in range(7) if real[row, token]
-        ]  # fmt: skip
-        expected += max(0.0, target - sum(fired) / len(fired)) / 3
+        fired = torch.cat([one[row].flatten() for one in decisions])
+        expected += max(0.0, target - float(fired.mean())) / 3
     given = [decisions[0], None, decisions[1]]
-    torch.testing.assert_close(
-        ratio_loss(fired_shares(given, real if padded else None), target).item(), expected, rtol=1e-5, atol=1e-7
-    )
+    torch.testing.assert_close(ratio_loss(fired_shares(given), target).item(), expected, rtol=1e-5, atol=1e-7)
     assert ratio_loss(fired_shares(given), 0.0) == 0
 
 

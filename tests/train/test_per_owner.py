@@ -6,8 +6,7 @@ import torch
 from kvfold.models.adapters import apply_adapter, read_adapter
 from kvfold.models.load import load
 from kvfold.train.run_folder import read_curve
-from kvfold.train.schedules import Retention
-from kvfold.train.settings import RetrofitSettings
+from kvfold.train.settings import Retention, RetrofitSettings
 from kvfold.train.student import make_student, trained_weights
 from tiny_model import tiny_model
 
@@ -116,8 +115,8 @@ def test_idle_gates_never_fire_under_another_text(retrofit):
     [
         ("dms:4; 0=dmc", "gates of one model are of one method, not dmc and dms: choose one"),
         ("window:8+2; 0=full", "it learns nothing"),
-        ("dms:4; full", "only the first part may hold for all layers"),
-        ("dms:4; 7=full", "there is no layer 7"),
+        ("dms:4; full", "only the first part may hold for all"),
+        ("dms:4; 7=full", "no layer 7"),
         ("dms:4; 0=full", "it can't be reached: .* leave fewer layers without gates"),
         ("dms:4; 0-1=full", "no layer of this model comes under dms:4"),
     ],

@@ -10,11 +10,10 @@ import kvfold
 from byte_tokenizer import byte_tokenizer
 from kvfold.layout.planner import plan, token_bytes
 from kvfold.train import objectives
-from kvfold.train.design_space import recipes
+from kvfold.train.data import packed
+from kvfold.train.design_space import PretrainSettings, recipes
 from kvfold.train.loop import DivergedError
-from kvfold.train.packing import packed
 from kvfold.train.pretrain import Pretrain, copy_result, sweep
-from kvfold.train.pretrain_settings import PretrainSettings
 from kvfold.train.run_folder import RunFolder, read_curve
 
 SMALL = {

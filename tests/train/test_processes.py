@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from byte_tokenizer import byte_tokenizer
+from kvfold.train.design_space import PretrainSettings
 from kvfold.train.pretrain import Pretrain
-from kvfold.train.pretrain_settings import PretrainSettings
 from kvfold.train.run_folder import RunFolder, read_curve
 
 SPREAD = """
@@ -22,7 +22,7 @@ sys.path[:0] = sys.argv[4:]
 import torch
 from byte_tokenizer import byte_tokenizer
 from kvfold.train.pretrain import Pretrain
-from kvfold.train.pretrain_settings import PretrainSettings
+from kvfold.train.design_space import PretrainSettings
 from kvfold.train.retrofit import Retrofit
 from kvfold.train.run_folder import RunFolder
 from kvfold.train.settings import RetrofitSettings

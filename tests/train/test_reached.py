@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvfold.eval.reading import entry_bytes, kept_shares
-from kvfold.train.losses import KeptAtEnd, kept_tokens
+from kvfold.train.objectives import KeptAtEnd, kept_tokens
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import make_student
 from tiny_model import tiny_model

@@ -22,6 +22,7 @@ DMS = {"time": "dms:4", "compression": 3.0}
 DMC = {"time": "dmc:3", "compression": 2.0, "trains": "full", "zero_out_steps": 3, "ramp_steps": 4, "tail_steps": 3}
 LORA = {"time": "dmc:3", "compression": 2.0, "trains": "lora", "rank": 2, "zero_out_steps": 2, "kl": "reverse"}
 DRAWN = {"trains": "full", "kl": "forward", "drawn_layers": "cla2"}
+AVERAGED = {"trains": "full", "kl": "forward", "weight_average": 0.5}
 
 
 class Stop(Exception):
@@ -47,8 +48,8 @@ def weights(run):
 
 @pytest.mark.parametrize(
     ("given", "stops"),
-    [(DMS, (3, 8)), (DMC, (2, 3, 6)), (LORA, (5,)), (DRAWN, (3,))],
-    ids=["dms", "dmc", "lora", "drawn"],
+    [(DMS, (3, 8)), (DMC, (2, 3, 6)), (LORA, (5,)), (DRAWN, (3,)), (AVERAGED, (3, 8))],
+    ids=["dms", "dmc", "lora", "drawn", "averaged"],
 )
 def test_an_interrupted_run_is_the_run(retrofit, given, stops):
     whole = retrofit("whole", **given)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvfold.train.recipes import checked_values, parse_assignments, read_recipe, recipe_names
+from kvfold.train.design_space import checked_values, parse_assignments, read_recipe, recipe_names
 from kvfold.train.settings import RetrofitSettings
 
 GIVEN = {"data": ("x.txt",), "time": "dms:16"}
@@ -69,6 +69,7 @@ def test_the_loss_that_goes_with_a_method(given, loss):
     ("given", "said"),
     [
         ({"compression": 0.9}, "compression 0.9: it is times smaller, 1 or more"),
+        ({"compression": float("nan")}, "compression nan: it is times smaller, 1 or more"),
         ({"compression": 64}, "it can't be reached: "),
         ({"time": "dms:64", "compression": 4}, "use a delay of 62 or less, or longer sequences"),
         ({"tokens": 500}, "tokens 500: one step takes 4 sequences of 256, 1,024 in all"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvfold.train.losses import state_distance
+from kvfold.train.objectives import state_distance
 from kvfold.train.run_folder import read_curve
 from tiny_model import tiny_model
 

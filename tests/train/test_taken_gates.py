@@ -8,9 +8,9 @@ from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
+from kvfold.train.calibrate import fit_importance, mean_attention, take_gates
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import check_method
-from kvfold.train.warm_start import fit_importance, mean_attention, take_gates
 
 
 def build(time="dms:6", gates=True) -> FoldForCausalLM:

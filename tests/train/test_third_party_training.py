@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from byte_tokenizer import byte_tokenizer
-from kvfold.eval.folding import Protocol
 from kvfold.eval.perplexity import measure_quality
+from kvfold.eval.reading import Protocol
 from kvfold.methods import registry
 from kvfold.models.adapters import apply_adapter, load_gates
 from kvfold.models.load import load

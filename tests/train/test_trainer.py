@@ -1,16 +1,18 @@
 """What a step minimises, and that it does not depend on how its samples are spread."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kvfold.methods.registry import parse_time
+from kvfold.layout.kvlayout import KVLayout
 from kvfold.train import objectives
 from kvfold.train.data import TrainingOrder, draw_text, noise_key
 from kvfold.train.loop import Loop
 from kvfold.train.objectives import Distillation, ignored_tokens
 from kvfold.train.run_folder import read_curve
-from kvfold.train.schedules import Retention
+from kvfold.train.settings import Retention
 from kvfold.train.student import make_student
 from tiny_model import tiny_model
 
@@ -64,7 +66,7 @@ def test_the_first_step_is_what_the_papers_say(retrofit, text, weight):
     student = outputs.logits[:, :-1].log_softmax(-1)
     kl = F.kl_div(plain.log_softmax(-1), student, reduction="none", log_target=True).sum(-1).mean()
     fired = torch.stack([one.detach().mean(dim=(1, 2)) for one in outputs.decisions]).mean(dim=0)
-    target = Retention.of_method(parse_time("dms:4"), 32).share_for(2.0)
+    target = Retention.of(KVLayout.plain(1, 1, 1).with_time("dms:4"), 32).share_for(2.0)
     ratio = (target - fired).clamp(min=0).mean()
     first = points[0]
     assert first["target_compression"] == 2.0
@@ -186,3 +188,22 @@ def test_a_step_taken_by_hand_is_a_step_of_a_run(retrofit, tmp_path):
     Loop(objective, samples, settings, tmp_path, on_step=print).step(0)
     for name, weight in run.model.named_parameters():
         torch.testing.assert_close(dict(model.named_parameters())[name], weight, msg=name)
+
+
+def test_what_is_written_in_the_end_is_the_moving_average(retrofit):
+    given = {"trains": "full", "kl": "none", "time": None, "learning_rate": 1e-2}
+    last, mean = retrofit("last", **given), retrofit("mean", weight_average=0.75, **given)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    seen = [last.model.get_parameter(name).detach().clone()]
+
+    def keep(point):
+        seen.append(last.model.get_parameter(name).detach().clone())
+
+    replace(last, on_step=keep).run()
+    mean.run()
+    expected = seen[0]
+    for step, weight in enumerate(seen[1:]):
+        share = max(0.25, 1 / (step + 2))
+        expected = (1 - share) * expected + share * weight
+    assert not torch.allclose(expected, seen[-1], atol=1e-4)
+    torch.testing.assert_close(mean.model.get_parameter(name).detach(), expected)

@@ -7,13 +7,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from byte_tokenizer import VOCAB_SIZE
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.models.families import fold_config
-from kvfold.models.weights import fold_weights
-from kvfold.train import warm_start as module
-from kvfold.train.calibrate import calibrate, read_gates, shift_gates
+from kvfold.models.families import fold_config, fold_weights
+from kvfold.train import calibrate as module
+from kvfold.train.calibrate import attention_to_come, calibrate, largest_attention, read_gates, shift_gates, warm_start
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import make_student
-from kvfold.train.warm_start import attention_to_come, largest_attention, warm_start
 from tiny_model import tiny_model
 
 DELAY, TOKENS = 5, 40

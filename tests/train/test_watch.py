@@ -1,13 +1,13 @@
 """How far training is said to be, where there is no terminal."""
 
-from kvfold.train import run_folder
+from kvfold.eval import progress
 
 
 def test_the_pace_is_that_of_the_steps(monkeypatch):
     """What came before the first step took its own time; the steps of an earlier start took none of this one's."""
     now, lines = [0.0], []
-    monkeypatch.setattr(run_folder.clock, "monotonic", lambda: now[0])
-    with run_folder.watched_steps(64, 32, lines.append) as on_step:
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.watched_steps(64, 32, lines.append) as on_step:
         now[0] += 600.0
         for step in range(33, 65):
             now[0] += 50.0

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from kvfold.errors import UserError
-
-LARGEST_LOG_WEIGHT = 10.0
-"""A token that is expected to matter exp(10) times as much as its entry counts as if it mattered that much."""
+from kvfold.ops.folding import LARGEST_LOG_WEIGHT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,16 +11,20 @@ import gzip
 import hashlib
 import io
 import json
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from kvfold.errors import UserError, one_line
 
-SAMPLE = Path(__file__).parents[1] / "assets" / "sample" / "persuasion.txt"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SAMPLE = Path(__file__).parent / "assets" / "sample" / "persuasion.txt"
 """The novel that comes with kvfold: what is read where no text is named."""
 _LINES = (".jsonl", ".json")
 
@@ -199,19 +203,17 @@ class TextStream:
         check_there(path)
         self.share = 0.0
         """Of the file's bytes, or a parquet file's rows, those that were read."""
-        self._path, self._characters = path, characters
+        self.path, self._characters = path, characters
 
     def __iter__(self) -> Iterator[str]:
-        if self._path.suffix == ".parquet":
-            texts = self._column()
-        else:
-            texts = self._lines() if holds_lines(self._path) else self._blocks()
+        lines = self._lines if holds_lines(self.path) else self._blocks
+        texts = self._column() if self.path.suffix == ".parquet" else lines()
         return (text for text in texts if text and text.strip())
 
     @contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
         """The unpacked bytes; `share` follows."""
-        path = self._path
+        path = self.path
         try:
             with path.open("rb") as raw:
                 self._raw, self._size = raw, max(1, path.stat().st_size)
@@ -228,9 +230,9 @@ class TextStream:
     def _lines(self) -> Iterator[str]:
         with self._opened() as file:
             lines = (line.removesuffix(b"\n") for line in file)
-            for number, record in json_lines(self._path, lines, TEXT_RULE):
+            for number, record in json_lines(self.path, lines, TEXT_RULE):
                 self._note()
-                yield text_of(self._path, number, record)
+                yield text_of(self.path, number, record)
 
     def _blocks(self) -> Iterator[str]:
         with self._opened() as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
@@ -247,7 +249,7 @@ class TextStream:
         """The `text` of a parquet file's rows."""
         from pyarrow import ArrowInvalid, parquet
 
-        path = self._path
+        path = self.path
         try:
             with parquet.ParquetFile(path) as file:
                 found, done, total = file.schema_arrow.names, 0, max(1, file.metadata.num_rows)
@@ -261,3 +263,119 @@ class TextStream:
                     yield from rows["text"].to_pylist()
         except (OSError, ArrowInvalid) as error:
             raise UserError(f"{path}: it can't be read ({one_line(error)}): fetch it again") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextWindows:
+    """Windows of one file, all of one length."""
+
+    name: str
+    """The file's name."""
+    digest: str
+    """SHA-256 of the file's bytes."""
+    ids_WT: "Tensor"
+    """Token ids, int64 [W, T], an opening bos included."""
+    scored_bytes: tuple[int, ...]
+    """UTF-8 bytes of the scored text of each window: all tokens but the first."""
+
+    @property
+    def num_windows(self) -> int:
+        """W."""
+        return self.ids_WT.shape[0]
+
+    @property
+    def context_tokens(self) -> int:
+        """T."""
+        return self.ids_WT.shape[1]
+
+
+def text_windows(
+    text: TextFile, tokenizer: Any, *, windows: int, context_tokens: int, most_context_tokens: int | None = None
+) -> TextWindows:
+    """`windows` windows of `context_tokens` tokens, evenly spaced over the consecutive windows of the text.
+
+    Each is opened by the bos if the tokenizer adds one of its own accord. Warns where the text has fewer windows and takes
+    those. Raises `UserError` where it has none, or a window is longer than the model's context (`most_context_tokens`).
+    """
+    import torch
+
+    if windows < 1:
+        raise UserError(f"{windows} windows: text is measured on 1 window or more: ask for 1 or more")
+    if context_tokens < 2:
+        raise UserError(
+            f"a context of {context_tokens} tokens: a window has 2 or more, one to read and one to score: ask for more"
+        )
+    if most_context_tokens is not None and context_tokens > most_context_tokens:
+        raise UserError(
+            f"a context of {context_tokens} tokens: the model reads {most_context_tokens} at most: ask for a shorter context"
+        )
+    opening = opening_tokens(tokenizer)
+    ids, ends = _tokenised(text.joined, tokenizer)
+    body = context_tokens - len(opening)
+    available = len(ids) // body
+    if not available:
+        raise UserError(
+            f"{text.name}: the text has {len(ids)} tokens and a window takes {body}: give a longer text or a shorter context"
+        )
+    if available < windows:
+        warnings.warn(
+            f"{text.name}: the text has {available} windows of {context_tokens} tokens, not {windows}: all are taken",
+            stacklevel=2,
+        )
+        windows = available
+    starts = [index * available // windows * body for index in range(windows)]
+    # Without an opening token the first token of a window is read but has nothing before it to be predicted from.
+    first = 0 if opening else 1
+    return TextWindows(
+        name=text.name,
+        digest=text.digest,
+        ids_WT=torch.tensor([[*opening, *ids[start : start + body]] for start in starts]),
+        scored_bytes=tuple(_bytes_between(text.joined, ends, start + first, start + body) for start in starts),
+    )
+
+
+_CHARACTERS_A_TOKEN = 32
+"""More than a token of running text has."""
+
+
+def text_beginning(text: TextFile, tokenizer: Any, *, tokens: int) -> tuple["Tensor", list[str]]:
+    """Ids [T] of the first `tokens` tokens, fewer where the text has fewer, and the characters of each: joined they are the
+    text. Of several tokens that share a character the first has it; a bos that the tokenizer adds has none.
+    """
+    import torch
+
+    if tokens < 2:
+        raise UserError(f"{tokens} tokens: a text to look at has 2 or more: ask for more")
+    opening = opening_tokens(tokenizer)
+    begun = text.joined[: _CHARACTERS_A_TOKEN * tokens]
+    ids, ends = _tokenised(begun, tokenizer)
+    ids, ends = ids[: tokens - len(opening)], [0, *ends]
+    pieces = [begun[ends[index] : ends[index + 1]] for index in range(len(ids))]
+    if len(opening) + len(ids) < 2:
+        raise UserError(f"{text.name}: a text of {len(ids)} tokens: there is nothing to see: give a longer one")
+    return torch.tensor([*opening, *ids]), [*[""] * len(opening), *pieces]
+
+
+def opening_tokens(tokenizer: Any) -> list[int]:
+    """The bos that a tokenizer puts before a text of its own accord, as a list of one; empty if it puts none."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+
+
+def _tokenised(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Token ids without special tokens, and for each the character at which it ends."""
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{type(tokenizer).__name__}: it can't say which characters a token covers: use the model's fast tokenizer"
+        )
+    # verbose=False: a text longer than the model's context is no mistake here.
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )
+    return encoded.input_ids, [end for _, end in encoded.offset_mapping]
+
+
+def _bytes_between(text: str, ends: list[int], first: int, stop: int) -> int:
+    """UTF-8 bytes of the text of tokens `first` to `stop` - 1."""
+    start = ends[first - 1] if first else 0
+    return len(text[start : ends[stop - 1]].encode("utf-8"))

@@ -2,7 +2,7 @@
 
 A proof for machines that have none: every main variant compiles for sm80 (A100) and sm90 (H100, H200) through the same door
 as a launch does, and its registers, spills and shared memory are known. How fast it runs is for `kvfold.bench.gpu`.
-Usage: `python -m kvfold.bench.cubins > cubins.json`. Letters: as in ops/paged_triton.py.
+Usage: `python studies/cubins.py > cubins.json`. Letters: as in ops/paged_triton.py.
 """
 
 import json
@@ -11,16 +11,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from kvfold.bench.decode_calls import VARIANTS, Variant
+from kvfold.bench.kernel import VARIANTS, Row, Variant
 from kvfold.errors import UserError
 from kvfold.ops.paged import DecodeBatch
-from kvfold.ops.paged_triton import Launch, Tiling, plan_launches
+from kvfold.ops.paged_triton import Launch, plan_launches
 from kvfold.ops.quantised import scale_groups
 
 TARGETS = (80, 90)
@@ -31,10 +30,9 @@ _RESERVED_SHARED_BYTES = 1024
 """Shared memory that the driver takes for itself in every program."""
 
 
-def example(
-    variant: Variant, *, rows: int = 8, kv_heads: int = 8, length: int = 4096, tiled: Tiling | None = None
-) -> list[Launch]:
-    """The launches of a call of this kind, on tensors without memory."""
+def example(variant: Variant, *, rows: int = 8, length: int = 4096) -> list[Launch]:
+    """The launches of a call of this kind with 8 KV heads, on tensors without memory."""
+    kv_heads = 8
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -61,12 +59,10 @@ def example(
         received_old=variant.scored,
     )
     q, new = (empty(rows, heads, head_dim, dtype=variant.q) for heads in (kv_heads * variant.group, kv_heads))
-    return plan_launches(batch, q, new, new, scale=head_dim**-0.5, softcap=variant.softcap, tiled=tiled)[1]
+    return plan_launches(batch, q, new, new, scale=head_dim**-0.5, softcap=variant.softcap)[1]
 
 
-def cubin_rows(
-    targets: Sequence[int] = TARGETS, variants: Sequence[Variant] = VARIANTS, tiled: Tiling | None = None
-) -> Iterator[dict[str, Any]]:
+def cubin_rows(targets: Sequence[int] = TARGETS, variants: Sequence[Variant] = VARIANTS) -> Iterator[Row]:
     """A row for each kernel of each variant and target. Takes over Triton's idea of the device at hand: for a process of
     its own. Raises `UserError` where kernels are interpreted.
     """
@@ -75,11 +71,11 @@ def cubin_rows(
     for target in targets:
         triton.runtime.driver.set_active(_NoDevice(target))
         for variant in variants:
-            for launch in example(variant, tiled=tiled):
-                yield variant.describe() | compiled_row(launch, target)
+            for launch in example(variant):
+                yield variant.describe() | _compiled_row(launch, target)
 
 
-def compiled_row(launch: Launch, target: int) -> dict[str, Any]:
+def _compiled_row(launch: Launch, target: int) -> Row:
     """What the machine code of one launch takes, and how many of its programs a multiprocessor holds at once."""
     kernel = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.constants, **launch.options)
     registers, stack = _resources(kernel.asm["cubin"])
