@@ -104,14 +104,12 @@ class SequenceCost:
         weight = min(1.0, max(0.0, (seen - low) / (top - low))) if top > low else 1.0
         if seen <= self._lengths[0]:
             lower, weight = upper, 1.0
-        shares = []
-        for stream in range(len(self._learned)):
-            one, two = (
-                self._mean[place][stream] + (DEVIATIONS * self._spread[place][stream] if high else 0.0)
-                for place in (lower, upper)
-            )
-            shares.append(min(1.0, (1 - weight) * one + weight * two))
-        return shares
+        above = DEVIATIONS if high else 0.0
+        one, two = (
+            [mean + above * spread for mean, spread in zip(self._mean[place], self._spread[place], strict=True)]
+            for place in (lower, upper)
+        )
+        return [min(1.0, (1 - weight) * low + weight * top) for low, top in zip(one, two, strict=True)]
 
     def _take(self, ratios: Mapping[str, Any]) -> None:
         """Shares beyond `always_kept` from plain ratios."""
@@ -187,11 +185,8 @@ class Budget:
     def transient(self, methods: Iterable[str]) -> int:
         """Bytes that one prefill group may take for a while beyond what it keeps: what gates decide is known only behind them."""
         costs = [self.costs[method] for method in methods]
-        extra = [
-            cost.most(self.prefill_tokens) - cost.bytes(self.prefill_tokens, high=True)
-            for cost in costs
-            if cost.learned
-        ]
+        tokens = self.prefill_tokens
+        extra = [cost.most(tokens) - cost.bytes(tokens, high=True) for cost in costs if cost.learned]
         return min(max(extra, default=0), self.pool_bytes // 4)
 
     def fits(self, available: int, growths: int, methods: Iterable[str]) -> bool:

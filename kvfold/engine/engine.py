@@ -52,11 +52,11 @@ class Engine:
         self.model, self.tokenizer = model.eval(), tokenizer
         own = model.config.layout
         layouts = [own] if methods is None else [own.with_time(text) for text in methods]
-        self._layouts = {layout.time_text(): layout for layout in layouts}
-        self.methods = tuple(self._layouts)
+        by_method = {layout.time_text(): layout for layout in layouts}
+        self.methods = tuple(by_method)
         """Text forms, the default first."""
         self._runner = Runner(
-            model, self._layouts, memory_bytes, max_sequences=2 * max_running, page_slots=page_slots, poison=poison,
+            model, by_method, memory_bytes, max_sequences=2 * max_running, page_slots=page_slots, poison=poison,
             ratios=_kept_ratios(model),
         )  # fmt: skip
         self._budget = Budget(
@@ -240,8 +240,8 @@ class Engine:
         if time_text is None:
             return self.methods[0]
         name = self.model.config.layout.with_time(time_text).time_text()
-        if name not in self._layouts:
-            raise UserError(f"time must be one of the methods loaded, {', '.join(self._layouts)}, got '{time_text}'")
+        if name not in self.methods:
+            raise UserError(f"time must be one of the methods loaded, {', '.join(self.methods)}, got '{time_text}'")
         return name
 
     def _request(self, question: Question, ids: list[int], method: str, index: int) -> Request:

@@ -63,7 +63,13 @@ class Runner:
         self.max_sequences = max(2, min(max_sequences, memory_bytes // STATE_SHARE // state_bytes))
         self._pools = self._make_pools(states, memory_bytes - self.max_sequences * state_bytes)
         self._page_bytes = {id(pool): size for pool, size in self._pools.values()}
-        self.stores = {name: self._make_store(layout) for name, layout in layouts.items()}
+        pools = {one: pool for one, (pool, _) in self._pools.items()}
+        self.stores = {
+            name: Store(
+                layout, dtype=model.dtype, device=model.device, page_slots=page_slots, sequences=self.max_sequences, pools=pools
+            )
+            for name, layout in layouts.items()
+        }  # fmt: skip
         self._sizes: dict[str, dict[int, tuple[int, int]]] = {}
 
     def _make_pools(self, states: Mapping, memory_bytes: int) -> dict:
@@ -90,12 +96,6 @@ class Runner:
             )  # fmt: skip
             pools[one] = pool, size
         return pools
-
-    def _make_store(self, layout: KVLayout) -> Store:
-        return Store(
-            layout, dtype=self.model.dtype, device=self.model.device, page_slots=self._slots, sequences=self.max_sequences,
-            pools={one: pool for one, (pool, _) in self._pools.items()},
-        )  # fmt: skip
 
     @property
     def pool_bytes(self) -> int:

@@ -10,7 +10,7 @@ lives in replicas.py, where it brings no torch. Nothing here is imported unless 
 import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, get_origin
 
 from pydantic import ConfigDict, ValidationError, create_model
@@ -133,11 +133,10 @@ def _understood(kind: type, given: Mapping[str, Any], where: str) -> dict[str, A
         shape.model_validate(values)
     except ValidationError as error:
         wrong = error.errors(include_url=False)[0]
-        remedy = (
-            f": use {', '.join(sorted(known))}" if wrong["type"] == "extra_forbidden" else f", got {wrong['input']!r}"
-        )
+        what = f"{where} of kvfold under Ray Serve: {wrong['loc'][0]}: {wrong['msg'].lower()}"
+        unknown = wrong["type"] == "extra_forbidden"
         raise UserError(
-            f"{where} of kvfold under Ray Serve: {wrong['loc'][0]}: {wrong['msg'].lower()}{remedy}"
+            what + (f": use {', '.join(sorted(known))}" if unknown else f", got {wrong['input']!r}")
         ) from None
     return values
 
@@ -161,8 +160,7 @@ class Replica:
         """The application's response. Cancelled, the engine stops working for it."""
         async for part in answered(self.app, call):
             if part.status:
-                named = (REPLICA.encode(), self._name.encode())
-                part = Part(status=part.status, headers=(*part.headers, named), body=part.body)
+                part = replace(part, headers=(*part.headers, (REPLICA.encode(), self._name.encode())))
             yield part
 
     async def about(self) -> dict[str, Any]:
@@ -285,11 +283,8 @@ class PrefixRouter(RequestRouter):
         """See Ray: one replica a rank, so that the next is asked only when the one before is full."""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
-        loads = {
-            replica.replica_id.unique_id: self.replica_queue_len_cache.get(replica.replica_id) or 0
-            for replica in candidate_replicas
-        }
         by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        loads = {name: self.replica_queue_len_cache.get(one.replica_id) or 0 for name, one in by_id.items()}
         return [[by_id[name]] for name in ranked(self._chain(pending_request), self._memory, loads, self._slack)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:

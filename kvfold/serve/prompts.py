@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from kvfold.engine.sampler import TokenLogprob
+from kvfold.errors import one_line
 from kvfold.serve.fields import ChatRequest, TokenizeRequest
 from kvfold.serve.replies import ApiError, filled, invalid, unsupported
 
@@ -182,8 +183,8 @@ class ChatTemplate:
                 continue_final_message=goes_on, **kwargs,
             )  # fmt: skip
         except Exception as error:  # a template may raise anything, and does so to refuse an order of roles
-            message = " ".join(str(error).split()) or type(error).__name__
-            raise invalid("messages", f"messages don't fit the chat template: {message}") from None
+            message = f"messages don't fit the chat template: {one_line(error) or type(error).__name__}"
+            raise invalid("messages", message) from None
         in_reasoning = self.reasons and text.rstrip().endswith(REASONING[0])
         if in_reasoning and structured:
             text, in_reasoning = text.rstrip() + f"\n\n{REASONING[1]}\n\n", False
