@@ -275,7 +275,9 @@ def show(*parts: RenderableType) -> None:
 
 def show_json(data: Any) -> None:
     """One JSON value on stdout; numbers that are not finite, for which JSON has no word, become null."""
-    typer.echo(json.dumps(json.loads(json.dumps(data), parse_constant=lambda _: None)))
+    from kvfold.record import finite
+
+    typer.echo(json.dumps(finite(data)))
 
 
 def tell(facts: Mapping[str, Any], as_json: bool, *lines: str, out: object = None) -> None:
