@@ -70,7 +70,8 @@ class Pretrain:
             begin(self.folder, self.recipe, self.settings, self.text, report=self.report)
         wait_for_all()
         tokenizer, train_NT, held_out_NT = read_text(self.text)
-        model = new_model(self.settings, tokenizer).to(device)
+        torch.manual_seed(self.settings.seed)
+        model = FoldForCausalLM(config_of(self.settings, tokenizer)).train().to(device)
         self._train(model, train_NT, held_out_NT)
         model = unsharded(model)
         facts = self._finished(model, tokenizer) if leads() else {}
@@ -122,8 +123,7 @@ def _shape(recipe: str, settings: PretrainSettings) -> dict[str, Any]:
     return {
         **{name: getattr(settings, name) for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "layers")},
         "owners": len(settings.layout.owners), "kv_bytes_per_token": settings.kv_bytes_per_token,
-        "paper_perplexity": None if known is None else known.paper_perplexity,
-        "paper_tuned_perplexity": None if known is None else known.paper_tuned_perplexity,
+        **{name: getattr(known, name, None) for name in ("paper_perplexity", "paper_tuned_perplexity")},
     }  # fmt: skip
 
 
@@ -199,12 +199,6 @@ def config_of(settings: PretrainSettings, tokenizer: Any = None) -> FoldConfig:
         initializer_range=settings.init_std, max_position_embeddings=settings.seq_len,
         rope_parameters={"rope_type": "default", "rope_theta": settings.rope_theta}, **ends,
     )  # fmt: skip
-
-
-def new_model(settings: PretrainSettings, tokenizer: Any = None) -> FoldForCausalLM:
-    """Its weights are drawn by the seed; fp32, in training mode."""
-    torch.manual_seed(settings.seed)
-    return FoldForCausalLM(config_of(settings, tokenizer)).train()
 
 
 TrainOne = Callable[[PretrainSettings, RunFolder], dict[str, Any]]

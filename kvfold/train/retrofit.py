@@ -31,7 +31,6 @@ from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import (
     Student,
     check_method,
-    check_states,
     make_student,
     retention_of,
     trained_weights,
@@ -72,9 +71,7 @@ class Retrofit:
     def _run(self) -> dict[str, Any]:
         self.model.to(join(self.model.device, spreads=self.settings.fsdp))
         widest_layout(self.model, self.settings)  # refused before anything takes long
-        check_method(self.model, self.settings)
-        if self.settings.hidden_loss_weight and self.teacher is not None:
-            check_states(self.model, self.teacher)
+        check_method(self.model, self.settings, self.teacher)
         base = Base.of(self.model, self.name)
         text = self._text()
         facts: dict[str, Any] = {"base": self.name, **self.about}
@@ -83,7 +80,8 @@ class Retrofit:
             self.folder.keep_text(hashlib.sha256(text.train.numpy().tobytes()).hexdigest())
             facts["before"] = self._noted("before", lambda: self._measured(text))
         if self.settings.find_channel and self.settings.compresses:
-            facts["freed"] = self._noted("channel", lambda: self._found_channel(text))
+            asked = self.model, text.calibration, self.settings
+            facts["freed"] = self._noted("channel", lambda: least_missed_channel(*asked, report=self.report))
             found = self.settings.with_values(channel=facts["freed"]["channel"], find_channel=False)
             return replace(self, settings=found)._trained(facts, text, base)
         return self._trained(facts, text, base)
@@ -100,13 +98,10 @@ class Retrofit:
             facts["warm_start"] = self._warm_started(text)
         self._train(student, text, base)
         done = replace(self, model=unsharded(self.model))
-        return done._finished(facts, text, base) if leads() else facts
-
-    def _finished(self, facts: dict[str, Any], text: TrainingText, base: Base) -> dict[str, Any]:
-        """The result written, and what was kept to go on with cleared away."""
-        facts = self._written(facts, text, base, self.folder.out, done_steps=self.settings.stages.total)
-        self.folder.write("done", facts)
-        self.folder.clear()
+        if leads():
+            facts = done._written(facts, text, base, self.folder.out, done_steps=self.settings.total_steps)
+            self.folder.write("done", facts)
+            self.folder.clear()  # what was kept to go on with
         return facts
 
     def _snapped(self, facts: dict[str, Any], text: TrainingText, base: Base) -> dict[str, Any]:
@@ -114,7 +109,7 @@ class Retrofit:
         done = self.folder.done_steps
         self._load(self.folder.checkpoint)
         facts["warm_start"] = self.folder.read("warm_start")
-        facts["planned_tokens"] = self.settings.stages.total * self.settings.step_tokens
+        facts["planned_tokens"] = self.settings.total_steps * self.settings.step_tokens
         return self._written(facts, text, base, self.snapshot, done_steps=done)
 
     def _written(
@@ -147,16 +142,9 @@ class Retrofit:
         settings, most = self.settings, self.model.config.max_position_embeddings
         if settings.seq_len > most:
             raise UserError(f"seq_len {settings.seq_len:,}: the model reads {most:,} at most: use shorter sequences")
-        if self.teacher is not None and self.teacher.config.vocab_size != self.model.config.vocab_size:
-            raise UserError(
-                f"teacher {settings.teacher}: its vocabulary has {self.teacher.config.vocab_size:,} tokens and the model's "
-                f"{self.model.config.vocab_size:,}: distil from a model with the same tokenizer"
-            )
         self.report("drawing text", 0, 1)
-        text = draw_text(
-            settings.data, self.tokenizer, tokens=settings.stages.total * settings.step_tokens,
-            seq_len=settings.seq_len, seed=settings.seed,
-        )  # fmt: skip
+        sizes = {"tokens": settings.total_steps * settings.step_tokens, "seq_len": settings.seq_len}
+        text = draw_text(settings.data, self.tokenizer, seed=settings.seed, **sizes)
         self.report("drawing text", 1, 1)
         return text
 
@@ -167,9 +155,6 @@ class Retrofit:
             if leads():
                 self.folder.write(name, found)
         return found
-
-    def _found_channel(self, text: TrainingText) -> dict[str, Any]:
-        return least_missed_channel(self.model, text.calibration, self.settings, report=self.report)
 
     def _warm_started(self, text: TrainingText) -> dict[str, Any]:
         """Fitted once; a run that goes on has the gates of its checkpoint."""
@@ -182,13 +167,13 @@ class Retrofit:
 
     def _train(self, student: Student, text: TrainingText, base: Base) -> None:
         settings, checkpoint, done = self.settings, self.folder.checkpoint, self.folder.done_steps
-        if done >= settings.stages.total:
+        if done >= settings.total_steps:
             self._load(checkpoint)
             return
         ignored = ignored_tokens(self.model)
         samples = TrainingOrder(
             text.train,
-            steps=settings.stages.total,
+            steps=settings.total_steps,
             batch=settings.global_batch_size,
             seed=settings.seed,
             ignored=ignored,
