@@ -95,7 +95,7 @@ class Training:
 
     def over(self, recipe: Mapping[str, Any], settings: type, *, where: str, **more: Any) -> dict[str, Any]:
         """A recipe's values, then those of options that were given and `more`, then those of `--set`. Checked as the fields of
-        `settings`, see train/recipes.py.
+        `settings`, see train/design_space.py.
         """
         from kvfold.layout.planner import parse_count
         from kvfold.train.design_space import checked_values, parse_assignments
