@@ -50,7 +50,7 @@ def read_text_file(path: str | Path) -> TextFile:
     """The documents of a text file. Raises `UserError`, in one line, for a file that is missing, torn, empty or not UTF-8."""
     path = Path(path)
     data = file_bytes(path)
-    documents = _documents_of_lines(path, data) if holds_lines(path) else [_decoded(path, data)]
+    documents = _text_lines(path, data.split(b"\n")) if holds_lines(path) else [_decoded(path, data)]
     documents = tuple(document for document in documents if document.strip())
     if not documents:
         raise UserError(f"{path}: there is no text in it: give a file with text")
@@ -59,7 +59,7 @@ def read_text_file(path: str | Path) -> TextFile:
 
 
 def holds_lines(path: Path) -> bool:
-    """Whether a file of this name holds a JSON object a line."""
+    """Whether a file of this name holds a JSON object a line, each a text or a question."""
     endings = [ending for ending in path.suffixes[-2:] if ending != ".gz"]
     return bool(endings) and endings[-1] in _LINES
 
@@ -107,19 +107,16 @@ def json_lines(path: Path, lines: Iterable[bytes], rule: str) -> Iterator[tuple[
                 raise UserError(f"{path} line {number}: not JSON: {rule}") from error
 
 
-TEXT_RULE = "each line is one object with its text under 'text'"
+_TEXT_RULE = "each line is one object with its text under 'text'"
 
 
-def _documents_of_lines(path: Path, data: bytes) -> list[str]:
-    return [text_of(path, number, record) for number, record in json_lines(path, data.split(b"\n"), TEXT_RULE)]
-
-
-def text_of(path: Path, number: int, record: Any) -> str:
-    """The text of one line's object. Raises `UserError` where it has none."""
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise UserError(f"{path} line {number}: no text under 'text': {TEXT_RULE}")
-    return text
+def _text_lines(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
+    """The text of each line's object. Raises `UserError` where it has none."""
+    for number, record in json_lines(path, lines, _TEXT_RULE):
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f"{path} line {number}: no text under 'text': {_TEXT_RULE}")
+        yield text
 
 
 _RULE = (
@@ -151,11 +148,6 @@ class QuestionFile:
     """In the order of the file; one or more."""
     digest: str
     """SHA-256 of the (unpacked) bytes, to know the same questions again."""
-
-
-def is_question_file(name: str) -> bool:
-    """Whether a name is one of a file of questions rather than of a task."""
-    return name.removesuffix(".gz").endswith((".jsonl", ".json"))
 
 
 def read_question_file(path: str | Path) -> QuestionFile:
@@ -229,10 +221,9 @@ class TextStream:
 
     def _lines(self) -> Iterator[str]:
         with self._opened() as file:
-            lines = (line.removesuffix(b"\n") for line in file)
-            for number, record in json_lines(self.path, lines, TEXT_RULE):
+            for text in _text_lines(self.path, (line.removesuffix(b"\n") for line in file)):
                 self._note()
-                yield text_of(self.path, number, record)
+                yield text
 
     def _blocks(self) -> Iterator[str]:
         with self._opened() as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:

@@ -4,7 +4,6 @@ A row that an earlier run measured keeps the record of that run.
 """
 
 import json
-import math
 import os
 import platform
 import subprocess
@@ -21,8 +20,6 @@ KINDS = ("quality", "tasks", "memory", "kept", "document", "curve", "decode", "s
 """Kinds of results that the report draws."""
 UNDRAWN_KINDS = ("prefill", "capacity", "kernel", "gpu")
 """Results of `kvfold bench` that the report has no picture of: they lie in folders of their own."""
-
-
 ROWS = ("rows", "passkey", "tasks")
 """The lists of a result whose rows are measurements."""
 
@@ -31,13 +28,9 @@ def made(threads: int | None, dtype: str | None = None) -> dict[str, Any]:
     """Who makes a row, and when: commit (`-dirty` if files differ from it), versions, processor, threads, dtype."""
     versions = {name: version for name in ("kvfold", "torch") if (version := _version(name))}
     about = {
-        "git_commit": git_commit(),
-        **versions,
-        "cpu": cpu_name(),
-        "threads": threads,
-        "dtype": dtype and dtype.removeprefix("torch."),
-        "when": now(),
-    }
+        "git_commit": git_commit(), **versions, "cpu": cpu_name(), "threads": threads,
+        "dtype": dtype and dtype.removeprefix("torch."), "when": now(),
+    }  # fmt: skip
     return {name: value for name, value in about.items() if value is not None}
 
 
@@ -72,28 +65,18 @@ def write_result(path: Path, kind: str, payload: Mapping, command: str) -> Path:
     """
     if kind not in (*KINDS, *UNDRAWN_KINDS):
         raise UserError(f"kind {kind!r} is unknown: a result is one of {', '.join((*KINDS, *UNDRAWN_KINDS))}")
-    data = {
-        "kind": kind,
-        "created": now(),
-        "command": command,
-        "git_commit": git_commit(),
-        **recorded(payload),
-        "environment": {**_environment(), **(payload.get("environment") or {})},
-    }
-    return write_whole_file(Path(path), json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _environment() -> dict:
     versions = {name: _version(name) for name in ("torch", "transformers", "kvfold")}
-    return {"python": platform.python_version(), **versions, "cpu": cpu_name(), "cores": os.cpu_count()}
+    machine = {"python": platform.python_version(), **versions, "cpu": cpu_name(), "cores": os.cpu_count()}
+    data = {
+        "kind": kind, "created": now(), "command": command, "git_commit": git_commit(), **recorded(payload),
+        "environment": machine | (payload.get("environment") or {}),
+    }  # fmt: skip
+    return write_whole_file(Path(path), json.dumps(finite(data), indent=1, ensure_ascii=False) + "\n")
+
+
+def finite(data: Any) -> Any:
+    """The same as JSON has it: numbers that are not finite, for which it has no word, are None."""
+    return json.loads(json.dumps(data), parse_constant=lambda _: None)
 
 
 def _version(package: str) -> str | None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What sharing layers costs a trained model: 27, 25, 20 and 15 owners of 30, fitted, then distilled. (One group at a time, with
-# training between, would need a fit that starts from a model that shares already; there is none.)
+# What sharing layers costs a trained model: 27, 25, 20 and 15 owners of 30, fitted, then distilled; and 25 owners made one group at
+# a time, with training between.
 #
 #   studies/cla-curve.sh MODEL TRAIN VALID OUT [TOKENS] [FITTING] [PRECISION]
 #
@@ -19,7 +19,7 @@ for file in "${valid[@]}"; do texts+=(--text "$file"); done
 mkdir -p "$out"
 
 head=0_1_2_3_4
-tail=25_25_27_28_28
+tail29=25_25_27_28_29 tail=25_25_27_28_28
 declare -A layers=(
   [27]=${head}_5_6_7_7_9_10_11_12_13_14_15_16_17_18_19_20_21_22_23_24_$tail
   [25]=${head}_5_5_7_7_9_9_11_12_13_14_15_16_17_18_19_20_21_22_23_24_$tail
@@ -41,5 +41,18 @@ for owners in 27 25 20 15; do
   uptrain "distilled-$owners" "$out/fitted-$owners" "$tokens"
   rows+=(--compare "$out/fitted-$owners" --compare "$out/distilled-$owners")
 done
+
+# One group at a time, the cheapest first; in all as many tokens.
+last=$model
+middle=11_12_13_14_15_16_17_18_19_20_21_22_23_24
+steps=("${head}_5_6_7_8_9_10_${middle}_$tail29" "${head}_5_6_7_8_9_10_${middle}_$tail" "${head}_5_6_7_7_9_10_${middle}_$tail"
+  "${head}_5_5_7_7_9_10_${middle}_$tail" "${layers[25]}")
+for index in 0 1 2 3 4; do
+  part=$((tokens / 5 / 1024 * 1024))
+  convert "one-fitted-$((29 - index))" "$last" "${steps[$index]}" $((fitting / 5))
+  uptrain "one-distilled-$((29 - index))" "$out/one-fitted-$((29 - index))" $part
+  last=$out/one-distilled-$((29 - index))
+done
+rows+=(--compare "$last")
 
 kvfold eval "$model" "${texts[@]}" --time full "${rows[@]}" --passkey --out "$out/cla-curve.json"

@@ -13,7 +13,7 @@ import contextlib
 import json
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         "transformers": version("transformers"), "peft": version("peft"),
         "trained_parameters": sum(one.numel() for one in trained_weights(model).values()),
     }  # fmt: skip
-    sys.stdout.write(json.dumps({**about, "settings": asdict(settings)}) + "\n")
+    sys.stdout.write(json.dumps({**about, "settings": settings.model_dump(mode="json")}) + "\n")
     began = time.monotonic()
 
     def on_step(point: dict) -> None:

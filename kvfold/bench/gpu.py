@@ -200,18 +200,13 @@ def bandwidth_rows(gpu: Gpu | None, elements: int = 1 << 31) -> Iterator[Row]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """A model's attention, as far as decoding reads it."""
+    """A model's attention, as far as decoding reads it: layers that own KV, KV heads, and tokens seen."""
 
     name: str
-    """As people say it."""
     layers: int
-    """Owners of KV."""
     kv_heads: int
-    """KV heads."""
     variant: Variant
-    """Group, head dim and storage."""
     context: int = 4096
-    """Tokens seen."""
 
 
 LLAMA_2_7B = Shape(name="Llama-2-7B", layers=32, kv_heads=32, variant=Variant())

@@ -26,30 +26,22 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """A kind of call that gets machine code of its own."""
+    """A kind of call that gets machine code of its own: dtypes of queries and new tokens, of key and of value pages; query heads
+    of a KV head, channels, slots of a page; whether the new token has a slot (or is attended to from where it lies), weights are
+    handed out, to slots and by column, slots have a bias, and keys are hidden by age; and what logits are capped at.
+    """
 
     q: torch.dtype = torch.bfloat16
-    """The dtype of queries and new tokens."""
     k_pages: torch.dtype = torch.bfloat16
-    """The dtype of key pages."""
     v_pages: torch.dtype = torch.bfloat16
-    """The dtype of value pages."""
     group: int = 1
-    """Query heads of a KV head."""
     head_dim: int = 128
-    """Channels."""
     page_slots: int = 16
-    """Slots of a page."""
     written: bool = True
-    """The new token has a slot; False: it is attended to from where it lies."""
     scored: bool = False
-    """Weights are handed out, to slots and by column."""
     biased: bool = False
-    """Slots have a bias."""
     windowed: bool = False
-    """Keys are hidden by age."""
     softcap: float | None = None
-    """Logits are capped."""
 
     def describe(self) -> dict[str, Any]:
         """What tells this variant from others, for a row of a table."""
@@ -94,17 +86,11 @@ class Call:
     """The arguments of `decode_attention`."""
 
     batch: DecodeBatch
-    """Where everything lies."""
     q_BHD: Tensor
-    """Queries."""
     k_BKD: Tensor
-    """New keys."""
     v_BKD: Tensor
-    """New values."""
     scale: float
-    """Of the logits."""
     softcap: float | None
-    """Of the logits."""
 
 
 def random_call(
@@ -173,18 +159,13 @@ _COLD_BYTES = BUFFER_BYTES
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KernelShape:
-    """The sizes of a call."""
+    """The sizes of a call: sequences, KV heads of a layer, query heads of a KV head, channels, slots of a page."""
 
     batch: int = 8
-    """Sequences."""
     kv_heads: int = 3
-    """KV heads of a layer."""
     group: int = 3
-    """Query heads of a KV head."""
     head_dim: int = 64
-    """Channels."""
     page_slots: int = 16
-    """Slots of a page."""
 
 
 def measure_kernel(

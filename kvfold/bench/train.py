@@ -33,14 +33,13 @@ _COMPRESSION = 4.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPoint:
-    """The size of a step, and what is trained in it."""
+    """The size of a step, its sequences computed side by side, and what is trained in it: all weights, a low-rank addition, or
+    the gates alone (DMS).
+    """
 
     sequence_tokens: int = 1024
-    """Tokens of a sequence."""
     batch_sequences: int = 1
-    """Sequences of the step, computed side by side."""
     trains: Literal["full", "lora", "adapter"] = "full"
-    """All weights, a low-rank addition, or the gates alone (DMS)."""
 
     def __post_init__(self) -> None:
         for name, least in (("sequence_tokens", 2), ("batch_sequences", 1)):

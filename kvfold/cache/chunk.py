@@ -9,12 +9,12 @@ Letters: B sequences, T columns of the call, S stored, E = S + T entries, H quer
 import torch
 from torch import Tensor
 
-from kvfold.cache.decode import DecodeSegment, decoding
+from kvfold.cache.decode import DecodeSegment
 from kvfold.cache.group import CacheGroup
 from kvfold.cache.store import Batch, Store
 from kvfold.methods.plans import Chunk, Crossed, Held
 from kvfold.ops.attention import FOREVER, attention_with_weights, dense_attention, lifespan_attention
-from kvfold.ops.gating import Gates
+from kvfold.ops.gating import Gates, picked
 from kvfold.ops.rotation import Rotation, rotate, rotate_queries
 
 
@@ -239,22 +239,23 @@ class _OwnerChunk:
 
 def view_of(store: Store, batch: Batch) -> "DecodeSegment | ChunkSegment | SegmentedView":
     """The view that a call's layers attend through."""
-    if max(batch.added) == 1 == min(batch.added):
-        return decoding(store, batch)
     return ChunkSegment(store, batch) if min(batch.added) > 1 else SegmentedView(store, batch)
 
 
 class SegmentedView:
-    """A call whose sequences are at different work; see `KVView`."""
+    """A call whose sequences are at different work; see `KVView`. The real tokens of those that decode may stand in different
+    columns: they are picked out, and their outputs put back.
+    """
 
     def __init__(self, store: Store, batch: Batch):
         steps = [row for row, added in enumerate(batch.added) if added == 1]
         chunks = [row for row, added in enumerate(batch.added) if added > 1]
-        self._segments: list[tuple[Tensor, DecodeSegment | ChunkSegment]] = []
-        for rows, kind in ((steps, decoding), (chunks, ChunkSegment)):
+        self._segments: list[tuple[Tensor, Tensor | None, DecodeSegment | ChunkSegment]] = []
+        for rows, kind in ((steps, DecodeSegment), (chunks, ChunkSegment)):
             if rows:
-                index = torch.tensor(rows, device=store.device)
-                self._segments.append((index, kind(store, batch.segment(store, rows))))
+                part, row = batch.segment(store, rows), torch.tensor(rows, device=store.device)
+                column = None if part.real_BT is None else part.real_BT.to(torch.uint8).argmax(dim=1)
+                self._segments.append((row, column if kind is DecodeSegment else None, kind(store, part)))
 
     def attend(
         self, layer: int, q_BTHD: Tensor, k_BTKD: Tensor | None, v_BTKD: Tensor | None, rotation: Rotation | None,
@@ -262,19 +263,19 @@ class SegmentedView:
     ) -> Tensor:  # fmt: skip
         """See `KVView`. Rows without a real token get zeros."""
         out = torch.zeros_like(q_BTHD)
-        for index, segment in self._segments:
-            q, k, v = (None if x is None else x[index] for x in (q_BTHD, k_BTKD, v_BTKD))
-            segment_rotation = None if rotation is None else rotation.rows(index)
-            segment_gates = None if gates is None else gates.rows(index)
-            out[index] = segment.attend(layer, q, k, v, segment_rotation, segment_gates)
+        for row, column, segment in self._segments:
+            q, k, v = (x if x is None else picked(x, row, column) for x in (q_BTHD, k_BTKD, v_BTKD))
+            own = (one if one is None else one.at(row, column) for one in (rotation, gates))
+            attended = segment.attend(layer, q, k, v, *own)
+            out[(row,) if column is None else (row, column)] = attended if column is None else attended[:, 0]
         return out
 
     def close(self) -> None:
         """All layers have attended: what the call evicts leaves now."""
-        for _, segment in self._segments:
+        for *_, segment in self._segments:
             segment.close()
 
     def abandon(self) -> None:
         """The call has failed: pages that it allocated and did not use are free again."""
-        for _, segment in self._segments:
+        for *_, segment in self._segments:
             segment.abandon()

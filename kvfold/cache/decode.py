@@ -54,32 +54,6 @@ class DecodeSegment:
             step.return_unused()
 
 
-class ColumnsSegment(DecodeSegment):
-    """The same where the real tokens stand in different columns of the call: they are picked out, and their outputs put back."""
-
-    def __init__(self, store: Store, batch: Batch):
-        super().__init__(store, batch)
-        self._column_B = batch.real_BT.to(torch.uint8).argmax(dim=1)
-
-    def attend(
-        self, layer: int, q_BTHD: Tensor, k_BTKD: Tensor | None, v_BTKD: Tensor | None, rotation: Rotation | None,
-        gates: Gates | None = None,
-    ) -> Tensor:  # fmt: skip
-        """See `KVView`; zeros at padding."""
-        row, column = torch.arange(q_BTHD.shape[0], device=q_BTHD.device), self._column_B
-        q, k, v = (None if x is None else x[row, column].unsqueeze(1) for x in (q_BTHD, k_BTKD, v_BTKD))
-        own_rotation = None if rotation is None else rotation.column(column)
-        own_gates = None if gates is None else gates.column(column)
-        out = super().attend(layer, q, k, v, own_rotation, own_gates)
-        spread = out.new_zeros((*q_BTHD.shape[:2], *out.shape[2:]))
-        return spread.index_put_((row, column), out[:, 0])
-
-
-def decoding(store: Store, batch: Batch) -> DecodeSegment:
-    """The segment of a call, or of some rows of one, that brings one real token a sequence."""
-    return DecodeSegment(store, batch) if batch.columns == 1 else ColumnsSegment(store, batch)
-
-
 class EvictBeforeStep:
     """One decoding step of a cache group whose tokens find their places before any layer has run."""
 

@@ -95,7 +95,7 @@ class Training:
 
     def over(self, recipe: Mapping[str, Any], settings: type, *, where: str, **more: Any) -> dict[str, Any]:
         """A recipe's values, then those of options that were given and `more`, then those of `--set`. Checked as the fields of
-        `settings`, see train/recipes.py.
+        `settings`, see train/design_space.py.
         """
         from kvfold.layout.planner import parse_count
         from kvfold.train.design_space import checked_values, parse_assignments
@@ -275,7 +275,9 @@ def show(*parts: RenderableType) -> None:
 
 def show_json(data: Any) -> None:
     """One JSON value on stdout; numbers that are not finite, for which JSON has no word, become null."""
-    typer.echo(json.dumps(json.loads(json.dumps(data), parse_constant=lambda _: None)))
+    from kvfold.record import finite
+
+    typer.echo(json.dumps(finite(data)))
 
 
 def tell(facts: Mapping[str, Any], as_json: bool, *lines: str, out: object = None) -> None:

@@ -11,6 +11,7 @@ Letters: W windows, B windows of one batch, T tokens, C model width.
 """
 
 import json
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
@@ -52,11 +53,6 @@ def layer_kinds(config: FoldConfig) -> list[Hashable]:
     return [(layer.kind, layout.time_of(index), layout.bits_of(index)) for index, layer in enumerate(layout.layers)]
 
 
-def most_layers(num_layers: int, owners: int) -> int:
-    """How large groups may get: one layer more than they must on average, and three at least."""
-    return max(3, -(-num_layers // owners) + 1)
-
-
 def group_costs(
     model: FoldForCausalLM, ids_WT: Tensor, *, most: int, folder: Path | None = None, report: Report = silent
 ) -> dict[Group, float]:
@@ -67,9 +63,9 @@ def group_costs(
         raise UserError(
             f"{len(ids_WT)} windows of text: a third of them is held out, so 3 are the least: give more calibration text"
         )
-    search = _Search(model, _cut(ids_WT), folder)
-    groups = _groups(layer_kinds(model.config), most)
-    return search.costs(groups, report)
+    # Some windows, evenly spaced, and of each the beginning.
+    cut_WT = ids_WT[:: max(1, len(ids_WT) // _WINDOWS)][:_WINDOWS, :_TOKENS]
+    return _Search(model, cut_WT, folder).costs(_groups(layer_kinds(model.config), most), report)
 
 
 def cheapest_owners(costs: Mapping[Group, float], kinds: Sequence[Hashable], owners: int) -> list[int]:
@@ -79,8 +75,7 @@ def cheapest_owners(costs: Mapping[Group, float], kinds: Sequence[Hashable], own
     """
     best: Cuts = {0: (0.0, ())}
     for kind in dict.fromkeys(kinds):
-        layers = [layer for layer, one in enumerate(kinds) if one == kind]
-        best = _together(best, _cuts(costs, layers))
+        best = _cuts(costs, [layer for layer, one in enumerate(kinds) if one == kind], best)
     if owners not in best:
         raise UserError(
             f"{owners} layers that keep keys and values: neighbours of one kind come to {min(best)} at the least: ask for "
@@ -107,7 +102,8 @@ def check_choice(config: FoldConfig, owners: int) -> int:
         raise UserError(
             f"layers 'best:{owners}': of {len(kinds)} layers 1 to {len(kinds) - 1} can be chosen to keep keys and values"
         )
-    most = most_layers(len(kinds), owners)
+    # One layer more than they must on average, and three at least.
+    most = max(3, -(-len(kinds) // owners) + 1)
     cheapest_owners(dict.fromkeys(_groups(kinds, most), 0.0), kinds, owners)
     return most
 
@@ -122,38 +118,20 @@ def _groups(kinds: Sequence[Hashable], most: int) -> list[Group]:
     return sorted(found)
 
 
-def _cuts(costs: Mapping[Group, float], layers: Sequence[int]) -> Cuts:
-    """The cheapest way to cut layers of one kind into each number of groups."""
-    ways: list[Cuts] = [{0: (0.0, ())}]
+def _cuts(costs: Mapping[Group, float], layers: Sequence[int], before: Cuts) -> Cuts:
+    """The cheapest way to each number of groups, of `before` and of layers of one kind together."""
+    ways = [before]
     most = max((len(group) for group in costs), default=1)
     for end in range(1, len(layers) + 1):
         here: Cuts = {}
         for size in range(1, min(most, end) + 1):
             group = tuple(layers[end - size : end])
-            cost = 0.0 if size == 1 else costs.get(group)
-            if cost is None:
-                continue
+            cost = 0.0 if size == 1 else costs.get(group, math.inf)
             for number, (total, groups) in ways[end - size].items():
-                if number + 1 not in here or total + cost < here[number + 1][0]:
+                if total + cost < here.get(number + 1, (math.inf,))[0]:
                     here[number + 1] = total + cost, (*groups, group)
         ways.append(here)
     return ways[-1]
-
-
-def _together(one: Cuts, other: Cuts) -> Cuts:
-    """The cheapest way to each number of groups over both."""
-    found: Cuts = {}
-    for ours, (cost, groups) in one.items():
-        for theirs, (more, others) in other.items():
-            if ours + theirs not in found or cost + more < found[ours + theirs][0]:
-                found[ours + theirs] = cost + more, groups + others
-    return found
-
-
-def _cut(ids_WT: Tensor) -> Tensor:
-    """Some windows, evenly spaced, and of each the beginning."""
-    every = max(1, len(ids_WT) // _WINDOWS)
-    return ids_WT[::every][:_WINDOWS, :_TOKENS]
 
 
 class _Search:

@@ -169,7 +169,7 @@ class Streams:
         rope, positions = Rope(self.config), torch.arange(ids_WT.shape[1], device=original.device)[None]
         self.rotations = rope.rotations(positions, torch.float32, continued=False)
         self.rotation_groups = rope.group_of
-        self._views: dict[int, list[TrainingView]] = {}
+        self._views: dict[tuple[bool, int], list[TrainingView]] = {}
 
     @property
     def config(self) -> FoldConfig:
@@ -179,13 +179,18 @@ class Streams:
     def their_halves(self, index: int) -> list[Half]:
         """The original's attention in one layer."""
         layer, rotation = self.original.model.layers[index], self.rotations[index]
-        halves = (_attention_half(self.config, layer, hidden, self._their_view(), rotation) for hidden in self.theirs)
+        views = self._kept_views(self.original, index)
+        halves = (
+            _attention_half(self.config, layer, hidden, view, rotation)
+            for hidden, view in zip(self.theirs, views, strict=True)
+        )
         return [half.goal() for half in halves]
 
     def pass_theirs(self, index: int) -> None:
         """Move the original's stream alone over a layer."""
         layer, rotation = self.original.model.layers[index], self.rotations[index]
-        self.theirs = [layer(hidden, self._their_view(), rotation) for hidden in self.theirs]
+        views = self._kept_views(self.original, index)
+        self.theirs = [layer(hidden, view, rotation) for hidden, view in zip(self.theirs, views, strict=True)]
 
     def to_the_end(self, index: int, hidden_BTC: Tensor) -> Tensor:
         """What the converted model has behind its last norm, for a stream below layer `index` on which nothing below is read."""
@@ -200,17 +205,23 @@ class Streams:
 
     def our_half(self, index: int, place: int) -> Half:
         """Of one batch."""
-        owner = self.config.layout.owner_of(index)
-        if owner not in self._views:
-            self._views[owner] = [self._view(self.config.layout) for _ in self.ours]
-        layer = self.converted.model.layers[index]
-        return _attention_half(self.config, layer, self.ours[place], self._views[owner][place], self.rotations[index])
+        layer, view = self.converted.model.layers[index], self._kept_views(self.converted, index)[place]
+        return _attention_half(self.config, layer, self.ours[place], view, self.rotations[index])
+
+    def _kept_views(self, model: FoldForCausalLM, index: int) -> list[TrainingView]:
+        """A view for each batch, the same for all layers of a group."""
+        layout = model.config.layout
+        key = model is self.converted, layout.owner_of(index)
+        if key not in self._views:
+            self._views[key] = [self._view(layout) for _ in self.ours]
+        return self._views[key]
 
     def close(self, index: int) -> None:
         """Forget what no later layer reads."""
-        owner = self.config.layout.owner_of(index)
-        if self.config.layout.last_reader(owner) == index:
-            self._views.pop(owner, None)
+        for model in (self.original, self.converted):
+            owner = model.config.layout.owner_of(index)
+            if model.config.layout.last_reader(owner) == index:
+                self._views.pop((model is self.converted, owner), None)
 
     def group_sums(self, owner: int) -> tuple[GroupSums, dict[int, Tensor]]:
         """What fitting a group's keys and values takes, gathered while the original runs from the owner to the last reader;
@@ -218,17 +229,18 @@ class Streams:
         """
         group = self.config.layout.readers_of(owner)
         sums, squares = None, {}
-        for theirs, ours in zip(self.theirs, self.ours, strict=True):
+        for place, (theirs, ours) in enumerate(zip(self.theirs, self.ours, strict=True)):
             source = self._owner_input(owner, ours)
             keys, values = [], []
             for index in range(owner, group[-1] + 1):
                 if index in group:
-                    q, k, v = self._their_projections(index, theirs)
+                    q, k, v = self._their_projections(index, place, theirs)
                     squares[index] = squares.get(index, 0.0) + q.double().square().mean(dim=(0, 1)) / len(self.ours)
                     keys.append(k)
                     values.append(v)
                 if index < group[-1]:
-                    theirs = self.original.model.layers[index](theirs, self._their_view(), self.rotations[index])
+                    view = self._kept_views(self.original, index)[place]
+                    theirs = self.original.model.layers[index](theirs, view, self.rotations[index])
             keys, values = torch.cat(keys, dim=-1), torch.cat(values, dim=-1)
             if sums is None:
                 shape = source.shape[-1], keys.shape[-1], source.device
@@ -245,15 +257,12 @@ class Streams:
         biased = layer.self_attn.k_proj.bias is not None
         return torch.cat((source, torch.ones_like(source[..., :1])), -1) if biased else source
 
-    def _their_projections(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _their_projections(self, index: int, place: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The original's q, k and v of a layer, before any norm and rotary positions."""
         layer, own = self.original.model.layers[index], self.original.model.layers[index].self_attn
-        run = partial(layer, hidden, self._their_view(), self.rotations[index])
+        run = partial(layer, hidden, self._kept_views(self.original, index)[place], self.rotations[index])
         source, seen = _run_until(own.v_proj, run, {"q": own.q_proj, "k": own.k_proj})
         return seen["q"][1], seen["k"][1], own.v_proj(source)
-
-    def _their_view(self) -> TrainingView:
-        return self._view(self.original.config.layout)
 
     def _view(self, layout: KVLayout) -> TrainingView:
         return TrainingView(layout.base(), real_BT=None, **self.converted.model.attention_options)
@@ -332,13 +341,17 @@ def fit(
     folder: Path | None = None, report: Report = silent,
 ) -> None:  # fmt: skip
     """Refit `converted` in place. `ids_WT`: calibration windows. `folder`: where finished layers wait for a second start,
-    for the caller to remove once the result is written. Raises `UserError` for an original that shares layers already.
+    for the caller to remove once the result is written. An original that shares layers already keeps its groups: raises
+    `UserError` where one of them grows.
     """
-    options, layout = options or Fit(), converted.config.layout
-    if len(original.config.layout.owners) < layout.num_layers:
+    options, layout, before = options or Fit(), converted.config.layout, original.config.layout
+    grown = [
+        one for one in before.owners if len(group := before.readers_of(one)) > 1 and group != _group_of(layout, one)
+    ]
+    if grown:
         raise UserError(
-            f"init 'fitted' from a model with layers '{original.config.layout.layers_text()}': it starts where every layer "
-            "has keys and values: convert the model it was made from, or use 'mean' or 'drop'"
+            f"init 'fitted' from a model with layers '{before.layers_text()}': layers {', '.join(map(str, grown))} are read by "
+            "others already: keep these groups as they are, convert the model it was made from, or use 'mean' or 'drop'"
         )
     if len(ids_WT) < 2:
         raise UserError(
@@ -394,8 +407,12 @@ def do_layer(streams: Streams, index: int, options: Fit, *, fitting: bool = True
 def _reads_other_keys(streams: Streams, index: int) -> bool:
     """Whether a layer's group is larger than it was: other layers share it, or heads were merged."""
     new, old = streams.config.layout, streams.original.config.layout
-    alone = new.readers_of(new.owner_of(index)) == (index,)
-    return not alone or new.layers[index].num_kv_heads != old.layers[index].num_kv_heads
+    same = _group_of(new, index) == _group_of(old, index)
+    return not same or new.layers[index].num_kv_heads != old.layers[index].num_kv_heads
+
+
+def _group_of(layout: KVLayout, index: int) -> tuple[int, ...]:
+    return layout.readers_of(layout.owner_of(index))
 
 
 def _fit_group(streams: Streams, owner: int) -> None:

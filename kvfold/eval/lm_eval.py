@@ -27,7 +27,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
 
-from kvfold.data import QuestionFile, is_question_file, read_question_file
+from kvfold.data import QuestionFile, holds_lines, read_question_file
 from kvfold.errors import UserError
 from kvfold.eval.progress import Report, progress_bars
 from kvfold.eval.reading import calls, entry_bytes, folded_cache, kept_shares, score_answers
@@ -177,11 +177,11 @@ def find_tasks(
     if folder is not None and not Path(folder).is_dir():
         raise UserError(f"{folder}: there is no such folder of tasks: correct the path")
     names = list(dict.fromkeys(names))
-    known = [name for name in names if not is_question_file(name)]
+    known = [name for name in names if not holds_lines(Path(name))]
     manager = _Manager(known, folder, {"tokenizer": str(tokenizer)}) if known else None
     found = []
     for name in names:
-        if is_question_file(name):
+        if holds_lines(Path(name)):
             found.append(_task_of_file(read_question_file(name)))
         else:
             found += manager.tasks_of(name, lengths)

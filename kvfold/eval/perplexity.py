@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import stdev
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def quality_row(
     about: Mapping[str, Any], windows: TextWindows, cell: Mapping[str, Any], unfolded: Mapping[str, Any]
 ) -> dict[str, Any]:
     """One row of a `quality` result: what `about` says of the method, and the figures of its cell against the unfolded one's."""
-    scored_tokens, loss = windows.num_windows * (windows.context_tokens - 1), fmean(cell["loss"])
+    scored_tokens, loss = windows.num_windows * (windows.context_tokens - 1), _mean(cell["loss"])
     difference, error = paired_difference(cell["loss"], unfolded["loss"])
     change = math.exp(difference)
     return {
@@ -53,8 +53,8 @@ def quality_row(
             "mean": 100 * (change - 1),
             "standard_error": None if error is None else 100 * change * error,
         },
-        "kl": fmean(cell["kl"]),
-        "top1_agreement": fmean(cell["top1_agreement"]),
+        "kl": _mean(cell["kl"]),
+        "top1_agreement": _mean(cell["top1_agreement"]),
         "kept_tokens": windows.context_tokens / cell["compression"],
         **{name: cell[name] for name in _AS_MEASURED},
         # Cells of earlier versions lack it.
@@ -72,7 +72,11 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[f
     """Mean of ours - theirs over pairs, and its standard error; None where there is one pair only."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
-    return fmean(differences), error
+    return _mean(differences), error
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 _SCORED_COLUMNS = 16

@@ -40,18 +40,16 @@ class Gates:
     heads_KP: Tensor | None = None
     """Numbers that an adapter holds for each head, whatever the token, fp32; None where it holds none."""
 
-    def rows(self, index: Tensor) -> "Gates":
-        """Those of some rows of the call."""
-        return replace(self, **{name: getattr(self, name)[index] for name in self._tokens()})
-
-    def column(self, column_B: Tensor) -> "Gates":
-        """Those of one token of each row."""
-        row = torch.arange(column_B.shape[0], device=column_B.device)
-        return replace(self, **{name: getattr(self, name)[row, column_B].unsqueeze(1) for name in self._tokens()})
-
-    def _tokens(self) -> list[str]:
+    def at(self, row: Tensor, column: Tensor | None) -> "Gates":
+        """Those of some rows of a call, see `picked`."""
         names = ("alpha_BTK", "log_stay_BTK", "weight_BTK", "outputs_BTKF")
-        return [name for name in names if getattr(self, name) is not None]
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(self, **{name: picked(one, row, column) for name, one in given.items()})
+
+
+def picked(x: Tensor, row: Tensor | int, column: Tensor | None) -> Tensor:
+    """Of some rows of x [B, T, ...] all tokens, or where columns are given one token of each, [B', 1, ...]."""
+    return x[row] if column is None else x[row, column].unsqueeze(1)
 
 
 def next_real(real_BT: Tensor | None, tokens: int, device: torch.device) -> Tensor:

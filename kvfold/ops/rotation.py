@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from kvfold.ops.gating import picked
 from kvfold.ops.linear import few_rows
 
 
@@ -36,17 +37,12 @@ class Rotation:
             return self
         return replace(self, cos_BTR=self.cos_BTR[:, start:end], sin_BTR=self.sin_BTR[:, start:end])
 
-    def rows(self, index: Tensor) -> "Rotation":
-        """That of some rows of the call."""
+    def at(self, row: Tensor, column: Tensor | None) -> "Rotation":
+        """That of some rows of a call, see `picked`."""
         if self.cos_BTR.shape[0] == 1:
-            return self
-        return replace(self, cos_BTR=self.cos_BTR[index], sin_BTR=self.sin_BTR[index])
-
-    def column(self, column_B: Tensor) -> "Rotation":
-        """That of one token of each row."""
-        row = torch.arange(column_B.shape[0], device=column_B.device) if self.cos_BTR.shape[0] > 1 else 0
-        one = {name: getattr(self, name)[row, column_B].unsqueeze(1) for name in ("cos_BTR", "sin_BTR")}
-        return replace(self, **one)
+            row = torch.zeros_like(row)
+        cos, sin = (picked(x, row, column) for x in (self.cos_BTR, self.sin_BTR))
+        return replace(self, cos_BTR=cos, sin_BTR=sin)
 
     def apply(self, x_BTHD: Tensor) -> Tensor:
         """Rotate the first R dims of every head; the first half pairs with the second, as Llama checkpoints expect."""

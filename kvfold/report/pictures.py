@@ -52,16 +52,15 @@ SHARING, PLAIN = 1, 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Axes:
-    """What all panels of the quality picture share."""
+    """What all panels of the quality picture share: whether the upper part of the vertical axis is compressed, percent at the
+    bottom and at the top, and shares of the cache at the left and at the right edge.
+    """
 
     bent: bool
-    """Whether the upper part of the vertical axis is compressed."""
     low: float
     high: float
-    """Percent at the bottom and at the top."""
     most: float
     least: float
-    """Share of the cache at the left edge and at the right edge."""
 
     def levels(self) -> list[float]:
         """Changes to draw a level line at, where the axis is bent: round ones, apart from each other."""

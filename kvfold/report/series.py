@@ -29,16 +29,14 @@ SPREAD = ("mean", "least", "lower", "upper", "most")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One measured budget of one method on one text."""
+    """One measured budget of one method on one text: kept bytes over those of the full cache, the perplexity's change against the
+    unfolded model with its standard error, in percent, and the row that they came from.
+    """
 
     share: float
-    """Kept bytes over the bytes of the full cache, 1.0 = nothing saved."""
     change: float
-    """Perplexity change against the unfolded model, percent."""
     error: float | None
-    """Its standard error, percent."""
     row: Mapping
-    """The row it came from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,16 +211,14 @@ def growth_of(row: Mapping) -> dict[str, tuple[float | None, ...]] | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """One model after so much training."""
+    """One model after so much training: tokens that it saw, those that weights were fitted on included, and the change of its
+    perplexity against the model it came from, above 0, with its standard error, in percent.
+    """
 
     tokens: float
-    """That it saw, those that weights were fitted on included."""
     change: float
-    """Of its perplexity against the model it came from, percent, above 0."""
     error: float | None
-    """Its standard error, percent."""
     name: str
-    """Of the model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

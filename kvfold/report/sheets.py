@@ -38,20 +38,17 @@ MOST_LINES = 200
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column."""
+    """One column: what stands above it; what writes the cell of a row, which is what the table is of, mostly a result's; what it
+    means, "" where the head says it all; whether it is set to the left, as words are; whether a terminal of ordinary width shows
+    it too; whether it is left out where no row says anything.
+    """
 
     head: str
-    """What stands above it."""
     cell: Callable[[Any], str]
-    """Writes a row's cell; a row is what the table is of, mostly a result's."""
     note: str = ""
-    """What it means, one sentence; "" where the head says it all."""
     is_text: bool = False
-    """Words, set to the left; numbers are set to the right."""
     brief: bool = True
-    """Whether a terminal of ordinary width shows it too."""
     optional: bool = False
-    """Whether it is left out where no row says anything."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -265,18 +262,13 @@ def _over_tokens(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadMap:
-    """One method's map."""
+    """One row's map: layers that keep a cache, ascending; what is coloured and what cells say, [owner][head]; what values are."""
 
     row: Mapping
-    """The row it came from."""
     owners: tuple[int, ...]
-    """Layers that keep a cache, ascending."""
     values: tuple[tuple[float | None, ...], ...]
-    """What is coloured: [owner][head]."""
     hovers: tuple[tuple[str, ...], ...]
-    """What a cell says: [owner][head]."""
     value_name: str
-    """What the values are."""
 
 
 def head_map(row: Mapping, *, of_compression: bool = False) -> HeadMap | None:

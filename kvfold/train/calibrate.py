@@ -8,7 +8,7 @@ bound it, since a quantile alone may swing to and fro.
 Letters: N blocks or sequences, K kv heads, T tokens, S KV streams (owners ascending, then heads), D head dim, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from operator import add
 from pathlib import Path
@@ -39,9 +39,9 @@ _CLOSE = 0.005
 _FLAT_TAU = 100.0
 """A temperature at which probabilities tell their logits: at the gates' own they are 0 or 1."""
 
-PARTS = (4, 2, 1)
+_PARTS = (4, 2, 1)
 """Of a sequence's length: the three lengths at which ratios are taken."""
-CALL_TOKENS, ROWS = 256, 8
+CALL_TOKENS, _ROWS = 256, 8
 """Of one call of the model."""
 _DIGITS = 4
 _CHANNEL_SEQUENCES, _CHANNEL_TOKENS = 2, 256
@@ -129,23 +129,21 @@ def _gate_biases(layout: KVLayout) -> list[str]:
 
 @torch.inference_mode()
 def measure_kept_ratios(
-    model: FoldForCausalLM, blocks_NT: Tensor, *, lengths: Sequence[int] | None = None, report: Report = silent
-) -> dict[str, Any]:
+    model: FoldForCausalLM, blocks_NT: Tensor, *, report: Report = silent
+) -> dict[str, Any]:  # fmt: skip
     """What the model's method keeps of text, for engines that have to know before a request has run: tokens kept over tokens
     seen, per owner and KV head, as the cache itself counts them. The ratios belong to the gates and hardly to the text; Tangram's
     authors (arXiv 2606.06302) find about 50 samples enough.
 
-    Plain values: the method's text form under `time`, and what the engine's `SequenceCost` reads. `lengths`: tokens seen,
-    ascending; None = a quarter, a half and all of the sequences. Raises `UserError` where they are longer than the sequences.
+    Plain values: the method's text form under `time`, and what the engine's `SequenceCost` reads, after a quarter, a half
+    and all of the sequences.
     """
     layout, tokens = model.config.layout, blocks_NT.shape[1]
-    lengths = sorted({max(1, tokens // part) for part in PARTS}) if lengths is None else list(lengths)
-    if not len(blocks_NT) or lengths[-1] > tokens:
-        raise UserError(f"lengths up to {lengths[-1]} tokens: sequences have {tokens}: give longer text")
+    lengths = sorted({max(1, tokens // part) for part in _PARTS})
     found: list[list[Tensor]] = [[] for _ in lengths]
-    for first in range(0, len(blocks_NT), ROWS):
+    for first in range(0, len(blocks_NT), _ROWS):
         report("kept ratios", first, len(blocks_NT))
-        ids = blocks_NT[first : first + ROWS].to(model.device)
+        ids = blocks_NT[first : first + _ROWS].to(model.device)
         cache, seen = model.new_cache(rows=len(ids), time=layout.time_text(), bits=layout.bits_text()), 0
         for place, length in enumerate(lengths):
             while seen < length:
@@ -162,7 +160,7 @@ def measure_kept_ratios(
         ]
         for name, quantile in (("median", 0.5), ("p95", 0.95))
     }
-    return {"time": layout.time_text(), "lengths": list(lengths), **rows}
+    return {"time": layout.time_text(), "lengths": lengths, **rows}
 
 
 def kept_streams(kept_ONK: Tensor) -> Tensor:
@@ -240,25 +238,23 @@ def least_missed_channel(
     ids_NT = blocks_NT[:_CHANNEL_SEQUENCES, :_CHANNEL_TOKENS].to(model.device)
     was, model_trains = (config.layout, config.gates), model.training
     model.eval()
-    expected_NTV = _log_probabilities(model, ids_NT)
-    missed = []
+
+    def log_p(options: CallOptions | None = None) -> Tensor:
+        return model(ids_NT, use_cache=False, options=options).logits.float().log_softmax(dim=-1)
+
+    expected_NTV, missed = log_p(), []
     try:
         for channel in range(dim):
             report("finding the channel", channel, dim)
             model.set_gates(gate_config_of(settings.with_values(channel=channel, find_channel=False)), settings.time)
-            found_NTV = _log_probabilities(model, ids_NT, CallOptions(channel_factor=0.0))
-            missed.append(float((expected_NTV.exp() * (expected_NTV - found_NTV)).sum(dim=-1).mean()))
+            apart_NTV = expected_NTV - log_p(CallOptions(channel_factor=0.0))
+            missed.append(float((expected_NTV.exp() * apart_NTV).sum(dim=-1).mean()))
         report("finding the channel", dim, dim)
     finally:
         config.layout, config.gates = was
         model.train(model_trains)
     best = min(range(dim), key=missed.__getitem__)
     return {"channel": best, "kl": missed[best], "kl_of_last": missed[-1], "kl_of_each": missed}
-
-
-def _log_probabilities(model: FoldForCausalLM, ids_NT: Tensor, options: CallOptions | None = None) -> Tensor:
-    """fp32 [N, T, V]."""
-    return model(ids_NT, use_cache=False, options=options).logits.float().log_softmax(dim=-1)
 
 
 SEQUENCES = 48

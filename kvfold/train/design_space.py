@@ -1,14 +1,13 @@
-"""The models of the CLA paper as one table, from which every recipe's settings are made, and the same rows in miniature,
-for a processor. No torch.
+"""The settings of training from scratch, recipes (files of settings, those that come with kvfold by name and others by path), and
+the models of the CLA paper as one table, from which the settings of its recipes are made, and the same rows in miniature, for a
+processor. No torch.
 
 Source: arXiv 2405.12981, tables 1 to 4 and section 3.1.
 Differs: the miniature family and the controls at equal bytes are ours; so is everything that `PretrainSettings` says is.
 """
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,11 +28,12 @@ from kvfold.train.settings import (
     refuse,
 )
 
+_RECIPES = Path(__file__).parents[1] / "assets" / "recipes"
+
 
 def recipe_names() -> list[str]:
     """Recipes that come with kvfold."""
-    folder = resources.files("kvfold") / "assets" / "recipes"
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    return sorted(file.stem for file in _RECIPES.glob("*.yaml"))
 
 
 def read_recipe(name: str, settings: type[TrainSettings]) -> dict[str, Any]:
@@ -42,17 +42,13 @@ def read_recipe(name: str, settings: type[TrainSettings]) -> dict[str, Any]:
     """
     import yaml
 
-    path = Path(name)
-    if is_file_name(name):
-        if not path.is_file():
-            raise UserError(f"{name}: there is no such file: correct the path")
-        text = path.read_text(encoding="utf-8")
-    elif name in recipe_names():
-        text = (resources.files("kvfold") / "assets" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
-        raise _unknown("recipe", name, recipe_names())
+    path = Path(name) if is_file_name(name) else _RECIPES / f"{name}.yaml"
+    if not is_file_name(name) and name not in recipe_names():
+        raise unknown_name("recipe", name, recipe_names())
+    if not path.is_file():
+        raise UserError(f"{name}: there is no such file: correct the path")
     try:
-        values = yaml.safe_load(text)
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"recipe {name}: not YAML ({one_line(error)}): correct it") from error
     if not isinstance(values, dict):
@@ -87,20 +83,12 @@ def checked_values(values: Mapping[str, Any], settings: type[TrainSettings], *, 
     for name, value in values.items():
         key = settings.key_of(str(name))
         if key is None:
-            raise UserError(f"{where}: {_unknown('key', str(name), list(settings.model_fields))}")
+            raise UserError(f"{where}: {unknown_name('key', str(name), settings.model_fields)}")
         try:
             checked[key] = settings.value_of(key, value)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
     return checked
-
-
-def _unknown(what: str, name: str, known: Sequence[str]) -> UserError:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return UserError(f"unknown {what} '{name}': the nearest is '{near[0]}': use one of {', '.join(known)}")
-
-
-BYTES_16_BIT = 2
 
 
 class PretrainSettings(TrainSettings):
@@ -179,7 +167,7 @@ class PretrainSettings(TrainSettings):
     @property
     def kv_bytes_per_token(self) -> int:
         """K and V of one token at 16 bit."""
-        return token_bytes(self.layout, BYTES_16_BIT)
+        return token_bytes(self.layout, 2)
 
     @property
     def num_parameters(self) -> int:
@@ -313,14 +301,12 @@ def _all() -> Iterator[Recipe]:
     for name, rate in TUNED_1B.items():
         yield _recipe(f"1b-{name}-tuned", SHAPE_1B, rows[name], {"learning_rate": rate}, bytes_=rows[name].kv_bytes)
     for name, rate in ROWS_3B.items():
-        heads = SHAPE_3B["hidden_size"] // rows[name].head_dim
-        changes = {"learning_rate": rate, "num_heads": heads}
+        changes = {"learning_rate": rate, "num_heads": SHAPE_3B["hidden_size"] // rows[name].head_dim}
         yield _recipe(f"3b-{name}", SHAPE_3B, rows[name], changes, bytes_=_BYTES_3B[name])
     for suffix, layers in (("", "full"), ("-cla2", "cla2")):
         yield Recipe(name=f"tinyllama{suffix}", settings=PretrainSettings(**SHAPE_TINYLLAMA, layers=layers))
     for row in DESIGN_SPACE:
-        small = _miniature(row)
-        if small is not None:
+        if small := _miniature(row):
             yield _recipe(f"mini-{row.name}", SHAPE_MINI, small, {}, perplexity=row.perplexity)
     for name, (of, changes) in MINI_CONTROLS.items():
         yield _recipe(f"mini-{name}", SHAPE_MINI, _miniature(rows[of]), changes)
@@ -342,13 +328,11 @@ def _recipe(
     name: str, shape: Mapping[str, Any], row: Row, changes: Mapping[str, Any], *, bytes_: int | None = None,
     perplexity: float | None = None,
 ) -> Recipe:  # fmt: skip
-    of_row = {
-        "num_heads": row.num_heads, "num_kv_heads": row.num_kv_heads, "head_dim": row.head_dim, "layers": row.layers,
-    }  # fmt: skip
-    settings = PretrainSettings(**{**shape, **of_row, **changes})
-    tuned = TUNED_PERPLEXITIES.get(row.name) if perplexity is not None else None
+    of_row = {key: getattr(row, key) for key in ("num_heads", "num_kv_heads", "head_dim", "layers")}
     return Recipe(
-        name=name, settings=settings, paper_kv_bytes=bytes_, paper_perplexity=perplexity, paper_tuned_perplexity=tuned
+        name=name, settings=PretrainSettings(**{**shape, **of_row, **changes}), paper_kv_bytes=bytes_,
+        paper_perplexity=perplexity,
+        paper_tuned_perplexity=TUNED_PERPLEXITIES.get(row.name) if perplexity is not None else None,
     )  # fmt: skip
 
 
@@ -357,7 +341,6 @@ def _miniature(row: Row) -> Row | None:
     head_dim, rest = divmod(row.head_dim * MINI_HEAD_DIM, PAPER_HEAD_DIM)
     if rest or head_dim % 2:
         return None
-    kv_heads = SHAPE_MINI["hidden_size"] // head_dim if row.num_kv_heads == row.num_heads else row.num_kv_heads
-    return replace(
-        row, head_dim=head_dim, num_heads=SHAPE_MINI["hidden_size"] // head_dim, num_kv_heads=kv_heads
-    )  # fmt: skip
+    heads = SHAPE_MINI["hidden_size"] // head_dim
+    kv_heads = heads if row.num_kv_heads == row.num_heads else row.num_kv_heads
+    return replace(row, head_dim=head_dim, num_heads=heads, num_kv_heads=kv_heads)

@@ -83,14 +83,6 @@ def wait_for_all() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
-def leaders(make: Callable[[], str]) -> str:
-    """What the leading process makes, in all of them."""
-    made = [make() if place()[0] == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(made, src=0, device=torch.device("cpu"))
-    return made[0]
-
-
 def shard(model: FoldForCausalLM) -> None:
     """Spread the model's parameters, layer by layer, in place; every process has the same weights when it calls this."""
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
@@ -241,7 +233,10 @@ class Loop:
         for name, weight in trained_weights(self._model).items():
             if not torch.isfinite(whole(weight)).all():
                 self._stop(done, f"{name} is no longer finite")
-        partial = Path(leaders(lambda: str(self._folder / f"{PARTIAL}{os.getpid()}")))
+        names = [f"{PARTIAL}{os.getpid()}"]
+        if self._shared:  # the leading process's holds for all
+            dist.broadcast_object_list(names, src=0, device=torch.device("cpu"))
+        partial = self._folder / names[0]
         try:
             save_checkpoint(partial, self._model, self._optimizer, self._average)
             if self._leads:
@@ -274,9 +269,9 @@ class Curve:
         self._file.flush()
         os.fsync(self._file.fileno())
         for name, value in point.items() if self._board is not None else ():
-            for index, one in enumerate(value if isinstance(value, list) else [value]):
-                label = f"{name}/{index}" if isinstance(value, list) else name
-                self._board.add_scalar(label, one, point["step"])
+            several = isinstance(value, list)
+            for index, one in enumerate(value if several else [value] if name != "step" else []):
+                self._board.add_scalar(f"{name}/{index}" if several else name, one, point["step"])
 
     def __enter__(self) -> Self:
         return self

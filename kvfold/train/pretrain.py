@@ -37,7 +37,7 @@ from kvfold.train.loop import (
     wait_for_all,
 )
 from kvfold.train.objectives import NextToken, next_token_loss
-from kvfold.train.run_folder import RunFolder, leads, read_curve, staged
+from kvfold.train.run_folder import RunFolder, card_text, leads, machine_rows, read_curve, staged
 from kvfold.train.student import write_model
 
 _CURVE_POINTS = 60
@@ -70,7 +70,8 @@ class Pretrain:
             begin(self.folder, self.recipe, self.settings, self.text, report=self.report)
         wait_for_all()
         tokenizer, train_NT, held_out_NT = read_text(self.text)
-        model = new_model(self.settings, tokenizer).to(device)
+        torch.manual_seed(self.settings.seed)
+        model = FoldForCausalLM(config_of(self.settings, tokenizer)).train().to(device)
         self._train(model, train_NT, held_out_NT)
         model = unsharded(model)
         facts = self._finished(model, tokenizer) if leads() else {}
@@ -122,8 +123,7 @@ def _shape(recipe: str, settings: PretrainSettings) -> dict[str, Any]:
     return {
         **{name: getattr(settings, name) for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "layers")},
         "owners": len(settings.layout.owners), "kv_bytes_per_token": settings.kv_bytes_per_token,
-        "paper_perplexity": None if known is None else known.paper_perplexity,
-        "paper_tuned_perplexity": None if known is None else known.paper_tuned_perplexity,
+        **{name: getattr(known, name, None) for name in ("paper_perplexity", "paper_tuned_perplexity")},
     }  # fmt: skip
 
 
@@ -201,12 +201,6 @@ def config_of(settings: PretrainSettings, tokenizer: Any = None) -> FoldConfig:
     )  # fmt: skip
 
 
-def new_model(settings: PretrainSettings, tokenizer: Any = None) -> FoldForCausalLM:
-    """Its weights are drawn by the seed; fp32, in training mode."""
-    torch.manual_seed(settings.seed)
-    return FoldForCausalLM(config_of(settings, tokenizer)).train()
-
-
 TrainOne = Callable[[PretrainSettings, RunFolder], dict[str, Any]]
 """Trains one model in its folder, or goes on; gives its facts on the leading process."""
 
@@ -270,39 +264,25 @@ def copy_result(best: Path, out: Path, *, card: str) -> None:
 
 
 def pretrain_card(settings: PretrainSettings, facts: Mapping[str, Any], out: Path) -> str:
-    """The text of the card. `facts`: see pretrain.py, which gathers them."""
-    held = ", ".join(Path(name).name for name in settings.valid) or "the first part of the data, not trained on"
-    lines = [
-        f"# {out.name}",
-        "",
-        f"A language model of {facts['parameters']:,} weights, trained from scratch by `kvfold train {facts['recipe']}`.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| layers | {settings.num_layers}, of which {len(settings.layout.owners)} store keys and values (`{settings.layers}`) |",
-        f"| heads | {settings.num_heads} query heads and {settings.num_kv_heads} KV heads of {settings.head_dim} channels |",
-        f"| width | {settings.hidden_size}, feed-forward {settings.intermediate_size}, vocabulary {settings.vocabulary:,} |",
-        f"| KV cache | {facts['kv_bytes_per_token']:,} bytes a token at 16 bit |",
-        f"| tokens | {facts['tokens']:,}, in sequences of {settings.seq_len:,}, {settings.global_batch_size} a step |",
-        f"| learning rate | {settings.learning_rate:g} at its highest, warm-up {100 * settings.warmup_share:g} % of the steps, "
-        f"cosine to {100 * settings.final_learning_rate:g} % |",
-        f"| optimizer | AdamW ({settings.beta1:g}, {settings.beta2:g}), weight decay {settings.weight_decay:g}, "
-        f"clip {settings.max_grad_norm:g}, new weights N(0, {settings.init_std:g}²) |",
-        f"| seed | {settings.seed} |",
-        f"| data | {', '.join(Path(name).name for name in settings.data)} |",
-        f"| held-out text | {held} |",
-        f"| held-out perplexity | {facts['validation_perplexity']:.2f}, on {facts['validation_tokens']:,} tokens |",
-        f"| hardware | {facts['hardware']} |",
-        f"| time | {facts['seconds'] / 60:.1f} minutes of training |",
-        f"| kvfold | {facts['version']}, commit {facts['git_commit'] or 'not known'} |",
-        "",
-        f"Made by `{facts['command']}`.",
-        "",
-        "```python",
-        "import kvfold",
-        "",
-        f'model, tokenizer = kvfold.load("{out.name}"), kvfold.load_tokenizer("{out.name}")',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    """The text of the card. `facts`: see `Pretrain`, which gathers them."""
+    rows = {
+        "layers": f"{settings.num_layers}, of which {len(settings.layout.owners)} store keys and values (`{settings.layers}`)",
+        "heads": f"{settings.num_heads} query heads and {settings.num_kv_heads} KV heads of {settings.head_dim} channels",
+        "width": f"{settings.hidden_size}, feed-forward {settings.intermediate_size}, vocabulary {settings.vocabulary:,}",
+        "KV cache": f"{facts['kv_bytes_per_token']:,} bytes a token at 16 bit",
+        "tokens": f"{facts['tokens']:,}, in sequences of {settings.seq_len:,}, {settings.global_batch_size} a step",
+        "learning rate": f"{settings.learning_rate:g} at its highest, warm-up {100 * settings.warmup_share:g} % of the steps, "
+        f"cosine to {100 * settings.final_learning_rate:g} %",
+        "optimizer": f"AdamW ({settings.beta1:g}, {settings.beta2:g}), weight decay {settings.weight_decay:g}, "
+        f"clip {settings.max_grad_norm:g}, new weights N(0, {settings.init_std:g}²)",
+        "seed": str(settings.seed),
+        "data": ", ".join(Path(name).name for name in settings.data),
+        "held-out text": ", ".join(Path(name).name for name in settings.valid)
+        or "the first part of the data, not trained on",
+        "held-out perplexity": f"{facts['validation_perplexity']:.2f}, on {facts['validation_tokens']:,} tokens",
+        **machine_rows(facts),
+        "kvfold": f"{facts['version']}, commit {facts['git_commit'] or 'not known'}",
+    }
+    what = f"A language model of {facts['parameters']:,} weights, trained from scratch by `kvfold train {facts['recipe']}`."
+    use = f'model, tokenizer = kvfold.load("{out.name}"), kvfold.load_tokenizer("{out.name}")'
+    return card_text(out.name, what, rows, facts["command"], use)

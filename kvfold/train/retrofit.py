@@ -26,12 +26,11 @@ from kvfold.train.calibrate import calibrate, least_missed_channel, measure_kept
 from kvfold.train.data import TrainingOrder, TrainingText, draw_text
 from kvfold.train.loop import Loop, join, load_result, shard, unsharded
 from kvfold.train.objectives import Distillation, ignored_tokens
-from kvfold.train.run_folder import RunFolder, leads, read_curve, step_of
+from kvfold.train.run_folder import RunFolder, card_text, leads, machine_rows, read_curve, step_of
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import (
     Student,
     check_method,
-    check_states,
     make_student,
     retention_of,
     trained_weights,
@@ -72,9 +71,7 @@ class Retrofit:
     def _run(self) -> dict[str, Any]:
         self.model.to(join(self.model.device, spreads=self.settings.fsdp))
         widest_layout(self.model, self.settings)  # refused before anything takes long
-        check_method(self.model, self.settings)
-        if self.settings.hidden_loss_weight and self.teacher is not None:
-            check_states(self.model, self.teacher)
+        check_method(self.model, self.settings, self.teacher)
         base = Base.of(self.model, self.name)
         text = self._text()
         facts: dict[str, Any] = {"base": self.name, **self.about}
@@ -83,7 +80,8 @@ class Retrofit:
             self.folder.keep_text(hashlib.sha256(text.train.numpy().tobytes()).hexdigest())
             facts["before"] = self._noted("before", lambda: self._measured(text))
         if self.settings.find_channel and self.settings.compresses:
-            facts["freed"] = self._noted("channel", lambda: self._found_channel(text))
+            asked = self.model, text.calibration, self.settings
+            facts["freed"] = self._noted("channel", lambda: least_missed_channel(*asked, report=self.report))
             found = self.settings.with_values(channel=facts["freed"]["channel"], find_channel=False)
             return replace(self, settings=found)._trained(facts, text, base)
         return self._trained(facts, text, base)
@@ -100,13 +98,10 @@ class Retrofit:
             facts["warm_start"] = self._warm_started(text)
         self._train(student, text, base)
         done = replace(self, model=unsharded(self.model))
-        return done._finished(facts, text, base) if leads() else facts
-
-    def _finished(self, facts: dict[str, Any], text: TrainingText, base: Base) -> dict[str, Any]:
-        """The result written, and what was kept to go on with cleared away."""
-        facts = self._written(facts, text, base, self.folder.out, done_steps=self.settings.stages.total)
-        self.folder.write("done", facts)
-        self.folder.clear()
+        if leads():
+            facts = done._written(facts, text, base, self.folder.out, done_steps=self.settings.total_steps)
+            self.folder.write("done", facts)
+            self.folder.clear()  # what was kept to go on with
         return facts
 
     def _snapped(self, facts: dict[str, Any], text: TrainingText, base: Base) -> dict[str, Any]:
@@ -114,7 +109,7 @@ class Retrofit:
         done = self.folder.done_steps
         self._load(self.folder.checkpoint)
         facts["warm_start"] = self.folder.read("warm_start")
-        facts["planned_tokens"] = self.settings.stages.total * self.settings.step_tokens
+        facts["planned_tokens"] = self.settings.total_steps * self.settings.step_tokens
         return self._written(facts, text, base, self.snapshot, done_steps=done)
 
     def _written(
@@ -147,16 +142,9 @@ class Retrofit:
         settings, most = self.settings, self.model.config.max_position_embeddings
         if settings.seq_len > most:
             raise UserError(f"seq_len {settings.seq_len:,}: the model reads {most:,} at most: use shorter sequences")
-        if self.teacher is not None and self.teacher.config.vocab_size != self.model.config.vocab_size:
-            raise UserError(
-                f"teacher {settings.teacher}: its vocabulary has {self.teacher.config.vocab_size:,} tokens and the model's "
-                f"{self.model.config.vocab_size:,}: distil from a model with the same tokenizer"
-            )
         self.report("drawing text", 0, 1)
-        text = draw_text(
-            settings.data, self.tokenizer, tokens=settings.stages.total * settings.step_tokens,
-            seq_len=settings.seq_len, seed=settings.seed,
-        )  # fmt: skip
+        sizes = {"tokens": settings.total_steps * settings.step_tokens, "seq_len": settings.seq_len}
+        text = draw_text(settings.data, self.tokenizer, seed=settings.seed, **sizes)
         self.report("drawing text", 1, 1)
         return text
 
@@ -167,9 +155,6 @@ class Retrofit:
             if leads():
                 self.folder.write(name, found)
         return found
-
-    def _found_channel(self, text: TrainingText) -> dict[str, Any]:
-        return least_missed_channel(self.model, text.calibration, self.settings, report=self.report)
 
     def _warm_started(self, text: TrainingText) -> dict[str, Any]:
         """Fitted once; a run that goes on has the gates of its checkpoint."""
@@ -182,13 +167,13 @@ class Retrofit:
 
     def _train(self, student: Student, text: TrainingText, base: Base) -> None:
         settings, checkpoint, done = self.settings, self.folder.checkpoint, self.folder.done_steps
-        if done >= settings.stages.total:
+        if done >= settings.total_steps:
             self._load(checkpoint)
             return
         ignored = ignored_tokens(self.model)
         samples = TrainingOrder(
             text.train,
-            steps=settings.stages.total,
+            steps=settings.total_steps,
             batch=settings.global_batch_size,
             seed=settings.seed,
             ignored=ignored,
@@ -232,114 +217,64 @@ _WHAT = {"adapter": "An adapter", "lora": "A low-rank adapter", "full": "A model
 
 
 def write_card(settings: RetrofitSettings, facts: Mapping[str, Any], out: Path) -> str:
-    """The text of the card. `facts`: see retrofit.py, which gathers them."""
+    """The text of the card. `facts`: see `Retrofit`, which gathers them."""
+    before, after, control = facts["before"], facts["after"], "the original"
     method = f"`{settings.time}`" if settings.compresses else "no method (plain uptraining)"
     if settings.control:
-        method = f"no method: the control of a retrofit with `{settings.time}`"
-    lines = [
-        f"# {out.name}",
-        "",
-        f"{_WHAT[settings.trains]} for {facts['base']}, written by `kvfold retrofit`.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| base | {facts['base']} |",
-        f"| method | {method} |",
-        *_method_rows(settings, facts),
-        f"| trained weights | {facts['trained_parameters']:,} ({_trained(settings)}) |",
-        f"| loss | {_loss(settings)} |",
-        f"| tokens | {facts['tokens']:,}{_of_planned(facts)}, in sequences of {settings.seq_len:,} |",
-        f"| data | {', '.join(Path(name).name for name in settings.data)} |",
-        f"| hardware | {facts['hardware']} |",
-        f"| time | {facts['seconds'] / 60:.1f} minutes of training |",
-        *_measured_rows(settings, facts),
-        f"| control | {_control(settings)} |",
-        f"| kvfold | {facts['version']}, commit {facts['git_commit'] or 'not known'} |",
-        "",
-        f"Made by `{facts['command']}`.",
-        "",
-        *_use(settings, out),
-        "",
-    ]
-    return "\n".join(lines)
+        method, control = f"no method: the control of a retrofit with `{settings.time}`", "this is one"
+    elif settings.trains == "adapter":
+        control += ": its weights are frozen"
+    elif settings.compresses:
+        control = "not in this folder: the same command with `--control` makes it"
+    # With a teacher of its own, what is trained was converted first.
+    start = "the original" if settings.teacher is None else f"{facts['base']} before training"
+    learned = {"adapter": "gates alone", "lora": f"rank {settings.rank} on q, k, v, o", "full": "all"}[settings.trains]
+    # What a snapshot says of the run that it was taken from.
+    planned = f" of {facts['planned_tokens']:,} planned" if "planned_tokens" in facts else ""
+    change = 100 * (after["perplexity"] / before["perplexity"] - 1)
+    rows = {
+        "base": facts["base"],
+        "method": method,
+        **(_method_rows(settings, facts) if settings.compresses else {}),
+        "trained weights": f"{facts['trained_parameters']:,} ({learned})",
+        "loss": _loss(settings),
+        "tokens": f"{facts['tokens']:,}{planned}, in sequences of {settings.seq_len:,}",
+        "data": ", ".join(Path(name).name for name in settings.data),
+        **machine_rows(facts),
+        "compression reached on held-out text": after.get("compression")
+        and f"{after['compression']:.2f}, window included",
+        f"held-out perplexity of {start}": f"{before['perplexity']:.2f}",
+        "held-out perplexity of the result": f"{after['perplexity']:.2f} ({change:+.1f} %), on {after['tokens']:,} tokens in "
+        f"windows of {after['context_tokens']:,}",
+        "control": control,
+        "kvfold": f"{facts['version']}, commit {facts['git_commit'] or 'not known'}",
+    }
+    what = f"{_WHAT[settings.trains]} for {facts['base']}, written by `kvfold retrofit`."
+    named = f'"{out.name}"' if settings.trains == "full" else f'base, adapter="{out.name}"'
+    return card_text(out.name, what, rows, facts["command"], f"model = kvfold.load({named})")
 
 
-def _method_rows(settings: RetrofitSettings, facts: Mapping[str, Any]) -> list[str]:
-    if not settings.compresses:
-        return []
-    rows = [
-        f"| compression asked for | {settings.compression:g} at the end of {settings.seq_len:,} tokens, window included "
-        f"({facts['nominal']:.2f} by the gates alone) |",
-        f"| decisions | from {'an adapter' if settings.gate_source == 'adapter' else 'a freed channel'}, "
-        f"{_decides(settings)}, one for each {'KV head' if settings.per == 'head' else 'layer'} |",
-    ]
-    if facts.get("freed"):
-        found = facts["freed"]
-        rows.append(
-            f"| freed channel | {found['channel']}, the one missed least: KL {found['kl']:.3f} without it, "
-            f"{found['kl_of_last']:.3f} without the last |"
-        )
-    if facts.get("warm_start"):
-        rows.append(
-            f"| warm start | gates fitted to {facts['warm_start']['tokens']:,} tokens without back-propagation |"
-        )
-    if facts.get("calibration"):
-        found = facts["calibration"]
-        rows.append(
-            f"| calibrated | all gates shifted by {found['shift']:+.3f} on held-out text: {found['before']:.2f} before, "
-            f"{found['after']:.2f} after |"
-        )
-    return rows
-
-
-def _of_planned(facts: Mapping[str, Any]) -> str:
-    """What a snapshot says of the run that it was taken from."""
-    return f" of {facts['planned_tokens']:,} planned" if "planned_tokens" in facts else ""
-
-
-def _decides(settings: RetrofitSettings) -> str:
-    if settings.gated and "next" not in settings.spec.gate_form.reads:
-        return "each token's own"
-    return "each token's own" if settings.reads == "own" else "the next token's"
-
-
-def _trained(settings: RetrofitSettings) -> str:
-    return {"adapter": "gates alone", "lora": f"rank {settings.rank} on q, k, v, o", "full": "all"}[settings.trains]
+def _method_rows(settings: RetrofitSettings, facts: Mapping[str, Any]) -> dict[str, str | None]:
+    own = settings.reads == "own" or "next" not in settings.spec.gate_form.reads
+    source = "an adapter" if settings.gate_source == "adapter" else "a freed channel"
+    freed, warm, shifted = facts.get("freed"), facts.get("warm_start"), facts.get("calibration")
+    return {
+        "compression asked for": f"{settings.compression:g} at the end of {settings.seq_len:,} tokens, window included "
+        f"({facts['nominal']:.2f} by the gates alone)",
+        "decisions": f"from {source}, {'each token' if own else 'the next token'}'s{' own' if own else ''}, "
+        f"one for each {'KV head' if settings.per == 'head' else 'layer'}",
+        "freed channel": freed
+        and f"{freed['channel']}, the one missed least: KL {freed['kl']:.3f} without it, {freed['kl_of_last']:.3f} without the "
+        "last",
+        "warm start": warm and f"gates fitted to {warm['tokens']:,} tokens without back-propagation",
+        "calibrated": shifted
+        and f"all gates shifted by {shifted['shift']:+.3f} on held-out text: {shifted['before']:.2f} before, "
+        f"{shifted['after']:.2f} after",
+    }
 
 
 def _loss(settings: RetrofitSettings) -> str:
     if settings.distils == "none":
         return "next token"
     towards = "student from teacher" if settings.distils == "reverse" else "teacher from student"
-    return f"KL of {towards}" + (
-        f", teacher {Path(settings.teacher).name}" if settings.teacher else ", teacher the original"
-    )
-
-
-def _measured_rows(settings: RetrofitSettings, facts: Mapping[str, Any]) -> list[str]:
-    before, after = facts["before"], facts["after"]
-    # With a teacher of its own, what is trained was converted first.
-    start = "the original" if settings.teacher is None else f"{facts['base']} before training"
-    rows = [
-        f"| held-out perplexity of {start} | {before['perplexity']:.2f} |",
-        f"| held-out perplexity of the result | {after['perplexity']:.2f} "
-        f"({100 * (after['perplexity'] / before['perplexity'] - 1):+.1f} %), on {after['tokens']:,} tokens in windows of "
-        f"{after['context_tokens']:,} |",
-    ]
-    if after.get("compression"):
-        rows.insert(0, f"| compression reached on held-out text | {after['compression']:.2f}, window included |")
-    return rows
-
-
-def _control(settings: RetrofitSettings) -> str:
-    if settings.control:
-        return "this is one"
-    if settings.trains == "adapter":
-        return "the original: its weights are frozen"
-    return "not in this folder: the same command with `--control` makes it" if settings.compresses else "the original"
-
-
-def _use(settings: RetrofitSettings, out: Path) -> list[str]:
-    if settings.trains == "full":
-        return ["```python", "import kvfold", "", f'model = kvfold.load("{out.name}")', "```"]
-    return ["```python", "import kvfold", "", f'model = kvfold.load(base, adapter="{out.name}")', "```"]
+    return f"KL of {towards}, teacher {Path(settings.teacher).name if settings.teacher else 'the original'}"

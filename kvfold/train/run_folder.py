@@ -242,3 +242,17 @@ def staged(folder: Path, card: str | None) -> Iterator[Path]:
             os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def card_text(name: str, what: str, rows: Mapping[str, str | None], command: str, use: str) -> str:
+    """The card of a result: what it is, a table whose rows of None are left out, the command, and a line of Python."""
+    table = "".join(f"| {label} | {value} |\n" for label, value in rows.items() if value)
+    return (
+        f"# {name}\n\n{what}\n\n| | |\n|---|---|\n{table}\nMade by `{command}`.\n\n"
+        f"```python\nimport kvfold\n\n{use}\n```\n"
+    )
+
+
+def machine_rows(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Where a result was trained, and how long."""
+    return {"hardware": facts["hardware"], "time": f"{facts['seconds'] / 60:.1f} minutes of training"}

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,11 +11,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
-from transformers import GenerationMixin
 
-from kvfold.errors import UserError
 from kvfold.eval.cells import layout_key, model_key
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
@@ -24,10 +21,11 @@ from kvfold.models.adapters import ABOUT, WEIGHTS, AdapterAbout, Base
 from kvfold.models.blocks import unpack
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.gates import CallOptions
+from kvfold.record import write_whole_file
 from kvfold.train.run_folder import staged
-from kvfold.train.settings import Retention, RetrofitSettings
+from kvfold.train.settings import Retention, RetrofitSettings, refuse
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATE_MODULES = ("fold_norm", "fold_proj")
 GATES_OFF = CallOptions(gates="off")
 _SHARE = 0.5
@@ -59,7 +57,7 @@ class TeacherStates:
         if missing:
             for row, states in zip(missing, ask(ids_BT[missing]), strict=True):
                 found[row] = states
-                _write(paths[row], states)
+                write_whole_file(paths[row], save({_STATES: states.contiguous()}))
         return torch.stack(found)
 
     def _path(self, ids_T: Tensor) -> Path:
@@ -74,16 +72,6 @@ def _read(path: Path, device: torch.device) -> Tensor | None:
         return load_file(path, device=str(device))[_STATES]
     except (FileNotFoundError, SafetensorError, KeyError):
         return None
-
-
-def _write(path: Path, states_TC: Tensor) -> None:
-    """Whole or not at all, whoever else writes the same."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        save_file({_STATES: states_TC.contiguous()}, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +112,12 @@ def make_student(
         model.set_gates(gate_config_of(settings), settings.time)
     model.requires_grad_(settings.trains == "full")
     if settings.trains == "lora":
-        add_lora(model, settings.rank)
+        import peft
+
+        # Of scale 1; all else is frozen.
+        rank, of = settings.rank, list(_LORA_TARGETS)
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=of)
+        peft.inject_adapter_in_model(config, model)
     for owner, layer in enumerate(model.model.layers):
         for gate in (layer.self_attn.fold_norm, layer.self_attn.fold_proj):
             if gate is not None:  # also where another method rules, which learns nothing
@@ -136,9 +129,8 @@ def make_student(
 
 def widest_layout(model: FoldForCausalLM, settings: RetrofitSettings) -> KVLayout | None:
     """The layout of `drawn_layers`. Raises `UserError` for one that does not fit the model's layers."""
-    if settings.drawn_layers is None:
-        return None
-    return KVLayout.parse(settings.drawn_layers, model.config.layout)
+    drawn = settings.drawn_layers
+    return None if drawn is None else KVLayout.parse(drawn, model.config.layout)
 
 
 def drawn_layout(base: KVLayout, widest: KVLayout, *, seed: int, step: int) -> KVLayout:
@@ -161,33 +153,33 @@ def drawn_layout(base: KVLayout, widest: KVLayout, *, seed: int, step: int) -> K
     return base.with_owners(owners)
 
 
-def check_states(model: FoldForCausalLM, teacher: FoldForCausalLM) -> None:
-    """Raises `UserError` where a model's states cannot be held to those of its teacher."""
-    ours, theirs = ((one.config.num_hidden_layers, one.config.hidden_size) for one in (model, teacher))
-    if ours != theirs:
-        raise UserError(
-            f"hidden_loss_weight: the teacher has {theirs[0]} layers of width {theirs[1]}, the model {ours[0]} of {ours[1]}: "
-            "leave it out"
+def check_method(
+    model: FoldForCausalLM, settings: RetrofitSettings, teacher: FoldForCausalLM | None = None
+) -> None:  # fmt: skip
+    """Raises `UserError` where the settings, or a teacher of its own, don't go with this model."""
+    if teacher is not None:
+        ours, theirs = (
+            (one.config.num_hidden_layers, one.config.hidden_size, one.config.vocab_size) for one in (model, teacher)
         )
-
-
-def check_method(model: FoldForCausalLM, settings: RetrofitSettings) -> None:
-    """Raises `UserError` where the method of the settings has nothing to do in this model."""
+        refuse(
+            (ours[2] != theirs[2], f"teacher {settings.teacher}: its vocabulary has {theirs[2]:,} tokens and the model's "
+             f"{ours[2]:,}: distil from a model with the same tokenizer"),
+            (settings.hidden_loss_weight and ours != theirs, f"hidden_loss_weight: the teacher has {theirs[0]} layers of width "
+             f"{theirs[1]}, the model {ours[0]} of {ours[1]}: leave it out"),
+        )  # fmt: skip
     if not settings.gated:
         return
-    taken = settings.spec.gate_form.gates_of
-    if taken is not None:
-        raise UserError(f"time '{settings.time}': its gates are those of an adapter for {taken}: train that")
     layout, dim = model.config.layout.with_time(settings.time), model.config.head_dim
-    if not any(layout.time_of(owner).trained for owner in layout.owners):
-        raise UserError(
-            f"time '{settings.time}': no layer of this model comes under {settings.spec.format()}: what is said of all goes to "
-            "layers of full attention: name others, or choose another model"
-        )
+    taken, channel = settings.spec.gate_form.gates_of, settings.channel
+    refuse(
+        (taken is not None, f"time '{settings.time}': its gates are those of an adapter for {taken}: train that"),
+        (not any(layout.time_of(owner).trained for owner in layout.owners), f"time '{settings.time}': no layer of this model "
+         f"comes under {settings.spec.format()}: what is said of all goes to layers of full attention: name others, or choose "
+         "another model"),
+        (not -dim <= (channel or 0) < dim, f"channel {channel}: heads have {dim} channels: use 0 to {dim - 1}"),
+    )  # fmt: skip
     if settings.compresses:
         retention_of(model, settings).share_for(settings.compression)
-    if settings.channel is not None and not -dim <= settings.channel < dim:
-        raise UserError(f"channel {settings.channel}: heads have {dim} channels: use 0 to {dim - 1}")
 
 
 def retention_of(model: FoldForCausalLM, settings: RetrofitSettings) -> Retention:
@@ -208,30 +200,21 @@ def gate_config_of(settings: RetrofitSettings) -> GateConfig:
     )  # fmt: skip
 
 
-def add_lora(model: FoldForCausalLM, rank: int) -> None:
-    """A low-rank addition beside q, k, v and o of every layer, of scale 1; all else is frozen."""
-    import peft
-
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=list(LORA_TARGETS))
-    peft.inject_adapter_in_model(config, model)
-
-
 @contextmanager
 def lora_off(model: nn.Module) -> Iterator[None]:
     """Inside, low-rank additions add nothing."""
-    layers = lora_layers(model)
-    for layer in layers.values():
-        layer.enable_adapters(False)
+    layers = _lora_layers(model)
     try:
+        for layer in layers:
+            layer.enable_adapters(False)
         yield
     finally:
-        for layer in layers.values():
+        for layer in layers:
             layer.enable_adapters(True)
 
 
-def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules with a low-rank addition, by their names."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+def _lora_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "lora_A")]
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -240,62 +223,39 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_trained(
-    model: FoldForCausalLM,
-    tokenizer: Any,
-    settings: RetrofitSettings,
-    base: Base,
-    folder: Path,
-    *,
-    card: str | None = None,
-    tokens: int | None = None,
-) -> None:
+    model: FoldForCausalLM, tokenizer: Any, settings: RetrofitSettings, base: Base, folder: Path, *,
+    card: str | None = None, tokens: int | None = None,
+) -> None:  # fmt: skip
     """The adapter or the whole model in `folder`, with the card where there is one; what else lies there stays. `tokens`:
     trained on, where that is known.
     """
-    with staged(folder, card) as place:
-        if settings.trains == "full":
-            before = model.config.trained_tokens
-            if tokens is not None:
-                model.config.trained_tokens = (before or 0) + tokens
-            _write_model(model, tokenizer, place)
-            model.config.trained_tokens = before  # a snapshot is not the end
-        else:
-            _write_adapter(model, base, place, tokens)
-
-
-def write_model(model: FoldForCausalLM, tokenizer: Any, folder: Path, *, card: str) -> None:
-    """A model's folder, with its card; what else lies there stays."""
-    with staged(folder, card) as place:
-        _write_model(model, tokenizer, place)
-
-
-def _write_model(model: FoldForCausalLM | GenerationMixin, tokenizer: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-
-
-def _write_adapter(model: FoldForCausalLM, base: Base, folder: Path, tokens: int | None) -> None:
-    weights = {
-        name: weight for name, weight in model.named_parameters() if name.split(".")[-2] in GATE_MODULES
-    }  # fmt: skip
-    layers = lora_layers(model)
-    scales = {layer.scaling["default"] for layer in layers.values()}
-    assert len(scales) <= 1
-    for name, layer in layers.items():
-        weights[f"{name}.lora_A"], weights[f"{name}.lora_B"] = (
-            layer.lora_A["default"].weight,
-            layer.lora_B["default"].weight,
-        )
     config = model.config
-    learned = config.gates is not None
+    if settings.trains == "full":
+        before = config.trained_tokens
+        config.trained_tokens = before if tokens is None else (before or 0) + tokens
+        write_model(model, tokenizer, folder, card=card)
+        config.trained_tokens = before  # a snapshot is not the end
+        return
+    named, learned = dict(model.named_parameters()), config.gates is not None
+    weights = {name: weight for name, weight in named.items() if name.split(".")[-2] in GATE_MODULES}
+    weights |= {name.removesuffix(".default.weight"): weight for name, weight in named.items() if ".lora_" in name}
+    assert weights, "nothing was trained that an adapter could hold"
+    scales = {layer.scaling["default"] for layer in _lora_layers(model)}
     about = AdapterAbout(
         base=base, time=config.layout.time_text() if learned else None, gates=config.gates,
         lora={"scale": scales.pop()} if scales else None, trained_tokens=tokens,
         kept_ratios=config.kept_ratios if learned else None,
     )  # fmt: skip
-    assert weights, "nothing was trained that an adapter could hold"
-    save_adapter(about, weights, folder)
+    with staged(folder, card) as place:
+        save_adapter(about, weights, place)
+
+
+def write_model(model: FoldForCausalLM, tokenizer: Any, folder: Path, *, card: str | None) -> None:
+    """A model's folder, with its card; what else lies there stays."""
+    with staged(folder, card) as place:
+        model.save_pretrained(place)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(place)
 
 
 def save_adapter(about: AdapterAbout, weights: dict[str, Tensor], folder: Path) -> None:

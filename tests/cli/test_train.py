@@ -67,7 +67,7 @@ def test_recipes_are_listed(kvfold):
         ("train none.yaml", "none.yaml: there is no such file"),
         ("train small.yaml", "no data to train on: give --data FILES"),
         (f"{RUN} --data nowhere.txt", "nowhere.txt: there is no such file"),
-        (f"{RUN} --set layer=cla2", "unknown key 'layer': the nearest is 'layers'"),
+        (f"{RUN} --set layer=cla2", "unknown key 'layer' (did you mean 'layers'?)"),
         (f"{RUN} --set layers=cla3", "layers 'cla3' does not fit a model of 2 layers"),
         (f"{RUN} --set num_kv_heads=3", "num_kv_heads 3: each serves as many of the 4 query heads: use a divisor"),
         (f"{RUN} --set head_dim=5", "head_dim 5: rotary positions turn channels in pairs"),

@@ -191,10 +191,21 @@ def test_the_strength_is_chosen_on_text_that_is_not_fitted_on(pair):
         fit(ours, few, MANY[:1])
 
 
-def test_a_model_that_shares_already_is_refused(pair):
+def test_a_group_that_is_shared_already_does_not_grow(pair):
     shared = turned_into(pair("llama")[0], layers="cla2")
-    with pytest.raises(ValueError, match="convert the model it was made from"):
+    with pytest.raises(ValueError, match="layers 0, 2 are read by others already: keep these groups as they are"):
         fit(shared, turned_into(shared, layers="cla4"), MANY)
+
+
+def test_a_model_that_shares_already_may_share_more(pair):
+    first = turned_into(pair("llama")[0], init="fitted", layers="0_1_2_2")
+    fit(pair("llama")[0], first, MANY)
+    fitted, dropped = (turned_into(first, init=init, layers="0_0_2_2") for init in ("fitted", "drop"))
+    fit(first, fitted, MANY)
+    assert fitted.config.layout.owners == (0, 2)
+    assert error(fitted, first) < 0.7 * error(dropped, first)
+    same = "model.layers.2.self_attn.k_proj.weight"
+    assert torch.equal(fitted.get_parameter(same), first.get_parameter(same))
 
 
 @pytest.mark.parametrize(("noise", "most", "least"), [(0.0, 1e-2, 0.0), (100.0, 1e9, 1.0)])

@@ -1,9 +1,10 @@
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 
-from kvfold.data import is_question_file, read_question_file
+from kvfold.data import holds_lines, read_question_file
 
 GOOD = {"input": "Two and two?", "choices": ["three", "four"], "gold": 1, "prefix": "Reckon."}
 
@@ -53,6 +54,6 @@ def test_files_without_questions_are_refused(tmp_path):
 
 
 def test_names_of_files_and_of_tasks():
-    assert [is_question_file(name) for name in ("a.jsonl", "b/a.jsonl.gz", "a.json", "hellaswag", "a.gz")] == [
+    assert [holds_lines(Path(name)) for name in ("a.jsonl", "b/a.jsonl.gz", "a.json", "hellaswag", "a.gz")] == [
         True, True, True, False, False,
     ]  # fmt: skip
