@@ -130,19 +130,16 @@ class Stream(EventSourceResponse):
 async def unless_gone(request: Request, work: Awaitable[Any]) -> Any:
     """What `work` gives; where the client leaves first, `work` is cancelled and `ClientDisconnect` raised."""
     task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_disconnected(request))
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        task.cancel()
+
+    watcher = asyncio.ensure_future(watch())
     try:
-        done, _ = await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if task in done:
-            return task.result()
-        raise ClientDisconnect
+        return await task
+    except asyncio.CancelledError:
+        raise (ClientDisconnect if watcher.done() else asyncio.CancelledError) from None
     finally:
-        for one in (task, watcher):
-            if not one.done():
-                one.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        watcher.cancel()
