@@ -125,8 +125,8 @@ class ServeRun:
 
     seconds: float
     """From the first request to the last token."""
-    tokens: int
-    """Generated, of all requests together."""
+    outputs: tuple[tuple[int, ...], ...]
+    """What was generated, request by request."""
     cpu_seconds: float | None = None
     """Of this process, all threads; None where another process did the work."""
     first_token_s: tuple[float, ...] = ()
@@ -137,8 +137,11 @@ class ServeRun:
     """`Engine.stats` at the end; what a peer says of itself."""
     compression: float | None = None
     """Tokens seen over tokens kept at the end of each request, by their sums."""
-    outputs: tuple[tuple[int, ...], ...] = ()
-    """What was generated, request by request."""
+
+    @property
+    def tokens(self) -> int:
+        """Generated, of all requests together."""
+        return sum(map(len, self.outputs))
 
 
 Side = Callable[[Sequence[Wanted]], ServeRun]
@@ -247,7 +250,7 @@ def run_engine(
         raise UserError(f"a request failed: {failed}")
     usages = [one.usage for one in ends]
     return ServeRun(
-        seconds=max(found[-1] for found in times) - start, tokens=sum(map(len, outputs)), cpu_seconds=cpu,
+        seconds=max(found[-1] for found in times) - start, cpu_seconds=cpu,
         first_token_s=tuple(found[0] - at for found, at in zip(times, begun, strict=True)),
         gaps_s=tuple(after - before for found in times for before, after in pairwise(found)), stats=stats,
         compression=sum(one.seen_tokens for one in usages) / max(1, sum(one.kept_tokens for one in usages)),
@@ -302,74 +305,56 @@ def check_peers(names: Sequence[str]) -> None:
 def open_peers(
     names: Sequence[str], model: FoldForCausalLM, source: str, requests: Sequence[Wanted], kv_bytes: int, stack: ExitStack
 ) -> dict[str, Side]:  # fmt: skip
-    """The sides of these names, on the checkpoint `source`; `stack` closes what they hold."""
+    """The sides of these names, on the checkpoint `source`; vLLM in so many bytes, in a process of its own that `stack` ends."""
     sides: dict[str, Side] = {}
     if "generate" in names:
-        sides["generate"] = batch_side(model, lambda rows: model.new_cache(rows=rows, time="full"))
+        sides["generate"] = partial(run_batch, model, lambda rows: model.new_cache(rows=rows, time="full"))
     if {"transformers", "continuous"} & set(names):
         theirs = load_theirs(source, dtype=model.dtype, device=model.device)
         if "transformers" in names:
-            sides["transformers"] = batch_side(theirs, lambda rows: DynamicCache(config=theirs.config))
+            sides["transformers"] = partial(run_batch, theirs, lambda rows: DynamicCache(config=theirs.config))
         if "continuous" in names:
-            sides["continuous"] = _continuous_side(theirs)
+            sides["continuous"] = partial(_run_continuous, theirs)
     if "vllm" in names:
-        sides["vllm"] = _vllm_side(source, kv_bytes, requests, stack)
+        sizes = {"max_rows": len(requests), "max_tokens": max(len(one.prompt) + one.max_tokens for one in requests)}
+        peer = VllmPeer(source, **sizes, kv_bytes=kv_bytes, threads=torch.get_num_threads())
+        sides["vllm"] = partial(_run_vllm, stack.enter_context(peer))
     return sides
 
 
-def batch_side(model: Any, new_cache: Callable[[int], Any]) -> Side:
+def run_batch(model: Any, new_cache: Callable[[int], Any], requests: Sequence[Wanted]) -> ServeRun:
     """`generate` of ours or of transformers: all requests as one batch, padded at the left, until the longest is done."""
-
-    def run(requests: Sequence[Wanted]) -> ServeRun:
-        widest, most = max(len(one.prompt) for one in requests), max(one.max_tokens for one in requests)
-        pads = [widest - len(one.prompt) for one in requests]
-        ids = torch.tensor([[0] * pad + list(one.prompt) for pad, one in zip(pads, requests, strict=True)])
-        mask = torch.arange(widest) >= torch.tensor(pads)[:, None]
-        cpu, start = time.process_time(), time.perf_counter()
-        out = model.generate(
-            ids.to(model.device), attention_mask=mask.long().to(model.device), past_key_values=new_cache(len(requests)),
-            do_sample=False, num_beams=1, min_new_tokens=most, max_new_tokens=most, pad_token_id=0,
-        )  # fmt: skip
-        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-        new = out[:, widest:].tolist()
-        outputs = tuple(tuple(row[: one.max_tokens]) for row, one in zip(new, requests, strict=True))
-        return ServeRun(seconds=seconds, tokens=sum(map(len, outputs)), cpu_seconds=cpu, outputs=outputs)
-
-    return run
+    widest, most = max(len(one.prompt) for one in requests), max(one.max_tokens for one in requests)
+    pads = [widest - len(one.prompt) for one in requests]
+    ids = torch.tensor([[0] * pad + list(one.prompt) for pad, one in zip(pads, requests, strict=True)])
+    mask = torch.arange(widest) >= torch.tensor(pads)[:, None]
+    cpu, start = time.process_time(), time.perf_counter()
+    out = model.generate(
+        ids.to(model.device), attention_mask=mask.long().to(model.device), past_key_values=new_cache(len(requests)),
+        do_sample=False, num_beams=1, min_new_tokens=most, max_new_tokens=most, pad_token_id=0,
+    )  # fmt: skip
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    new = zip(out[:, widest:].tolist(), requests, strict=True)
+    outputs = tuple(tuple(row[: one.max_tokens]) for row, one in new)
+    return ServeRun(seconds=seconds, cpu_seconds=cpu, outputs=outputs)
 
 
-def _continuous_side(model: Any) -> Side:
+def _run_continuous(model: Any, requests: Sequence[Wanted]) -> ServeRun:
     """transformers' continuous batching; every request generates as many tokens as the longest, and those are counted."""
-
-    def run(requests: Sequence[Wanted]) -> ServeRun:
-        most = max(one.max_tokens for one in requests)
-        wanted = GenerationConfig(do_sample=False, max_new_tokens=most, eos_token_id=-1, pad_token_id=0)
-        cpu, start = time.process_time(), time.perf_counter()
-        found = model.generate_batch([list(one.prompt) for one in requests], generation_config=wanted, warmup=False)
-        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-        outputs = tuple(tuple(one.generated_tokens) for one in found.values())
-        return ServeRun(seconds=seconds, tokens=sum(map(len, outputs)), cpu_seconds=cpu, outputs=outputs)
-
-    return run
+    most = max(one.max_tokens for one in requests)
+    wanted = GenerationConfig(do_sample=False, max_new_tokens=most, eos_token_id=-1, pad_token_id=0)
+    cpu, start = time.process_time(), time.perf_counter()
+    found = model.generate_batch([list(one.prompt) for one in requests], generation_config=wanted, warmup=False)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    outputs = tuple(tuple(one.generated_tokens) for one in found.values())
+    return ServeRun(seconds=seconds, cpu_seconds=cpu, outputs=outputs)
 
 
-def _vllm_side(source: str, kv_bytes: int, requests: Sequence[Wanted], stack: ExitStack) -> Side:
-    """vLLM in so many bytes, in a process of its own that `stack` ends."""
-    tokens = max(len(one.prompt) + one.max_tokens for one in requests)
-    peer = stack.enter_context(
-        VllmPeer(source, max_rows=len(requests), max_tokens=tokens, kv_bytes=kv_bytes, threads=torch.get_num_threads())
-    )
-
-    def run(requests: Sequence[Wanted]) -> ServeRun:
-        if len({one.max_tokens for one in requests}) > 1:
-            raise UserError(
-                "requests of several lengths: vLLM is asked for one length of answers: draw one, or leave it out"
-            )
-        found = peer.run([list(one.prompt) for one in requests], requests[0].max_tokens)
-        return ServeRun(
-            seconds=found.step_ends[-1], tokens=sum(map(len, found.new_ids)), gaps_s=found.step_seconds,
-            stats={"most_running": max(found.step_rows), "preemptions": found.preemptions, **peer.about},
-            outputs=found.new_ids,
-        )  # fmt: skip
-
-    return run
+def _run_vllm(peer: VllmPeer, requests: Sequence[Wanted]) -> ServeRun:
+    if len({one.max_tokens for one in requests}) > 1:
+        raise UserError(
+            "requests of several lengths: vLLM is asked for one length of answers: draw one, or leave it out"
+        )
+    found = peer.run([list(one.prompt) for one in requests], requests[0].max_tokens)
+    stats = {"most_running": max(found.step_rows), "preemptions": found.preemptions, **peer.about}
+    return ServeRun(seconds=found.step_ends[-1], gaps_s=found.step_seconds, stats=stats, outputs=found.new_ids)

@@ -10,14 +10,14 @@ import typer
 from typer import Option
 from typer.core import TyperGroup
 
-from kvfold.cli import bench, convert, generate, report, train
-from kvfold.cli.eval import evaluate
+from kvfold.cli import bench, convert, generate, train
+from kvfold.cli.eval import demo, evaluate, inspect, report
 from kvfold.cli.options import clear_errors, debug_mode, with_groups
 
 COMMANDS = {
     "plan": convert.plan, "convert": convert.convert, "train": train.train, "retrofit": train.retrofit,
-    "calibrate": train.calibrate, "eval": evaluate, "inspect": report.inspect, "generate": generate.generate,
-    "serve": generate.serve, "report": report.report, "demo": report.demo,
+    "calibrate": train.calibrate, "eval": evaluate, "inspect": inspect, "generate": generate.generate,
+    "serve": generate.serve, "report": report, "demo": demo,
 }  # fmt: skip
 BENCH_COMMANDS = {
     "decode": bench.decode, "prefill": bench.prefill, "capacity": bench.capacity, "kernel": bench.kernel,

@@ -330,23 +330,15 @@ def _head_cell(line: Sequence[float | None], head: int, say: Callable) -> str:
 
 def uptraining_sheet(roads: Sequence[series.Road]) -> Sheet:
     """Models of one layout by the tokens they were trained on; the last line of each is extrapolated, and says so."""
-    notes = {
-        "model": "", "layers": "Which layers share keys and values.", "text": "",
-        "tokens": "Of training, those that weights were fitted on included.",
-        "change": "Perplexity against the model it came from, ± one standard error.",
-    }  # fmt: skip
-    columns = [
-        Column(head, lambda line, at=at: line[at], note, is_text=at < 3)
-        for at, (head, note) in enumerate(notes.items())
-    ]
     lines = []
     for road in roads:
-        layers, text, further = road.layers or "unnamed", road.text or "unnamed", road.end.tokens * series.FURTHER
-        for stage in road.stages:
-            lines.append((stage.name, layers, text, count(stage.tokens), difference(stage.change, stage.error, "%")))
+        further = road.end.tokens * series.FURTHER
+        said = [(one.name, one.tokens, difference(one.change, one.error, "%")) for one in road.stages]
         if (then := road.beyond(further)) is not None:
-            lines.append(("extrapolated, not measured", layers, text, count(further), f"+{three(then)} %"))
-    return sheet_of("Over tokens of training", columns, lines)
+            said.append(("extrapolated, not measured", further, f"+{three(then)} %"))
+        about = {"layers": road.layers, "text": road.text}
+        lines += [about | {"model": model, "tokens": tokens, "change": change} for model, tokens, change in said]
+    return known_sheet("uptraining", lines)
 
 
 def known_table(kind: str, title: str = "") -> Callable[..., Table]:

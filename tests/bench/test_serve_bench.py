@@ -1,18 +1,19 @@
 """Serving benchmarks: budgets, requests, what a run says; and `kvfold bench serve` is in tests/cli."""
 
 import json
+from functools import partial
 
 import pytest
 
 from byte_tokenizer import byte_tokenizer
 from kvfold.bench.serve import (
     Wanted,
-    batch_side,
     bench_serve,
     budget_bytes,
     drawn_requests,
     parse_lengths,
     read_trace,
+    run_batch,
     run_engine,
     tokenised,
 )
@@ -34,7 +35,8 @@ def test_sides_of_one_budget():
     model, kept = tiny_model(), []
     result = bench_serve(
         model, REQUESTS, name="tiny", methods=["full", "window:6+2"], budgets=[budget_bytes(model, n, 39) for n in (2, 8)],
-        peers={"generate": batch_side(model, lambda rows: model.new_cache(rows=rows, time="full"))}, repeats=2, keep=kept.append,
+        peers={"generate": partial(run_batch, model, lambda rows: model.new_cache(rows=rows, time="full"))}, repeats=2,
+        keep=kept.append,
     )  # fmt: skip
     full, window, generate, ample, _ = result["rows"]
     assert [row["side"] for row in result["rows"]] == ["full", "window:6+2", "generate", "full", "window:6+2"]
@@ -51,7 +53,7 @@ def test_sides_of_one_budget():
 def test_sides_write_the_same_tokens():
     model = tiny_model()
     ours = run_engine(model, model.config.layout, 10**6, REQUESTS)
-    theirs = batch_side(model, lambda rows: model.new_cache(rows=rows, time="full"))(REQUESTS)
+    theirs = partial(run_batch, model, lambda rows: model.new_cache(rows=rows, time="full"))(REQUESTS)
     assert ours.outputs == theirs.outputs
 
 
