@@ -19,22 +19,28 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
+from operator import add
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import kvfold
 from kvfold.data import read_text_file, text_windows
+from kvfold.errors import UserError
+from kvfold.eval.progress import Report, silent
 from kvfold.eval.reading import next_token_logits, score
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import layout_bytes, page_bytes, page_class, page_classes
+from kvfold.methods.registry import parse_time
 from kvfold.models.adapters import Base, apply_adapter
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.ops.native import flush_denormals
 from kvfold.record import made
-from kvfold.train.calibrate import calibrate, fit_importance, take_gates
+from kvfold.train.calibrate import attention_beyond, calibrate, explained_variance, fitted
 from kvfold.train.data import Batch, TrainingOrder, draw_text
 from kvfold.train.objectives import divergence, fired_shares, ratio_loss, summed_in_slices
 from kvfold.train.settings import RetrofitSettings
@@ -56,6 +62,61 @@ def settings_of(args: argparse.Namespace, time_text: str) -> RetrofitSettings:
         time="dms:" + time_text.split(":")[1].split("+")[0], trains="adapter", reads="own", compression=args.compression,
         data=tuple(args.data), seq_len=SEQUENCE_TOKENS, seed=args.seed,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def take_gates(model: FoldForCausalLM, time: str) -> None:
+    """Put a model that has trained gates under the method `time`, in place: the decisions stay, whatever else the adapters give
+    is as in new ones. Raises `UserError` for a method that does not take gates like these.
+    """
+    gates, method = model.config.gate_config, parse_time(time.split(";")[0])
+    wanted = None if method.gate_form is None else method.gate_form.gates_of
+    if wanted is None:
+        raise UserError(f"time '{time}': {method.name} takes over no gates: choose a method that does")
+    if gates is None or wanted != gates.method or gates.source != "adapter":
+        has = "no gates" if gates is None else f"gates of {gates.method} from its {gates.source}"
+        raise UserError(
+            f"time '{time}': the model has {has}, and it needs an adapter for {wanted}: load one with the model"
+        )
+    layers = [one.self_attn for one in model.model.layers]
+    old = [(one.fold_norm, one.fold_proj) for one in layers]
+    model.set_gates(replace(gates, method=method.name), time)
+    for layer, (norm, projection) in zip(layers, old, strict=True):
+        if norm is None:
+            continue
+        layer.fold_norm.load_state_dict(norm.state_dict())
+        for name in ("weight", "bias"):
+            given = getattr(projection, name)
+            if given is not None:
+                getattr(layer.fold_proj, name)[:: method.gate_form.outputs] = given
+
+
+@torch.no_grad()
+def fit_importance(model: FoldForCausalLM, blocks_NT: Tensor, *, report: Report = silent) -> dict[str, Any]:
+    """Fit what the model's adapters say beside their decisions on some blocks, in place: how much a token matters beside others
+    of its head. Gives what was found.
+    """
+    model.eval()
+    outputs = model.config.gate_config.form.outputs
+    solved = fitted(model, blocks_NT, "fitting importance", report, measure=mean_attention, join=add)
+    for owner, fit in solved.items():
+        projection = model.model.layers[owner].self_attn.fold_proj
+        projection.weight[1::outputs] = fit.weight_KC.to(projection.weight)
+        if projection.bias is not None:
+            projection.bias[1::outputs] = fit.bias_K.to(projection.bias)
+    return {"tokens": blocks_NT.numel(), "explained_variance": explained_variance(solved)}
+
+
+def mean_attention(q_BTHD: Tensor, k_BTKD: Tensor, *, delay: int, scale: float, softcap: float | None = None) -> Tensor:
+    """The weight of each key, summed over its head's query heads, mean over the queries more than `delay` tokens behind it, fp32
+    [B, K, T]; 0 where there is no such query. q and k are rotated.
+    """
+    tokens = q_BTHD.shape[1]
+    found = q_BTHD.new_zeros((q_BTHD.shape[0], k_BTKD.shape[2], tokens), dtype=torch.float32)
+    for stop, weights in attention_beyond(q_BTHD, k_BTKD, delay=delay, scale=scale, softcap=softcap):
+        found[..., :stop] += weights.sum(dim=(2, 3))
+    queries = (tokens - 1 - delay - torch.arange(tokens, device=found.device)).clamp(min=1)
+    return found / queries
 
 
 def fit(args: argparse.Namespace) -> None:

@@ -120,6 +120,12 @@ class Cells:
             write_whole_file(self._path(name, key), text + "\n")
         return cell
 
+    def measured(
+        self, name: str, key: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]], of: str | None = None
+    ) -> dict[str, Any]:
+        """What lies there, or else what is measured now."""
+        return self.read(name, key, of) or self.write(name, key, measure(), of)
+
     def _path(self, name: str, key: Mapping[str, Any]) -> Path:
         digest = hashlib.sha256(json.dumps(_plain(key), sort_keys=True).encode()).hexdigest()
         return self._folder / f"{re.sub(r'[^0-9A-Za-z]+', '-', name).strip('-')}-{digest[:12]}.json"

@@ -9,6 +9,7 @@ import random
 import re
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,12 +70,8 @@ def measure_passkey(
             about, cell_key = f"passkey {length}, {method}", {**key, "length": length, "layout": layout_key(layout)}
             asked = prompts[length]
             ids = ids_key(*(prompt for _, prompt in asked))
-            cell = kept.read(about, cell_key, of=ids)
-            if cell is None:
-                began = time.monotonic()
-                cell = {"found": _found(model, tokenizer, layout, asked, tries, about, report)}
-                cell["seconds"] = time.monotonic() - began
-                cell = kept.write(about, cell_key, cell, of=ids)
+            measure = partial(_found, model, tokenizer, layout, asked, tries, about, report)
+            cell = kept.measured(about, cell_key, measure, of=ids)
             pairs = zip(depths, cell["found"], strict=True)
             rows += [
                 {"method": method, "length_tokens": length, "depth": depth, "found": found, "tries": tries}
@@ -131,14 +128,16 @@ def _asked(tokenizer: Any, length: int, depths: Sequence[float], tries: int, see
 def _found(
     model: FoldForCausalLM, tokenizer: Any, layout: KVLayout, asked: Sequence[tuple[str, list[int]]], tries: int,
     what: str, report: Report,
-) -> list[int]:  # fmt: skip
-    """Keys found at each depth."""
+) -> dict[str, Any]:  # fmt: skip
+    """Keys found at each depth, and the seconds that it took."""
+    began = time.monotonic()
     keys = [key for key, _ in asked]
     new_tokens = max(len(tokenizer(f" {key}", add_special_tokens=False).input_ids) for key in keys) + _SPARE_TOKENS
     prompts = [prompt for _, prompt in asked]
     answers = continuations(model, layout, prompts, new_tokens, what=what, report=report)
     right = [_says(tokenizer.decode(answer), key) for answer, key in zip(answers, keys, strict=True)]
-    return [sum(right[first : first + tries]) for first in range(0, len(right), tries)]
+    found = [sum(right[first : first + tries]) for first in range(0, len(right), tries)]
+    return {"found": found, "seconds": time.monotonic() - began}
 
 
 def _says(answer: str, key: str) -> bool:

@@ -86,9 +86,6 @@ def _of_task(
     """What rows say of their method, and the cell of one task under it; measured unless it is there."""
     limit, loaded = asked["limit"], cache(lambda: _loaded(task))
 
-    def cell_of(name: str, more: dict[str, str], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        return kept.read(name, asked | more) or kept.write(name, asked | more, measure())
-
     def measured(layout: KVLayout, name: str) -> dict[str, Any]:
         lm.layout, lm.about = layout, name
         return _measured(lm, task, loaded(), limit)
@@ -96,11 +93,12 @@ def _of_task(
     found = []
     for layout in layouts:
         name = " ".join(filter(None, [task.name, str(task.length_tokens or ""), layout.time_text()]))
-        cell = cell_of(name, {"layout": layout_key(layout)}, partial(measured, layout, name))
+        cell = kept.measured(name, asked | {"layout": layout_key(layout)}, partial(measured, layout, name))
         found.append((method_about(layout), cell))
     if theirs is not None:
         title = f"transformers {transformers.__version__} by lm-eval's hf"
-        cell = cell_of(f"{task.name} {_PEER}", {"peer": title}, lambda: _scored(theirs(), task, loaded(), limit))
+        asked, name = asked | {"peer": title}, f"{task.name} {_PEER}"
+        cell = kept.measured(name, asked, lambda: _scored(theirs(), task, loaded(), limit))
         found.append(({"method": _PEER, "title": title}, cell))
     return found
 

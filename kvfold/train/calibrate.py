@@ -1,16 +1,16 @@
 """What is found out about gates by forward passes alone: the shift at which held-out text is compressed exactly as asked for,
-what they then keep of text, and before training the channel that they may take.
+what they then keep of text, before training the channel that they may take, and gates that are fitted to what attention gives.
 
 One shift for all heads, found as a quantile of their logits: heads keep the differences that they learned. (A threshold of
 its own for each head would make all heads compress alike, which costs quality.) Decisions change what later layers see, so the
 shift is found again under the shifted decisions until the compression holds; shifts that were too small or too large
 bound it, since a quantile alone may swing to and fro.
-Letters: N blocks or sequences, K kv heads, T tokens, S KV streams (owners ascending, then heads), D head dim, V vocabulary.
+Letters: N blocks or sequences, K kv heads, T tokens, S KV streams (owners ascending, then heads), D head dim, V vocabulary,
+B rows, H query heads, C model width.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from kvfold.errors import UserError
 from kvfold.eval.progress import Report, silent
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
-from kvfold.methods.registry import parse_time
 from kvfold.models.adapters import adapter_folder, read_adapter
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.gates import CallOptions
@@ -257,7 +256,7 @@ def least_missed_channel(
     return {"channel": best, "kl": missed[best], "kl_of_last": missed[-1], "kl_of_each": missed}
 
 
-SEQUENCES = 48
+_SEQUENCES = 48
 """Sequences that are read, if there are as many."""
 _SHIFTED_SEQUENCES = 8
 _RIDGE = 1e-3
@@ -284,8 +283,8 @@ def warm_start(
     threshold for all heads of all layers.
     """
     model.eval()
-    used, gates = blocks_NT[:SEQUENCES], model.config.gate_config
-    solved = _fitted(model, used, "fitting gates", report)
+    used, gates = blocks_NT[:_SEQUENCES], model.config.gate_config
+    solved = fitted(model, used, "fitting gates", report)
     spread = float(torch.cat([one.variance for one in solved.values()]).mean().sqrt())
     gain = _LOGIT_SPREAD / max(spread, 1e-6)
     for owner, fit in solved.items():
@@ -294,10 +293,10 @@ def warm_start(
         projection.weight.copy_(-gain / gates.scale * fit.weight_KC)
         projection.bias.copy_((gates.offset - gain * fit.bias_K) / gates.scale)
     shifted = calibrate(model, blocks_NT[:_SHIFTED_SEQUENCES], settings, report=report)
-    return {"tokens": used.numel(), "explained_variance": _explained(solved), "compression": shifted["after"]}
+    return {"tokens": used.numel(), "explained_variance": explained_variance(solved), "compression": shifted["after"]}
 
 
-def _fitted(model: FoldForCausalLM, blocks_NT: Tensor, what: str, report: Report, **watched: Any) -> dict[int, "Fit"]:
+def fitted(model: FoldForCausalLM, blocks_NT: Tensor, what: str, report: Report, **watched: Any) -> dict[int, "Fit"]:
     """Of each owner the fit to what comes to its tokens; `watched`: see `attention_to_come`."""
     sums = {owner: Moments() for owner in _gated_owners(model)}
     for done, block in enumerate(blocks_NT):
@@ -308,7 +307,8 @@ def _fitted(model: FoldForCausalLM, blocks_NT: Tensor, what: str, report: Report
     return {owner: one.solve() for owner, one in sums.items()}
 
 
-def _explained(fits: dict[int, "Fit"]) -> float:
+def explained_variance(fits: dict[int, "Fit"]) -> float:
+    """Share of what was to be predicted that is, mean over owners and heads."""
     return float(torch.cat([one.explained for one in fits.values()]).mean())
 
 
@@ -381,12 +381,12 @@ def largest_attention(
     0 where there is no such query. q and k are rotated.
     """
     found = q_BTHD.new_zeros((q_BTHD.shape[0], k_BTKD.shape[2], q_BTHD.shape[1]), dtype=torch.float32)
-    for stop, weights in _attention_beyond(q_BTHD, k_BTKD, delay=delay, scale=scale, softcap=softcap):
+    for stop, weights in attention_beyond(q_BTHD, k_BTKD, delay=delay, scale=scale, softcap=softcap):
         found[..., :stop] = torch.maximum(found[..., :stop], weights.amax(dim=(2, 3)))
     return found
 
 
-def _attention_beyond(
+def attention_beyond(
     q_BTHD: Tensor, k_BTKD: Tensor, *, delay: int, scale: float, softcap: float | None
 ) -> Iterator[tuple[int, Tensor]]:
     """Some queries at a time: the number of keys that they may see, and the weights [B, K, G, queries, keys] of those more than
@@ -442,58 +442,3 @@ class Moments:
         error = yy - 2 * (solved * xy).sum(dim=0) + variance + mean**2
         explained = 1 - error / (yy - xy[-1] ** 2).clamp(min=1e-12)
         return Fit(weight_KC=solved[:-1].T, bias_K=solved[-1], variance=variance, explained=explained)
-
-
-@torch.no_grad()
-def take_gates(model: FoldForCausalLM, time: str) -> None:
-    """Put a model that has trained gates under the method `time`, in place: the decisions stay, whatever else the adapters give
-    is as in new ones. Raises `UserError` for a method that does not take gates like these.
-    """
-    gates, method = model.config.gate_config, parse_time(time.split(";")[0])
-    wanted = None if method.gate_form is None else method.gate_form.gates_of
-    if wanted is None:
-        raise UserError(f"time '{time}': {method.name} takes over no gates: choose a method that does")
-    if gates is None or wanted != gates.method or gates.source != "adapter":
-        has = "no gates" if gates is None else f"gates of {gates.method} from its {gates.source}"
-        raise UserError(
-            f"time '{time}': the model has {has}, and it needs an adapter for {wanted}: load one with the model"
-        )
-    layers = [one.self_attn for one in model.model.layers]
-    old = [(one.fold_norm, one.fold_proj) for one in layers]
-    model.set_gates(replace(gates, method=method.name), time)
-    for layer, (norm, projection) in zip(layers, old, strict=True):
-        if norm is None:
-            continue
-        layer.fold_norm.load_state_dict(norm.state_dict())
-        for name in ("weight", "bias"):
-            given = getattr(projection, name)
-            if given is not None:
-                getattr(layer.fold_proj, name)[:: method.gate_form.outputs] = given
-
-
-@torch.no_grad()
-def fit_importance(model: FoldForCausalLM, blocks_NT: Tensor, *, report: Report = silent) -> dict[str, Any]:
-    """Fit what the model's adapters say beside their decisions on some blocks, in place: how much a token matters beside others
-    of its head. Gives what was found.
-    """
-    model.eval()
-    outputs = model.config.gate_config.form.outputs
-    solved = _fitted(model, blocks_NT, "fitting importance", report, measure=mean_attention, join=add)
-    for owner, fit in solved.items():
-        projection = model.model.layers[owner].self_attn.fold_proj
-        projection.weight[1::outputs] = fit.weight_KC.to(projection.weight)
-        if projection.bias is not None:
-            projection.bias[1::outputs] = fit.bias_K.to(projection.bias)
-    return {"tokens": blocks_NT.numel(), "explained_variance": _explained(solved)}
-
-
-def mean_attention(q_BTHD: Tensor, k_BTKD: Tensor, *, delay: int, scale: float, softcap: float | None = None) -> Tensor:
-    """The weight of each key, summed over its head's query heads, mean over the queries more than `delay` tokens behind it, fp32
-    [B, K, T]; 0 where there is no such query. q and k are rotated.
-    """
-    tokens = q_BTHD.shape[1]
-    found = q_BTHD.new_zeros((q_BTHD.shape[0], k_BTKD.shape[2], tokens), dtype=torch.float32)
-    for stop, weights in _attention_beyond(q_BTHD, k_BTKD, delay=delay, scale=scale, softcap=softcap):
-        found[..., :stop] += weights.sum(dim=(2, 3))
-    queries = (tokens - 1 - delay - torch.arange(tokens, device=found.device)).clamp(min=1)
-    return found / queries

@@ -268,20 +268,11 @@ class TrainSettings(BaseModel):
     def _check_sizes(self) -> Self:
         sequences, parts = self.global_batch_size, self.micro_batch_size
         refuse(
-            (
-                self.seq_len < 2,
-                f"seq_len {self.seq_len}: a sequence has a token to read and one to predict: use 2 or more",
-            ),
-            (
-                self.tokens is not None and self.tokens < self.step_tokens,
-                f"tokens {self.tokens or 0:,}: one step takes {sequences} sequences of {self.seq_len:,}, "
-                f"{self.step_tokens:,} in all: give it more tokens or smaller steps",
-            ),
-            (
-                sequences % parts,
-                f"micro_batch_size {parts}: steps of {sequences} are cut in equal parts: use a divisor of it",
-            ),
-        )
+            (self.seq_len < 2, f"seq_len {self.seq_len}: a sequence has a token to read and one to predict: use 2 or more"),
+            (self.tokens is not None and self.tokens < self.step_tokens, f"tokens {self.tokens or 0:,}: one step takes "
+             f"{sequences} sequences of {self.seq_len:,}, {self.step_tokens:,} in all: give it more tokens or smaller steps"),
+            (sequences % parts, f"micro_batch_size {parts}: steps of {sequences} are cut in equal parts: use a divisor of it"),
+        )  # fmt: skip
         return self
 
     @property

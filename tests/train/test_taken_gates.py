@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from fold_distil import fit_importance, mean_attention, take_gates
 
 from kvfold.errors import UserError
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.methods.gates import GateConfig
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
-from kvfold.train.calibrate import fit_importance, mean_attention, take_gates
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import check_method
 
