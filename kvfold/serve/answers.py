@@ -32,6 +32,8 @@ from kvfold.serve.serving import LONG_CHARACTERS, Job, Serving
 
 DEFAULT_MAX_TOKENS = 16
 """Of completions; a chat goes on as long as there is room."""
+
+
 Object = dict[str, Any]
 """One of OpenAI's objects, in plain values."""
 
@@ -346,22 +348,37 @@ class MessageCall(ChatCall):
         return found
 
     def whole(self, index: int, answer: Answer) -> Object:
-        """See `Call`: what a stream would bring, put together."""
-        message: Object = {"role": "assistant", "content": "", "refusal": None}
-        choices = self.news(index, answer)
-        for delta in [choice.pop("delta") for choice in choices]:
-            for name in ("content", "reasoning", "reasoning_content"):
-                if name in delta:
-                    message[name] = message.get(name, "") + delta[name]
-            for call in delta.get("tool_calls", ()):
-                del call["index"]
-                if "id" in call:
-                    message.setdefault("tool_calls", []).append(call)
-                else:
-                    message["tool_calls"][-1]["function"]["arguments"] += call["function"]["arguments"]
-        if "tool_calls" in message:
-            message["content"] = message["content"] or None
-        return {"message": message, "logprobs": None} | choices[-1]
+        """See `Call`."""
+        reader = self.messages[index].reader
+        self.num_tokens += len(answer.token_ids)
+        parts = reader.feed(answer.text) + reader.finish()
+
+        def text(kind: str, call: int = 0) -> str:
+            return "".join(part.text for part in parts if part.kind == kind and part.index == call)
+
+        content = text("content")
+        message: Object = {
+            "role": "assistant",
+            "content": content if content or not reader.num_calls else None,
+            "refusal": None,
+        }
+        if reasoning := text("reasoning"):
+            message |= {"reasoning_content": reasoning, "reasoning": reasoning}
+        if reader.num_calls:
+            message["tool_calls"] = [
+                {
+                    "id": part.id, "type": "function",
+                    "function": {"name": part.text, "arguments": text("arguments", part.index)},
+                }
+                for part in parts if part.kind == "call"
+            ]  # fmt: skip
+        choice: Object = {"index": index, "message": message, "logprobs": None}
+        self.end(choice, answer)
+        if self.body.logprobs:
+            choice["logprobs"] = {"content": self.logprobs(answer)}
+        if self.body.return_token_ids:
+            choice["token_ids"] = answer.token_ids
+        return choice
 
     def news(self, index: int, piece: Piece) -> list[Object]:
         """See `Call`."""
