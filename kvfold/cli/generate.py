@@ -127,7 +127,7 @@ def serve(
 
     Example: `kvfold serve my-model --kv-memory 4GB --method full --method h2o:256+256`
     """
-    need_packages("fastapi", "uvicorn", "prometheus_client", "llguidance", extra="serve", what="serving")
+    need_packages("fastapi", "uvicorn", "openai", "prometheus_client", "llguidance", extra="serve", what="serving")
     from kvfold.demo import bundled_model
     from kvfold.serve.app import serve as run
 

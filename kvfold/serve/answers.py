@@ -10,7 +10,13 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic_core import to_json
+from openai.types import Completion, CompletionChoice, CompletionUsage
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage, chat_completion
+from openai.types.chat import chat_completion_chunk as chunks
+from openai.types.chat import chat_completion_message_function_tool_call as tool_calls
+from openai.types.completion_choice import Logprobs
+from openai.types.completion_usage import PromptTokensDetails
+from pydantic import BaseModel
 
 from kvfold.engine.engine import Answer, Piece
 from kvfold.engine.request import Usage
@@ -24,6 +30,7 @@ from kvfold.serve.replies import (
     Stream,
     error_event,
     event,
+    filled,
     invalid,
     log_failure,
     unless_gone,
@@ -34,17 +41,13 @@ DEFAULT_MAX_TOKENS = 16
 """Of completions; a chat goes on as long as there is room."""
 
 
-Object = dict[str, Any]
-"""One of OpenAI's objects, in plain values."""
-
-
 class Call:
     """One request to one endpoint."""
 
     prefix = ""
     """Of its id."""
-    kinds = ("", "")
-    """What a stream carries at once and a whole answer call themselves."""
+    forms: tuple[tuple[type[BaseModel], str], ...] = ()
+    """OpenAI's type of what a stream carries at once and of a whole answer, each with its name."""
     answers: int
     """Its prompts times its `n`."""
     characters: int
@@ -65,17 +68,17 @@ class Call:
     def submit(self, job: Job) -> None:
         """Make token ids and hand them to the engine; on a worker thread."""
 
-    def whole(self, index: int, answer: Answer) -> Object:
+    def whole(self, index: int, answer: Answer) -> Any:
         """One whole answer, as a choice."""
 
-    def news(self, index: int, piece: Piece) -> list[Object]:
+    def news(self, index: int, piece: Piece) -> list[Any]:
         """What is new of one answer, as choices."""
 
-    def extras(self, first: Answer) -> Object:
+    def extras(self, first: Answer) -> dict[str, Any]:
         """What whole answers have besides choices and usage."""
         return {}
 
-    async def answer(self, job: Job) -> Object:
+    async def answer(self, job: Job) -> BaseModel:
         """All answers, once they are whole."""
         answers = [Answer() for _ in range(self.answers)]
         async for batch in job.batches():
@@ -83,7 +86,7 @@ class Call:
                 answers[index].add(piece)
         self.serving.log_text(self.id, "answer", [one.text for one in answers])
         choices = [self.whole(index, one) for index, one in enumerate(answers)]
-        return self._framed(self.kinds[1], choices) | {"usage": self.usage(job)} | self.extras(answers[0])
+        return self._filled(1, choices, usage=self.usage(job), **self.extras(answers[0]))
 
     async def events(self, job: Job) -> AsyncIterator[bytes]:
         """The same as events."""
@@ -94,31 +97,39 @@ class Call:
                 yield PING
             for index, piece in batch:
                 for choice in self.news(index, piece):
-                    usage = {"usage": self.usage(job)} if always else {}
-                    yield event(self._framed(self.kinds[0], [choice]) | usage)
+                    chunk = self._filled(0, [choice])
+                    if always:
+                        chunk.usage = self.usage(job)
+                    yield event(chunk)
         if options and options.include_usage:
-            yield event(self._framed(self.kinds[0], []) | {"usage": self.usage(job)})
+            yield event(self._filled(0, [], usage=self.usage(job)))
 
-    def _framed(self, kind: str, choices: list[Object]) -> Object:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+    def _filled(self, form: int, choices: list[Any], **more: Any) -> BaseModel:
+        kind, name = self.forms[form]
+        return filled(
+            kind, id=self.id, object=name, created=self.created, model=self.model, choices=choices, **more
+        )  # fmt: skip
 
-    def end(self, choice: Object, piece: Piece, reason: str | None = None) -> None:
+    def end(self, choice: Any, piece: Piece, reason: str | None = None) -> None:
         """Say in its last choice how an answer ended, where `reason` is None as OpenAI's API says it: an answer whose time was
         over was cut off like one whose tokens were.
         """
-        choice["finish_reason"] = reason or ("stop" if piece.finish_reason == "stop" else "length")
+        choice.finish_reason = reason or ("stop" if piece.finish_reason == "stop" else "length")
         if piece.finish_reason == "timeout":
-            choice["stop_reason"] = "timeout"
+            choice.stop_reason = "timeout"
         self.ended.append(piece.usage)
 
-    def usage(self, job: Job) -> Object:
+    def usage(self, job: Job) -> CompletionUsage:
         """So far."""
-        usage: Object = {
-            "prompt_tokens": job.prompt_tokens, "completion_tokens": self.num_tokens,
-            "total_tokens": job.prompt_tokens + self.num_tokens, "completion_tokens_details": None,
-            "prompt_tokens_details": {"cached_tokens": max((one.cached_tokens for one in self.ended), default=0)},
-        }  # fmt: skip
-        return usage | ({"kvfold": held(self.ended)} if self.ended else {})
+        cached = max((one.cached_tokens for one in self.ended), default=0)
+        usage = CompletionUsage(
+            prompt_tokens=job.prompt_tokens, completion_tokens=self.num_tokens,
+            total_tokens=job.prompt_tokens + self.num_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached), completion_tokens_details=None,
+        )  # fmt: skip
+        if self.ended:
+            usage.kvfold = held(self.ended)
+        return usage
 
 
 def held(ended: Sequence[Usage]) -> dict[str, Any]:
@@ -147,7 +158,7 @@ async def respond(serving: Serving, request: Request, kind: type[Base], call: ty
             handed_over = True
             return response
         answer = await unless_gone(request, asked.answer(job))
-        return Response(to_json(answer), media_type="application/json", headers=headers)
+        return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json", headers=headers)
     finally:
         if not handed_over:
             serving.leave(job)
@@ -181,7 +192,7 @@ class _Text:
 class TextCall(Call):
     """/v1/completions: texts or token ids in, texts out; several prompts and several answers each."""
 
-    prefix, kinds = "cmpl-", ("text_completion", "text_completion")
+    prefix, forms = "cmpl-", ((Completion, "text_completion"),) * 2
     body: CompletionRequest
 
     def __init__(self, serving: Serving, body: CompletionRequest, model: str, name: str):
@@ -214,28 +225,29 @@ class TextCall(Call):
         job.prompt_tokens = sum(len(one["prompt"]) for one in asked)
         job.submit(asked)
 
-    def whole(self, index: int, piece: Piece) -> Object:
+    def whole(self, index: int, piece: Piece) -> CompletionChoice:
         """See `Call`; or what is new of one answer."""
         state, body = self.texts[index], self.body
         if body.max_tokens == 0:
             piece.text, piece.token_ids, piece.logprobs = "", [], []
         text = piece.text if state.begun else state.echo + piece.text
-        choice: Object = {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+        fields: dict[str, Any] = {"index": index, "text": text, "logprobs": None, "finish_reason": None}
         if body.logprobs is not None:
-            choice["logprobs"] = self._logprobs(state, piece)
+            fields["logprobs"] = self._logprobs(state, piece)
         if body.prompt_logprobs is not None and not state.begun:
-            choice["prompt_logprobs"] = self.serving.tokens.prompt_logprobs(piece.prompt_logprobs)
+            fields["prompt_logprobs"] = self.serving.tokens.prompt_logprobs(piece.prompt_logprobs)
         if body.return_token_ids:
-            choice["token_ids"] = piece.token_ids
+            fields["token_ids"] = piece.token_ids
             if not state.begun:
-                choice["prompt_token_ids"] = state.ids
+                fields["prompt_token_ids"] = state.ids
         state.begun = True
         self.num_tokens += len(piece.token_ids)
+        choice = filled(CompletionChoice, **fields)
         if piece.finish_reason is not None:
             self.end(choice, piece, "length" if body.max_tokens == 0 else None)
         return choice
 
-    def _logprobs(self, state: _Text, piece: Piece) -> Object:
+    def _logprobs(self, state: _Text, piece: Piece) -> Logprobs:
         echoes = self.body.echo and not state.begun
         logprobs, state.offset = self.serving.tokens.completion_logprobs(
             [*piece.prompt_logprobs, *piece.logprobs] if echoes else piece.logprobs, state.offset,
@@ -243,7 +255,7 @@ class TextCall(Call):
         )  # fmt: skip
         return logprobs
 
-    def news(self, index: int, piece: Piece) -> list[Object]:
+    def news(self, index: int, piece: Piece) -> list[CompletionChoice]:
         """See `Call`."""
         return [self.whole(index, piece)]
 
@@ -320,7 +332,8 @@ class _Message:
 class MessageCall(ChatCall):
     """/v1/chat/completions: messages in; content, reasoning and tool calls out, whole or as they come."""
 
-    prefix, kinds = "chatcmpl-", ("chat.completion.chunk", "chat.completion")
+    prefix = "chatcmpl-"
+    forms = ((ChatCompletionChunk, "chat.completion.chunk"), (ChatCompletion, "chat.completion"))
 
     def __init__(self, serving: Serving, body: ChatRequest, model: str, name: str):
         super().__init__(serving, body, model, name)
@@ -333,12 +346,12 @@ class MessageCall(ChatCall):
         super().submit(job)
         self.messages = [_Message(reader=self.reader()) for _ in range(self.answers)]
 
-    def end(self, choice: Object, piece: Piece, reason: str | None = None) -> None:
+    def end(self, choice: Any, piece: Piece, reason: str | None = None) -> None:
         """See `Call`; with calls made of the model's own will, or required ones, that is the reason."""
-        called = self.messages[choice["index"]].reader.num_calls and self.tools.mode != "named"
+        called = self.messages[choice.index].reader.num_calls and self.tools.mode != "named"
         super().end(choice, piece, "tool_calls" if piece.finish_reason == "stop" and called else reason)
 
-    def extras(self, first: Answer) -> Object:
+    def extras(self, first: Answer) -> dict[str, Any]:
         """See `Call`."""
         found = {}
         if self.body.prompt_logprobs is not None:
@@ -347,7 +360,7 @@ class MessageCall(ChatCall):
             found["prompt_token_ids"] = self.prompt_ids
         return found
 
-    def whole(self, index: int, answer: Answer) -> Object:
+    def whole(self, index: int, answer: Answer) -> chat_completion.Choice:
         """See `Call`."""
         reader = self.messages[index].reader
         self.num_tokens += len(answer.token_ids)
@@ -357,62 +370,63 @@ class MessageCall(ChatCall):
             return "".join(part.text for part in parts if part.kind == kind and part.index == call)
 
         content = text("content")
-        message: Object = {
-            "role": "assistant",
-            "content": content if content or not reader.num_calls else None,
-            "refusal": None,
-        }
+        message = filled(
+            ChatCompletionMessage, role="assistant", content=content if content or not reader.num_calls else None,
+            refusal=None,
+        )  # fmt: skip
         if reasoning := text("reasoning"):
-            message |= {"reasoning_content": reasoning, "reasoning": reasoning}
+            message.reasoning_content = message.reasoning = reasoning
         if reader.num_calls:
-            message["tool_calls"] = [
-                {
-                    "id": part.id, "type": "function",
-                    "function": {"name": part.text, "arguments": text("arguments", part.index)},
-                }
+            message.tool_calls = [
+                tool_calls.ChatCompletionMessageFunctionToolCall(
+                    id=part.id, type="function",
+                    function=tool_calls.Function(name=part.text, arguments=text("arguments", part.index)),
+                )
                 for part in parts if part.kind == "call"
             ]  # fmt: skip
-        choice: Object = {"index": index, "message": message, "logprobs": None}
+        choice = filled(chat_completion.Choice, index=index, message=message, logprobs=None)
         self.end(choice, answer)
         if self.body.logprobs:
-            choice["logprobs"] = {"content": self.logprobs(answer)}
+            choice.logprobs = chat_completion.ChoiceLogprobs(content=self.logprobs(answer))
         if self.body.return_token_ids:
-            choice["token_ids"] = answer.token_ids
+            choice.token_ids = answer.token_ids
         return choice
 
-    def news(self, index: int, piece: Piece) -> list[Object]:
+    def news(self, index: int, piece: Piece) -> list[chunks.Choice]:
         """See `Call`."""
         state, last = self.messages[index], piece.finish_reason is not None
         self.num_tokens += len(piece.token_ids)
-        deltas: list[Object] = []
+        deltas: list[chunks.ChoiceDelta] = []
         if not state.begun:
             state.begun = True
-            deltas.append({"role": "assistant", "content": ""})
+            deltas.append(filled(chunks.ChoiceDelta, role="assistant", content=""))
         parts = state.reader.feed(piece.text) + (state.reader.finish() if last else [])
         deltas += [_delta(part) for part in parts]
         state.logprobs += self.logprobs(piece)
         if self.body.return_token_ids:
             state.token_ids += piece.token_ids
         if last and not parts:
-            deltas.append({})
-        choices: list[Object] = [{"index": index, "delta": delta, "finish_reason": None} for delta in deltas]
+            deltas.append(filled(chunks.ChoiceDelta))
+        choices = [filled(chunks.Choice, index=index, delta=delta, finish_reason=None) for delta in deltas]
         if parts or last:
             if self.body.logprobs:
-                choices[-1]["logprobs"], state.logprobs = {"content": state.logprobs}, []
+                choices[-1].logprobs, state.logprobs = filled(chunks.ChoiceLogprobs, content=state.logprobs), []
             if self.body.return_token_ids:
-                choices[-1]["token_ids"], state.token_ids = state.token_ids, []
+                choices[-1].token_ids, state.token_ids = state.token_ids, []
         if last:
             self.end(choices[-1], piece)
         return choices
 
 
-def _delta(part: Part) -> Object:
+def _delta(part: Part) -> chunks.ChoiceDelta:
     """One part as a piece of a message."""
     if part.kind == "content":
-        return {"content": part.text}
+        return filled(chunks.ChoiceDelta, content=part.text)
     if part.kind == "reasoning":
-        return {"reasoning_content": part.text, "reasoning": part.text}
-    call: Object = {"index": part.index, "function": {"arguments": part.text}}
-    if part.kind == "call":
-        call |= {"id": part.id, "type": "function", "function": {"name": part.text, "arguments": ""}}
-    return {"tool_calls": [call]}
+        return filled(chunks.ChoiceDelta, reasoning_content=part.text, reasoning=part.text)
+    function = {"name": part.text, "arguments": ""} if part.kind == "call" else {"arguments": part.text}
+    begun = {"id": part.id, "type": "function"} if part.kind == "call" else {}
+    call = chunks.ChoiceDeltaToolCall(
+        index=part.index, function=chunks.ChoiceDeltaToolCallFunction(**function), **begun
+    )
+    return filled(chunks.ChoiceDelta, tool_calls=[call])

@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from openai.types.chat import ChatCompletionTokenLogprob
+from openai.types.chat.chat_completion_token_logprob import TopLogprob
+from openai.types.completion_choice import Logprobs
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from kvfold.engine.sampler import TokenLogprob
 from kvfold.errors import one_line
 from kvfold.serve.fields import ChatRequest, TokenizeRequest
-from kvfold.serve.replies import ApiError, invalid, unsupported
+from kvfold.serve.replies import ApiError, filled, invalid, unsupported
 
 
 class Tokens:
@@ -65,17 +68,22 @@ class Tokens:
                 return [_BYTE_OF[letter] for letter in piece]
         return list(text.encode())
 
-    def chat_logprobs(self, found: Sequence[TokenLogprob], *, as_ids: bool = False) -> list[dict[str, Any]]:
+    def chat_logprobs(self, found: Sequence[TokenLogprob], *, as_ids: bool = False) -> list[ChatCompletionTokenLogprob]:
         """As chat completions have them."""
-
-        def told(token: int, value: float) -> dict[str, Any]:
-            return {"token": self._name(token, as_ids), "logprob": _finite(value), "bytes": self.bytes_of(token)}
-
-        return [told(one.token, one.logprob) | {"top_logprobs": [told(*top) for top in one.top]} for one in found]
+        return [
+            ChatCompletionTokenLogprob(
+                token=self._name(one.token, as_ids), logprob=_finite(one.logprob), bytes=self.bytes_of(one.token),
+                top_logprobs=[
+                    TopLogprob(token=self._name(token, as_ids), logprob=_finite(value), bytes=self.bytes_of(token))
+                    for token, value in one.top
+                ],
+            )
+            for one in found
+        ]  # fmt: skip
 
     def completion_logprobs(
         self, found: Sequence[TokenLogprob], offset: int, *, first: int | None = None, as_ids: bool = False
-    ) -> tuple[dict[str, Any], int]:
+    ) -> tuple[Logprobs, int]:
         """As completions have them, and the offset behind them. `offset`: characters before. `first`: a token before all, which
         has no probability.
         """
@@ -86,11 +94,11 @@ class Tokens:
             offsets.append(offset)
             offset += len(self.text_of(token))
         nothing = [] if first is None else [None]
-        logprobs = {
-            "text_offset": offsets, "tokens": [self._name(token, as_ids) for token in tokens],
-            "token_logprobs": nothing + [_finite(one.logprob) for one in found],
-            "top_logprobs": nothing + [self._top(one, as_ids) for one in found],
-        }  # fmt: skip
+        logprobs = filled(
+            Logprobs, text_offset=offsets, tokens=[self._name(token, as_ids) for token in tokens],
+            token_logprobs=nothing + [_finite(one.logprob) for one in found],
+            top_logprobs=nothing + [self._top(one, as_ids) for one in found],
+        )  # fmt: skip
         return logprobs, offset
 
     def _top(self, one: TokenLogprob, as_ids: bool) -> dict[str, float]:

@@ -8,7 +8,9 @@ import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
-from kvfold.serve.answers import ChatCall, Object, held
+from openai.types.responses import Response
+
+from kvfold.serve.answers import ChatCall, held
 from kvfold.serve.calls import Part
 from kvfold.serve.fields import ChatRequest, ResponsesRequest
 from kvfold.serve.replies import PING, event, invalid, unsupported
@@ -43,12 +45,12 @@ class ResponseCall(ChatCall):
             "background": False, "truncation": "disabled", "usage": None,
         } | extra  # fmt: skip
 
-    async def answer(self, job: Job) -> Object:
+    async def answer(self, job: Job) -> Response:
         """See `Call`."""
         last: dict[str, Any] = {}
         async for one in self._events(job):
             last = one or last
-        return last["response"]
+        return Response.model_validate(last["response"])
 
     async def events(self, job: Job) -> AsyncIterator[bytes]:
         """See `Call`."""
@@ -68,7 +70,7 @@ class ResponseCall(ChatCall):
                 self.num_tokens += len(piece.token_ids)
                 if parts and all(part.kind == "reasoning" for part in parts):
                     reasoning_tokens += len(piece.token_ids)
-                logprobs = self.logprobs(piece) if parts else []
+                logprobs = [one.model_dump() for one in self.logprobs(piece)] if parts else []
                 for part in parts:
                     for one in self._part(part, logprobs):
                         yield one

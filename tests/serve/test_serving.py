@@ -10,13 +10,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from openai.types import Completion
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from openai.types.responses import Response, ResponseStreamEvent
+from openai.types import CompletionChoice
+from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from prometheus_client.parser import text_string_to_metric_families
-from pydantic import TypeAdapter
+from pydantic import BaseModel
 
 from kvfold.engine.engine import Engine
+from kvfold.serve.replies import filled
 from kvfold.serve.serving import ServerSettings
 from serving_kit import METHODS, new_engine, raw, running_server
 from tiny import TOKENIZER, tiny_model
@@ -327,29 +327,21 @@ def test_a_dead_engine_is_told_to_who_asks():
         assert b" 200 " in raw(server, b"GET /version HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
 
 
-CHAT = {"messages": [{"role": "user", "content": "hello"}], "logprobs": True, "top_logprobs": 2, "max_tokens": 4}
-TOOL = {
-    "type": "function",
-    "function": {"name": "add", "parameters": {"type": "object", "additionalProperties": False}},
-}
-
-
 @pytest.mark.parametrize(
-    ("path", "body", "whole", "part"),
+    ("kind", "fields"),
     [
-        ("completions", PROMPT | {"logprobs": 2}, Completion, dict),
-        ("chat/completions", CHAT, ChatCompletion, ChatCompletionChunk),
-        ("chat/completions", CHAT | {"tools": [TOOL], "tool_choice": "required"}, ChatCompletion, ChatCompletionChunk),
-        ("responses", {"input": "hello", "top_logprobs": 1, "max_output_tokens": 4}, Response, ResponseStreamEvent),
+        (CompletionChoice, {"index": 1, "text": "é", "logprobs": None, "finish_reason": None, "token_ids": [3, 4]}),
+        (CompletionChoice, {"index": 0, "text": "", "finish_reason": "stop", "stop_reason": "timeout"}),
+        (ChoiceDelta, {}),
+        (ChoiceDelta, {"content": "a", "reasoning": "b"}),
     ],
 )
-def test_what_is_sent_is_of_openais_types(server, path, body, whole, part):
-    """Checked field by field, as their client does not."""
-    url = f"{server.url}/v1/{path}"
-    TypeAdapter(whole).validate_json(httpx.post(url, json=body, timeout=20).content)
-    options = {} if path == "responses" else {"stream_options": {"include_usage": True}}
-    text = httpx.post(url, json=body | {"stream": True} | options, timeout=20).text
-    events = [line[6:] for line in text.splitlines() if line.startswith("data: {")]
-    for event in events:
-        TypeAdapter(part).validate_json(event)
-    assert len(events) > 2
+def test_filled_is_what_pydantic_constructs(kind, fields):
+    """Set fields, defaults, fields of ours that `openai` doesn't know, and what is set later."""
+    made, expected = filled(kind, **fields), BaseModel.model_construct.__func__(kind, **fields)
+    for one in (made, expected):
+        one.added_later = [1]
+    assert made == expected
+    for unset in (True, False):
+        texts = [one.model_dump_json(exclude_unset=unset) for one in (made, expected)]
+        assert json.loads(texts[0]) == json.loads(texts[1])
