@@ -158,7 +158,9 @@ async def respond(serving: Serving, request: Request, kind: type[Base], call: ty
             handed_over = True
             return response
         answer = await unless_gone(request, asked.answer(job))
-        return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json", headers=headers)
+        return Response(
+            answer.model_dump_json(exclude_unset=True, by_alias=True), media_type="application/json", headers=headers
+        )
     finally:
         if not handed_over:
             serving.leave(job)

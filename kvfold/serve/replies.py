@@ -131,7 +131,7 @@ def event(data: BaseModel | dict[str, Any], name: str | None = None) -> bytes:
     if isinstance(data, dict):
         return format_sse_event(data_str=json.dumps(data, ensure_ascii=False), event=name)
     # Pydantic's JSON has no line breaks of its own, so that nothing is to be split for the wire.
-    text = type(data).__pydantic_serializer__.to_json(data, exclude_unset=True)
+    text = type(data).__pydantic_serializer__.to_json(data, exclude_unset=True, by_alias=True)
     return b"%bdata: %b\n\n" % (b"event: %b\n" % name.encode() if name else b"", text)
 
 

@@ -209,6 +209,14 @@ def test_responses(client):
     assert whole.output_text == chat.choices[0].message.content
 
 
+def test_responses_say_the_form_that_was_asked_for(client):
+    form = {"type": "json_schema", "name": "truth", "schema": {"type": "boolean"}}
+    answer = client.responses.with_raw_response.create(
+        model="tiny", input="hello", max_output_tokens=20, text={"format": form}
+    )
+    assert json.loads(answer.text)["text"]["format"]["schema"] == form["schema"]
+
+
 def test_responses_call_functions(client):
     tool = {"type": "function", **WEATHER["function"]}
     tool["strict"] = True
