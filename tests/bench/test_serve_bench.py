@@ -59,9 +59,9 @@ def test_sides_write_the_same_tokens():
 
 def test_requests_that_come_later_wait_for_their_time():
     model = tiny_model()
-    some = [Wanted(prompt=(5, 6, 7), max_tokens=2, at_s=at) for at in (0.0, 0.3)]
+    some = [Wanted(prompt=(5, 6, 7), max_tokens=2, at_s=at) for at in (0.0, 1.0)]
     run = run_engine(model, model.config.layout, 10**6, some)
-    assert run.seconds >= 0.3 and max(run.first_token_s) < 0.3
+    assert run.seconds >= 1.0 and max(run.first_token_s) < 1.0
 
 
 def test_drawn_lengths_and_traces(tmp_path):
