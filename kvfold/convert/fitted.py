@@ -214,8 +214,8 @@ class Streams:
 
     def group_sums(self, owner: int) -> tuple[LeastSquares, LeastSquares, dict[int, Tensor]]:
         """Gathered while the original runs from the owner to the last reader: from the owner's input to the keys of all parts,
-        side by side, the same for values, and the mean squares of each layer's queries, [H * D]. A last input is of ones where there
-        are biases.
+        side by side, the same for values, and the mean squares of each layer's queries, [H * D]. Where there are biases a last
+        input is of ones.
         """
         group = self.config.layout.readers_of(owner)
         sums, squares = None, {}
