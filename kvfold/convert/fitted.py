@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from kvfold.cache.views import KVView, TrainingView
 from kvfold.convert.fitted_group import (
-    GroupSums,
     LeastSquares,
     Part,
     fit_keys,
@@ -223,9 +222,10 @@ class Streams:
             if model.config.layout.last_reader(owner) == index:
                 self._views.pop((model is self.converted, owner), None)
 
-    def group_sums(self, owner: int) -> tuple[GroupSums, dict[int, Tensor]]:
-        """What fitting a group's keys and values takes, gathered while the original runs from the owner to the last reader;
-        and the mean squares of each layer's queries, [H * D].
+    def group_sums(self, owner: int) -> tuple[LeastSquares, LeastSquares, dict[int, Tensor]]:
+        """Gathered while the original runs from the owner to the last reader: from the owner's input to the keys of all parts,
+        side by side, the same for values, and the mean squares of each layer's queries, [H * D]. Where there are biases a last
+        input is of ones.
         """
         group = self.config.layout.readers_of(owner)
         sums, squares = None, {}
@@ -244,10 +244,10 @@ class Streams:
             keys, values = torch.cat(keys, dim=-1), torch.cat(values, dim=-1)
             if sums is None:
                 shape = source.shape[-1], keys.shape[-1], source.device
-                sums = GroupSums(keys=LeastSquares(*shape), values=LeastSquares(*shape))
-            sums.keys.add(source, keys)
-            sums.values.add(source, values)
-        return sums, squares
+                sums = LeastSquares(*shape), LeastSquares(*shape)
+            for some, wanted in zip(sums, (keys, values), strict=True):
+                some.add(source, wanted)
+        return *sums, squares
 
     def _owner_input(self, owner: int, hidden: Tensor) -> Tensor:
         """What the owner's keys and values are made of, with a channel of ones where they have biases."""
@@ -421,20 +421,20 @@ def _fit_group(streams: Streams, owner: int) -> None:
     group = config.layout.readers_of(owner)
     if config.qk_norm != "none" or len({streams.rotation_groups[index] for index in group}) > 1:
         return
-    sums, energy = streams.group_sums(owner)
+    keys, values, energy = streams.group_sums(owner)
     attention = layers[owner].self_attn
     old, new = streams.original.config.layout.layers[owner].num_kv_heads, config.layout.layers[owner].num_kv_heads
     heads = [
         [_part(streams, index, place, slot, slot, energy) for slot in range(old)] for place, index in enumerate(group)
     ]
     for place, index in enumerate(group[1:], start=1):
-        order = matching_order(config, heads[0], heads[place], sums, streams.rotations[owner])
+        order = matching_order(config, heads[0], heads[place], keys, values, streams.rotations[owner])
         put_in_order(layers[index].self_attn, order, config.num_attention_heads // old * config.head_dim)
         heads[place] = [_part(streams, index, place, slot, head, energy) for slot, head in enumerate(order)]
     for head in range(new):
         parts = [one for layer in heads for one in layer[head * old // new : (head + 1) * old // new]]
-        fit_values(config, attention, head, parts, sums.values)
-        fit_keys(config, attention, head, parts, sums.keys, streams.rotations[owner])
+        fit_values(config, attention, head, parts, values)
+        fit_keys(config, attention, head, parts, keys, streams.rotations[owner])
 
 
 def _part(streams: Streams, index: int, place: int, slot: int, head: int, energy: dict[int, Tensor]) -> Part:

@@ -92,16 +92,6 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GroupSums:
-    """What was gathered of one group over all calibration text."""
-
-    keys: LeastSquares
-    """From the owner's input to the keys of all parts, side by side. A last input of ones where there are biases."""
-    values: LeastSquares
-    """To their values."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _KeyChannels:
     """Keys of several parts as complex channels."""
 
@@ -118,18 +108,19 @@ class _KeyChannels:
 
 
 def matching_order(
-    config: FoldConfig, owner: Sequence[Part], reader: Sequence[Part], sums: GroupSums, rotation: Rotation | None
-) -> list[int]:
+    config: FoldConfig, owner: Sequence[Part], reader: Sequence[Part], key_sums: LeastSquares, value_sums: LeastSquares,
+    rotation: Rotation | None,
+) -> list[int]:  # fmt: skip
     """Which of a reader's heads goes best with each head of the owner: `order[n]` is the one for head n, so that sharing
     loses the least share of keys and values in all. Found by swapping pairs as long as that helps.
     """
-    linear = sums.keys.solve(_PREDICTION_RIDGE), sums.values.solve(_PREDICTION_RIDGE)
+    linear = key_sums.solve(_PREDICTION_RIDGE), value_sums.solve(_PREDICTION_RIDGE)
     cost = torch.zeros(len(owner), len(reader), dtype=torch.float64)
     for row, ours in enumerate(owner):
         for column, theirs in enumerate(reader):
             pair = ours, theirs
-            keys = torch.linalg.eigvalsh(_key_channels(config, pair, sums.keys, linear[0], rotation).energy_FPP)
-            values = torch.linalg.eigvalsh(_value_energy(config, pair, sums.values, linear[1])[1])
+            keys = torch.linalg.eigvalsh(_key_channels(config, pair, key_sums, linear[0], rotation).energy_FPP)
+            values = torch.linalg.eigvalsh(_value_energy(config, pair, value_sums, linear[1])[1])
             cost[row, column] = keys[:, :-1].sum() / keys.sum() + values[: -config.head_dim].sum() / values.sum()
     order, moved = list(range(len(owner))), True
     while moved:
