@@ -22,7 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from fold_reference import FoldRule, FoldTrace, fold_attention_reference
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from kvfold.convert.fitted_group import LeastSquares
 from kvfold.data import read_text_file, text_windows
 from kvfold.eval.reading import next_token_logits
 from kvfold.models.decoder import FoldForCausalLM
+from kvfold.ops.fold_reference import FoldRule, FoldTrace, fold_attention_reference
 from kvfold.ops.gating import Gates
 from kvfold.ops.rotation import Rotation, rotate, rotate_queries
 from kvfold.record import made

@@ -194,6 +194,30 @@ def lifespan_attention(
     return torch.cat(outs, dim=1)
 
 
+def lifespan_reference(
+    q_BTHD: Tensor, k_BEKD: Tensor, v_BEKD: Tensor, *, query_BT: Tensor, position_BKE: Tensor, last_BKE: Tensor,
+    scale: float, softcap: float | None = None, bias_BKE: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The judge: one query of one head at a time."""
+    out = torch.zeros_like(q_BTHD)
+    group = q_BTHD.shape[2] // k_BEKD.shape[2]
+    for row, column in (query_BT >= 0).nonzero().tolist():
+        at = int(query_BT[row, column])
+        for head in range(q_BTHD.shape[2]):
+            kv_head = head // group
+            position, last = position_BKE[row, kv_head], last_BKE[row, kv_head]
+            seen = (position >= 0) & (position <= at) & (last >= at)
+            if not bool(seen.any()):
+                continue
+            logits = k_BEKD[row, seen, kv_head] @ q_BTHD[row, column, head] * scale
+            if softcap is not None:
+                logits = torch.tanh(logits / softcap) * softcap
+            if bias_BKE is not None:
+                logits = logits + bias_BKE[row, kv_head, seen]
+            out[row, column, head] = logits.softmax(dim=0) @ v_BEKD[row, seen, kv_head]
+    return out
+
+
 def chosen_entries(wanted_BKE: Tensor) -> tuple[Tensor, Tensor]:
     """Indices [B, K, M] of the wanted entries of each head in their order, and which of them are there: heads differ."""
     place = wanted_BKE.cumsum(dim=2) - 1

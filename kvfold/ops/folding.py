@@ -1,5 +1,5 @@
 """fold over entries that lie side by side: at each border of a grid marked entries leave, and each is merged into the most
-similar entry that stays, or dropped. The fast form, for many streams at once; `studies/fold_reference.py` judges it.
+similar entry that stays, or dropped. The fast form, for many streams at once; `fold_reference.py` judges it.
 
 A merge changes the value and the bias of an entry and not its key. So that a long call can be attended to in one go, every
 change is a new *version*: an entry of its own with the same key, which queries see from its border on, while those before see

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from fold_reference import FoldRule, fold_attention_reference
 
 from kvfold.cache.hf import FoldCache
 from kvfold.cache.views import TrainingView
@@ -16,6 +15,7 @@ from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import layout_bytes
 from kvfold.methods.fold import BIAS, Fold
 from kvfold.methods.registry import parse_time
+from kvfold.ops.fold_reference import FoldRule, fold_attention_reference
 from kvfold.ops.gating import STAY_NEVER, Gates
 from store_driver import check_books
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvfold.ops import attention, native
-from kvfold.ops.attention import FOREVER, lifespan_attention
+from kvfold.ops.attention import FOREVER, lifespan_attention, lifespan_reference
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
@@ -25,27 +25,6 @@ def drawn(seed, *, tokens, stored, heads, kv_heads, dim):
     last = torch.where(torch.rand(2, kv_heads, entries, generator=source) < 0.4, FOREVER, position + lives)
     bias = torch.randn(2, kv_heads, entries, generator=source)
     return q, k, v, {"query_BT": query, "position_BKE": position, "last_BKE": last, "bias_BKE": bias}
-
-
-def lifespan_reference(q_BTHD, k_BEKD, v_BEKD, *, query_BT, position_BKE, last_BKE, scale, softcap=None, bias_BKE=None):
-    """The judge: one query of one head at a time."""
-    out = torch.zeros_like(q_BTHD)
-    group = q_BTHD.shape[2] // k_BEKD.shape[2]
-    for row, column in (query_BT >= 0).nonzero().tolist():
-        at = int(query_BT[row, column])
-        for head in range(q_BTHD.shape[2]):
-            kv_head = head // group
-            position, last = position_BKE[row, kv_head], last_BKE[row, kv_head]
-            seen = (position >= 0) & (position <= at) & (last >= at)
-            if not bool(seen.any()):
-                continue
-            logits = k_BEKD[row, seen, kv_head] @ q_BTHD[row, column, head] * scale
-            if softcap is not None:
-                logits = torch.tanh(logits / softcap) * softcap
-            if bias_BKE is not None:
-                logits = logits + bias_BKE[row, kv_head, seen]
-            out[row, column, head] = logits.softmax(dim=0) @ v_BEKD[row, seen, kv_head]
-    return out
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

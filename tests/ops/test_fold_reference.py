@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from fold_reference import FoldRule, fold_attention_reference
 
 from kvfold.ops.attention import attention_with_weights
+from kvfold.ops.fold_reference import FoldRule, fold_attention_reference
 
 SCALE = 0.25
 

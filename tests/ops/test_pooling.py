@@ -9,28 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmc_golden
-from kvfold.ops.gating import open_entries, pooled, real_first, reordered
+from kvfold.ops.gating import open_entries, pooled, pooled_reference, real_first, reordered
 
 WINDOWS = [1, 3, 12, None]
 windows = st.sampled_from([*WINDOWS, 2, 40])
-
-
-def pooled_reference(x_BTKD, weight_BTK, alpha_BTK, window, past=None):
-    """The judge of `pooled`: one token after the other, each sum anew."""
-    sums, weights, alphas = x_BTKD * weight_BTK[..., None], weight_BTK, alpha_BTK
-    if past is not None:
-        sums, weights = torch.cat((past[0], sums), dim=1), torch.cat((past[1], weights), dim=1)
-        alphas = torch.cat((torch.ones_like(past[1]), alphas), dim=1)
-    found, total = [], sums.shape[1]
-    for token in range(total - x_BTKD.shape[1], total):
-        chain, sum_BKD, sum_BK = torch.ones_like(weights[:, 0]), 0.0, 0.0
-        oldest = -1 if window is None else max(-1, token - window)
-        for other in range(token, oldest, -1):
-            sum_BKD = sum_BKD + chain[..., None] * sums[:, other]
-            sum_BK = sum_BK + chain * weights[:, other]
-            chain = chain * alphas[:, other]
-        found.append(sum_BKD / torch.where(sum_BK > 0, sum_BK, 1.0)[..., None])
-    return torch.stack(found, dim=1)
 
 
 def draw(batch, tokens, kv_heads=2, width=4, hard=False, seed=0, dtype=torch.float64):
