@@ -24,7 +24,7 @@ from kvfold.data import TextWindows, read_text_file, text_windows
 from kvfold.eval.reading import read_rows, score
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.ops.native import flush_denormals
-from kvfold.record import made
+from kvfold.record import made, with_record
 
 BLOCK = 256
 """Positions whose mean is one figure."""
@@ -118,8 +118,9 @@ def summary(args: argparse.Namespace) -> None:
             if args.against in arms and name not in ("full", args.against):
                 one |= _change(ours, arms[args.against])
             found.append(one)
-    record = made(torch.get_num_threads(), "float32")
-    told = {"against": args.against, "rows": found, "made": record}
+    seconds = {one["arm"]: one["seconds"] for one in rows}
+    found = with_record(found, made(torch.get_num_threads(), "float32"))
+    told = {"against": args.against, "rows": [{**one, "seconds": seconds[one["arm"]]} for one in found]}
     args.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     for one in found:
         sys.stdout.write(json.dumps({name: value for name, value in one.items() if "by_block" not in name}) + "\n")
