@@ -2,7 +2,7 @@
 
   python examples/evaluate.py MODEL TEXT
 
-TEXT is a text file. The text is read through the cache, so what a method evicts is gone. `kvfold eval` does the same with more options.
+TEXT is a text file. It is read through the cache, so what a method evicts is gone. `kvfold eval` does the same.
 """
 
 import sys

@@ -23,13 +23,14 @@ def main() -> None:
     model, tokenizer = kvfold.load(source), kvfold.load_tokenizer(source)
     with kvfold.Engine(model, tokenizer, "64MB", methods=["full", "h2o:32+32"]) as engine:
         server = Server(create_app(engine, ServerSettings(model_names=("mine",), port=0)), say=started.put)
-        thread = Thread(target=server.run)
+        thread = Thread(target=server.run, daemon=True)
         thread.start()
         print(started.get(timeout=60))
         with OpenAI(base_url=f"http://127.0.0.1:{server.bound_port}/v1", api_key="none") as client:
             for time in engine.methods:
-                asked = {"model": "mine", "prompt": "Once upon a time", "max_tokens": 80, "extra_body": {"kvfold": {"time": time}}}
-                print(f"{time}: {client.completions.create(**asked).choices[0].text!r}")
+                method = {"kvfold": {"time": time}}
+                answer = client.completions.create(model="mine", prompt="Once upon", max_tokens=80, extra_body=method)
+                print(f"{time}: {answer.choices[0].text!r} {answer.usage.kvfold}")
         server.should_exit = True
         thread.join()
 

@@ -131,8 +131,9 @@ def test_versions_agree():
 def test_the_citation_agrees_with_the_project():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert cited["cff-version"] == "1.2.0" and cited["type"] == "software" and cited["message"]
-    for key, theirs in (("title", "name"), ("version",) * 2, ("license",) * 2, ("authors",) * 2, ("abstract", "description")):
-        assert cited[key] == PROJECT[theirs], key
+    for key in ("version", "license", "authors", "keywords"):
+        assert cited[key] == PROJECT[key]
+    assert (cited["title"], cited["abstract"]) == (PROJECT["name"], PROJECT["description"])
     papers = {paper["identifiers"][0]["value"]: paper for paper in cited["references"]}
     assert papers.keys() == {"arXiv:2403.09636", "arXiv:2405.12981", "arXiv:2506.05345"}
     for number, paper in papers.items():
