@@ -16,7 +16,10 @@ from typer.testing import CliRunner
 from kvfold.methods.registry import METHODS, parse_time
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 METHOD_PAGES = ROOT / "docs" / "methods"
 BLOCK = re.compile(r"^```(?P<head>[^\n]*)\n(?P<body>.*?)^```", re.MULTILINE | re.DOTALL)
 SHELLS = ("sh", "bash", "console")

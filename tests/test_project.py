@@ -11,6 +11,7 @@ from importlib import metadata, resources
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -125,6 +126,31 @@ def test_the_two_sets_of_versions_differ_in_transformers():
 def test_versions_agree():
     assert metadata.version("kvfold") == PROJECT["version"]
     assert f"\n## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_citation_agrees_with_the_project():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["cff-version"] == "1.2.0" and cited["type"] == "software" and cited["message"]
+    for key in ("version", "license", "authors", "keywords"):
+        assert cited[key] == PROJECT[key]
+    assert (cited["title"], cited["abstract"]) == (PROJECT["name"], PROJECT["description"])
+    papers = {paper["identifiers"][0]["value"]: paper for paper in cited["references"]}
+    assert papers.keys() == {"arXiv:2403.09636", "arXiv:2405.12981", "arXiv:2506.05345"}
+    for number, paper in papers.items():
+        assert paper["url"].endswith(number.removeprefix("arXiv:"))
+        assert paper["title"] and all(author.keys() == {"family-names", "given-names"} for author in paper["authors"])
+
+
+def test_public_ci_runs_what_is_run_by_hand():
+    """On the oldest and the newest Python that pyproject names; it may read the repository, and nothing else."""
+    flow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    job = flow["jobs"]["test"]
+    assert flow["permissions"] == {"contents": "read"} and "permissions" not in job
+    assert 0 < job["timeout-minutes"] <= 120
+    pythons = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if "Python :: 3." in line]
+    assert job["strategy"]["matrix"]["python"] == [pythons[0], pythons[-1]]
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o100, "it must be executable"
 
 
 def test_the_sample_is_there():
