@@ -22,7 +22,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test test-latest test-newest test-slow test-integrations lint readme clean
+.PHONY: help demo serve test test-latest test-newest test-slow test-integrations lint readme docs clean
 MAKEFLAGS += --no-print-directory
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -76,8 +76,12 @@ readme: .venv/made-kvfold ## fill the figures of README.md from results/, and wr
 	$(BIN)/python docs/fill_readme.py
 	$(BIN)/python -m typer kvfold.cli utils docs --name kvfold --title "Every command and option" --output docs/cli.md
 
+docs: .venv-docs/made ## the documentation as a site, with every public name; in site/, opens without a server
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
+	@echo "· site/index.html"
+
 clean: ## remove all that make made, the environments too
-	rm -rf .venv .venv-latest .venv-newest .venv-vllm .venv-ray demo-out build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-latest .venv-newest .venv-vllm .venv-ray .venv-docs demo-out site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find kvfold tests -name __pycache__ -prune -exec rm -rf {} +
 
 # -- the environments; each file marks a step that is done -------------------------------------------------------
@@ -127,6 +131,12 @@ clean: ## remove all that make made, the environments too
 	@$(BIN)/python .ci/layered.py .venv-ray .venv
 	@echo "· Ray"
 	@.venv-ray/bin/python $(PIP) -c constraints.txt -e '.[serve,ray]'
+	@touch $@
+
+.venv-docs/made: .venv/made-kvfold
+	@$(BIN)/python .ci/layered.py .venv-docs .venv
+	@echo "· mkdocs"
+	@.venv-docs/bin/python $(PIP) -c constraints.txt -e '.[docs]'
 	@touch $@
 
 .venv-vllm/made: pyproject.toml .ci/vllm-env.sh

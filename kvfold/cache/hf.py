@@ -160,7 +160,7 @@ class FoldCache(Cache):
 
     @property
     def kept_positions(self) -> list[list[list[list[int]]]]:
-        """Positions held, ascending: [owner][row][kv head], for pictures and tests."""
+        """Positions held, ascending: `[owner][row][kv head]`, for pictures and tests."""
         held = []
         for owner in self.layout.owners:
             group, place = self.store.place_of[owner]
