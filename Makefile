@@ -77,7 +77,7 @@ readme: .venv/made-kvfold ## fill the figures of README.md from results/, and wr
 	$(BIN)/python -m typer kvfold.cli utils docs --name kvfold --title "Every command and option" --output docs/cli.md
 
 clean: ## remove all that make made, the environments too
-	rm -rf .venv .venv-latest .venv-newest .venv-vllm .venv-ray demo-out build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-latest .venv-newest .venv-vllm .venv-ray demo-out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
 	find kvfold tests -name __pycache__ -prune -exec rm -rf {} +
 
 # -- the environments; each file marks a step that is done -------------------------------------------------------
