@@ -67,10 +67,11 @@ test-integrations: .venv-vllm/made .venv-ray/made ## vLLM's CPU build, Ray Serve
 	.venv-ray/bin/python studies/ray_serve.py results/integrations/ray-serve.json
 	{ .venv-vllm/bin/python $(INTEGRATIONS)/test_vllm_*.py; .venv-ray/bin/python $(INTEGRATIONS)/test_ray_*.py; } 2>&1 | sed "/^rootdir:/d" | tee results/test-integrations.txt
 
-lint: .venv/made-kvfold ## style, formatting, and that imports go down only
+lint: .venv/made-kvfold ## style, formatting, types, and that imports go down only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	@$(BIN)/lint-imports --no-cache --no-logo
+	@$(BIN)/mypy --no-error-summary
 
 readme: .venv/made-kvfold ## fill the figures of README.md from results/, and write docs/cli.md from the command line
 	$(BIN)/python docs/fill_readme.py
