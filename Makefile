@@ -67,10 +67,11 @@ test-integrations: .venv-vllm/made .venv-ray/made ## vLLM's CPU build, Ray Serve
 	.venv-ray/bin/python studies/ray_serve.py results/integrations/ray-serve.json
 	{ .venv-vllm/bin/python $(INTEGRATIONS)/test_vllm_*.py; .venv-ray/bin/python $(INTEGRATIONS)/test_ray_*.py; } 2>&1 | sed "/^rootdir:/d" | tee results/test-integrations.txt
 
-lint: .venv/made-kvfold ## style, formatting, and that imports go down only
+lint: .venv/made-kvfold ## style, formatting, types, and that imports go down only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	@$(BIN)/lint-imports --no-cache --no-logo
+	@$(BIN)/mypy --no-error-summary
 
 readme: .venv/made-kvfold ## fill the figures of README.md from results/, and write docs/cli.md from the command line
 	$(BIN)/python docs/fill_readme.py
@@ -81,7 +82,7 @@ docs: .venv-docs/made ## the documentation as a site, with every public name; in
 	@echo "· site/index.html"
 
 clean: ## remove all that make made, the environments too
-	rm -rf .venv .venv-latest .venv-newest .venv-vllm .venv-ray .venv-docs demo-out site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-latest .venv-newest .venv-vllm .venv-ray .venv-docs demo-out site build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
 	find kvfold tests -name __pycache__ -prune -exec rm -rf {} +
 
 # -- the environments; each file marks a step that is done -------------------------------------------------------

@@ -50,8 +50,8 @@ def read_text_file(path: str | Path) -> TextFile:
     """The documents of a text file. Raises `UserError`, in one line, for a file that is missing, torn, empty or not UTF-8."""
     path = Path(path)
     data = file_bytes(path)
-    documents = _text_lines(path, data.split(b"\n")) if holds_lines(path) else [_decoded(path, data)]
-    documents = tuple(document for document in documents if document.strip())
+    texts = _text_lines(path, data.split(b"\n")) if holds_lines(path) else [_decoded(path, data)]
+    documents = tuple(document for document in texts if document.strip())
     if not documents:
         raise UserError(f"{path}: there is no text in it: give a file with text")
     name = path.name.removesuffix(".gz")
@@ -203,7 +203,7 @@ class TextStream:
         return (text for text in texts if text and text.strip())
 
     @contextmanager
-    def _opened(self) -> Iterator[BinaryIO]:
+    def _opened(self) -> Iterator[BinaryIO | gzip.GzipFile]:
         """The unpacked bytes; `share` follows."""
         path = self.path
         try:

@@ -57,7 +57,7 @@ _CLA_ROWS = {
 """Head dim, query heads, KV heads and who shares, in the order of the paper's table 1."""
 
 
-def _config(values: tuple, more: dict[str, Any]) -> dict[str, Any]:
+def _config(values: Sequence[Any], more: dict[str, Any]) -> dict[str, Any]:
     return dict(zip(_KEYS, values, strict=False)) | {"dtype": "bfloat16"} | more
 
 
@@ -242,7 +242,7 @@ def text_config(config: Config) -> dict[str, Any]:
     """The language model's part of a config, with the defaults of its model type filled in."""
     nested = config.get("text_config")
     text = nested if isinstance(nested, Mapping) and "num_hidden_layers" not in config else config
-    return DEFAULTS.get(text.get("model_type"), {}) | dict(text)
+    return DEFAULTS.get(text.get("model_type", ""), {}) | dict(text)
 
 
 def _refuse_foreign(config: Config) -> None:
@@ -287,8 +287,10 @@ def rope_kinds(
     """
     nested = isinstance(parameters, Mapping) and parameters and all(isinstance(x, Mapping) for x in parameters.values())
     # Types are told apart by their window already, where they have one.
-    typed = nested and types is not None and not any(windows)
-    return [NO_ROPE if layer in without else types[layer] if typed else ROPE for layer in range(len(windows))]
+    typed = types if nested and not any(windows) else None
+    return [
+        NO_ROPE if layer in without else typed[layer] if typed is not None else ROPE for layer in range(len(windows))
+    ]
 
 
 def _rope_kinds(config: Config, windows: Sequence[int | None]) -> list[str]:

@@ -281,7 +281,7 @@ class KVLayout:
     def bits_text(self) -> str:
         """The storage as a `--bits` text: `with_bits` of it gives this layout again."""
         texts = [storage.format() for storage in self.bits]
-        rest = most_common(texts)
+        rest = most_common(texts) or MODEL_BITS.format()
         return join_per_owner(rest, [rest] * len(texts), texts, self.owners)
 
     def to_json(self) -> dict[str, Any]:
@@ -314,7 +314,7 @@ class KVLayout:
                 f"layout with a missing or unknown part ({error}): it has layers, time, bits: write it again"
             ) from error
 
-    def _with(self, **parts: tuple[Spec, ...]) -> Self:
+    def _with(self, **parts: tuple[Method, ...] | tuple[BitsSpec, ...]) -> Self:
         """The same owners, which were checked when this layout was made, with other methods or storage that fit them."""
         twin = copy(self)
         for name, value in parts.items():

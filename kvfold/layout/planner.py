@@ -19,7 +19,7 @@ from typing import Any
 from kvfold.errors import UserError
 from kvfold.layout.hf_config import base_layout, config_layout, model_tokens, read_config, text_config, value_bytes
 from kvfold.layout.kvlayout import KVLayout
-from kvfold.methods.base import DTYPE_BYTES
+from kvfold.methods.base import DTYPE_BYTES, Method
 from kvfold.methods.bits import Storage, storage_bytes
 
 PAGE_SLOTS = 16
@@ -87,7 +87,7 @@ def layout_bytes(
     `model_bytes` = one number in the model's dtype. `compression`: of learned methods; None = the most they may hold.
     """
     states = page_classes(layout)
-    streams = Counter()
+    streams: Counter[tuple[Method, PageClass]] = Counter()
     for owner in layout.owners:
         streams[layout.time_of(owner), page_class(layout, owner)] += layout.layers[owner].num_kv_heads
     rows = Counter(seen_tokens)
@@ -248,7 +248,8 @@ def plan_rows(
         raise UserError(f"{rows} rows of {context_tokens} tokens: a plan is for 1 or more of each: write more")
     axes = {"heads": heads, "layers": layers, "time": time, "bits": bits}
     axes = {axis: value for axis, value in axes.items() if value is not None}
-    folds = {"as it is": {}} | {f"{axis} {value}": {axis: value} for axis, value in axes.items()}
+    folds: dict[str, dict[str, Any]] = {"as it is": {}}
+    folds.update({f"{axis} {value}": {axis: value} for axis, value in axes.items()})
     if len(axes) > 1:
         folds["together"] = axes
     if compression is not None and time is None:
