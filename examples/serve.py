@@ -30,7 +30,7 @@ def main() -> None:
             for time in engine.methods:
                 method = {"kvfold": {"time": time}}
                 answer = client.completions.create(model="mine", prompt="Once upon", max_tokens=80, extra_body=method)
-                print(f"{time}: {answer.choices[0].text!r} {answer.usage.kvfold}")
+                print(f"{time}: {answer.choices[0].text!r}")
         server.should_exit = True
         thread.join()
 

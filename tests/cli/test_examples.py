@@ -66,8 +66,6 @@ def test_serve(run):
     where, full, h2o = run("serve", "tiny")
     assert where.startswith("mine at http://127.0.0.1:")
     assert full.startswith("full: ") and h2o.startswith("h2o:32+32: ")
-    usage = [ast.literal_eval(line[line.rindex("{") :]) for line in (full, h2o)]
-    assert usage[0]["kept_tokens"] == usage[0]["seen_tokens"] > usage[1]["kept_tokens"] == 64
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
