@@ -77,9 +77,9 @@ readme: .venv/made-kvfold ## fill the figures of README.md from results/, and wr
 	$(BIN)/python docs/fill_readme.py
 	$(BIN)/python -m typer kvfold.cli utils docs --name kvfold --title "Every command and option" --output docs/cli.md
 
-docs: .venv-docs/made ## the documentation as a site, with every public name; in site/, opens without a server
+docs: .venv-docs/made ## the documentation as a site, with an API reference; in site/
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
-	@echo "· site/index.html"
+	@echo "· site/index.html; with search: python -m http.server --directory site"
 
 clean: ## remove all that make made, the environments too
 	rm -rf .venv .venv-latest .venv-newest .venv-vllm .venv-ray .venv-docs demo-out site build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
