@@ -103,7 +103,7 @@ def test_finished_lengths_are_not_asked_again(long_model, tokenizer, monkeypatch
     first = measure_passkey(long_model, tokenizer, ["tova:4"], lengths=[LENGTH], **settings)
     asked = []
     answering(monkeypatch, {}, tokenizer)
-    monkeypatch.setattr(passkey, "_found", lambda *args: asked.append(args[5]) or [0])
+    monkeypatch.setattr(passkey, "_found", lambda *args: asked.append(args[5]) or {"found": [0], "seconds": 0.0})
     again = measure_passkey(long_model, tokenizer, ["tova:4"], lengths=[LENGTH, LENGTH + 50], **settings)
     assert asked == [f"passkey {LENGTH + 50}, {method}" for method in ("full", "tova:4")]
     assert [row for row in again if row["length_tokens"] == LENGTH] == first
