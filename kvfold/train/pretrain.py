@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Pretrain:
     text: Path
     """The folder of tokenizer and packed text: several runs on one text share it."""
     device: torch.device
-    about: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any]
     """For the card: command, version, commit, hardware."""
     report: Report = silent
     on_step: OnStep = lambda point: None

@@ -8,7 +8,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Retrofit:
     settings: RetrofitSettings
     folder: RunFolder
     teacher: FoldForCausalLM | None = None
-    about: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any]
     """For the card: command, version, commit, hardware."""
     snapshot: Path | None = None
     """A folder for the newest checkpoint as a result of its own; nothing is trained then."""
