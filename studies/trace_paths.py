@@ -144,7 +144,7 @@ def training_step(source: str, folder: Path) -> dict[str, int]:
     run = Retrofit(
         model=kvfold.load(source), tokenizer=_byte_tokenizer(), source=source, name="tiny", on_step=on_step,
         settings=RetrofitSettings(time="dms:4", compression=2.0, data=(str(folder / "text.txt"),), **sizes),
-        folder=RunFolder(out=folder / "out"),
+        folder=RunFolder(out=folder / "out"), about={},
     )  # fmt: skip
     with contextlib.suppress(_Traced):
         run.run()
