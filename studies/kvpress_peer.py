@@ -145,19 +145,21 @@ def _forget(model: Any) -> None:
 
 def summary(args: argparse.Namespace) -> None:
     """Of each text and arm: means over windows, and the change of perplexity in per cent with its standard error."""
+    from kvfold.eval.perplexity import paired_difference
+
     rows, found = _rows(args.rows), []
     for text in sorted({row["text"] for row in rows}):
         for arm in dict.fromkeys(row["arm"] for row in rows):
             here = [row for row in rows if (row["text"], row["arm"]) == (text, arm)]
             if not here:
                 continue
-            change = torch.tensor([row["loss"] - row["loss_full"] for row in here], dtype=torch.float64)
-            mean, error = math.exp(float(change.mean())), float(change.std()) / len(here) ** 0.5
+            mean, error = paired_difference(*([row[name] for row in here] for name in ("loss", "loss_full")))
+            factor = 100 * math.exp(mean)
             means = {
                 name: sum(row[name] for row in here) / len(here) for name in ("kl", "kept", "held_bytes", "seconds")
             }
             found.append({"text": text, "arm": arm, "windows": len(here), **means,
-                          "perplexity_change_percent": 100 * (mean - 1), "standard_error": 100 * mean * error})  # fmt: skip
+                          "perplexity_change_percent": factor - 100, "standard_error": error and factor * error})  # fmt: skip
     args.out.write_text(json.dumps({"rows": found}, indent=1) + "\n", encoding="utf-8")
     for one in found:
         sys.stdout.write(json.dumps(one) + "\n")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import kvfold
 from kvfold.data import TextWindows, read_text_file, text_windows
+from kvfold.eval.perplexity import paired_difference
 from kvfold.eval.reading import read_rows, score
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.ops.native import flush_denormals
@@ -129,11 +130,11 @@ def summary(args: argparse.Namespace) -> None:
 def _figures(ours: dict[int, dict], full: dict[int, dict]) -> dict[str, Any]:
     """Means over windows; the change of perplexity in per cent with its standard error."""
     rows = list(ours.values())
-    mean, error = _mean_and_error([ours[one]["loss"] - full[one]["loss"] for one in ours])
+    mean, error = paired_difference(*([of[one]["loss"] for one in ours] for of in (ours, full)))
     by_block = [sum(column) / len(rows) for column in zip(*(row["kl_by_block"] for row in rows), strict=True)]
     return {
         "windows": len(rows), "time": rows[0]["time"], "perplexity": math.exp(sum(row["loss"] for row in rows) / len(rows)),
-        "perplexity_change_percent": 100 * (math.exp(mean) - 1), "standard_error": 100 * math.exp(mean) * error,
+        "perplexity_change_percent": 100 * (math.exp(mean) - 1), "standard_error": error and 100 * math.exp(mean) * error,
         **{name: sum(row[name] for row in rows) / len(rows) for name in ("kl_late", "top1_agreement", "kept_tokens")},
         "bytes_share": sum(row["allocated_bytes"] for row in rows) / sum(row["full_bytes"] for row in rows),
         "kl_by_block": by_block,
@@ -144,13 +145,8 @@ def _change(ours: dict[int, dict], theirs: dict[int, dict]) -> dict[str, float]:
     """Change of the mean divergence against another arm, as a share of that arm's, with its standard error."""
     both = sorted(ours.keys() & theirs.keys())
     base = sum(theirs[one]["kl_late"] for one in both) / len(both)
-    mean, error = _mean_and_error([ours[one]["kl_late"] - theirs[one]["kl_late"] for one in both])
-    return {"kl_change": mean / base, "kl_change_error": error / base}
-
-
-def _mean_and_error(values: list[float]) -> tuple[float, float]:
-    found = torch.tensor(values, dtype=torch.float64)
-    return float(found.mean()), float(found.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
+    mean, error = paired_difference(*([of[one]["kl_late"] for one in both] for of in (ours, theirs)))
+    return {"kl_change": mean / base, "kl_change_error": error and error / base}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
