@@ -6,6 +6,8 @@ then the method says what stays, and only that is written: what a long prompt lo
 Letters: B sequences, T columns of the call, S stored, E = S + T entries, H query heads, K kv heads, D head dim.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -83,7 +85,8 @@ class _OwnerChunk:
         )  # fmt: skip
         self._k_BTKD = rotate(rotation, self._plan.k_BTKD, None if gates is None else gates.k_keep_KD)
         self._k_BEKD, self._v_BEKD = self._beside_stored()
-        self._first_BKE, self._crossed = position, None
+        self._first_BKE = position
+        self._crossed: Crossed | None = None
         self._score_BKE: Tensor | None = None
         if group.method.grid is not None:
             self._cross(gates)
@@ -265,7 +268,7 @@ class SegmentedView:
         out = torch.zeros_like(q_BTHD)
         for row, column, segment in self._segments:
             q, k, v = (x if x is None else picked(x, row, column) for x in (q_BTHD, k_BTKD, v_BTKD))
-            own = (one if one is None else one.at(row, column) for one in (rotation, gates))
+            own: list[Any] = [one if one is None else one.at(row, column) for one in (rotation, gates)]
             attended = segment.attend(layer, q, k, v, *own)
             out[(row,) if column is None else (row, column)] = attended if column is None else attended[:, 0]
         return out

@@ -7,6 +7,8 @@ Letters: O owners, R places for sequences, B sequences of a call, K kv heads, N 
 X streams in any shape, D head dim.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -323,7 +325,7 @@ class CacheGroup:
         """
         return self._bound[sequence] + added if self.is_gated else self.method.max_kept(seen)
 
-    def grown(self, sequences: list[int], added: list[int]) -> None:
+    def grown(self, sequences: Sequence[int], added: Sequence[int]) -> None:
         """Under gates: a call brought so many tokens to each sequence. The device is asked what became of them after a chunk,
         and once per page of decoding steps.
         """

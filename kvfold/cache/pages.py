@@ -26,7 +26,7 @@ def array_forms(
     """Every array of a page class: its shape within a slot, and its dtype. `dtype`: the model's; `slot_arrays`: what methods
     keep with each slot, name -> dtype.
     """
-    forms = {"position": ((), torch.int32)}
+    forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"position": ((), torch.int32)}
     for name, storage in (("k", one.k), ("v", one.v)):
         stored = {name: ((one.head_dim,), dtype)} if storage == "model" else page_arrays(name, storage, one.head_dim)
         forms |= stored

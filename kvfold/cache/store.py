@@ -142,7 +142,8 @@ class Store:
             window = layer.window if method == asked else None  # else it is the method in force
             key = page_class(self.layout, owner), method, layer.num_kv_heads, window
             alike.setdefault(key, []).append(owner)
-        groups, place_of = [], {}
+        groups: list[CacheGroup] = []
+        place_of: dict[int, tuple[CacheGroup, int]] = {}
         for (one, method, heads, window), owners in alike.items():
             group = CacheGroup(
                 owners=tuple(owners), method=method, window=window, num_kv_heads=heads, pool=self._pools[one],
@@ -370,8 +371,8 @@ class Store:
             pool.book.grown_capacity(pages)
         for pool, pages in zip(self._pools.values(), needed, strict=True):
             pool.reserve(pages)
-        for group, pages in zip(self.groups, most, strict=True):
-            group.tables.widen(pages)
+        for group, longest in zip(self.groups, most, strict=True):
+            group.tables.widen(longest)
 
     def _needed(self, sequences: Sequence[int], added: Sequence[int]) -> tuple[list[int], list[dict[int, int]]]:
         """Pages that a call may take from each pool, and of each group the pages of each sequence's longest stream after it."""

@@ -158,7 +158,7 @@ class Answer(Piece):
         self.finish_reason, self.error, self.usage = piece.finish_reason, piece.error, piece.usage
 
 
-Deliver = Callable[[Piece], None]
+Deliver = Callable[[Piece], object]
 
 
 @dataclass(kw_only=True, slots=True, eq=False)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count, islice
 from typing import Any, Self
 
@@ -73,7 +74,7 @@ class Engine:
         self._grammars = None if tokenizer is None else Grammars(tokenizer, self._vocab_size, list(self._eos_ids))
         self._live: dict[Request, Live] = {}
         self._numbers = count(1)
-        self._counts = dict.fromkeys(("prompt_tokens", "completion_tokens", "finished", "steps"), 0)
+        self._counts: dict[str, float] = dict.fromkeys(("prompt_tokens", "completion_tokens", "finished", "steps"), 0)
         self._counts |= {"step_s": 0.0, "forward_s": 0.0}
         self._inbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -150,7 +151,7 @@ class Engine:
 
     async def stream(self, asked: Asked) -> AsyncIterator[Piece]:
         """One request's pieces as they come; left early, the request is cancelled. Raises `UserError` for a bad request."""
-        loop, pieces = asyncio.get_running_loop(), asyncio.Queue()
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
         job = self.submit(asked, lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece))
         left = len(job)
         try:
@@ -176,7 +177,7 @@ class Engine:
 
     def cancel(self, job: Sequence[Request]) -> None:
         """End a request; its pages are free before the next step. What has ended already is left alone."""
-        self._inbox.put(lambda: [self._end(one, "abort") for one in job if one in self._live])
+        self._inbox.put(partial(self._abort, job))
 
     def _prepare(self, asked: Asked, deliver: Deliver, *, streams: bool) -> list[Live]:
         """The answers to be made, on the caller's thread. Raises `UserError` for whatever is wrong."""
@@ -276,10 +277,11 @@ class Engine:
                 free_openmp_threads()
                 self._thread = threading.Thread(target=self._run, name="kvfold engine", daemon=True)
                 self._thread.start()
-            self._inbox.put(lambda: [self._enter(live) for live in lives])
+            self._inbox.put(partial(self._enter, lives))
 
     def _run(self) -> None:
-        reason, said = "abort", "it is closed"
+        reason: FinishReason = "abort"
+        said = "it is closed"
         try:
             while self._drain():
                 start = time.perf_counter()
@@ -307,12 +309,18 @@ class Engine:
                 return False
             message()
 
-    def _enter(self, live: Live) -> None:
-        self._live[live.request] = live
-        try:
-            self._scheduler.submit(live.request)
-        except ValueError as error:
-            self._end(live.request, "error", str(error))
+    def _enter(self, lives: Sequence[Live]) -> None:
+        for live in lives:
+            self._live[live.request] = live
+            try:
+                self._scheduler.submit(live.request)
+            except ValueError as error:
+                self._end(live.request, "error", str(error))
+
+    def _abort(self, job: Sequence[Request]) -> None:
+        for request in job:
+            if request in self._live:
+                self._end(request, "abort")
 
     def _step(self) -> None:
         step = self._scheduler.plan(time.monotonic())

@@ -7,7 +7,7 @@ Letters: B requests, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +37,13 @@ class Grammars:
         if self._tables is None:
             backend = self._tokenizer.backend_tokenizer.to_str()
             self._tables = LLTokenizer(backend, n_vocab=self._vocab_size, eos_token=self._eos_ids)
-        make = {
+        makers: dict[str, Callable[[str], str]] = {
             "json": LLMatcher.grammar_from_json_schema,
             "regex": LLMatcher.grammar_from_regex,
             "grammar": LLMatcher.grammar_from_lark,
-        }[kind]
+        }
         try:
-            matcher = LLMatcher(self._tables, make(text), log_level=0)
+            matcher = LLMatcher(self._tables, makers[kind](text), log_level=0)
             wrong = matcher_error(matcher)
         except ValueError as error:
             wrong = one_line(error)
@@ -184,8 +184,8 @@ def adjusted(raw_BV: Tensor, states: Sequence[SamplingState]) -> Tensor:
     for row in masked:
         scores_BV[row].masked_fill_(~_allowed(states[row], raw_BV[row]), BANNED)
     if bans:
-        row, token = zip(*bans, strict=True)
-        scores_BV[_ids(row, device), _ids(token, device)] = BANNED
+        banned_rows, banned = zip(*bans, strict=True)
+        scores_BV[_ids(banned_rows, device), _ids(banned, device)] = BANNED
     return scores_BV
 
 

@@ -128,7 +128,8 @@ def _understood(kind: type, given: Mapping[str, Any], where: str) -> dict[str, A
         if get_origin(known.get(name)) is tuple and isinstance(value, str | list):
             values[name] = (value,) if isinstance(value, str) else tuple(value)
     rules = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-    shape = create_model(kind.__name__, __config__=rules, **{name: (one, None) for name, one in known.items()})
+    forms: dict[str, Any] = {name: (one, None) for name, one in known.items()}
+    shape = create_model(kind.__name__, __config__=rules, **forms)
     try:
         shape.model_validate(values)
     except ValidationError as error:

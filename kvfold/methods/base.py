@@ -63,7 +63,7 @@ class GateForm:
     """Whose freed channel may decide: each KV head's key, or the first query head of each group. None = no such form."""
     frees: Literal["keys and queries", "first query"] | None = None
     """Heads in which a freed channel carries nothing but decisions and is zeroed for attention."""
-    reads: tuple[str, ...] = ("own",)
+    reads: tuple[Literal["own", "next"], ...] = ("own",)
     """Which token's decision may govern a token: `own`, or that of the `next` one."""
     with_weights: bool = False
     """Whether the query's channel also gives each token a weight (its importance in a merge)."""

@@ -1,7 +1,7 @@
 """How a kept entry is stored: in the model's dtype, or in 8 or 4 bits. K and V apart."""
 
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Literal, Self, cast, get_args
 
 from kvfold.errors import UserError, unknown_name
 
@@ -33,7 +33,7 @@ class BitsSpec:
         parts = [part.strip() for part in text.split(",")]
         if len(parts) > 2:
             raise UserError(f"bits '{text}': storage is named once, or for keys and values: write e.g. 'int8,int4'")
-        return cls(k=parts[0], v=parts[-1])
+        return cls(k=cast(Storage, parts[0]), v=cast(Storage, parts[-1]))
 
     def format(self) -> str:
         """`int8`, or `int8,int4` where keys and values differ."""

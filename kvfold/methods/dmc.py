@@ -103,6 +103,8 @@ class DMC(Method):
 class MergePlan(StepPlan):
     """The token is merged into its stream's last entry, or goes behind it, as its gate decides."""
 
+    method: DMC
+
     def enter(self, owner: int, gates: Gates | None, k_BKD: Tensor, v_BKD: Tensor) -> Entered:
         """The entry with the new token in it."""
         import torch
@@ -130,6 +132,8 @@ class MergePlan(StepPlan):
 
 class MergedChunk(ChunkPlan):
     """All partial means lie side by side, each seen by its own query; later queries see those that were closed."""
+
+    method: DMC
 
     def __init__(self, method: DMC, chunk: Chunk):
         import torch
@@ -213,8 +217,9 @@ class MergedChunk(ChunkPlan):
 
         chunk = self.chunk
         order, _ = real_first(chunk.real_BT)
-        tokens = (reordered(one, order) for one in self._merged)
-        sums, weights = open_entries(*tokens, self.method.window, self._past, chunk.real_BT.sum(dim=1))
+        tokens, weight, alpha = (reordered(one, order) for one in self._merged)
+        length = chunk.real_BT.sum(dim=1)
+        sums, weights = open_entries(tokens, weight, alpha, self.method.window, self._past, length)
         held = torch.cat((sums, weights.unsqueeze(-1)), dim=-1).transpose(1, 2)
         column = _columns(chunk.seen_B, held.shape[2]).expand(held.shape)
         chunk.state_X[chunk.id_BK] = torch.zeros_like(held).scatter(2, column, held)

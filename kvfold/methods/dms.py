@@ -98,6 +98,9 @@ class DMS(Method):
 class MarkedStep(StepPlan):
     """The new token goes into the slot of the one that leaves the window marked, or behind the others."""
 
+    method: DMS
+    _alphas: dict[int, Tensor]
+
     def __init__(self, method: DMS, streams: Streams):
         self.method, self.streams, self._width = method, streams, streams.state_X.shape[-1]
         self._column_B1 = (streams.position_B % self._width)[:, None]
@@ -136,6 +139,8 @@ class MarkedStep(StepPlan):
 
 class MarkedChunk(ChunkPlan):
     """A marked entry is seen from within the delay only; those that have left it by the end are not stored."""
+
+    method: DMS
 
     def __init__(self, method: DMS, chunk: Chunk):
         import torch

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from kvfold.errors import UserError
 from kvfold.methods.base import GateForm, Method, parse_count
@@ -54,7 +54,7 @@ class Fold(Method):
 
     delay: int = 256
     """Tokens behind a query that it sees whatever is marked."""
-    grid: int = 32
+    grid: int = 32  # type: ignore[misc]
     """Tokens between two borders."""
     threshold: float | None = 0.65
     """Least similarity at which a token is merged; None = all that leave are dropped."""
@@ -73,7 +73,7 @@ class Fold(Method):
             return cls()
         counts, at, similarity = args.partition("@")
         delay, plus, spacing = counts.partition("+")
-        given = {"delay": parse_count(cls.name, delay, _EXAMPLE)}
+        given: dict[str, Any] = {"delay": parse_count(cls.name, delay, _EXAMPLE)}
         if plus:
             given["grid"] = parse_count(cls.name, spacing, _EXAMPLE)
         if at:

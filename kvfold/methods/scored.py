@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from kvfold.errors import UserError
 from kvfold.methods.base import Budget, Method, parse_pair
@@ -33,7 +33,7 @@ class H2O(Method):
     source: ClassVar[str] = "Zhang et al. 2023, arXiv 2306.14048"
     chunk_invariant: ClassVar[bool] = False
     lossy: ClassVar[bool] = True
-    attention_scores: ClassVar[str] = "cumulative"
+    attention_scores: ClassVar[Literal["cumulative", "last"] | None] = "cumulative"
     slot_arrays: ClassVar[Mapping[str, str]] = MappingProxyType({"score": "float32"})
 
     recent: Budget
@@ -76,7 +76,7 @@ class TOVA(Method):
     source: ClassVar[str] = "Oren et al. 2024, arXiv 2401.06104"
     chunk_invariant: ClassVar[bool] = False
     lossy: ClassVar[bool] = True
-    attention_scores: ClassVar[str] = "last"
+    attention_scores: ClassVar[Literal["cumulative", "last"] | None] = "last"
 
     tokens: Budget
     """Tokens kept in all; no place is reserved for the newest."""

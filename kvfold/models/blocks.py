@@ -66,7 +66,8 @@ class FoldAttention(nn.Module):
             self.query_layernorm = FoldRMSNorm(config.head_dim, config)
             self.key_layernorm = FoldRMSNorm(config.head_dim, config)
         self.kv_norm = FoldRMSNorm(config.hidden_size, config) if config.kv_norm and owner else None
-        self.fold_norm = self.fold_proj = None
+        self.fold_norm: GateNorm | None = None
+        self.fold_proj: GateProjection | None = None
         if owner and config.gates is not None:
             self.add_adapter(config.gate_config, config)
 

@@ -96,7 +96,8 @@ class FoldModel(FoldPreTrainedModel):
         self.layers = nn.ModuleList(FoldLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = FoldRMSNorm(config.hidden_size, config)
         self.gradient_checkpointing = False
-        self._rope, self._layers, self._warned = Rope(config), config.layout.layers, set()
+        self._rope, self._layers = Rope(config), config.layout.layers
+        self._warned: set[str] = set()
         scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.attention_options = {"scale": scale, "softcap": config.attention_softcap}
         """As views take them."""
@@ -144,7 +145,7 @@ class FoldModel(FoldPreTrainedModel):
             if options.sharing is not None:
                 layout = layout.with_owners([one.owner for one in options.sharing.layers])
             table = gate_table(self.config.gate_config, layout, freed_owners=self.config.freed_owners)
-            call = nullcontext(TrainingView(layout, real_BT=real, **self.attention_options))
+            call: Any = nullcontext(TrainingView(layout, real_BT=real, **self.attention_options))
         else:
             layout, table, gate_set = cache.layout, cache.gate_table or self._gate_table(cache), cache.gates
             call = cache.call(real, num_rows=hidden.shape[0], num_tokens=hidden.shape[1], **self.attention_options)
@@ -158,9 +159,9 @@ class FoldModel(FoldPreTrainedModel):
                     states.append(hidden)
                 hidden = layer(hidden, view, rotation, gates)
             hidden = self.norm(hidden)
-        states = (*states, hidden) if keep else None
+        kept = (*states, hidden) if keep else None
         decided = {} if record is None else record.fields(layout.owners)
-        return FoldOutput(last_hidden_state=hidden, past_key_values=cache, hidden_states=states, **decided)
+        return FoldOutput(last_hidden_state=hidden, past_key_values=cache, hidden_states=kept, **decided)
 
     def _gate_table(self, cache: FoldCache) -> GateTable:
         """Worked out once for a cache, at its first call."""

@@ -110,7 +110,7 @@ def fold_config(theirs: PreTrainedConfig) -> FoldConfig:
     if family.rope_flags is not None:
         flags = getattr(theirs, family.rope_flags)
         values["nope_layers"] = [layer for layer, rotated in enumerate(flags) if not rotated]
-    values |= _windows(family, theirs) | family.fixed
+    values |= {**_windows(family, theirs), **family.fixed}
     config = FoldConfig(family=theirs.model_type, rope_parameters=_rope_parameters(family, theirs), **values)
     config.layout = read_sharing(theirs.to_dict(), config.layout)
     retrofitted = official_gates(theirs)
@@ -209,7 +209,7 @@ def _split_name(name: str) -> tuple[str, str, str]:
     return *stem.rpartition(".")[::2], kind
 
 
-_DEFAULTS = {
+_DEFAULTS: dict[str, Any] = {
     "dms_alpha_scale": 100.0, "dms_initial_alpha_offset": 5.0, "dms_window_size": 512, "dms_separate_alpha": False,
     "dms_alpha_per": "head", "dms_tau": 0.1, "dms_disable_eviction": False,
 }  # fmt: skip

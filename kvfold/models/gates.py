@@ -128,7 +128,7 @@ class GateRecord:
     and what a layer took down there would be lost.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.decisions: dict[int, Tensor] = {}
         """Of each owner that has gates, [B, T, K]: hard, straight-through where soft."""
         self.probabilities: dict[int, Tensor] = {}
@@ -324,6 +324,10 @@ def joined(parts: list[FoldOutput]) -> FoldOutput:
 
 class GatedModel:
     """Mixed into the language model."""
+
+    config: Any
+    model: Any
+    device: torch.device
 
     def set_gates(self, gates: GateConfig, time: str) -> None:
         """Put this model under a learned method: its text form, its gates, and fresh adapters where the gates are such."""

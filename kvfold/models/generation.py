@@ -11,7 +11,7 @@ import transformers
 from packaging.version import Version
 from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteriaList
-from transformers.generation.utils import GenerationMode
+from transformers.generation.utils import GenerationMixin, GenerationMode
 
 from kvfold.cache.hf import FoldCache
 from kvfold.errors import UserError
@@ -45,7 +45,7 @@ def check_cache(given: Any) -> None:
         )
 
 
-class FoldGeneration:
+class FoldGeneration(GenerationMixin):
     """Mixed into the language model before transformers' own generation."""
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:

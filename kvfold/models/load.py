@@ -66,8 +66,8 @@ def load(
         read_adapter(adapter)  # before anything large is read
     if gates is not None and (gates != CHANNEL or adapter is not None):
         raise UserError(f"gates '{gates}': a model is loaded with 'channel', or with an adapter: give one of the two")
-    device = _wanted_device(device)
-    dtype = _wanted_dtype(dtype, device)
+    place = _wanted_device(device)
+    dtype = _wanted_dtype(dtype, place)
     found = find_source(source)
     with quiet():
         theirs, config = _read_configs(found)
@@ -85,12 +85,12 @@ def load(
         else:
             model, report = _read_foreign(found, theirs, config, dtype)
     _check_report(found, report, strict=theirs is config)
-    model = model.to(device)
+    model = model.to(place)
     if adapter is not None:
         apply_adapter(model, adapter, time=time)
         model.config.layout = model.config.layout.folded(None, bits)
     model.eval()
-    if device.type == "cpu":
+    if place.type == "cpu":
         pack(model)
     return model
 
@@ -182,12 +182,12 @@ def _check_report(found: Source, report: dict, *, strict: bool) -> None:
 
 def _wanted_device(device: str | torch.device | None) -> torch.device:
     try:
-        device = torch.device("cpu" if device is None else device)
+        wanted = torch.device("cpu" if device is None else device)
     except RuntimeError as error:
         raise UserError(f"device '{device}': torch knows no such device: use e.g. 'cpu' or 'cuda'") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if wanted.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device '{device}': torch sees no GPU on this machine: use 'cpu'")
-    return device
+    return wanted
 
 
 def _wanted_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | str:

@@ -84,7 +84,7 @@ class Rope:
 
         Angles are fp32 whatever the dtype: positions beyond 256 have no exact form in bf16.
         """
-        rotations = {None: None}
+        rotations: dict[str | None, Rotation | None] = {None: None}
         for name, group in self._groups.items():
             frequencies, factor = group.fixed.get(position_BT.device) or group.frequencies(position_BT, continued)
             angles = (position_BT.unsqueeze(-1).float() * frequencies).repeat(1, 1, 2)

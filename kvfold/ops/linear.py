@@ -317,7 +317,7 @@ class PackedFront(_PackedPart):
             cos, sin = rotation.cos_BTR, rotation.sin_BTR
             by_sequence = cos.stride(0) if len(cos) > 1 else 0
             angles = (cos.data_ptr(), sin.data_ptr()), (cos.shape[2], tokens, by_sequence, cos.stride(1))
-        told, tells = None, (0, 0, 0, 0, 0)
+        told, tells = None, _NOTHING
         if adapter is not None:
             told, tells = _told(hidden, *adapter)
         job = _FRONT.pack(
@@ -352,6 +352,10 @@ class PackedTail(_PackedPart):
         if o.library.tail(job):
             raise MemoryError("no memory for the feed-forward block of a layer")
         return out
+
+
+_NOTHING: tuple[int, ...] = (0, 0, 0, 0, 0)
+"""What C is told where there is no adapter."""
 
 
 def _told(hidden: Tensor, norm: nn.Module, projection: nn.Module) -> tuple[Tensor, tuple[int, ...]]:

@@ -15,9 +15,10 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,8 +49,8 @@ class Library:
     """
 
     isa: str
-    decode: ctypes._CFuncPtr
-    read: ctypes._CFuncPtr
+    decode: Callable[..., int]
+    read: Callable[..., int]
     products: int
     """For the keys."""
     sums: int
@@ -64,11 +65,11 @@ class LinearLibrary:
 
     panel: int
     """Output channels that lie side by side."""
-    linear: ctypes._CFuncPtr
-    rms_norm: ctypes._CFuncPtr
-    rotate: ctypes._CFuncPtr
-    front: ctypes._CFuncPtr
-    tail: ctypes._CFuncPtr
+    linear: Callable[..., int]
+    rms_norm: Callable[..., int]
+    rotate: Callable[..., int]
+    front: Callable[..., int]
+    tail: Callable[..., int]
     parallel: int
     """As in `Library`."""
 
@@ -79,7 +80,7 @@ class LifespanLibrary:
 
     panel: int
     """A head's channels must be a multiple of this."""
-    attend: ctypes._CFuncPtr
+    attend: Callable[..., int]
     """`kvfold_lifespan` of lifespan_cpu.c."""
     parallel: int
     """As in `Library`."""
@@ -174,7 +175,7 @@ def _warn(reason: str) -> None:
     warnings.warn(f"kvfold decodes with plain torch, more slowly: its C files were not built ({reason})", stacklevel=4)
 
 
-def _address(function: ctypes._CFuncPtr) -> int:
+def _address(function: Any) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value
 
 

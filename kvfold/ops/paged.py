@@ -205,8 +205,8 @@ def _decode_native(
     q = q_BHD.contiguous()
     k, v = (None, None) if k_BKD is None else (x.to(q.dtype).contiguous() for x in (k_BKD, v_BKD))
     assert k is None or k.numel() == v.numel() == rows * kv_heads * head_dim
-    read = batch.table_T, batch.start_BK, batch.length_BK, batch.slots_BK, batch.live_B, batch.oldest_B
-    read = [None if x is None else x.contiguous() for x in read]
+    books = batch.table_T, batch.start_BK, batch.length_BK, batch.slots_BK, batch.live_B, batch.oldest_B
+    read = [None if x is None else x.contiguous() for x in books]
     out = torch.empty_like(q)
     job = _JOB.pack(
         *map(_pointer, (batch.k_PND, batch.v_PND, batch.k_scale_PNS, batch.v_scale_PNS, batch.score_PN, batch.bias_PN,

@@ -43,7 +43,7 @@ def page_width(storage: str, head_dim: int) -> int:
 
 def page_arrays(name: str, storage: str, head_dim: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """What a slot holds of a vector under fp8, int8 or int4, by array: its shape and dtype."""
-    codes = {name: ((page_width(storage, head_dim),), _DTYPES[storage])}
+    codes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {name: ((page_width(storage, head_dim),), _DTYPES[storage])}
     if storage == "fp8":
         return codes
     return codes | {f"{name}_scale": ((scale_groups(head_dim),), torch.float16)}
@@ -137,7 +137,8 @@ def _unpacked(packed: Tensor, head_dim: int) -> Tensor:
 
 def _halves(head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Channel in the low and in the high nibble of each byte; `head_dim` where there is none."""
-    low, high = [], []
+    low: list[int] = []
+    high: list[int] = []
     for first in range(0, head_dim, GROUP_CHANNELS):
         channels = min(GROUP_CHANNELS, head_dim - first)
         half = -(-channels // 2)

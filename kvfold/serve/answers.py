@@ -104,7 +104,7 @@ class Call:
         if options and options.include_usage:
             yield event(self._filled(0, [], usage=self.usage(job)))
 
-    def _filled(self, form: int, choices: list[Any], **more: Any) -> BaseModel:
+    def _filled(self, form: int, choices: list[Any], **more: Any) -> Any:
         kind, name = self.forms[form]
         return filled(
             kind, id=self.id, object=name, created=self.created, model=self.model, choices=choices, **more
@@ -122,7 +122,7 @@ class Call:
     def usage(self, job: Job) -> CompletionUsage:
         """So far."""
         cached = max((one.cached_tokens for one in self.ended), default=0)
-        usage = CompletionUsage(
+        usage: Any = CompletionUsage(
             prompt_tokens=job.prompt_tokens, completion_tokens=self.num_tokens,
             total_tokens=job.prompt_tokens + self.num_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached), completion_tokens_details=None,
@@ -216,11 +216,10 @@ class TextCall(Call):
                 sampling.setdefault("prompt_logprobs", body.logprobs)
         asked = []
         for prompt in self.prompts:
-            ids, text = prompt, prompt
             if isinstance(prompt, str):
-                ids = serving.tokens.encode(prompt, special=body.add_special_tokens is not False)
-            elif body.echo:
-                text = serving.tokens.decode(ids)
+                text, ids = prompt, serving.tokens.encode(prompt, special=body.add_special_tokens is not False)
+            else:
+                text, ids = serving.tokens.decode(prompt) if body.echo else "", prompt
             asked.append(serving.asked(sampling, ids, default_max_tokens=DEFAULT_MAX_TOKENS))
             self.texts += [_Text(ids=list(ids), echo=text if body.echo else "") for _ in range(self.n)]
             serving.log_text(self.id, "prompt", prompt)
@@ -355,7 +354,7 @@ class MessageCall(ChatCall):
 
     def extras(self, first: Answer) -> dict[str, Any]:
         """See `Call`."""
-        found = {}
+        found: dict[str, Any] = {}
         if self.body.prompt_logprobs is not None:
             found["prompt_logprobs"] = self.serving.tokens.prompt_logprobs(first.prompt_logprobs)
         if self.body.return_token_ids:
@@ -372,7 +371,7 @@ class MessageCall(ChatCall):
             return "".join(part.text for part in parts if part.kind == kind and part.index == call)
 
         content = text("content")
-        message = filled(
+        message: Any = filled(
             ChatCompletionMessage, role="assistant", content=content if content or not reader.num_calls else None,
             refusal=None,
         )  # fmt: skip
@@ -386,7 +385,7 @@ class MessageCall(ChatCall):
                 )
                 for part in parts if part.kind == "call"
             ]  # fmt: skip
-        choice = filled(chat_completion.Choice, index=index, message=message, logprobs=None)
+        choice: Any = filled(chat_completion.Choice, index=index, message=message, logprobs=None)
         self.end(choice, answer)
         if self.body.logprobs:
             choice.logprobs = chat_completion.ChoiceLogprobs(content=self.logprobs(answer))
@@ -409,7 +408,7 @@ class MessageCall(ChatCall):
             state.token_ids += piece.token_ids
         if last and not parts:
             deltas.append(filled(chunks.ChoiceDelta))
-        choices = [filled(chunks.Choice, index=index, delta=delta, finish_reason=None) for delta in deltas]
+        choices: list[Any] = [filled(chunks.Choice, index=index, delta=delta, finish_reason=None) for delta in deltas]
         if parts or last:
             if self.body.logprobs:
                 choices[-1].logprobs, state.logprobs = filled(chunks.ChoiceLogprobs, content=state.logprobs), []
@@ -427,7 +426,7 @@ def _delta(part: Part) -> chunks.ChoiceDelta:
     if part.kind == "reasoning":
         return filled(chunks.ChoiceDelta, reasoning_content=part.text, reasoning=part.text)
     function = {"name": part.text, "arguments": ""} if part.kind == "call" else {"arguments": part.text}
-    begun = {"id": part.id, "type": "function"} if part.kind == "call" else {}
+    begun: dict[str, Any] = {"id": part.id, "type": "function"} if part.kind == "call" else {}
     call = chunks.ChoiceDeltaToolCall(
         index=part.index, function=chunks.ChoiceDeltaToolCallFunction(**function), **begun
     )

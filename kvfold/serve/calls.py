@@ -8,6 +8,7 @@ function. Under a forced choice the grammar of `prompts.py` leaves only JSON.
 import json
 import secrets
 from dataclasses import dataclass
+from typing import Any
 
 from kvfold.serve.prompts import REASONING, ToolChoice
 
@@ -231,7 +232,7 @@ class JsonCalls:
             if self._known and self._key in _ARGUMENTS and self._value[0] != '"':
                 self._arguments(letter)
 
-    def _plain(self) -> object:
+    def _plain(self) -> Any:
         try:
             return json.loads(self._value)
         except (ValueError, RecursionError):

@@ -27,7 +27,7 @@ Number = Annotated[float, Strict()]
 Texts = Annotated[list[Annotated[str, Field(max_length=4096)]], Field(max_length=MAX_STOPS)]
 TokenIds = Annotated[list[Annotated[int, Strict(), Field(ge=0)]], Field(max_length=8192)]
 
-_NEUTRAL = (None, False, 0, [], {}, "")
+_NEUTRAL: tuple[Any, ...] = (None, False, 0, [], {}, "")
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     name: (neutral, remedy)
     for names, neutral, remedy in (

@@ -64,10 +64,10 @@ class Guard:
                 status = message["status"]
                 self._responded(status)
                 if shares:
-                    message = message | {"headers": [*message["headers"], *self._sharing(origin)]}
+                    message = {**message, "headers": [*message["headers"], *self._sharing(origin)]}
             if unread and message["type"] == "http.response.body" and not message.get("more_body") and status != 408:
                 # Closed with bytes of its body still under way, a connection is reset, and the client may never see why.
-                await send(message | {"more_body": True})
+                await send({**message, "more_body": True})
                 await _read_rest(receive)
                 message = {"type": "http.response.body"}
             await send(message)

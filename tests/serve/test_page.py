@@ -30,7 +30,9 @@ def test_chat_two_methods_side_by_side(page, server, tmp_path):
     wait_for_answers(page, 2)
     assert page.run("return document.querySelectorAll('.turn.user').length") == 1
     assert page.run("return messages.length") == 2 and page.run("return lines.a.length && lines.b.length")
-    full, dms = page.run("return [lines.a.at(-1), lines.b.at(-1)].map(([seen, held]) => held / seen)")  # answers differ in length
+    full, dms = page.run(
+        "return [lines.a.at(-1), lines.b.at(-1)].map(([seen, held]) => held / seen)"
+    )  # answers differ in length
     assert dms < full and "uncompressed" in page.run("return document.querySelector('#chart-text').textContent")
     assert page.run("return document.querySelectorAll('#chart polyline').length") == 2
     page.screenshot(tmp_path / "wide.png")
