@@ -13,6 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import kvfold
 from kvfold.methods.registry import METHODS, parse_time
 
 ROOT = Path(__file__).parent.parent
@@ -155,3 +156,8 @@ def test_text_forms_in_the_docs_are_understood():
     assert found
     for text in found:
         parse_time(text)
+
+
+def test_the_reference_has_every_public_name():
+    page = (ROOT / "docs" / "api" / "kvfold.md").read_text()
+    assert sorted(re.findall(r"^::: kvfold\.(\w+)$", page, re.MULTILINE)) == sorted(kvfold.__all__)
