@@ -18,7 +18,6 @@ SMALL = {
     "global_batch_size": 4,
     "micro_batch_size": 2,
     "learning_rate": 1e-3,
-    "save_steps": 2,
     "calibrate": False,
 }
 
@@ -33,12 +32,18 @@ def text(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def settings(text):
+def save_steps() -> int:
+    """Checkpoints cost these tests more than the steps between them: one at the end, unless a file asks for more."""
+    return 1000
+
+
+@pytest.fixture
+def settings(text, save_steps):
     """`settings(time="dms:4", ...)`: a run of ten steps on the text, unless said otherwise."""
 
     def make(**given) -> RetrofitSettings:
         stages = {"ramp_steps": 6, "tail_steps": 4}
-        return RetrofitSettings(**(SMALL | stages | {"data": (text,)} | given))
+        return RetrofitSettings(**(SMALL | stages | {"data": (text,), "save_steps": save_steps} | given))
 
     return make
 

@@ -29,6 +29,11 @@ class Stop(Exception):
     """A run ends here."""
 
 
+@pytest.fixture
+def save_steps():
+    return 2
+
+
 def stop_after(step):
     def on_step(point):
         if point["step"] == step:

@@ -127,7 +127,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(retrofit):
 
 @pytest.mark.parametrize("way", ["dms", "plain"])
 def test_a_loss_that_is_no_number_stops_with_its_step(retrofit, monkeypatch, way):
-    run, given = retrofit("out", **WAYS[way]), objectives.next_token_logits
+    run, given = retrofit("out", save_steps=2, **WAYS[way]), objectives.next_token_logits
     poisoned = {"on": False}
 
     def logits(model, hidden):
@@ -141,15 +141,15 @@ def test_a_loss_that_is_no_number_stops_with_its_step(retrofit, monkeypatch, way
         RuntimeError,
         match=r"step 6: the loss is nan: the last good checkpoint is kept in .*: begin in another",
     ):
-        retrofit("out", on_step=on_step, **WAYS[way]).run()
+        retrofit("out", on_step=on_step, save_steps=2, **WAYS[way]).run()
     assert run.folder.done_steps == 4
     monkeypatch.undo()
-    retrofit("out", **WAYS[way]).run()
+    retrofit("out", save_steps=2, **WAYS[way]).run()
     assert len(read_curve(run.folder.curve)) == run.settings.stages.total
 
 
 def test_weights_that_are_no_numbers_are_not_saved(retrofit):
-    run = retrofit("out", **DMS)
+    run = retrofit("out", save_steps=2, **DMS)
 
     def on_step(point):
         if point["step"] == 4:
