@@ -1,50 +1,35 @@
-"""fold trained: a DMS adapter's gates taken over, importance fitted, then distilled; and the controls that it is held against.
+"""fold trained, beside the controls that it is held against: `kvfold retrofit --start` trains them all.
 
-    python studies/fold_distil.py fit MODEL FOLDED --data TEXT ... [--time fold:128] [--blocks 16]
-    python studies/fold_distil.py train MODEL START OUT --data TEXT ... --work WORK [--tokens 262144]
     python studies/fold_distil.py match MODEL FOLDED DMS --data TEXT ... --out MATCH.json
     python studies/fold_distil.py measure MODEL OUT.jsonl --text TEXT ... --arm NAME=ADAPTER[@@TIME] ...
     python studies/fold_distil.py summary OUT.jsonl SUMMARY.json --arm NAME --against NAME ...
 
-`train` goes on from an adapter: under fold its gates are frozen and hard, and importance, b, c and lambda learn; under DMS the
-gates learn as in a retrofit, at the compression that they have. A run that was stopped resumes from WORK. `match` finds the
-delay with which DMS holds as many bytes as fold, on average over the grid's phases, each with its own state. `measure` writes a
-line for each text, window and arm; lines that are there already are not measured again. `summary` compares arms window by window.
+`match` finds the delay with which DMS holds as many bytes as fold, on average over the grid's phases, each with its own state.
+`measure` writes a line for each text, window and arm; lines that are there already are not measured again. `summary` compares arms
+window by window.
 """
 
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib.metadata import version
-from operator import add
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import kvfold
 from kvfold.data import read_text_file, text_windows
-from kvfold.errors import UserError
-from kvfold.eval.progress import Report, silent
-from kvfold.eval.reading import next_token_logits, score
+from kvfold.eval.reading import score
 from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import layout_bytes, page_bytes, page_class, page_classes
-from kvfold.methods.registry import parse_time
-from kvfold.models.adapters import Base, apply_adapter
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.ops.native import flush_denormals
 from kvfold.record import made
-from kvfold.train.calibrate import attention_beyond, calibrate, explained_variance, fitted
-from kvfold.train.data import Batch, TrainingOrder, draw_text
-from kvfold.train.objectives import divergence, fired_shares, ratio_loss, summed_in_slices
-from kvfold.train.settings import RetrofitSettings
-from kvfold.train.student import TeacherStates, retention_of, write_trained
+from kvfold.train.data import draw_text
 
 SEQUENCE_TOKENS = 1024
 FROM_POSITION = 256
@@ -54,215 +39,6 @@ LAST_QUERIES = 64
 MODEL_BYTES = 2
 """Bytes are counted for a model in half precision."""
 _MATCHED_WITHIN = 0.002
-
-
-def settings_of(args: argparse.Namespace, time_text: str) -> RetrofitSettings:
-    """What adapters are written by and gates are trained by; of fold's gates those that it took over."""
-    return RetrofitSettings(
-        time="dms:" + time_text.split(":")[1].split("+")[0], trains="adapter", reads="own", compression=args.compression,
-        data=tuple(args.data), seq_len=SEQUENCE_TOKENS, seed=args.seed,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def take_gates(model: FoldForCausalLM, time: str) -> None:
-    """Put a model that has trained gates under the method `time`, in place: the decisions stay, whatever else the adapters give
-    is as in new ones. Raises `UserError` for a method that does not take gates like these.
-    """
-    gates, method = model.config.gate_config, parse_time(time.split(";")[0])
-    wanted = None if method.gate_form is None else method.gate_form.gates_of
-    if wanted is None:
-        raise UserError(f"time '{time}': {method.name} takes over no gates: choose a method that does")
-    if gates is None or wanted != gates.method or gates.source != "adapter":
-        has = "no gates" if gates is None else f"gates of {gates.method} from its {gates.source}"
-        raise UserError(
-            f"time '{time}': the model has {has}, and it needs an adapter for {wanted}: load one with the model"
-        )
-    layers = [one.self_attn for one in model.model.layers]
-    old = [(one.fold_norm, one.fold_proj) for one in layers]
-    model.set_gates(replace(gates, method=method.name), time)
-    for layer, (norm, projection) in zip(layers, old, strict=True):
-        if norm is None:
-            continue
-        layer.fold_norm.load_state_dict(norm.state_dict())
-        for name in ("weight", "bias"):
-            given = getattr(projection, name)
-            if given is not None:
-                getattr(layer.fold_proj, name)[:: method.gate_form.outputs] = given
-
-
-@torch.no_grad()
-def fit_importance(model: FoldForCausalLM, blocks_NT: Tensor, *, report: Report = silent) -> dict[str, Any]:
-    """Fit what the model's adapters say beside their decisions on some blocks, in place: how much a token matters beside others
-    of its head. Gives what was found.
-    """
-    model.eval()
-    outputs = model.config.gate_config.form.outputs
-    solved = fitted(model, blocks_NT, "fitting importance", report, measure=mean_attention, join=add)
-    for owner, fit in solved.items():
-        projection = model.model.layers[owner].self_attn.fold_proj
-        projection.weight[1::outputs] = fit.weight_KC.to(projection.weight)
-        if projection.bias is not None:
-            projection.bias[1::outputs] = fit.bias_K.to(projection.bias)
-    return {"tokens": blocks_NT.numel(), "explained_variance": explained_variance(solved)}
-
-
-def mean_attention(q_BTHD: Tensor, k_BTKD: Tensor, *, delay: int, scale: float, softcap: float | None = None) -> Tensor:
-    """The weight of each key, summed over its head's query heads, mean over the queries more than `delay` tokens behind it, fp32
-    [B, K, T]; 0 where there is no such query. q and k are rotated.
-    """
-    tokens = q_BTHD.shape[1]
-    found = q_BTHD.new_zeros((q_BTHD.shape[0], k_BTKD.shape[2], tokens), dtype=torch.float32)
-    for stop, weights in attention_beyond(q_BTHD, k_BTKD, delay=delay, scale=scale, softcap=softcap):
-        found[..., :stop] += weights.sum(dim=(2, 3))
-    queries = (tokens - 1 - delay - torch.arange(tokens, device=found.device)).clamp(min=1)
-    return found / queries
-
-
-def fit(args: argparse.Namespace) -> None:
-    """An adapter for fold from one for DMS."""
-    model = kvfold.load(args.model)
-    base = Base.of(model, args.name)
-    apply_adapter(model, args.adapter)
-    took = model.config.layout.time_of(0)
-    take_gates(model, args.time or f"fold:{took.delay}")
-    tokenizer, began = kvfold.load_tokenizer(args.model), time.process_time()
-    text = _text(args, tokenizer, args.blocks * SEQUENCE_TOKENS)
-    facts = fit_importance(model, text.train[: args.blocks])
-    args.folder.mkdir(parents=True, exist_ok=True)
-    write_trained(model, tokenizer, settings_of(args, model.config.layout.time_text()), base, args.folder, tokens=0)
-    _say(json.dumps({**facts, "cpu_seconds": time.process_time() - began, **_about(args)}))
-
-
-class Run:
-    """One training run: the model, what learns in it, and where its steps stand."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.model = args, kvfold.load(args.model)
-        self.base, self.tokenizer = Base.of(self.model, args.name), kvfold.load_tokenizer(args.model)
-        self.teacher = None if args.teacher_states is None else TeacherStates(args.teacher_states, self.model)
-        apply_adapter(self.model, args.start, time=args.time)
-        self.settings = settings_of(args, self.model.config.layout.time_text())
-        self.folds = self.model.config.layout.time_of(0).grid is not None
-        self.steps = args.tokens // (args.batch * SEQUENCE_TOKENS)
-        text = _text(args, self.tokenizer, args.tokens)
-        if args.calibrate and not (args.work / "state.pt").exists():
-            _say(json.dumps(calibrate(self.model, text.calibration[:8], self.settings)))
-        self.samples = TrainingOrder(text.train, steps=self.steps, batch=args.batch, seed=args.seed)
-        self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95), weight_decay=0.0)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.done = 0
-
-    def _groups(self) -> list[dict]:
-        """What learns. Under fold decisions stay as they are: their rows, and the norm that they share with importance."""
-        self.model.requires_grad_(False)
-        modules = [one.self_attn for one in self.model.model.layers]
-        weights = [weight for one in modules for weight in (one.fold_proj.weight, one.fold_proj.bias)]
-        if not self.folds:
-            weights += [one.fold_norm.weight for one in modules]
-            return [{"params": [one.requires_grad_(True) for one in weights], "lr": self.args.rate}]
-        for weight in weights:
-            weight.requires_grad_(True)
-            weight.register_hook(_without_decisions)
-        heads = [one.fold_proj.heads.requires_grad_(True) for one in modules]
-        return [{"params": weights, "lr": self.args.rate}, {"params": heads, "lr": self.args.heads_rate}]
-
-    def losses(self, sample: Batch) -> tuple[Tensor, Tensor]:
-        """Of one sequence: the divergence from the model with its gates off, nats a token, and the pressure on gates."""
-        ids, model = sample.ids_BT, self.model
-        theirs = self._teacher(ids)[0, :-1]
-        asked = {} if self.folds else {"noise_key": sample.noise_key_B, "output_decisions": True}
-        outputs = model.model(ids, use_cache=False, **asked)
-
-        def loss_of(part: slice, states_NC: Tensor) -> Tensor:
-            with torch.no_grad():
-                theirs_NV = next_token_logits(model, theirs[part])
-            return divergence(next_token_logits(model, states_NC), theirs_NV, self.args.kl).sum()
-
-        states = outputs.last_hidden_state[0, :-1]
-        main = summed_in_slices(loss_of, states, vocabulary=model.config.vocab_size) / theirs.shape[0]
-        if self.folds:
-            return main, main.new_zeros(())
-        share = retention_of(model, self.settings).share_for(self.settings.compression)
-        return main, ratio_loss(fired_shares(outputs.decisions), share)
-
-    @torch.no_grad()
-    def _teacher(self, ids_BT: Tensor) -> Tensor:
-        def ask(missing: Tensor) -> Tensor:
-            options = kvfold.CallOptions(gates="off")
-            return self.model.model(missing, use_cache=False, options=options).last_hidden_state
-
-        return ask(ids_BT) if self.teacher is None else self.teacher.of(ids_BT, ask)
-
-    def step(self) -> dict[str, float]:
-        """One optimizer step."""
-        warm = min(1.0, (self.done + 1) / max(1, self.steps // 16))
-        factor = warm * (0.1 + 0.9 * (1 + math.cos(math.pi * self.done / self.steps)) / 2)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
-        total = {"kl": 0.0, "ratio": 0.0}
-        for index in range(self.args.batch):
-            main, ratio = self.losses(self.samples.batch(self.done, [index]))
-            ((main + ratio) / self.args.batch).backward()
-            total["kl"] += float(main.detach()) / self.args.batch
-            total["ratio"] += float(ratio.detach()) / self.args.batch
-        learned = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        total["norm"] = float(torch.nn.utils.clip_grad_norm_(learned, 1.0))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.done += 1
-        return total
-
-    def save(self, file: Path) -> None:
-        """All that is needed to resume."""
-        weights = {name: one.detach() for name, one in self.model.named_parameters() if one.requires_grad}
-        state = {"weights": weights, "optimizer": self.optimizer.state_dict(), "done": self.done}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, file)
-
-    def resume(self, file: Path) -> None:
-        """Go on where `save` was."""
-        state = torch.load(file, weights_only=True)
-        with torch.no_grad():
-            for name, weight in state["weights"].items():
-                self.model.get_parameter(name).copy_(weight)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.done = state["done"]
-
-
-def train(args: argparse.Namespace) -> None:
-    """Distil an adapter, and write it."""
-    run, checkpoint, curve = Run(args), args.work / "state.pt", args.work / "steps.jsonl"
-    args.work.mkdir(parents=True, exist_ok=True)
-    if checkpoint.exists():
-        run.resume(checkpoint)
-    kept = curve.read_text(encoding="utf-8").splitlines() if curve.exists() else []
-    curve.write_text("".join(f"{line}\n" for line in kept if json.loads(line)["step"] <= run.done), encoding="utf-8")
-    run.model.train(not run.folds)
-    while run.done < run.steps:
-        began = time.process_time()
-        point = {"step": run.done + 1, "tokens": (run.done + 1) * args.batch * SEQUENCE_TOKENS, **run.step()}
-        point |= {"cpu_seconds": time.process_time() - began, **_about(args)}
-        with curve.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(point) + "\n")
-        if run.done % args.save_steps == 0 or run.done == run.steps:
-            run.save(checkpoint)
-        _say(f"step {run.done} of {run.steps}: KL {point['kl']:.5f}, {point['cpu_seconds']:.0f} s")
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.calibrate:
-        text = _text(args, run.tokenizer, args.tokens)
-        _say(json.dumps(calibrate(run.model, text.calibration, run.settings)))
-    write_trained(run.model.eval(), run.tokenizer, run.settings, run.base, args.out, tokens=args.tokens)
-
-
-def _without_decisions(grad: Tensor) -> Tensor:
-    """Of two numbers a head the first decides."""
-    return grad.index_fill(0, torch.arange(0, grad.shape[0], 2), 0.0)
-
-
-# -- what is kept, and what it costs -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -414,7 +190,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", default="SmolLM2-135M-Instruct.Q4_1", help="what the model is called in the lines")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compression", type=float, default=4.0, help="that the gates were trained to")
     commands = parser.add_subparsers(required=True)
 
     def command(function, *places: str) -> argparse.ArgumentParser:
@@ -424,25 +199,6 @@ def main() -> None:
             one.add_argument(place, type=str if place == "model" else Path)
         return one
 
-    one = command(fit, "model", "folder")
-    one.add_argument("--adapter", default="smollm2-135m-dms-4x")
-    one.add_argument("--time", help="the text form of fold; as long a delay as the adapter has if not given")
-    one.add_argument("--blocks", type=int, default=16, help=f"sequences of {SEQUENCE_TOKENS} tokens to fit on")
-    one.add_argument("--data", action="append", required=True)
-    one = command(train, "model", "start", "out")
-    one.add_argument("--data", action="append", required=True)
-    one.add_argument("--work", type=Path, required=True)
-    one.add_argument("--teacher-states", type=Path)
-    one.add_argument("--tokens", type=int, default=262_144)
-    one.add_argument("--time", help="another text form of the adapter's method")
-    one.add_argument(
-        "--calibrate", action="store_true", help="shift the gates to the compression before the first step"
-    )
-    one.add_argument("--batch", type=int, default=4)
-    one.add_argument("--rate", type=float, default=3e-5, help="of projections (and of norms under DMS)")
-    one.add_argument("--heads-rate", type=float, default=1e-2, help="of b, c and lambda")
-    one.add_argument("--kl", choices=("reverse", "forward"), default="reverse")
-    one.add_argument("--save-steps", type=int, default=4)
     one = command(match, "model", "folded", "dms")
     one.add_argument("--data", action="append", required=True)
     one.add_argument("--tokens", type=int, default=262_144, help="of the training run, whose text is not looked at")

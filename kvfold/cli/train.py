@@ -197,8 +197,9 @@ class Retrofitting(Training):
     """Settings of `retrofit`."""
 
     time: Annotated[
-        str | None, Option(help="dmc[:W][+S] | dms[:W]. Default: the recipe's; none: plain uptraining.")
+        str | None, Option(help="dmc[:W][+S] | dms[:W] | fold[:W]. Default: the recipe's; none: plain uptraining.")
     ] = None
+    start: Annotated[str | None, Option(help="An adapter whose gates to go on from, or to take over (fold).")] = None
     compression: Annotated[float | None, Option(help="Times smaller, at the end of a sequence, window included.")] = (
         None
     )
@@ -256,7 +257,12 @@ def _retrofit_settings(recipe: str | None, learns: Learns, training: Retrofittin
         raise UserError(
             "a compression without a method: plain uptraining compresses nothing: give --time dms or dmc too"
         )
-    return RetrofitSettings(**values)
+    settings = RetrofitSettings(**values)
+    if training.compression is not None and settings.gated and settings.spec.gate_form.gates_of:
+        raise UserError(
+            f"a compression with {settings.spec.name}: its gates stay as they are: leave it out, and calibrate the adapter"
+        )
+    return settings
 
 
 def _retrofitted(source: str, out: Path, settings: Any, snapshot: Path | None, loading: Loading) -> dict[str, Any]:
@@ -296,7 +302,7 @@ def _say_plan(settings: Any, done: int, model: Any) -> None:
 
     stages = settings.stages
     told = f"{stages.total:,} steps of {settings.step_tokens:,} tokens"
-    if settings.compresses:
+    if settings.trains_gates:
         nominal = retention_of(model, settings).nominal_for(settings.compression)
         told += f", compression {settings.compression:g} at {settings.seq_len:,} tokens"
         told += f" ({nominal:.2f} by the gates alone)"

@@ -11,6 +11,7 @@ B rows, H query heads, C model width.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,24 @@ def warm_start(
     return {"tokens": used.numel(), "explained_variance": explained_variance(solved), "compression": shifted["after"]}
 
 
+@torch.no_grad()
+def fit_importance(
+    model: FoldForCausalLM, blocks_NT: Tensor, *, report: Report = silent
+) -> dict[str, Any]:  # fmt: skip
+    """Fit what the model's adapters say beside their decisions, in place: how much a token matters beside others of its head, the
+    log of the mean attention to come. Gives what was found.
+    """
+    model.eval()
+    used, outputs = blocks_NT[:_SEQUENCES], model.config.gate_config.form.outputs
+    solved = fitted(model, used, "fitting importance", report, measure=mean_attention, join=add)
+    for owner, fit in solved.items():
+        projection = model.model.layers[owner].self_attn.fold_proj
+        projection.weight[1::outputs] = fit.weight_KC.to(projection.weight)
+        if projection.bias is not None:
+            projection.bias[1::outputs] = fit.bias_K.to(projection.bias)
+    return {"tokens": used.numel(), "explained_variance": explained_variance(solved)}
+
+
 def fitted(model: FoldForCausalLM, blocks_NT: Tensor, what: str, report: Report, **watched: Any) -> dict[int, "Fit"]:
     """Of each owner the fit to what comes to its tokens; `watched`: see `attention_to_come`."""
     sums = {owner: Moments() for owner in _gated_owners(model)}
@@ -384,6 +403,18 @@ def largest_attention(
     for stop, weights in attention_beyond(q_BTHD, k_BTKD, delay=delay, scale=scale, softcap=softcap):
         found[..., :stop] = torch.maximum(found[..., :stop], weights.amax(dim=(2, 3)))
     return found
+
+
+def mean_attention(q_BTHD: Tensor, k_BTKD: Tensor, *, delay: int, scale: float, softcap: float | None = None) -> Tensor:
+    """The weight of each key, summed over its head's query heads, mean over the queries more than `delay` tokens behind it, fp32
+    [B, K, T]; 0 where there is no such query. q and k are rotated.
+    """
+    tokens = q_BTHD.shape[1]
+    found = q_BTHD.new_zeros((q_BTHD.shape[0], k_BTKD.shape[2], tokens), dtype=torch.float32)
+    for stop, weights in attention_beyond(q_BTHD, k_BTKD, delay=delay, scale=scale, softcap=softcap):
+        found[..., :stop] += weights.sum(dim=(2, 3))
+    queries = (tokens - 1 - delay - torch.arange(tokens, device=found.device)).clamp(min=1)
+    return found / queries
 
 
 def attention_beyond(

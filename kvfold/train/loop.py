@@ -163,7 +163,7 @@ class Loop:
         self._average = averages(self._model) if settings.weight_average else {}
         self._device, precision = self._model.device, settings.mixed_precision
         self._bf16 = self._device.type == "cuda" if precision == "auto" else precision == "bfloat16"
-        self._rates = [settings.learning_rate * settings.rate_factor(step) for step in range(settings.total_steps)]
+        self._factors = [settings.rate_factor(step) for step in range(settings.total_steps)]
         # FSDP2 averages over processes what is summed here.
         self._factor = number if self._sharded else 1
 
@@ -176,10 +176,10 @@ class Loop:
         tokens, total, save_steps = settings.step_tokens, settings.total_steps, settings.save_steps
         with Curve(self._folder, done_steps=first) if self._leads else nullcontext() as curve:
             for done in range(first + 1, total + 1):
-                begun = time.monotonic()
+                begun, rate = time.monotonic(), settings.learning_rate * self._factors[done - 1]
                 sums = self.step(done - 1)
                 point = {
-                    "step": done, "tokens": done * tokens, "loss": sums["loss"], "learning_rate": self._rates[done - 1],
+                    "step": done, "tokens": done * tokens, "loss": sums["loss"], "learning_rate": rate,
                     "seconds": time.monotonic() - begun, **self._objective.figures(done, sums),
                 }  # fmt: skip
                 if self._leads:
@@ -210,7 +210,7 @@ class Loop:
             sum_over_processes(weight.grad for weight in self._weights if weight.grad is not None)
         nn.utils.clip_grad_norm_(self._weights, self._settings.max_grad_norm)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rates[step]
+            group["lr"] = group["peak"] * self._factors[step]
         self._optimizer.step()
         self._optimizer.zero_grad()
         if self._average:
@@ -337,10 +337,16 @@ def _move(save_or_load: Callable[..., Any], state: dict[str, Any], folder: Path)
 
 def _adamw(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
     """AdamW for what learns; weight decay is for matrices alone."""
-    weights = list(trained_weights(model).values())
-    matrices, others = [one for one in weights if one.ndim > 1], [one for one in weights if one.ndim < 2]
-    groups = [(matrices, settings.weight_decay), (others, 0.0)]
+    groups: dict[tuple[bool, float], list[Tensor]] = {
+        (True, settings.learning_rate): [],
+        (False, settings.learning_rate): [],
+    }
+    for name, weight in trained_weights(model).items():
+        groups.setdefault((weight.ndim > 1, settings.rate_of(name)), []).append(weight)
     return torch.optim.AdamW(
-        [{"params": params, "weight_decay": decay} for params, decay in groups],
+        [
+            {"params": weights, "weight_decay": settings.weight_decay * is_matrix, "peak": peak}
+            for (is_matrix, peak), weights in groups.items()
+        ],
         lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True,
     )  # fmt: skip

@@ -221,11 +221,12 @@ class Distillation(NextToken):
         super().__init__(student.model, ignored)
         self._student, self._settings, self._on_unit = student, settings, on_unit
         self._holds_states, kept = settings.hidden_loss_weight > 0, student.kept
-        self._kl, self._compresses = settings.distils, settings.compresses
+        self._kl, self._compresses = settings.distils, settings.trains_gates
+        self._is_hard = settings.compresses and not settings.trains_gates
         self._main = "next_token_loss" if self._kl == "none" else "distillation"
-        retention = retention_of(student.model, settings) if settings.compresses else None
+        retention = retention_of(student.model, settings) if settings.trains_gates else None
         self.targets = settings.stages.targets(retention)
-        if settings.compresses:
+        if settings.trains_gates:
             from_next = settings.reads == "next" and "next" in settings.spec.gate_form.reads
             bytes_ = student.model.dtype.itemsize
             self._kept = KeptAtEnd(student.model.config.layout, from_next=from_next, model_bytes=bytes_)
@@ -239,6 +240,8 @@ class Distillation(NextToken):
     def losses(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """With the ratio loss where gates decide."""
         target, settings, ids = self.targets[step], self._settings, batch.ids_BT
+        if self._is_hard:
+            self.model.eval()  # decisions that don't learn are those of inference
         gated = self._compresses and target.channel_factor is None
         if gated and self._frees and not self.model.config.channel_freed:
             # Once, before gates first decide; in a run that goes on the weights of its checkpoint have it.

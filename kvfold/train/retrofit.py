@@ -22,7 +22,7 @@ from kvfold.eval.reading import Protocol
 from kvfold.models.adapters import Base
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.record import write_whole_file
-from kvfold.train.calibrate import calibrate, least_missed_channel, measure_kept_ratios, warm_start
+from kvfold.train.calibrate import calibrate, fit_importance, least_missed_channel, measure_kept_ratios, warm_start
 from kvfold.train.data import TrainingOrder, TrainingText, draw_text
 from kvfold.train.loop import Loop, join, load_result, shard, unsharded
 from kvfold.train.objectives import Distillation, ignored_tokens
@@ -33,6 +33,7 @@ from kvfold.train.student import (
     check_method,
     make_student,
     retention_of,
+    takes_over,
     trained_weights,
     widest_layout,
     write_trained,
@@ -79,7 +80,7 @@ class Retrofit:
             self.folder.begin(self.source, self.settings, str(self.model.dtype).removeprefix("torch."))
             self.folder.keep_text(hashlib.sha256(text.train.numpy().tobytes()).hexdigest())
             facts["before"] = self._noted("before", lambda: self._measured(text))
-        if self.settings.find_channel and self.settings.compresses:
+        if self.settings.find_channel and self.settings.trains_gates:
             asked = self.model, text.calibration, self.settings
             facts["freed"] = self._noted("channel", lambda: least_missed_channel(*asked, report=self.report))
             found = self.settings.with_values(channel=facts["freed"]["channel"], find_channel=False)
@@ -89,12 +90,12 @@ class Retrofit:
     def _trained(self, facts: dict[str, Any], text: TrainingText, base: Base) -> dict[str, Any]:
         """The student made and trained, or its newest checkpoint looked at."""
         student = make_student(self.model, self.settings, teacher=self.teacher)
-        if self.settings.compresses:
+        if self.settings.trains_gates:
             facts["nominal"] = retention_of(self.model, self.settings).nominal_for(self.settings.compression)
         facts["trained_parameters"] = sum(one.numel() for one in trained_weights(self.model).values())
         if self.snapshot is not None:
             return self._snapped(facts, text, base)
-        if self.settings.warm_start and self.settings.compresses:
+        if self.settings.compresses and (self.settings.warm_start or self.settings.start is not None):
             facts["warm_start"] = self._warm_started(text)
         self._train(student, text, base)
         done = replace(self, model=unsharded(self.model))
@@ -118,7 +119,7 @@ class Retrofit:
         """Gates set right, measured, written."""
         settings = self.settings
         self.model.eval()
-        if settings.compresses and settings.calibrate:
+        if settings.trains_gates and settings.calibrate:
             facts["calibration"] = calibrate(self.model, text.calibration, settings, report=self.report)
         if settings.compresses:
             self.model.config.kept_ratios = measure_kept_ratios(self.model, text.calibration, report=self.report)
@@ -160,10 +161,21 @@ class Retrofit:
         """Fitted once; a run that goes on has the gates of its checkpoint."""
         if self.folder.checkpoint is not None:
             return self.folder.read("warm_start") or {}
-        found = warm_start(self.model, text.train, self.settings, report=self.report)
+        found = self._begin_gates(text)
         if leads():
             self.folder.write("warm_start", found)
         return found
+
+    def _begin_gates(self, text: TrainingText) -> dict[str, Any]:
+        """Gates as training finds them: fitted to attention, taken over with what is new, or shifted to the compression."""
+        settings = self.settings
+        if settings.warm_start:
+            return warm_start(self.model, text.train, settings, report=self.report)
+        if takes_over(settings):
+            return fit_importance(self.model, text.train, report=self.report)
+        if settings.trains_gates and settings.calibrate:
+            return calibrate(self.model, text.calibration, settings, report=self.report)
+        return {}
 
     def _train(self, student: Student, text: TrainingText, base: Base) -> None:
         settings, checkpoint, done = self.settings, self.folder.checkpoint, self.folder.done_steps
@@ -228,7 +240,11 @@ def write_card(settings: RetrofitSettings, facts: Mapping[str, Any], out: Path) 
         control = "not in this folder: the same command with `--control` makes it"
     # With a teacher of its own, what is trained was converted first.
     start = "the original" if settings.teacher is None else f"{facts['base']} before training"
-    learned = {"adapter": "gates alone", "lora": f"rank {settings.rank} on q, k, v, o", "full": "all"}[settings.trains]
+    learned = {
+        "adapter": "gates alone" if settings.trains_gates or not settings.gated else "what stands beside the gates",
+        "lora": f"rank {settings.rank} on q, k, v, o",
+        "full": "all",
+    }[settings.trains]
     # What a snapshot says of the run that it was taken from.
     planned = f" of {facts['planned_tokens']:,} planned" if "planned_tokens" in facts else ""
     change = 100 * (after["perplexity"] / before["perplexity"] - 1)
@@ -255,6 +271,12 @@ def write_card(settings: RetrofitSettings, facts: Mapping[str, Any], out: Path) 
 
 
 def _method_rows(settings: RetrofitSettings, facts: Mapping[str, Any]) -> dict[str, str | None]:
+    if not settings.trains_gates:
+        fitted = facts.get("warm_start") or {}
+        return {
+            "gates": f"those of {settings.start}, as they are",
+            "importance": f"fitted to {fitted['tokens']:,} tokens, then trained" if fitted else "gone on from",
+        }
     own = settings.reads == "own" or "next" not in settings.spec.gate_form.reads
     source = "an adapter" if settings.gate_source == "adapter" else "a freed channel"
     freed, warm, shifted = facts.get("freed"), facts.get("warm_start"), facts.get("calibration")
@@ -266,7 +288,10 @@ def _method_rows(settings: RetrofitSettings, facts: Mapping[str, Any]) -> dict[s
         "freed channel": freed
         and f"{freed['channel']}, the one missed least: KL {freed['kl']:.3f} without it, {freed['kl_of_last']:.3f} without the "
         "last",
-        "warm start": warm and f"gates fitted to {warm['tokens']:,} tokens without back-propagation",
+        "start": settings.start and f"the gates of {settings.start}, shifted by {(warm or {}).get('shift', 0):+.3f}",
+        "warm start": settings.warm_start
+        and warm
+        and f"gates fitted to {warm['tokens']:,} tokens without back-propagation",
         "calibrated": shifted
         and f"all gates shifted by {shifted['shift']:+.3f} on held-out text: {shifted['before']:.2f} before, "
         f"{shifted['after']:.2f} after",

@@ -280,6 +280,10 @@ class TrainSettings(BaseModel):
         """Tokens of one optimizer step."""
         return self.global_batch_size * self.seq_len
 
+    def rate_of(self, name: str) -> float:
+        """AdamW's peak for a weight, by its name."""
+        return self.learning_rate
+
     def with_values(self, **values: Any) -> Self:
         """The same with some keys changed."""
         return type(self)(**self.model_dump() | values)
@@ -378,6 +382,11 @@ class RetrofitSettings(TrainSettings):
     """`constant`; `cosine` over the whole run; `tail-cosine`: constant up to the tail, a cosine from there."""
     warmup_steps: Steps = 0
     """Steps in which the learning rate rises."""
+    heads_learning_rate: AboveZero = 0.03
+    """AdamW's peak for the numbers that a KV head holds whatever the token (fold's b, c and lambda)."""
+    start: str | None = None
+    """An adapter to go on from: its folder, or the name of one that comes with kvfold. Its gates train on; a method that has none
+    of its own (fold) takes them over as they are, fits what it adds to them, and trains that."""
     warm_start: StrictBool = False
     """Fit the gates to the attention that tokens receive, before training (DMS adapters that read `own`)."""
     calibrate: StrictBool = True
@@ -395,6 +404,7 @@ class RetrofitSettings(TrainSettings):
         form = None if learned is None else learned.gate_form
         has_adapter, zeroes = form is not None and form.adapter, form is not None and form.zero_out
         whole = "lora" if self.trains == "lora" else learned.name if zeroes else None
+        takes, start = form is not None and form.gates_of is not None, self.start
         other, kept, weight = (
             "fsdp" if self.fsdp else f"time '{self.time}'",
             self.teacher_states,
@@ -407,6 +417,13 @@ class RetrofitSettings(TrainSettings):
              "frozen model: use lora or full, or time dms"),
             (self.control and self.trains == "adapter", "control of an adapter: a frozen model is its own control: leave one of "
              "the two out"),
+            (takes and start is None, f"time '{self.time}': its gates are those of an adapter for {form and form.gates_of}: name "
+             "one with start"),
+            (start is not None and (self.trains != "adapter" or self.time is None), f"start {start}: gates go on beside a frozen "
+             "model: train an adapter, or leave it out"),
+            (start is not None and self.warm_start, f"start {start}: its gates have learned already: leave warm_start out"),
+            (takes and (self.fsdp or self.weight_decay), f"time '{self.time}': its decisions are frozen: leave fsdp and "
+             "weight_decay out"),
             (self.fsdp and whole is not None, f"fsdp with {whole}: it writes into whole weights: leave fsdp out"),
             (self.drawn_layers is not None and (learned is not None or self.fsdp), f"drawn_layers {self.drawn_layers} with "
              f"{other}: train one of the two after the other"),
@@ -426,7 +443,7 @@ class RetrofitSettings(TrainSettings):
             ),
             (self.channel is not None and self.find_channel, f"channel {self.channel} and find_channel: give one of the two"),
         )  # fmt: skip
-        if self.compresses and split_per_owner(self.time)[1] == []:
+        if self.trains_gates and split_per_owner(self.time)[1] == []:
             # What single owners keep is counted when the model is there.
             one = KVLayout.plain(1, 1, 1).with_time(learned.format())
             Retention.of(one, self.seq_len).share_for(self.compression)
@@ -455,6 +472,11 @@ class RetrofitSettings(TrainSettings):
         return self.gated and not self.control
 
     @property
+    def trains_gates(self) -> bool:
+        """Whether decisions learn; those of another method's adapter stay as they are."""
+        return self.compresses and self.spec.gate_form.gates_of is None
+
+    @property
     def gate_source(self) -> Literal["channel", "adapter"] | None:
         """Where decisions come from."""
         return (self.source or self.spec.gate_form.source) if self.gated else None
@@ -467,17 +489,17 @@ class RetrofitSettings(TrainSettings):
 
     @cached_property
     def stages(self) -> Stages:
-        """The steps, scaled to `tokens`. With a warm start the ramp's steps are spent at the target; so are all steps where
-        nothing is compressed.
+        """The steps, scaled to `tokens`. From a warm start or another adapter on, the ramp's steps are spent at the target; so
+        are all steps where no gate learns to compress.
         """
         zero_out, ramp, tail = self.zero_out_steps, self.ramp_steps, self.tail_steps
         if self.tokens is not None:
             total, planned = self.tokens // self.step_tokens, max(1, zero_out + ramp + tail)
             zero_out, tail = round(total * zero_out / planned), round(total * tail / planned)
             ramp = total - zero_out - tail
-        if self.warm_start:
+        if self.warm_start or self.start is not None:
             ramp, tail = 0, ramp + tail
-        if not self.compresses:
+        if not self.trains_gates:
             return Stages(compression=1.0, ramp_steps=zero_out + ramp, tail_steps=tail)
         return Stages(compression=self.compression, zero_out_steps=zero_out, ramp_steps=ramp, tail_steps=tail)
 
@@ -485,6 +507,10 @@ class RetrofitSettings(TrainSettings):
     def total_steps(self) -> int:
         """Optimizer steps of the run."""
         return self.stages.total
+
+    def rate_of(self, name: str) -> float:
+        """See `TrainSettings`."""
+        return self.heads_learning_rate if name.endswith(".fold_proj.heads") else self.learning_rate
 
     def rate_factor(self, step: int) -> float:
         """What the learning rate is multiplied by at `step` (from 0)."""

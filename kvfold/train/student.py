@@ -5,7 +5,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from kvfold.eval.cells import layout_key, model_key
 from kvfold.layout.kvlayout import KVLayout
+from kvfold.methods.base import Method
 from kvfold.methods.gates import GateConfig
-from kvfold.models.adapters import ABOUT, WEIGHTS, AdapterAbout, Base
+from kvfold.models.adapters import ABOUT, WEIGHTS, AdapterAbout, Base, apply_adapter, read_adapter
 from kvfold.models.blocks import unpack
 from kvfold.models.decoder import FoldForCausalLM
 from kvfold.models.gates import CallOptions
@@ -108,7 +109,9 @@ def make_student(
         teacher.requires_grad_(False).train()
     unpack(model)  # copies for decoding, which training would only make stale
     torch.manual_seed(settings.seed)
-    if settings.compresses:
+    if settings.start is not None:
+        go_on_from(model, settings)
+    elif settings.compresses:
         model.set_gates(gate_config_of(settings), settings.time)
     model.requires_grad_(settings.trains == "full")
     if settings.trains == "lora":
@@ -122,9 +125,76 @@ def make_student(
         for gate in (layer.self_attn.fold_norm, layer.self_attn.fold_proj):
             if gate is not None:  # also where another method rules, which learns nothing
                 gate.requires_grad_(model.config.layout.time_of(owner).trained)
+        if settings.compresses and not settings.trains_gates and layer.self_attn.fold_proj is not None:
+            _freeze_decisions(layer.self_attn, settings.spec.gate_form.outputs)
     return Student(
         model=model, teacher=teacher, kept=kept, widest=widest_layout(model, settings), has_lora=settings.trains == "lora"
     )  # fmt: skip
+
+
+def takes_over(settings: RetrofitSettings) -> bool:
+    """Whether the adapter that training goes on from has the gates of another method, which are taken over. Raises `UserError`
+    for one that can't be gone on from.
+    """
+    about, _ = read_adapter(settings.start)
+    method, form = settings.spec.name, settings.spec.gate_form
+    has = None if about.gates is None else GateConfig.from_json(about.gates)
+    said = "no gates" if has is None else f"gates for {has.method}"
+    refuse(
+        (about.lora is not None, f"start {settings.start}: it adds to the weights, too: go on from gates alone"),
+        (has is None or has.method not in (method, form.gates_of), f"start {settings.start}: it has {said}, and {method} can't "
+         "go on from that: choose another"),
+        (settings.trains_gates and has is not None and (has.per, has.reads) != (settings.per, settings.reads), f"start "
+         f"{settings.start}: its gates decide per {has and has.per} and read '{has and has.reads}': say so for this run, too"),
+    )  # fmt: skip
+    return has.method != method
+
+
+def go_on_from(model: FoldForCausalLM, settings: RetrofitSettings) -> None:
+    """Give the model the gates of the adapter that training goes on from, under the settings' method."""
+    if takes_over(settings):
+        apply_adapter(model, settings.start)
+        take_gates(model, settings.spec, settings.time)
+    else:
+        apply_adapter(model, settings.start, time=settings.time)
+    model.config.kept_ratios = None
+
+
+@torch.no_grad()
+def take_gates(model: FoldForCausalLM, method: Method, time: str) -> None:
+    """Put a model that has an adapter of another method under `method`, whose settings `time` says, in place: the decisions stay,
+    whatever else its adapters give is as in new ones. Raises `UserError` for a method that does not take gates like these.
+    """
+    gates, wanted = model.config.gate_config, None if method.gate_form is None else method.gate_form.gates_of
+    has = "no gates" if gates is None else f"gates of {gates.method} from its {gates.source}"
+    refuse(
+        (wanted is None, f"time '{time}': {method.name} takes over no gates: choose a method that does"),
+        (gates is None or wanted != gates.method or gates.source != "adapter", f"time '{time}': the model has {has}, and it "
+         f"needs an adapter for {wanted}: load one with the model"),
+    )  # fmt: skip
+    layers = [one.self_attn for one in model.model.layers]
+    old = [(one.fold_norm, one.fold_proj) for one in layers]
+    model.set_gates(replace(gates, method=method.name), time)
+    for layer, (norm, projection) in zip(layers, old, strict=True):
+        if norm is None:
+            continue
+        layer.fold_norm.load_state_dict(norm.state_dict())
+        for name in ("weight", "bias"):
+            given = getattr(projection, name)
+            if given is not None:
+                getattr(layer.fold_proj, name)[:: method.gate_form.outputs] = given
+
+
+def _freeze_decisions(attention: nn.Module, outputs: int) -> None:
+    """What decides stays as it is: of so many numbers a head the first, and the norm that all of them read."""
+
+    def without_decisions(grad: Tensor) -> Tensor:
+        return grad.index_fill(0, torch.arange(0, grad.shape[0], outputs, device=grad.device), 0.0)
+
+    attention.fold_norm.requires_grad_(False)
+    for weight in (attention.fold_proj.weight, attention.fold_proj.bias):
+        if weight is not None and weight.requires_grad:
+            weight.register_hook(without_decisions)
 
 
 def widest_layout(model: FoldForCausalLM, settings: RetrofitSettings) -> KVLayout | None:
@@ -170,15 +240,16 @@ def check_method(
     if not settings.gated:
         return
     layout, dim = model.config.layout.with_time(settings.time), model.config.head_dim
-    taken, channel = settings.spec.gate_form.gates_of, settings.channel
+    channel = settings.channel
     refuse(
-        (taken is not None, f"time '{settings.time}': its gates are those of an adapter for {taken}: train that"),
         (not any(layout.time_of(owner).trained for owner in layout.owners), f"time '{settings.time}': no layer of this model "
          f"comes under {settings.spec.format()}: what is said of all goes to layers of full attention: name others, or choose "
          "another model"),
         (not -dim <= (channel or 0) < dim, f"channel {channel}: heads have {dim} channels: use 0 to {dim - 1}"),
     )  # fmt: skip
-    if settings.compresses:
+    if settings.start is not None:
+        takes_over(settings)
+    if settings.trains_gates:
         retention_of(model, settings).share_for(settings.compression)
 
 

@@ -19,12 +19,14 @@ def make(**given):
 def test_every_recipe_is_a_retrofit(name):
     settings = RetrofitSettings(**read_recipe(name, RetrofitSettings), data=("x",))
     assert settings.compresses and settings.stages.total > 20
-    assert settings.stages.compression_at(settings.stages.total - 1) == settings.compression
+    if settings.trains_gates:
+        assert settings.stages.compression_at(settings.stages.total - 1) == settings.compression
 
 
 def test_the_recipes_that_there_are():
     assert recipe_names() == [
         "llama-2-7b-dmc", "qwen3-8b-dms-adapter", "smollm2-dmc-gpu", "smollm2-dmc-lora-cpu", "smollm2-dms-cpu", "smollm2-dms-gpu",
+        "smollm2-fold-cpu",
     ]  # fmt: skip
 
 
