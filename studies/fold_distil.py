@@ -5,8 +5,8 @@
     python studies/fold_distil.py summary OUT.jsonl SUMMARY.json --arm NAME --against NAME ...
 
 `match` finds the delay with which DMS holds as many bytes as fold, on average over the grid's phases, each with its own state.
-`measure` writes a line for each text, window and arm; lines that are there already are not measured again. `summary` compares arms
-window by window.
+`measure` writes a line for each text, window and arm; lines that are there are not measured again. `summary` compares arms window
+by window.
 """
 
 import argparse

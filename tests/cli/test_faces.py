@@ -15,8 +15,8 @@ COMMANDS = {
     "--device --json",
     "train": "RECIPE --out --sweep-lr --list --data --tokens --learning-rate --seed --set --valid --device --json",
     "retrofit": "SOURCE OUT --recipe --snapshot --adapter --lora --full --data --tokens --learning-rate --seed --set --time "
-    "--start --compression --context --batch --kl --teacher --warm-start/--no-warm-start --calibrate/--no-calibrate --control --dtype "
-    "--device --json",
+    "--start --compression --context --batch --kl --teacher --warm-start/--no-warm-start --calibrate/--no-calibrate --control "
+    "--dtype --device --json",
     "calibrate": "MODEL ADAPTER OUT --compression --data --context --sequences --dtype --device --json",
     "eval": "MODEL --text --time --windows --context --batch --chunk --compare/--beside --fresh --passkey --passkey-tries "
     f"--passkey-length --tasks --task-folder --task-length --limit --peers {MODEL_OPTIONS} --out --json",
