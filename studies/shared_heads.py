@@ -4,10 +4,10 @@
 
 The upper layer of each pair (0 and 1, 2 and 3, ...) may take the keys, or the values, of one KV head from a head of the lower
 layer. What reads them is refitted: the queries of the head by gradient steps towards its old attention output, W_o by ridge
-regression towards the old residual stream. First every such part by itself and every whole layer, each with the KL divergence of
-the next token's distribution on calibration text that nothing was fitted to; then, on other text, the cheapest whole layers beside
-as many bytes of the cheapest parts, refitted from the bottom up. A model of Llama's form alone. Lines that are there already are
-not measured again.
+regression towards the old residual stream. First every such part by itself and every whole layer, each with the KL divergence
+of the next token's distribution on calibration text that nothing was fitted to; then, on other text, the cheapest whole layers
+beside as many bytes of the cheapest parts, refitted from the bottom up. A model of Llama's form alone. Lines that are there
+already are not measured again.
 """
 
 import argparse
