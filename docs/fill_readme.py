@@ -380,6 +380,7 @@ BLOCKS: Mapping[str, tuple[str, Callable[[Group], str]]] = {
     "quality": ("quality.json", quality),
     "passkey": ("quality.json", passkey),
     "decode": ("decode.json", decode),
+    "four": ("quality-4x.json", side_by_side),
     "learned": ("dms.json", quality),
     "learned_passkey": ("dms.json", passkey),
 }

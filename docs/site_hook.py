@@ -22,8 +22,10 @@ OUTSIDE = {
     "README.md": "index.md",
     "CHANGELOG.md": "repository/changes.md",
     "results/README.md": "repository/results.md",
-    "kvfold/assets/adapters/smollm2-135m-dms-4x/README.md": "repository/smollm2-135m-dms-4x.md",
-    "kvfold/assets/adapters/smollm2-135m-fold-4x/README.md": "repository/smollm2-135m-fold-4x.md",
+    **{
+        f"kvfold/assets/adapters/smollm2-135m-{one}/README.md": f"repository/smollm2-135m-{one}.md"
+        for one in ("dms-4x", "fold-4x", "dms-8x", "fold-8x")
+    },
 }
 """File of the checkout -> page of the site."""
 
