@@ -29,6 +29,8 @@ from kvfold.record import made, with_record
 
 BLOCK = 256
 """Positions whose mean is one figure."""
+ALL = "all"
+"""Stands for the windows of all texts together."""
 FROM_POSITION = 256
 """`kl_late` is over the positions from here on: before it hardly anything has left."""
 
@@ -107,13 +109,14 @@ def _write(args: argparse.Namespace, text: TextWindows, name: str, time_text: st
 
 
 def summary(args: argparse.Namespace) -> None:
-    """Of each text, context and arm: perplexity against `full`, the divergence, and its change against one arm."""
+    """Of each text and of all, each context and arm: perplexity against `full`, divergence, and its change against one arm."""
     rows, found = list(_rows(args.rows)), []
-    for text, context in sorted({(row["text"], row["context"]) for row in rows}):
-        here = [row for row in rows if (row["text"], row["context"]) == (text, context)]
-        arms: dict[str, dict[int, dict]] = {}
+    places = sorted({(row["text"], row["context"]) for row in rows})
+    for text, context in [*places, *((ALL, context) for context in sorted({context for _, context in places}))]:
+        here = [row for row in rows if row["context"] == context and text in (row["text"], ALL)]
+        arms: dict[str, dict[tuple[str, int], dict]] = {}
         for row in here:
-            arms.setdefault(row["arm"], {})[row["window"]] = row
+            arms.setdefault(row["arm"], {})[row["text"], row["window"]] = row
         for name, ours in arms.items():
             one = {"text": text, "context": context, "arm": name, **_figures(ours, arms["full"])}
             if args.against in arms and name not in ("full", args.against):
@@ -127,7 +130,7 @@ def summary(args: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps({name: value for name, value in one.items() if "by_block" not in name}) + "\n")
 
 
-def _figures(ours: dict[int, dict], full: dict[int, dict]) -> dict[str, Any]:
+def _figures(ours: dict[tuple[str, int], dict], full: dict[tuple[str, int], dict]) -> dict[str, Any]:
     """Means over windows; the change of perplexity in per cent with its standard error."""
     rows = list(ours.values())
     mean, error = paired_difference(*([of[one]["loss"] for one in ours] for of in (ours, full)))
@@ -141,7 +144,7 @@ def _figures(ours: dict[int, dict], full: dict[int, dict]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _change(ours: dict[int, dict], theirs: dict[int, dict]) -> dict[str, float]:
+def _change(ours: dict[tuple[str, int], dict], theirs: dict[tuple[str, int], dict]) -> dict[str, float]:
     """Change of the mean divergence against another arm, as a share of that arm's, with its standard error."""
     both = sorted(ours.keys() & theirs.keys())
     base = sum(theirs[one]["kl_late"] for one in both) / len(both)

@@ -32,9 +32,9 @@ from kvfold.train.student import (
     Student,
     check_method,
     make_student,
+    num_trained,
     retention_of,
     takes_over,
-    trained_weights,
     widest_layout,
     write_trained,
 )
@@ -92,7 +92,7 @@ class Retrofit:
         student = make_student(self.model, self.settings, teacher=self.teacher)
         if self.settings.trains_gates:
             facts["nominal"] = retention_of(self.model, self.settings).nominal_for(self.settings.compression)
-        facts["trained_parameters"] = sum(one.numel() for one in trained_weights(self.model).values())
+        facts["trained_parameters"] = num_trained(self.model, self.settings)
         if self.snapshot is not None:
             return self._snapped(facts, text, base)
         if self.settings.compresses and (self.settings.warm_start or self.settings.start is not None):

@@ -293,6 +293,16 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
+def num_trained(model: nn.Module, settings: RetrofitSettings) -> int:
+    """Numbers that learn. Decisions that were taken over stand in the same tensors, and don't."""
+    weights = trained_weights(model)
+    frozen = 0
+    if settings.compresses and not settings.trains_gates:
+        rows = [weight.numel() for name, weight in weights.items() if not name.endswith(".heads")]
+        frozen = sum(rows) // settings.spec.gate_form.outputs
+    return sum(weight.numel() for weight in weights.values()) - frozen
+
+
 def write_trained(
     model: FoldForCausalLM, tokenizer: Any, settings: RetrofitSettings, base: Base, folder: Path, *,
     card: str | None = None, tokens: int | None = None,

@@ -61,3 +61,25 @@ def retrofit(tmp_path, settings):
         )  # fmt: skip
 
     return make
+
+
+@pytest.fixture
+def gone_on(retrofit):
+    """`gone_on(time="dms:4", ...)`: the same run twice: undisturbed, and broken off behind a checkpoint and gone on from it."""
+
+    def make(**given) -> tuple[Retrofit, Retrofit]:
+        def stop(point):
+            if point["step"] == 5:
+                raise KeyboardInterrupt
+
+        given["save_steps"] = 2
+        whole = retrofit("whole", **given)
+        whole.run()
+        with pytest.raises(KeyboardInterrupt):
+            retrofit("cut", on_step=stop, **given).run()
+        rest = retrofit("cut", **given)
+        assert rest.folder.done_steps == 4
+        rest.run()
+        return whole, rest
+
+    return make

@@ -84,20 +84,9 @@ def test_a_channel_is_freed_where_gates_are(retrofit, time, trains):
     assert load(run.folder.out.parent / "saved", time="dmc:3").config.freed_owners == (1,)
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(retrofit):
+def test_a_stopped_run_goes_on_to_the_same_end(gone_on):
     """Which owners have a freed channel is known again."""
-    given = {"time": "dmc:3; 0=full", "compression": 1.3, "trains": "full", "zero_out_steps": 1}
-
-    def stop(point):
-        if point["step"] == 5:
-            raise KeyboardInterrupt
-
-    whole = retrofit("whole", **given)
-    whole.run()
-    with pytest.raises(KeyboardInterrupt):
-        retrofit("parts", on_step=stop, **given).run()
-    rest = retrofit("parts", **given)
-    rest.run()
+    whole, rest = gone_on(time="dmc:3; 0=full", compression=1.3, trains="full", zero_out_steps=1)
     assert rest.model.config.freed_layers == whole.model.config.freed_layers == [1]
     torch.testing.assert_close(logits(rest.model), logits(whole.model), atol=1e-5, rtol=1e-5)
 

@@ -92,6 +92,8 @@ def marked(retrofit, tmp_path):
 def test_a_retrofit_takes_gates_over_and_trains_what_stands_beside_them(retrofit, marked, tmp_path):
     facts = retrofit("fold", time="fold:4+4", start=marked, heads_learning_rate=0.1).run()
     assert facts["warm_start"]["tokens"] and facts["after"]["compression"] > 1.2
+    width, heads, layers = tiny_model().config.hidden_size, 2, len(tiny_model().model.layers)
+    assert facts["trained_parameters"] == layers * heads * (width + 1 + 3)  # importance, its bias, and b, c and lambda
     model, taken = tiny_model(), tiny_model()
     apply_adapter(model, tmp_path / "fold")
     apply_adapter(taken, marked)
@@ -115,18 +117,7 @@ def test_a_retrofit_goes_on_from_an_adapter(retrofit, marked, tmp_path):
         retrofit("back", time="dms:4", start="smollm2-135m-fold-4x").run()
 
 
-def test_it_resumes_with_the_importance_that_it_had(retrofit, marked):
-    given = {"time": "fold:4+4", "start": marked, "save_steps": 2}
-
-    def stop(point):
-        if point["step"] == 5:
-            raise KeyboardInterrupt
-
-    whole = retrofit("whole", **given)
-    whole.run()
-    with pytest.raises(KeyboardInterrupt):
-        retrofit("cut", on_step=stop, **given).run()
-    cut = retrofit("cut", **given)
-    cut.run()
+def test_it_resumes_with_the_importance_that_it_had(gone_on, marked):
+    whole, rest = gone_on(time="fold:4+4", start=marked)
     theirs = dict(whole.model.named_parameters())
-    assert all(torch.equal(weight, theirs[name]) for name, weight in cut.model.named_parameters())
+    assert all(torch.equal(weight, theirs[name]) for name, weight in rest.model.named_parameters())
