@@ -33,6 +33,7 @@ from kvfold.layout.kvlayout import KVLayout
 from kvfold.layout.planner import layout_bytes, page_bytes, page_class, page_classes
 from kvfold.models.adapters import Base, apply_adapter
 from kvfold.models.decoder import FoldForCausalLM
+from kvfold.ops.denormals import flush_denormals
 from kvfold.report.results import cpu_name, git_commit
 from kvfold.train.calibrate import calibrate
 from kvfold.train.data import TrainingOrder, draw_text
@@ -400,6 +401,7 @@ def main() -> None:
     one.add_argument("--arm", required=True)
     one.add_argument("--against", action="append", required=True)
     args = parser.parse_args()
+    flush_denormals()
     args.run(args)
 
 
