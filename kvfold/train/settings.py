@@ -424,6 +424,8 @@ class RetrofitSettings(TrainSettings):
             (start is not None and self.warm_start, f"start {start}: its gates have learned already: leave warm_start out"),
             (takes and (self.fsdp or self.weight_decay), f"time '{self.time}': its decisions are frozen: leave fsdp and "
              "weight_decay out"),
+            (takes and self.gradient_checkpointing, f"time '{self.time}': it trains in the form of inference, which keeps all "
+             "inputs: leave gradient_checkpointing out"),
             (self.fsdp and whole is not None, f"fsdp with {whole}: it writes into whole weights: leave fsdp out"),
             (self.drawn_layers is not None and (learned is not None or self.fsdp), f"drawn_layers {self.drawn_layers} with "
              f"{other}: train one of the two after the other"),

@@ -74,6 +74,13 @@ def test_what_is_refused():
         take_gates(build(), parse_time("window:6+2"), "window:6+2")
     with pytest.raises(UserError, match="an adapter for dms: name one with start"):
         RetrofitSettings(time="fold:6", seq_len=256, compression=2.0)
+    for given, said in (
+        ({"weight_decay": 0.1}, "leave fsdp and weight_decay out"),
+        ({"gradient_checkpointing": True}, "leave gradient_checkpointing out"),
+        ({"trains": "lora"}, "train an adapter"),
+    ):
+        with pytest.raises(UserError, match=said):
+            RetrofitSettings(time="fold:6", start="an-adapter", **given)
 
 
 def decisions_of(model, ids):
