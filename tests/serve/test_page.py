@@ -39,6 +39,19 @@ def test_chat_two_methods_side_by_side(page, server, tmp_path):
     assert page.errors() == []
 
 
+def test_news_of_an_answer_that_is_over_moves_no_line(page, server):
+    page.open(server.url)
+    page.wait("return about !== null")
+    ends = page.run(
+        "running = {ids: {a: 'one', b: 'two'}, ended: new Set(['b'])}; point('b', 40, 900);"
+        "const tell = (a, b) => show({running: 0, waiting: 0, requests: ["
+        "  {id: 'one', method: 'full', seen_tokens: 30, kept: a ? [[30]] : [], kv_bytes: a},"
+        "  {id: 'two', method: 'dms', seen_tokens: 36, kept: b ? [[9]] : [], kv_bytes: b}]});"
+        "tell(700, 800); tell(0, 0); running = null; return [lines.a, lines.b]"
+    )
+    assert ends == [[[30, 700]], [[40, 900]]]
+
+
 @pytest.mark.slow
 def test_what_heads_keep_is_drawn_while_it_comes(page, server):
     page.open(server.url)
