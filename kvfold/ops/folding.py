@@ -54,14 +54,16 @@ def fold_entries(
     Gives what the E entries, and the V versions that lived meanwhile, are to the queries of the call, by the fields of
     `methods.plans.Lives`; and by those of `Crossed` what the E entries are after the last border, with their `bias_BKE`.
     """
-    run = _Run(entries, heads_KP, as_stored)
     first_B = ((before_B + grid - 1) // grid).clamp(min=1) * grid
     steps = (seen_B - 1 - first_B) // grid + 1
-    for step in range(max(0, int(steps.max()))):
-        border_B = first_B + step * grid
-        border_B11 = border_B.masked_fill(border_B >= seen_B, 0)[:, None, None]
-        run.cross(border_B11, border_B11 - delay, threshold if heads_KP is not None else None, reach)
-    return run.result()
+    # Autocast would round similarities, and its small products in bfloat16 are slower than these.
+    with torch.autocast(entries.k_BKED.device.type, enabled=False):
+        run = _Run(entries, heads_KP, as_stored)
+        for step in range(max(0, int(steps.max()))):
+            border_B = first_B + step * grid
+            border_B11 = border_B.masked_fill(border_B >= seen_B, 0)[:, None, None]
+            run.cross(border_B11, border_B11 - delay, threshold if heads_KP is not None else None, reach)
+        return run.result()
 
 
 class _Run:

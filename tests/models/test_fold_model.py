@@ -11,6 +11,7 @@ from kvfold.methods.gates import GateConfig
 from kvfold.models.adapters import Base, apply_adapter, load_gates
 from kvfold.models.config import FoldConfig
 from kvfold.models.decoder import FoldForCausalLM
+from kvfold.ops.folding import FoldEntries, fold_entries
 from kvfold.train.settings import RetrofitSettings
 from kvfold.train.student import write_trained
 
@@ -66,6 +67,23 @@ def test_with_and_without_a_cache(layers):
         torch.testing.assert_close(logits[mask.bool()], plain[mask.bool()], **CLOSE)
     dropped, _ = cached(model, ids, mask, [50], time="fold:5+8@none")
     assert not torch.allclose(dropped, whole, atol=1e-3)
+
+
+def test_merges_are_not_rounded_by_autocast():
+    torch.manual_seed(3)
+    k, v = torch.randn(2, 1, 2, 30, 8)
+    entries = FoldEntries(
+        k_BKED=k, v_BKED=v, position_BKE=torch.arange(30).expand(1, 2, 30), marked_BKE=torch.rand(1, 2, 30) < 0.5,
+        s_BKE=torch.randn(1, 2, 30), bias_BKE=torch.zeros(1, 2, 30),
+    )  # fmt: skip
+    options = {"before_B": torch.tensor([0]), "seen_B": torch.tensor([30]), "delay": 3, "grid": 8, "threshold": -1.0}
+    options |= {"reach": 32, "heads_KP": torch.tensor([[0.1, 0.5, 0.8]] * 2)}
+    lives, after = fold_entries(entries, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded_lives, rounded_after = fold_entries(entries, **options)
+    assert after["changed_BKE"].any()
+    for plain, rounded in ((lives, rounded_lives), (after, rounded_after)):
+        assert all(torch.equal(plain[name], rounded[name]) for name in plain)
 
 
 def test_all_that_is_learned_gets_a_gradient():
