@@ -2,15 +2,16 @@
 # What sharing layers costs a trained model: 27, 25, 20 and 15 owners of 30, fitted, then distilled; and 25 owners made one group at
 # a time, with training between.
 #
-#   studies/cla-curve.sh MODEL TRAIN VALID OUT [TOKENS] [FITTING] [PRECISION]
+#   studies/cla-curve.sh MODEL TRAIN VALID OUT [TOKENS] [FITTING] [PRECISION] [POINTS]
 #
 # MODEL: SmolLM2-135M. TRAIN: text files to fit and train on, separated by commas; VALID: texts to measure on. TOKENS (262144) are
 # trained on, FITTING (102400) are fitted on, each by itself. Groups are the cheapest by the costs in
 # results/runs/chosen-layers-trial-costs.json. Weights learn at 5e-5, falling to zero along a cosine; what is kept is their moving
 # average. Every command goes on where it stopped. PRECISION: `bfloat16` saves time on a CPU that multiplies it by itself.
+# POINTS: some of the four numbers of owners, as in "27 25"; 25 owners by groups come with all of them.
 set -euo pipefail
 
-model=$1 out=$4 tokens=${5:-262144} fitting=${6:-102400} precision=${7:-auto}
+model=$1 out=$4 tokens=${5:-262144} fitting=${6:-102400} precision=${7:-auto} points=${8:-27 25 20 15}
 IFS=, read -r -a train <<<"$2"
 IFS=, read -r -a valid <<<"$3"
 data=() calibration=() texts=()
@@ -35,12 +36,17 @@ uptrain() { # name, source, tokens
     --set weight_average=0.98 --set global_batch_size=1 --set save_steps=32 --set "mixed_precision=$precision" \
     --set teacher_states="$out/teacher"
 }
-rows=()
-for owners in 27 25 20 15; do
+measure() { # name, checkpoints; a file for each point, so that they may come from several days
+  local rows=() one
+  for one in "${@:2}"; do rows+=(--compare "$out/$one"); done
+  kvfold eval "$model" "${texts[@]}" --windows 16 --time full "${rows[@]}" --passkey --passkey-length 1024 --out "$out/curve-$1.json"
+}
+for owners in $points; do
   convert "fitted-$owners" "$model" "${layers[$owners]}" "$fitting"
   uptrain "distilled-$owners" "$out/fitted-$owners" "$tokens"
-  rows+=(--compare "$out/fitted-$owners" --compare "$out/distilled-$owners")
+  measure "$owners" "fitted-$owners" "distilled-$owners"
 done
+[ "$points" = "27 25 20 15" ] || exit 0
 
 # One group at a time, the cheapest first; in all as many tokens.
 last=$model
@@ -53,6 +59,4 @@ for index in 0 1 2 3 4; do
   uptrain "one-distilled-$((29 - index))" "$out/one-fitted-$((29 - index))" $part
   last=$out/one-distilled-$((29 - index))
 done
-rows+=(--compare "$last")
-
-kvfold eval "$model" "${texts[@]}" --time full "${rows[@]}" --passkey --out "$out/cla-curve.json"
+measure one-by-one one-distilled-25
