@@ -84,11 +84,12 @@ def match(args: argparse.Namespace) -> None:
         return tried[delay]
 
     low, high = 1, SEQUENCE_TOKENS
-    guess = model.config.layout.time_of(0).delay
+    guess, slope = model.config.layout.time_of(0).delay, 1 / 300  # what a token of delay costs is near what a token costs
     while high - low > 1 and abs(held(guess) - 1) > _MATCHED_WITHIN:
         low, high = (guess, high) if held(guess) < 1 else (low, guess)
-        # What a token of delay costs is near what a token costs.
-        guess = min(max(low + 1, guess + round((1 / held(guess) - 1) * 300)), high - 1)
+        if low in tried and high in tried:
+            slope = (tried[high] - tried[low]) / (high - low)
+        guess = min(max(low + 1, guess + round((1 - held(guess)) / slope)), high - 1)
     best = min(tried, key=lambda one: abs(tried[one] - 1))
     found = {"delay": best, "bytes_beside_fold": tried[best], "tried": tried, "blocks": len(blocks), **_about(args)}
     args.out.write_text(json.dumps(found) + "\n", encoding="utf-8")
