@@ -1,7 +1,7 @@
 """How well a model with a compressed cache reads long text: perplexity and divergence by position, at equal kept tokens.
 
     python studies/long_context.py measure MODEL OUT.jsonl --text TEXT ... --context 4096 --windows 8 --arm NAME=[ADAPTER@@]TIME
-    python studies/long_context.py summary OUT.jsonl SUMMARY.json --against NAME
+    python studies/long_context.py summary OUT.jsonl SUMMARY.json --against NAME ...
 
 Text is read through the cache as it is served: methods whose state does not depend on where calls are cut in calls of many
 tokens, the others token by token. `full` is read first and is what the others are held against. TIME may name a share of the
@@ -109,7 +109,9 @@ def _write(args: argparse.Namespace, text: TextWindows, name: str, time_text: st
 
 
 def summary(args: argparse.Namespace) -> None:
-    """Of each text and of all, each context and arm: perplexity against `full`, divergence, and its change against one arm."""
+    """Of each text and of all, each context and arm: perplexity against `full`, divergence, and its change against other arms, each under its name; that against the
+    first stands without.
+    """
     rows, found = list(_rows(args.rows)), []
     places = sorted({(row["text"], row["context"]) for row in rows})
     for text, context in [*places, *((ALL, context) for context in sorted({context for _, context in places}))]:
@@ -119,12 +121,14 @@ def summary(args: argparse.Namespace) -> None:
             arms.setdefault(row["arm"], {})[row["text"], row["window"]] = row
         for name, ours in arms.items():
             one = {"text": text, "context": context, "arm": name, **_figures(ours, arms["full"])}
-            if args.against in arms and name not in ("full", args.against):
-                one |= _change(ours, arms[args.against])
+            for other in args.against:
+                if other in arms and name not in ("full", other):
+                    behind = "" if other == args.against[0] else f"_from_{other}"
+                    one |= {key + behind: value for key, value in _change(ours, arms[other]).items()}
             found.append(one)
     seconds = {one["arm"]: one["seconds"] for one in rows}
     found = with_record(found, made(torch.get_num_threads(), "float32"))
-    told = {"against": args.against, "rows": [{**one, "seconds": seconds[one["arm"]]} for one in found]}
+    told = {"against": " ".join(args.against), "rows": [{**one, "seconds": seconds[one["arm"]]} for one in found]}
     args.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     for one in found:
         sys.stdout.write(json.dumps({name: value for name, value in one.items() if "by_block" not in name}) + "\n")
@@ -174,7 +178,7 @@ def main() -> None:
     one.set_defaults(run=summary)
     one.add_argument("rows", type=Path)
     one.add_argument("out", type=Path)
-    one.add_argument("--against", default="dms", help="the arm that others are held against")
+    one.add_argument("--against", nargs="+", default=["dms"], help="the arms that others are held against")
     args = parser.parse_args()
     flush_denormals()
     args.run(args)
