@@ -109,8 +109,8 @@ def _write(args: argparse.Namespace, text: TextWindows, name: str, time_text: st
 
 
 def summary(args: argparse.Namespace) -> None:
-    """Of each text and of all, each context and arm: perplexity against `full`, divergence, and its change against other arms, each under its name; that against the
-    first stands without.
+    """Of each text and of all, each context and arm: perplexity against `full`, divergence, and its change against other arms,
+    each under its name; that against the first stands without.
     """
     rows, found = list(_rows(args.rows)), []
     places = sorted({(row["text"], row["context"]) for row in rows})
