@@ -374,6 +374,7 @@ BLOCKS: Mapping[str, tuple[str, Callable[[Group], str]]] = {
     "time_axis": ("time-axis.json", side_by_side),
     "layer_axis": ("layer-axis.json", side_by_side),
     "cla_27": ("cla/curve-27.json", side_by_side),
+    "cla_25": ("cla/curve-25.json", side_by_side),
     "design_pairs": ("design-space", design_pairs),
     "design": ("design-space", design),
     "mini_reach": ("mini-reach.json", side_by_side),
