@@ -84,10 +84,8 @@ def match(args: argparse.Namespace) -> None:
         return tried[delay]
 
     low, high = 1, SEQUENCE_TOKENS
-    guess, slope = (
-        model.config.layout.time_of(0).delay,
-        1 / 300,
-    )  # what a token of delay costs is near what a token costs
+    guess = model.config.layout.time_of(0).delay
+    slope = 1 / 300  # at first: what a token of delay costs is near what a token costs
     while high - low > 1 and abs(held(guess) - 1) > _MATCHED_WITHIN:
         low, high = (guess, high) if held(guess) < 1 else (low, guess)
         if low in tried and high in tried:
