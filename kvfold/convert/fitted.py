@@ -361,6 +361,8 @@ def fit(
     options = replace(options, batch=max(1, min(options.batch, len(ids_WT) // _HELD_OUT)))
     state = _FitState(folder, fingerprint_of(original, converted, ids_WT, options))
     streams, goes_on = Streams(original, converted, ids_WT, options.batch), True
+    # Below the first changed layer both streams are one, and there is nothing to make good.
+    first = next((index for index in range(layout.num_layers) if _reads_other_keys(streams, index)), layout.num_layers)
     for index in range(layout.num_layers):
         report("fitting layer by layer", index, layout.num_layers)
         found = state.read(index) if goes_on else None
@@ -369,7 +371,7 @@ def fit(
         for name, weight in (found or {}).items():
             stem, _, kind = name.rpartition(".")
             setattr(converted.get_submodule(stem), kind, nn.Parameter(weight.to(converted.device)))
-        do_layer(streams, index, options, fitting=not goes_on)
+        do_layer(streams, index, options, fitting=not goes_on and index >= first)
         if not goes_on:
             after = dict(converted.named_parameters())
             state.write(index, {name: one for name, one in after.items() if one is not before[name]})

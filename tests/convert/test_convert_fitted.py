@@ -57,7 +57,17 @@ def fitted(original, options=None, **wanted) -> FoldForCausalLM:
 
 def test_a_model_that_is_as_it_was_stays_so(pair):
     ours, _ = pair("llama")
-    torch.testing.assert_close(logits(fitted(ours), OTHERS), logits(ours, OTHERS), atol=1e-3, rtol=1e-3)
+    assert torch.equal(logits(fitted(ours), OTHERS), logits(ours, OTHERS))
+
+
+def test_layers_below_the_first_shared_one_are_left_alone(pair):
+    ours, _ = pair("llama")
+    found = fitted(ours, layers="0_1_2_2")
+    same = [
+        all(map(torch.equal, mine.parameters(), theirs.parameters()))
+        for mine, theirs in zip(found.model.layers, ours.model.layers, strict=True)
+    ]
+    assert same == [True, True, False, False]
 
 
 def test_like_heads_that_lie_apart_are_merged_and_fitted_exactly(pair, tmp_path):
