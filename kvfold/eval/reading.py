@@ -217,9 +217,9 @@ def next_token_logits(model: FoldForCausalLM, hidden_NC: Tensor) -> Tensor:
     return (logits if softcap is None else torch.tanh(logits / softcap) * softcap).float()
 
 
-def slices(positions: int, vocabulary: int) -> list[slice]:
-    """All positions, so many at a time that a processor's cache holds their fp32 logits."""
-    size = max(1, _SLICE_BYTES // (4 * vocabulary))
+def slices(positions: int, vocabulary: int, *, most_bytes: int = _SLICE_BYTES) -> list[slice]:
+    """All positions, so many at a time that their fp32 logits take at most so many bytes, or one at a time."""
+    size = max(1, most_bytes // (4 * vocabulary))
     return [slice(start, start + size) for start in range(0, positions, size)]
 
 

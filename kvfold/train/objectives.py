@@ -107,13 +107,18 @@ def summed_in_slices(
     return _InSlices.apply(loss_of, vocabulary, states, *[one for one in weights if one.requires_grad])
 
 
+_LEARNING_SLICE_BYTES = 2**27
+"""Where a head learns, each slice has a gradient as large as the head, which costs more than logits that leave the cache."""
+
+
 class _InSlices(torch.autograd.Function):
     """Gradients are computed slice by slice in `forward`; `backward` only scales them."""
 
     @staticmethod
     def forward(ctx, loss_of, vocabulary, states, *weights):
         total, sums = states.new_zeros((), dtype=torch.float32), [torch.zeros_like(one) for one in (states, *weights)]
-        for part in slices(len(states), vocabulary):
+        size = {"most_bytes": _LEARNING_SLICE_BYTES} if weights else {}
+        for part in slices(len(states), vocabulary, **size):
             with torch.enable_grad():
                 piece = states[part].detach().requires_grad_()
                 loss = loss_of(part, piece)
