@@ -373,8 +373,7 @@ INTEGRATIONS: Mapping[str, tuple[str, Callable[[Mapping], str]]] = {
 BLOCKS: Mapping[str, tuple[str, Callable[[Group], str]]] = {
     "time_axis": ("time-axis.json", side_by_side),
     "layer_axis": ("layer-axis.json", side_by_side),
-    "cla_27": ("cla/curve-27.json", side_by_side),
-    "cla_25": ("cla/curve-25.json", side_by_side),
+    "cla_curve": ("cla", side_by_side),
     "design_pairs": ("design-space", design_pairs),
     "design": ("design-space", design),
     "mini_reach": ("mini-reach.json", side_by_side),
@@ -411,11 +410,16 @@ def spread(row: Mapping, *keys: str, unit: str = "") -> str:
 
 
 def source(group: Group, protocol: str = "", models: str = "") -> str:
-    """Model, protocol, hardware, versions, and, unless it is about many `models`, the command that measures it again."""
+    """Model, protocol, hardware, versions, and, unless it is about many `models`, the command that measures it again, or the files
+    that say it.
+    """
     data, about = group.newest, group.newest.get("environment")
-    parameters, commit = number(data, "model", "parameters"), words(data, "git_commit")
+    parameters, commits = number(data, "model", "parameters"), [words(one.data, "git_commit") for one in group.sources]
     size = f"{amount(parameters)} parameters" if parameters else ""
-    again = "" if models else words(data, "command")
+    command = words(data, "command")
+    again = f"Measured with `{command}`." if command and not models else ""
+    if again and len(group.sources) > 1:
+        again = f"Measured with the commands in {', '.join(sorted(one.name for one in group.sources))}."
     models = models or ", ".join(filter(None, [group.model, words(data, "model", "note"), size]))
     counted = [
         f"{count(found)} {name if found == 1 else name + 's'}"
@@ -424,7 +428,8 @@ def source(group: Group, protocol: str = "", models: str = "") -> str:
     ]
     device = words(about, "device")
     versions = [f"{name} {version}" for name in ("kvfold", "torch", "transformers") if (version := words(about, name))]
-    versions += [f"commit {short_commit(commit)}"] if commit else []
+    known = dict.fromkeys(short_commit(commit) for commit in commits if commit)
+    versions += [f"commit{'s' * (len(known) > 1)} {', '.join(known)}"] if known else []
     said = [
         models,
         protocol,
@@ -433,7 +438,7 @@ def source(group: Group, protocol: str = "", models: str = "") -> str:
         ),
         ", ".join(versions),
     ]
-    return "; ".join(filter(None, said)) + "." + (f" Measured with `{again}`." if again else "")
+    return "; ".join(filter(None, said)) + "." + (f" {again}" if again else "")
 
 
 def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -463,9 +468,10 @@ def filled(text: str, results: Path) -> str:
 
 
 def group_of(path: Path) -> Group:
-    """What a file holds; of a folder its models from scratch."""
+    """What a file holds; of a folder its models from scratch, or else what was measured on one model alike."""
     groups = group_results(read_results(path)[0])
-    return next(one for one in groups if path.is_file() or one.kind == "pretraining")
+    first = {one.kind: one for one in reversed(groups)}
+    return groups[0] if path.is_file() else first.get("pretraining") or first["quality"]
 
 
 def main(arguments: Sequence[str], root: Path = ROOT) -> str | None:

@@ -108,6 +108,22 @@ def test_methods_side_by_side_the_largest_first(fill_readme, root):
     assert tova[-2] == f"{sum(row['found'] for row in mine)} of 12"
 
 
+def test_files_of_a_folder_are_one_table(fill_readme, root):
+    """As a curve has them that was measured point by point; a method in two files stands as the newer one has it."""
+    result, folder = samples.quality(), root / "results" / "cla"
+    for name, commit, created, methods in (
+        ("curve-1.json", "a" * 40, "2026-01-02", ("full", "window:252+4")),
+        ("curve-2.json", "b" * 40, "2026-01-03", ("full", "tova:256")),
+    ):
+        rows = [row for row in result["rows"] if row["method"] in methods]
+        write_whole_file(folder / name, json.dumps(result | {"rows": rows, "git_commit": commit, "created": created}))
+    page = fill_readme.filled("<!-- results: cla_curve -->\n<!-- end -->", root / "results")
+    assert [row[0] for row in cells_of(page, "cla_curve")[1:]] == ["Full attention", "Window + sinks 252+4", "TOVA 256"]
+    caption = caption_of(page, "cla_curve")
+    assert f"commits {'a' * 10}, {'b' * 10}." in caption
+    assert caption.endswith("Measured with the commands in curve-1.json, curve-2.json.")
+
+
 def test_passkeys_by_length_and_depth(fill_readme, root):
     text = fill_readme.filled(EMPTY, root / "results")
     heads, *rows = cells_of(text, "passkey")
