@@ -4,8 +4,8 @@ typed by hand.
     python docs/fill_readme.py            rewrite what stands between `<!-- results: NAME -->` and `<!-- end -->`
     python docs/fill_readme.py --check    write nothing; exit 1 where a page says something else than the results
 
-Which file a block comes from stands in BLOCKS and INTEGRATIONS. A block whose file is not there stays as it is; of what a file
-lacks the block says so.
+Which file a block comes from stands in BLOCKS, INTEGRATIONS and, for the scripts in studies/, in study_tables.py. A block whose
+file is not there stays as it is; of what a file lacks the block says so.
 """
 
 import json
@@ -13,6 +13,8 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+
+from study_tables import STUDIES
 
 from kvfold.record import write_whole_file
 from kvfold.report.page import protocol_text, short_commit
@@ -410,8 +412,8 @@ def spread(row: Mapping, *keys: str, unit: str = "") -> str:
 
 
 def source(group: Group, protocol: str = "", models: str = "") -> str:
-    """Model, protocol, hardware, versions, and, unless it is about many `models`, the command that measures it again, or the files
-    that say it.
+    """Model, protocol, hardware, versions, and, unless it is about many `models`, the command that measures it again, or the
+    files that say it.
     """
     data, about = group.newest, group.newest.get("environment")
     parameters, commits = number(data, "model", "parameters"), [words(one.data, "git_commit") for one in group.sources]
@@ -453,8 +455,14 @@ def filled(text: str, results: Path) -> str:
 
     def fill(block: re.Match) -> str:
         known = {**BLOCKS, **INTEGRATIONS}
+        if block["name"] in STUDIES:
+            try:
+                return f"{block['open']}\n{STUDIES[block['name']](results)}\n\n{block['close']}"
+            except FileNotFoundError:
+                return block[0]
         if block["name"] not in known:
-            raise ValueError(f"results: {block['name']}: no block of that name: write one of {', '.join(known)}")
+            names = ", ".join([*known, *STUDIES])
+            raise ValueError(f"results: {block['name']}: no block of that name: write one of {names}")
         path = results / known[block["name"]][0]
         if not path.exists():
             return block[0]

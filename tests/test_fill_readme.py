@@ -54,7 +54,7 @@ def test_the_readme_is_what_the_results_say(fill_readme):
 def test_every_block_stands_on_one_page(fill_readme):
     pages = [(ROOT / page).read_text() for page in fill_readme.PAGES]
     found = [name for page in pages for name in re.findall(r"<!-- results: (\w+) -->", page)]
-    assert sorted(found) == sorted([*fill_readme.BLOCKS, *fill_readme.INTEGRATIONS])
+    assert sorted(found) == sorted([*fill_readme.BLOCKS, *fill_readme.INTEGRATIONS, *fill_readme.STUDIES])
 
 
 def test_quality_stands_text_by_text_the_largest_first(fill_readme, root):
