@@ -77,8 +77,8 @@ def _by_position(rows: Sequence[Mapping], shown: Sequence[str], texts: Sequence[
     said = (
         f"{windows} windows of {context} tokens in all. Kept, and the share of the full cache's bytes that is allocated: at the "
         "end of a window, where fold, which merges once a grid, holds more than in the mean over a window; DMS has the delay "
-        "that gives it as many bytes as fold in that mean. KL: behind the first 256 tokens, from the unfolded model, nats. Perplexity: "
-        "its change on all texts named."
+        "that gives it as many bytes as fold in that mean. KL: behind the first 256 tokens, from the unfolded model, nats. "
+        "Perplexity: its change on all texts named."
     )
     return f"{table(heads, lines, left=2)}\n\n{said} {_made(mine[-1]['made'])}"
 
