@@ -161,7 +161,15 @@ def kvpress(results: Path) -> str:
         *(f"KL, {text}" for text in TEXTS),
         *(f"perplexity, {text}" for text in TEXTS),
     ]
-    return table(heads, lines) + f"\n\n{data['said']} Measured by `studies/kvpress_peer.py`."
+    peer = next(row for row in data["rows"] if row["kvpress"])
+    said = (
+        f"{peer['windows']} windows of each text: a prompt of {data['prompt']} tokens is compressed, the next {data['after']} "
+        "are read. Kept, of the prompt by a head, and held: when the prompt was read. kvfold's methods go on evicting in what "
+        "follows, presses keep all of it, so that they hold that many entries more at the end. KL: of what follows, from the "
+        f"unfolded model, nats. kvpress {peer['kvpress']} on torch {peer['made']['torch']} and transformers "
+        f"{peer['made']['transformers']}."
+    )
+    return f"{table(heads, lines)}\n\n{said} Measured by `studies/kvpress_peer.py`. {_made(data['rows'][0]['made'])}"
 
 
 STUDIES: Mapping[str, Callable[[Path], str]] = {
@@ -170,6 +178,7 @@ STUDIES: Mapping[str, Callable[[Path], str]] = {
     "long": long,
     "dmc": dmc,
     "recall": recall,
+    "kvpress": kvpress,
 }
 
 
