@@ -4,19 +4,26 @@
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from kvfold.eval.perplexity import paired_difference
 from kvfold.report.page import short_commit
-from kvfold.report.results import count, difference, percent, three
+from kvfold.report.results import count, difference, percent, three, times
 
 TEXTS = ("brown", "wiki_articles", "austen")
 NAMES = {
-    "full": "Full attention", "dms": "DMS", "dms-on": "DMS, trained on for as many tokens as fold", "fold": "fold", "h2o": "H2O",
-    "tova": "TOVA", "window": "Window + sinks", "h2o-eighth": "H2O", "tova-eighth": "TOVA", "window-eighth": "Window + sinks",
-    "expected": "expected attention",
+    "full": "Full attention", "dms": "DMS, window as long as fold's bytes allow", "dms-eighth": "DMS as it ships",
+    "dms-on": "DMS, trained on for as many tokens as fold", "fold": "fold", "h2o": "H2O", "tova": "TOVA",
+    "window": "Window + sinks", "h2o-eighth": "H2O", "tova-eighth": "TOVA", "window-eighth": "Window + sinks",
 }  # fmt: skip
 MODELS = {"mqa": "MQA", "mqa-cla2": "MQA with CLA2", "mqa-half-head": "MQA, half the head dim"}
+SEEDS = 5
+LATE = (
+    "KL: from the unfolded model, nats, behind the first 256 tokens; perplexity: its change, over all tokens; "
+    "± one standard error."
+)
 
 
 def table(heads: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
@@ -27,98 +34,158 @@ def table(heads: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -
 
 def fold_4x(results: Path) -> str:
     """fold beside both DMS controls at a quarter."""
-    data = _object(results / "fold" / "distil-summary-0.6.json")
-    rows = {(row["against"], row["text"]): row for row in data["rows"]}
+    rows = {(row["against"], row["text"]): row for row in _object(results / "fold" / "distil-summary-0.6.json")["rows"]}
+    arms = ("dms", "dms-on", "fold-0.6")
+    each = [row for row in _lines(results / "fold" / "distil-held-out.jsonl") if row["arm"] in arms]
     lines = []
     for text in (*TEXTS, "all"):
         dms, trained = rows["dms", text], rows["dms-on", text]
-        lines.append([
-            text, three(dms["kl_late_against"]), three(dms["kl_late"]), *map(_change, (dms, trained)),
-            *(f"{100 * dms[name]:+.2f} %" for name in ("perplexity_change_against", "perplexity_change")),
-        ])  # fmt: skip
-    heads = ["text", "KL, DMS", "KL, fold", "fold against DMS", "against DMS trained on"]
-    windows = rows["dms", "brown"]["windows"]
+        divergences = [dms["kl_late_against"], trained["kl_late_against"], dms["kl_late"]]
+        here = [row for row in each if text in (row["text"], "all")]
+        changes = [_apart(here, (arm, "loss"), (arm, "loss_full")) for arm in arms]
+        lines.append([text, *map(three, divergences), *map(_change, (dms, trained)), *changes])
+    heads = ["text", "KL, DMS", "KL, DMS trained on", "KL, fold", "fold against DMS", "against DMS trained on"]
+    heads += ["perplexity, DMS", "DMS trained on", "fold"]
+    apart = [_apart(each, ("fold-0.6", "loss"), (other, "loss")) for other in ("dms", "dms-on")]
     said = (
-        f"{windows} windows of 1,024 tokens of each text, at equal mean bytes. KL: behind the first 256 tokens, from the "
-        "unfolded model, nats; changes of KL ± one standard error."
+        f"{rows['dms', 'brown']['windows']} windows of 1,024 tokens of each text, at equal bytes in the mean over two grids. "
+        f"{LATE} Fold's perplexity differs from that of DMS by {apart[0]}, and from that of DMS trained on by {apart[1]}."
     )
-    return f"{table([*heads, 'perplexity, DMS', 'perplexity, fold'], lines)}\n\n{said} {_made(data)}"
+    return f"{table(heads, lines)}\n\n{said} Measured by `studies/fold_distil.py`. {_made(each)}"
+
+
+def _apart(rows: Sequence[Mapping], one: tuple[str, str], other: tuple[str, str]) -> str:
+    """The change of perplexity between two losses, each an arm and a field, on the same windows."""
+    losses = [
+        {(row["text"], row["window"]): row[field] for row in rows if row["arm"] == arm} for arm, field in (one, other)
+    ]
+    mean, error = paired_difference(*([found[place] for place in sorted(losses[0])] for found in losses))
+    return difference(100 * (math.exp(mean) - 1), 100 * math.exp(mean) * error, "%")
 
 
 def eighth(results: Path) -> str:
-    """Every method at an eighth, by its KL."""
+    """Every method near an eighth, by its KL."""
+    shown = ("full", "fold", "dms", "dms-on", "dms-eighth", "h2o", "tova", "window")
     rows = _object(results / "long" / "eighth-summary.json")["rows"]
-    shown = ("full", "fold", "dms", "dms-on", "h2o", "tova", "window")
-    return _by_position(rows, shown, (*TEXTS, "all"), "1,024")
+    said = (
+        "DMS has a window that gives it as many bytes as fold in the mean over two grids, by the planner's formula, at the "
+        "end of training text of this length, and as it ships."
+    )
+    return _by_position(rows, shown, (*TEXTS, "all"), said, _lines(results / "long" / "eighth.jsonl"))
 
 
 def long(results: Path) -> str:
     """The adapters of a quarter on longer text."""
     rows = [row for row in _object(results / "long" / "austen-summary.json")["rows"] if row["context"] == 4096]
+    each = [row for row in _lines(results / "long" / "austen.jsonl") if row["context"] == 4096]
     shown = ("full", "fold", "dms", "h2o-eighth", "tova-eighth", "window-eighth")
-    return _by_position(rows, shown, ("austen",), "4,096")
+    said = "DMS's window is the one that gave it fold's bytes at 1,024 tokens; fold merges from a likeness of 0.65 on."
+    return _by_position(rows, shown, ("austen",), said, each)
 
 
-def _by_position(rows: Sequence[Mapping], shown: Sequence[str], texts: Sequence[str], context: str) -> str:
-    found = {(row["arm"], row["text"]): row for row in rows}
-    order = sorted(
-        (arm for arm in shown if (arm, texts[-1]) in found), key=lambda arm: found[arm, texts[-1]]["kl_late"]
+def _by_position(
+    rows: Sequence[Mapping], shown: Sequence[str], texts: Sequence[str], said: str, each: Sequence[Mapping]
+) -> str:
+    """`each`: the lines that were summed up."""
+    found = {(row["arm"], row["text"]): row for row in rows if row["arm"] in shown}
+    last = {arm: found[arm, texts[-1]] for arm in shown}
+    order = sorted(shown, key=lambda arm: last[arm]["kl_late"])
+    lines = [
+        [
+            NAMES[arm], f"`{last[arm]['time']}`", f"{last[arm]['kept_tokens']:,.0f}", percent(last[arm]["bytes_share"]),
+            *(three(found[arm, text]["kl_late"]) for text in texts),
+            difference(last[arm]["perplexity_change_percent"], last[arm]["standard_error"], "%"),
+        ]
+        for arm in order
+    ]  # fmt: skip
+    heads = ["method", "`--time`", "kept", "bytes", *(f"KL, {text}" for text in texts), f"perplexity, {texts[-1]}"]
+    windows, context = last["full"]["windows"], count(each[0]["context"])
+    about = (
+        f"{windows} windows of {context} tokens in all. Kept, by a head, and bytes, as a share of the full cache's: "
+        f"allocated at the end of a window, where fold, which lets go of tokens once a grid, holds most. {said} {LATE}"
     )
-    lines = []
-    for arm in order:
-        mine = [found[arm, text] for text in texts]
-        lines.append([
-            NAMES[arm], f"`{mine[-1]['time']}`", f"{mine[-1]['kept_tokens']:,.0f}", percent(mine[-1]["bytes_share"]),
-            *(three(row["kl_late"]) for row in mine),
-            difference(mine[-1]["perplexity_change_percent"], mine[-1]["standard_error"], "%"),
-        ])  # fmt: skip
-    heads = ["method", "`--time`", "kept", "bytes", *(f"KL, {text}" for text in texts), "perplexity"]
-    windows = found[order[0], texts[-1]]["windows"]
+    made = _made([row for row in each if row["arm"] in shown])
+    return f"{table(heads, lines, left=2)}\n\n{about} Measured by `studies/long_context.py`. {made}"
+
+
+def bits(results: Path) -> str:
+    """Quantised entries, alone and under DMS."""
+    found, every = [], []
+    for name in ("model", "int8", "int4"):
+        rows = _object(results / "bits" / f"{name}-brown.json")["rows"]
+        every += rows
+        found += [(row, name) for row in rows[len(rows) > 2 :]]
+    whole = found[0][0]["allocated_bytes"]
+    lines = [
+        [
+            row["title"].replace("full", "Full"), name.replace("model", "as computed, float32"),
+            times(whole / row["allocated_bytes"]),
+            difference(row["perplexity_change_percent"]["mean"], row["perplexity_change_percent"]["standard_error"], "%"),
+            three(row["kl"]),
+        ]
+        for row, name in sorted(found, key=lambda one: -one[0]["allocated_bytes"])
+    ]  # fmt: skip
     said = (
-        f"{windows} windows of {context} tokens in all. Kept, and the share of the full cache's bytes that is allocated: at the "
-        "end of a window, where fold, which merges once a grid, holds more than in the mean over a window; DMS has the delay "
-        "that gives it as many bytes as fold in that mean. KL: behind the first 256 tokens, from the unfolded model, nats. "
-        "Perplexity: its change on all texts named."
+        "16 windows of 1,024 tokens of brown. Smaller: than float32; beside a model in 16 bit int8 and int4 gain half as "
+        "much. DMS: the adapter smollm2-135m-dms-4x. Measured by `kvfold eval --bits`, see `results/bits/`."
     )
-    return f"{table(heads, lines, left=2)}\n\n{said} {_made(mine[-1]['made'])}"
+    return f"{table(['method', 'bits', 'smaller', 'perplexity', 'KL'], lines, left=2)}\n\n{said} {_made(every)}"
 
 
 def dmc(results: Path) -> str:
-    """DMC in its published form, with a protected first token, for longer, and trained alike with gates off."""
-    lines, runs = [], results / "runs"
-    for name, said in (
-        ("dmc-12-65k", "published"), ("dmc-12-first-1-65k", "first token never merged into"), ("dmc-4x", "published"),
+    """DMC's merge as published, with a protected first token, for longer, and the same training with gates off."""
+    runs, lines = results / "runs", []
+
+    def line(form: str, curve: Sequence[Mapping], tokens: int, after: str) -> None:
+        last = [point for point in curve if tokens - 8 * 1024 < point["tokens"] <= tokens]
+        mean = {name: sum(point[name] for point in last) / len(last) for name in ("distillation", "compression")}
+        lines.append(
+            [
+                form,
+                f"{count(tokens)} of {count(curve[-1]['tokens'])}",
+                times(mean["compression"]),
+                three(mean["distillation"]),
+                after,
+            ]
+        )
+
+    published, control = _lines(runs / "dmc-4x.jsonl"), _lines(runs / "dmc-control-freed.jsonl")
+    line("gates off (control, ended there)", control, control[-1]["tokens"], "–")
+    line("merge as published, at the same step", published, control[-1]["tokens"], "–")
+    for name, form in (
+        ("dmc-4x", "merge as published"), ("dmc-12-65k", "merge as published"),
+        ("dmc-12-first-1-65k", "nothing merged into the first token"),
     ):  # fmt: skip
-        data, curve = _object(runs / f"{name}.json"), _lines(runs / f"{name}.jsonl")
+        data = _object(runs / f"{name}.json")
         before, after = (data[when]["perplexity"] for when in ("before", "after"))
-        last = [one["distillation"] for one in curve[-8:]]
-        change = f"{100 * (after / before - 1):+.0f} %"
-        lines.append([said, count(data["tokens"]), f"{data['after']['compression']:.2f}×", _mean(last), change])
-    control = _lines(runs / "dmc-control-freed.jsonl")
-    last = [one["distillation"] for one in control[-8:]]
-    lines.append(["control: gates off", count(control[-1]["tokens"]), "1.00×", _mean(last), "not measured"])
-    heads = ["form", "tokens", "compression", "KL in training, last 8 steps", "perplexity, held out"]
-    said = "LoRA of rank 64 on q, k, v and o, steps of one sequence of 1,024 tokens, distilled from the original."
+        change = f"{100 * (after / before - 1):+.0f} % at {data['after']['compression']:.2f}×"
+        line(form, _lines(runs / f"{name}.jsonl"), data["tokens"], change)
+    heads = ["form", "tokens", "compression in training", "KL in training", "perplexity, held out"]
+    said = (
+        "Compression and KL: means over the last 8 steps up to there. One run each: a LoRA of rank 64 on q, k, v and o, "
+        "steps of one sequence of 1,024 tokens, distilled from the original (reverse KL), a gate scale of 50 (published: 1); "
+        "compression rises along a ramp."
+    )
     return f"{table(heads, lines)}\n\n{said} Measured by `kvfold retrofit` and `studies/dmc_control.py`, see `results/runs/`."
 
 
 def recall(results: Path) -> str:
     """Models from scratch that look a symbol up, by their seeds."""
     found: dict[tuple, list[Mapping]] = {}
-    for row in _lines(results / "recall" / "recall.jsonl"):
-        found.setdefault((row["layers"], row["steps"], row["head_dim"], row["variant"]), []).append(row)
+    rows = _lines(results / "recall" / "recall.jsonl")
+    for row in rows:
+        same = ("layers", "steps", "head_dim", "variant", "study", "lr", "adam_lr")
+        found.setdefault((*(row[name] for name in same), json.dumps(row["task"])), []).append(row)
+    whole = {key: group for key, group in found.items() if len(group) >= SEEDS}
     lines = []
-    for (layers, steps, head_dim, variant), rows in sorted(
-        found.items(), key=lambda item: (item[0][0], item[0][1], -item[0][2])
+    for (layers, steps, head_dim, variant, *_), group in sorted(
+        whole.items(), key=lambda item: (*item[0][:2], -item[0][2])
     ):
-        if len(rows) < 5:
-            continue
-        scores = [[row["points"][-1]["accuracy"][f"{pairs}x1"] for row in rows] for pairs in (2, 4, 8)]
-        until = [_answers_until(row, "8x1", 0.9) for row in rows]
-        learned = [one for one in until if one is not None]
+        scores = [[row["points"][-1]["accuracy"][f"{pairs}x1"] for row in group] for pairs in (2, 4, 8)]
+        learned = sorted(one for row in group if (one := _answers_until(row, "8x1", 0.9)) is not None)
         lines.append([
-            str(layers), MODELS[variant], str(head_dim), str(rows[0]["kv_bytes_per_token"]), str(steps), *map(_range, scores),
-            f"{len(learned)} of {len(rows)}", count(sorted(learned)[len(learned) // 2]) if learned else "–",
+            str(layers), MODELS[variant], str(head_dim), str(group[0]["kv_bytes_per_token"]), str(steps), *map(_range, scores),
+            f"{len(learned)} of {len(group)}", count(learned[len(learned) // 2]) if learned else "–",
         ])  # fmt: skip
     heads = [
         "layers",
@@ -132,26 +199,31 @@ def recall(results: Path) -> str:
         "seeds at 90 %",
     ]
     said = (
-        "Share of 1,024 answers that are right, lowest and highest of five paired seeds; of the seeds, how many come to 90 % at "
-        "8 pairs, and after how many answers, the median. Width 64, four query heads and one KV head, float32."
+        f"Share of 1,024 answers that are right, lowest and highest of {SEEDS} paired seeds; of the seeds, how many come to "
+        f"90 % at 8 pairs, and after how many answers, the median of these. {len(found) - len(whole)} trials of fewer seeds "
+        "are in the file alone. Width 64, one KV head, KV bytes at 16 bit."
     )
-    return f"{table([*heads, 'answers until'], lines, left=2)}\n\n{said} Measured by `studies/recall.py`."
+    shown = table([*heads, "answers until"], lines, left=2)
+    return f"{shown}\n\n{said} Measured by `studies/recall.py`. {_made(rows, 'Random weights')}"
 
 
 def kvpress(results: Path) -> str:
     """Both sides on the same windows, by what they keep, and then by their KL."""
     data = _object(results / "kvpress" / "summary.json")
-    found = {(row["arm"], row["text"]): row for row in data["rows"]}
-    arms = dict.fromkeys(row["arm"] for row in data["rows"])
-    mean = {arm: sum(found[arm, text]["kl"] for text in TEXTS) / len(TEXTS) for arm in arms}
-    kept = {arm: sum(found[arm, text]["kept"] for text in TEXTS) / len(TEXTS) for arm in arms}
+    rows = {(row["arm"], row["text"]): row for row in data["rows"]}
+    arms = {row["arm"]: row for row in data["rows"]}
+    mean = {
+        arm: {name: sum(rows[arm, text][name] for text in TEXTS) / len(TEXTS) for name in ("kl", "kept", "held_bytes")}
+        for arm in arms
+    }
+    middle = sum(one["kept"] for one in mean.values()) / len(mean)
     lines = []
-    for arm in sorted(arms, key=lambda one: (kept[one] < 170, mean[one])):
-        name, _, budget = arm.partition("@")
-        mine = [found[arm, text] for text in TEXTS]
+    for arm in sorted(arms, key=lambda one: (mean[one]["kept"] < middle, mean[one]["kl"])):
+        mine, (name, _, budget) = [rows[arm, text] for text in TEXTS], arm.partition("@")
+        time = arms[arm]["asked"].partition("@@")[2] if arms[arm]["asked"] else ""
         lines.append([
-            f"kvpress, {name.replace('ada:', 'AdaKV over ')}" if budget else f"kvfold, {name}", f"{kept[arm]:.0f}",
-            f"{sum(row['held_bytes'] for row in mine) / len(mine) / 1e6:.1f}", *(three(row["kl"]) for row in mine),
+            f"kvpress, {name.replace('ada:', 'AdaKV over ')}" if budget else f"kvfold `{time}`", f"{mean[arm]['kept']:.0f}",
+            f"{mean[arm]['held_bytes'] / 1e6:.1f}", *(three(row["kl"]) for row in mine),
             *(difference(row["perplexity_change_percent"], row["standard_error"], "%") for row in mine),
         ])  # fmt: skip
     heads = [
@@ -161,10 +233,20 @@ def kvpress(results: Path) -> str:
         *(f"KL, {text}" for text in TEXTS),
         *(f"perplexity, {text}" for text in TEXTS),
     ]
-    return table(heads, lines) + f"\n\n{data['said']} Measured by `studies/kvpress_peer.py`."
+    peer = next(row for row in data["rows"] if row["kvpress"])
+    said = (
+        f"{peer['windows']} windows of each text: a prompt of {data['prompt']} tokens is compressed, the next "
+        "{data['after']} are read, in one call each. Kept, of the prompt by a head, and held: when the prompt was read; "
+        "presses that mask instead of evicting (KVzip, AdaKV) hold all of it, and what they keep is what is not masked. "
+        "kvfold's methods go on evicting in what follows, presses keep all of it, so that they hold that many entries more "
+        f"at the end. KL: of what follows, from the unfolded model, nats. kvpress {peer['kvpress']} on torch "
+        f"{peer['made']['torch']} and transformers {peer['made']['transformers']}."
+    )
+    return f"{table(heads, lines)}\n\n{said} Measured by `studies/kvpress_peer.py`. {_made(data['rows'])}"
 
 
 STUDIES: Mapping[str, Callable[[Path], str]] = {
+    "bits": bits,
     "fold_4x": fold_4x,
     "eighth": eighth,
     "long": long,
@@ -185,10 +267,6 @@ def _change(row: Mapping) -> str:
     return difference(100 * row["change"], 100 * row["standard_error"], "%")
 
 
-def _mean(values: Sequence[float]) -> str:
-    return three(sum(values) / len(values))
-
-
 def _range(values: Sequence[float]) -> str:
     least, most = (percent(one) for one in (min(values), max(values)))
     return least if least == most else f"{least.removesuffix(' %')} to {most}"
@@ -198,6 +276,11 @@ def _answers_until(row: Mapping, task: str, share: float) -> int | None:
     return next((point["answers"] for point in row["points"] if point["accuracy"][task] >= share), None)
 
 
-def _made(made: Mapping) -> str:
-    about = f"{made['cpu']}, {made['threads']} threads, {made['dtype']}; kvfold {made['kvfold']}, torch {made['torch']}"
-    return f"SmolLM2-135M; {about}, commit {short_commit(made['git_commit'])}."
+def _made(rows: Iterable[Mapping], model: str = "SmolLM2-135M") -> str:
+    """On what, and from which commits, rows were measured."""
+    about = [{**row, **(row.get("made") or {})} for row in rows]
+    said = {name: ", ".join(dict.fromkeys(str(one[name]) for one in about)) for name in ("cpu", "kvfold", "torch")}
+    threads = " or ".join(sorted({str(one["threads"]) for one in about}))
+    commits = list(dict.fromkeys(short_commit(one["git_commit"]) for one in about))
+    versions = f"kvfold {said['kvfold']}, torch {said['torch']}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+    return f"{model}; {said['cpu']}, {threads} thread{'s' * (threads != '1')}, float32; {versions}."

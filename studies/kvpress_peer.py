@@ -40,7 +40,8 @@ def _ids_path(out: Path) -> Path:
 
 def _add(out: Path, row: dict[str, Any]) -> None:
     versions = {name: metadata.version(name) for name in ("torch", "transformers")}
-    row |= {**versions, "threads": torch.get_num_threads(), "when": datetime.now(UTC).isoformat(timespec="seconds")}
+    about = {**versions, "threads": torch.get_num_threads(), "when": datetime.now(UTC).isoformat(timespec="seconds")}
+    row["made"] = {**row["made"], **about}
     with out.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     sys.stdout.write(f"{row['text']} {row['window']} {row['arm']}: KL {row['kl']:.5f}, kept {row['kept']:.1f}\n")
@@ -101,7 +102,10 @@ def theirs(args: argparse.Namespace) -> None:
     about = json.loads(_ids_path(args.out).read_text(encoding="utf-8"))
     prompt = about["prompt"]
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    done = {(row["text"], row["window"], row["arm"]) for row in _rows(args.out)}
+    rows = _rows(args.out)
+    done = {(row["text"], row["window"], row["arm"]) for row in rows}
+    # What this environment can't say of itself: the same checkout measures both sides on the same machine.
+    known = {name: value for name, value in rows[0]["made"].items() if name in ("git_commit", "kvfold", "cpu", "dtype")}
     for text, windows in about["texts"].items():
         for window, ids in enumerate(windows):
             ids_T = torch.tensor(ids)
@@ -123,7 +127,7 @@ def theirs(args: argparse.Namespace) -> None:
                     logits = model(ids_T[None, prompt:-1], past_key_values=cache, position_ids=after[None]).logits[0]
                     row = {"text": text, "window": window, "arm": arm, "kept": float(kept), "held_bytes": held,
                            "seconds": time.perf_counter() - began, **scored(logits, full, ids_T[prompt + 1 :]),
-                           "kvpress": metadata.version("kvpress")}  # fmt: skip
+                           "kvpress": metadata.version("kvpress"), "made": known}  # fmt: skip
                     _forget(model)
                     _add(args.out, row)
 
@@ -159,8 +163,11 @@ def summary(args: argparse.Namespace) -> None:
                 name: sum(row[name] for row in here) / len(here) for name in ("kl", "kept", "held_bytes", "seconds")
             }
             found.append({"text": text, "arm": arm, "windows": len(here), **means,
-                          "perplexity_change_percent": factor - 100, "standard_error": error and factor * error})  # fmt: skip
-    args.out.write_text(json.dumps({"rows": found}, indent=1) + "\n", encoding="utf-8")
+                          "perplexity_change_percent": factor - 100, "standard_error": error and factor * error,
+                          "kvpress": here[-1].get("kvpress"), "made": here[-1]["made"]})  # fmt: skip
+    about = json.loads(_ids_path(args.rows).read_text(encoding="utf-8"))
+    whole = {"prompt": about["prompt"], "after": about["after"], "rows": found}
+    args.out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     for one in found:
         sys.stdout.write(json.dumps(one) + "\n")
 

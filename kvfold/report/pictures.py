@@ -6,7 +6,7 @@ method with one budget for all keeps the same number everywhere.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -443,14 +443,18 @@ def save_waits(rows: Sequence[Mapping[str, Any]], out: Path) -> Path:
     return save_png(waits(rows), out)
 
 
-def save_quality(results: Path, out: Path) -> Path:
+def save_quality(results: Path, out: Path, *, families: Collection[str] = ()) -> Path:
     """Draw the newest quality measurement in `results` (a folder or a file) as PNG, a panel a text, in the colours of the page
-    that is made from the same files. UserError where matplotlib is missing or nothing is there to draw.
+    that is made from the same files; where `families` are named, of these methods on the unchanged model alone. UserError
+    where matplotlib is missing or nothing is there to draw.
     """
     need_packages("matplotlib", extra="report", what="a PNG")
     found, _ = read_results(Path(results))
     groups = [group for group in group_results(found) if group.kind == "quality"]
-    panels = series.quality_panels(groups[0].rows) if groups else []
+    rows = groups[0].rows if groups else ()
+    if families:
+        rows = [row for row in rows if series.family_of(row) in families and not series.changed_model(row)]
+    panels = series.quality_panels(rows)
     if not panels:
         raise UserError(
             f"{results}: no folded method with kept bytes and perplexity to draw: run `kvfold eval --out` first"

@@ -88,6 +88,8 @@ def _trained(row: Mapping) -> str:
     if (tokens := number(row, "trained_tokens")) is not None:
         return f"{count(tokens)} tokens"
     trained = row.get("trained")
+    if trained is True and row.get("layers") and words(row, "method").startswith(series.UNFOLDED):
+        return "converted only"
     return ("yes" if trained else "no") if isinstance(trained, bool) else MISSING
 
 

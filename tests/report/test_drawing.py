@@ -77,6 +77,9 @@ def test_nothing_to_draw_is_refused(tmp_path, monkeypatch):
         (tmp_path / "x.json").write_text(json.dumps(result))
         with pytest.raises(ValueError, match="kvfold eval"):
             pictures.save_quality(tmp_path, tmp_path / "q.png")
+    (tmp_path / "x.json").write_text(json.dumps(samples.quality()))
+    with pytest.raises(ValueError, match="kvfold eval"):
+        pictures.save_quality(tmp_path, tmp_path / "q.png", families=["dmc"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'kvfold\[report\]'"):
         pictures.save_quality(tmp_path, tmp_path / "q.png")
