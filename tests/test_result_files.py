@@ -151,7 +151,12 @@ def changes(file: str, method: str) -> list[float]:
 
 def test_the_readme_opens_with_what_was_measured():
     opening = " ".join((ROOT / "README.md").read_text(encoding="utf-8").partition("\n## ")[0].split())
-    methods = ("fold:128+32@0.6 of smollm2-135m-fold-4x", "dms:128 of smollm2-135m-dms-4x", "h2o:128+128", "window:252+4")
+    methods = (
+        "fold:128+32@0.6 of smollm2-135m-fold-4x",
+        "dms:128 of smollm2-135m-dms-4x",
+        "h2o:128+128",
+        "window:252+4",
+    )
     said = ["{:.1f} to {:.1f} %".format(*changes("quality-4x.json", one)) for one in methods]
     assert re.findall(r"[\d.]+ to [\d.]+ %", opening) == said
 
