@@ -236,7 +236,7 @@ def kvpress(results: Path) -> str:
     peer = next(row for row in data["rows"] if row["kvpress"])
     said = (
         f"{peer['windows']} windows of each text: a prompt of {data['prompt']} tokens is compressed, the next "
-        "{data['after']} are read, in one call each. Kept, of the prompt by a head, and held: when the prompt was read; "
+        f"{data['after']} are read, in one call each. Kept, of the prompt by a head, and held: when the prompt was read; "
         "presses that mask instead of evicting (KVzip, AdaKV) hold all of it, and what they keep is what is not masked. "
         "kvfold's methods go on evicting in what follows, presses keep all of it, so that they hold that many entries more "
         f"at the end. KL: of what follows, from the unfolded model, nats. kvpress {peer['kvpress']} on torch "
@@ -252,6 +252,7 @@ STUDIES: Mapping[str, Callable[[Path], str]] = {
     "long": long,
     "dmc": dmc,
     "recall": recall,
+    "kvpress": kvpress,
 }
 
 

@@ -164,7 +164,7 @@ def summary(args: argparse.Namespace) -> None:
             }
             found.append({"text": text, "arm": arm, "windows": len(here), **means,
                           "perplexity_change_percent": factor - 100, "standard_error": error and factor * error,
-                          "kvpress": here[-1].get("kvpress"), "made": here[-1]["made"]})  # fmt: skip
+                          **{name: here[-1].get(name) for name in ("asked", "kvpress", "made")}})  # fmt: skip
     about = json.loads(_ids_path(args.rows).read_text(encoding="utf-8"))
     whole = {"prompt": about["prompt"], "after": about["after"], "rows": found}
     args.out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
