@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from study_tables import STUDIES
+from study_tables import STUDIES, table
 
 from kvfold.record import write_whole_file
 from kvfold.report.page import protocol_text, short_commit
@@ -64,23 +64,6 @@ DESIGN = (
     "layers with KV",
 )
 """The same of a design space."""
-WORDS = (
-    "text",
-    "method",
-    "trained",
-    "point",
-    "left padding",
-    "recipe",
-    "layers shared",
-    "beside",
-    "model",
-    "run",
-    "memory",
-    "estimate",
-    "prompts of",
-    "room",
-)
-"""Columns set to the left."""
 
 
 def quality(group: Group) -> str:
@@ -443,13 +426,6 @@ def source(group: Group, protocol: str = "", models: str = "") -> str:
         ", ".join(versions),
     ]
     return "; ".join(filter(None, said)) + "." + (f" {again}" if again else "")
-
-
-def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    sides = [":--" if head in WORDS else "--:" for head in heads]
-    cells = [heads, sides, *([cell.replace("|", "\\|") for cell in line] for line in lines)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def filled(text: str, results: Path) -> str:

@@ -19,6 +19,27 @@ NAMES = {
     "window": "Window + sinks", "h2o-eighth": "H2O", "tova-eighth": "TOVA", "window-eighth": "Window + sinks",
 }  # fmt: skip
 MODELS = {"mqa": "MQA", "mqa-cla2": "MQA with CLA2", "mqa-half-head": "MQA, half the head dim"}
+WORDS = (
+    "text",
+    "method",
+    "trained",
+    "point",
+    "left padding",
+    "recipe",
+    "layers shared",
+    "beside",
+    "model",
+    "run",
+    "memory",
+    "estimate",
+    "prompts of",
+    "room",
+    "form",
+    "layers",
+    "`--time`",
+    "bits",
+)
+"""Columns set to the left."""
 SEEDS = 5
 LATE = (
     "KL: from the unfolded model, nats, behind the first 256 tokens; perplexity: its change, over all tokens; "
@@ -26,10 +47,11 @@ LATE = (
 )
 
 
-def table(heads: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; so many columns are set to the left."""
-    sides = [":--" if place < left else "--:" for place in range(len(heads))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, sides, *lines))
+def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    sides = [":--" if head in WORDS else "--:" for head in heads]
+    cells = [heads, sides, *([cell.replace("|", "\\|") for cell in line] for line in lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def fold_4x(results: Path) -> str:
@@ -48,8 +70,9 @@ def fold_4x(results: Path) -> str:
     heads += ["perplexity, DMS", "DMS trained on", "fold"]
     apart = [_apart(each, ("fold-0.6", "loss"), (other, "loss")) for other in ("dms", "dms-on")]
     said = (
-        f"{rows['dms', 'brown']['windows']} windows of 1,024 tokens of each text, at equal bytes in the mean over two grids. "
-        f"{LATE} Fold's perplexity differs from that of DMS by {apart[0]}, and from that of DMS trained on by {apart[1]}."
+        f"{rows['dms', 'brown']['windows']} windows of {count(each[0]['context'])} tokens of each text, at equal bytes in "
+        f"the mean over two grids. {LATE} Fold's perplexity differs from that of DMS by {apart[0]}, and from that of "
+        f"DMS trained on by {apart[1]}."
     )
     return f"{table(heads, lines)}\n\n{said} Measured by `studies/fold_distil.py`. {_made(each)}"
 
@@ -105,14 +128,15 @@ def _by_position(
         f"allocated at the end of a window, where fold, which lets go of tokens once a grid, holds most. {said} {LATE}"
     )
     made = _made([row for row in each if row["arm"] in shown])
-    return f"{table(heads, lines, left=2)}\n\n{about} Measured by `studies/long_context.py`. {made}"
+    return f"{table(heads, lines)}\n\n{about} Measured by `studies/long_context.py`. {made}"
 
 
 def bits(results: Path) -> str:
     """Quantised entries, alone and under DMS."""
     found, every = [], []
     for name in ("model", "int8", "int4"):
-        rows = _object(results / "bits" / f"{name}-brown.json")["rows"]
+        data = _object(results / "bits" / f"{name}-brown.json")
+        rows, asked = data["rows"], data["protocol"]
         every += rows
         found += [(row, name) for row in rows[len(rows) > 2 :]]
     whole = found[0][0]["allocated_bytes"]
@@ -126,10 +150,11 @@ def bits(results: Path) -> str:
         for row, name in sorted(found, key=lambda one: -one[0]["allocated_bytes"])
     ]  # fmt: skip
     said = (
-        "16 windows of 1,024 tokens of brown. Smaller: than float32; beside a model in 16 bit int8 and int4 gain half as "
-        "much. DMS: the adapter smollm2-135m-dms-4x. Measured by `kvfold eval --bits`, see `results/bits/`."
+        f"{asked['windows']} windows of {count(asked['context_tokens'])} tokens of brown. Smaller: than float32; beside a "
+        "model in 16 bit int8 and int4 gain half as much. DMS: the adapter smollm2-135m-dms-4x. Measured by "
+        "`kvfold eval --bits`, see `results/bits/`."
     )
-    return f"{table(['method', 'bits', 'smaller', 'perplexity', 'KL'], lines, left=2)}\n\n{said} {_made(every)}"
+    return f"{table(['method', 'bits', 'smaller', 'perplexity', 'KL'], lines)}\n\n{said} {_made(every)}"
 
 
 def dmc(results: Path) -> str:
@@ -139,15 +164,10 @@ def dmc(results: Path) -> str:
     def line(form: str, curve: Sequence[Mapping], tokens: int, after: str) -> None:
         last = [point for point in curve if tokens - 8 * 1024 < point["tokens"] <= tokens]
         mean = {name: sum(point[name] for point in last) / len(last) for name in ("distillation", "compression")}
-        lines.append(
-            [
-                form,
-                f"{count(tokens)} of {count(curve[-1]['tokens'])}",
-                times(mean["compression"]),
-                three(mean["distillation"]),
-                after,
-            ]
-        )
+        lines.append([
+            form, f"{count(tokens)} of {count(curve[-1]['tokens'])}", times(mean["compression"]), three(mean["distillation"]),
+            after,
+        ])  # fmt: skip
 
     published, control = _lines(runs / "dmc-4x.jsonl"), _lines(runs / "dmc-control-freed.jsonl")
     line("gates off (control, ended there)", control, control[-1]["tokens"], "–")
@@ -203,7 +223,7 @@ def recall(results: Path) -> str:
         f"90 % at 8 pairs, and after how many answers, the median of these. {len(found) - len(whole)} trials of fewer seeds "
         "are in the file alone. Width 64, one KV head, KV bytes at 16 bit."
     )
-    shown = table([*heads, "answers until"], lines, left=2)
+    shown = table([*heads, "answers until"], lines)
     return f"{shown}\n\n{said} Measured by `studies/recall.py`. {_made(rows, 'Random weights')}"
 
 

@@ -88,6 +88,7 @@ def ours(args: argparse.Namespace) -> None:
                 seconds = time.perf_counter() - began
                 cache.free()
                 row = {"text": text.name, "window": window, "arm": name, "asked": asked, **held, "seconds": seconds}
+                row |= {"prompt": args.prompt, "after": args.after}
                 record = {"made": made(torch.get_num_threads(), "float32")}
                 _add(args.out, row | scored(logits, full, ids_T[args.prompt + 1 :]) | record)
 
@@ -127,6 +128,7 @@ def theirs(args: argparse.Namespace) -> None:
                     logits = model(ids_T[None, prompt:-1], past_key_values=cache, position_ids=after[None]).logits[0]
                     row = {"text": text, "window": window, "arm": arm, "kept": float(kept), "held_bytes": held,
                            "seconds": time.perf_counter() - began, **scored(logits, full, ids_T[prompt + 1 :]),
+                           "prompt": prompt, "after": len(ids) - prompt,
                            "kvpress": metadata.version("kvpress"), "made": known}  # fmt: skip
                     _forget(model)
                     _add(args.out, row)
@@ -165,8 +167,7 @@ def summary(args: argparse.Namespace) -> None:
             found.append({"text": text, "arm": arm, "windows": len(here), **means,
                           "perplexity_change_percent": factor - 100, "standard_error": error and factor * error,
                           **{name: here[-1].get(name) for name in ("asked", "kvpress", "made")}})  # fmt: skip
-    about = json.loads(_ids_path(args.rows).read_text(encoding="utf-8"))
-    whole = {"prompt": about["prompt"], "after": about["after"], "rows": found}
+    whole = {"prompt": rows[0]["prompt"], "after": rows[0]["after"], "rows": found}
     args.out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     for one in found:
         sys.stdout.write(json.dumps(one) + "\n")

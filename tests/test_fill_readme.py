@@ -124,6 +124,45 @@ def test_files_of_a_folder_are_one_table(fill_readme, root):
     assert caption.endswith("Measured with the commands in curve-1.json, curve-2.json.")
 
 
+def test_a_converted_model_is_no_trained_one(fill_readme, root):
+    result = samples.quality()
+    for row in result["rows"]:
+        if row["method"] == "tova:256":
+            row |= {"method": "full of pairs", "title": "pairs", "model": "pairs", "layers": "cla2", "trained": True}
+    (root / "results" / "layer-axis.json").write_text(json.dumps(result))
+    page = fill_readme.filled("<!-- results: layer_axis -->\n<!-- end -->", root / "results")
+    trained = {row[0]: row[1] for row in cells_of(page, "layer_axis")[1:]}
+    assert trained["pairs"] == "converted only" and trained["Full attention"] == "no"
+
+
+def test_recall_by_its_seeds(fill_readme, root):
+    """Groups of fewer than five seeds are counted, not shown; nobody is said to have learned what one seed did not."""
+    rows = []
+    for variant, seeds, last in (("mqa", 5, 1.0), ("mqa-cla2", 5, 0.5), ("mqa-half-head", 2, 1.0)):
+        for seed in range(seeds):
+            points = [
+                {"answers": answers, "accuracy": {"2x1": 1.0, "4x1": last, "8x1": score}}
+                for answers, score in ((100, 0.25), (200 + 100 * seed, last))
+            ]
+            about = {
+                "layers": 2,
+                "steps": 400,
+                "head_dim": 16,
+                "variant": variant,
+                "study": "s",
+                "lr": 1.0,
+                "adam_lr": 1.0,
+            }
+            made = {"cpu": "c", "kvfold": "0", "torch": "2", "threads": 1, "git_commit": "a" * 40}
+            rows.append({**about, **made, "task": {}, "kv_bytes_per_token": 128, "points": points, "seed": seed})
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_whole_file(root / "results" / "recall" / "recall.jsonl", text)
+    page = fill_readme.filled("<!-- results: recall -->\n<!-- end -->", root / "results")
+    found = {row[1]: row[-3:] for row in cells_of(page, "recall")[1:]}
+    assert found == {"MQA": ["100 %", "5 of 5", "400"], "MQA with CLA2": ["50.0 %", "0 of 5", "–"]}
+    assert "1 trials of fewer seeds are in the file" in caption_of(page, "recall")
+
+
 def test_passkeys_by_length_and_depth(fill_readme, root):
     text = fill_readme.filled(EMPTY, root / "results")
     heads, *rows = cells_of(text, "passkey")
